@@ -1,0 +1,61 @@
+"""Exact search, and exact search over the rows that came after an index was built.
+
+N rows, M queries, D dimensions, K neighbours.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+
+from mmalign import kernels
+from mmalign.errors import VectorError
+from mmalign.index.spec import Floats, Index, Ints, Shards
+
+# Memory-mapped vectors are read-only, and nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class Exact(Index):
+    """Compares every row; final. The meaning of all other indexes."""
+
+    def __init__(self, shards: Shards, first_row: int = 0) -> None:
+        """Search rows `first_row` and on of the shards' vectors, each (rows, D) float16."""
+        self.first_row = first_row
+        self.shards = []
+        for shard in shards:
+            kept = shard[max(0, first_row) :]
+            first_row -= len(shard)
+            if len(kept):
+                self.shards.append(torch.from_numpy(kept))
+        self.rows = sum(len(s) for s in self.shards)
+
+    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+        """See `Index.search`."""
+        if not self.rows:
+            raise VectorError("there are no vectors to search")
+        queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
+        scores, rows = kernels.topk(queries, self.shards, min(k, self.rows))
+        return scores.numpy(), rows.numpy() + self.first_row
+
+
+class Extended(Index):
+    """An index joined with exact search over the rows added since it was built; final."""
+
+    def __init__(self, index: Index, shards: Shards) -> None:
+        """`shards` are all vectors of the store, of which `index` covers the first rows."""
+        self.index = index
+        self.tail = Exact(shards, first_row=index.rows)
+        self.rows = index.rows + self.tail.rows
+
+    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+        """See `Index.search`."""
+        scores, rows = self.index.search(queries_MD, k)
+        if self.tail.rows:
+            tail_scores, tail_rows = self.tail.search(queries_MD, k)
+            scores = np.concatenate([scores, tail_scores], axis=1)
+            rows = np.concatenate([rows, tail_rows], axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores = np.take_along_axis(scores, order, axis=1)
+            rows = np.take_along_axis(rows, order, axis=1)
+        return scores, rows

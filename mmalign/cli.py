@@ -1,0 +1,321 @@
+"""The `mmalign` command: parse, call one verb, print or answer.
+
+Only click and the error tree are loaded up front; each command imports what it needs. Results go to
+stdout (`--json`: one object), everything else to stderr. Exit codes: 0 well, 1 it could not be
+done, 2 the call was off, 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmalign import __version__
+from mmalign.errors import MmalignError, nearest
+
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """Shows our errors as one line, and the nearest name for an unknown command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise click.UsageError(f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MmalignError as error:
+            click.echo(f"mmalign: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("mmalign: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mmalign")
+def main() -> None:
+    """Align images and text, store their embeddings, and find one by the other.
+
+    \b
+    The path:  train -> embed -> index -> search
+    Try it:    mmalign demo
+    """
+
+
+def _sources(required: bool = True) -> Callable[[Command], Command]:
+    return click.option(
+        "--data", "data", multiple=True, required=required, metavar="SRC",
+        help="Folder, .tar (braces and globs), .parquet, .csv, .tsv, .jsonl, or URL. Repeatable.",
+    )  # fmt: skip
+
+
+_caption_key = click.option(
+    "--caption-key", "caption_keys", multiple=True, metavar="KEY",
+    help="Where captions stand in the .json or table; repeatable. Default: captions.",
+)  # fmt: skip
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_model = click.option(
+    "--model", required=True, metavar="RUN_OR_NAME",
+    help="A run folder, or an open_clip model as NAME:TAG or NAME:FILE.",
+)  # fmt: skip
+_store = click.argument("store", type=click.Path(path_type=Path))
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(values, ensure_ascii=False))
+        return
+    width = max(len(k) for k in values)
+    for key, value in values.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        click.echo(f"{key:<{width}}  {shown}")
+
+
+@main.command()
+@click.option("--out", default="demo", show_default=True, help="Folder for everything it makes.")
+@click.option("--scenes", default=12_000, show_default=True, help="Scenes to train on.")
+@click.option("--minutes", default=3.0, show_default=True, help="Time to train.")
+def demo(out: str, scenes: int, minutes: float) -> None:
+    """Draw scenes, train on them, and search them in English and Chinese.
+
+    \b
+    Example:  mmalign demo --out demo
+    """
+    from mmalign.demo import demo as run
+
+    run(out, scenes=scenes, minutes=minutes)
+
+
+@main.command()
+@_sources()
+@click.option("--val", multiple=True, metavar="SRC", help="Validation pairs; else some are held out.")
+@click.option("--out", required=True, metavar="RUN", help="Folder for the run.")
+@click.option("--config", metavar="FILE.toml", help="Fields of TrainConfig as TOML.")
+@click.option("--preset", metavar="NAME", help="Our own, from scratch: nano, tiny, small.")
+@click.option("--model", metavar="NAME", help="An open_clip architecture.")
+@click.option("--pretrained", metavar="TAG_OR_PATH", help="Its weights.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@_caption_key
+@_json
+def train(
+    data: tuple[str, ...],
+    val: tuple[str, ...],
+    out: str,
+    config: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    caption_keys: tuple[str, ...],
+    as_json: bool,
+    **words: str | None,
+) -> None:
+    """Train a dual encoder on pairs, from scratch or from pretrained weights.
+
+    \b
+    Example:  mmalign train --data 'pairs-{000..005}.tar' --val val.tar --out run
+              mmalign train --data photos/ --out run --set epochs=20 --set augment.flip=true
+              mmalign train --data photos/ --out run --resume
+    """
+    from mmalign.config import build, override, read_toml
+    from mmalign.train import TrainConfig
+    from mmalign.train import train as run
+
+    # A run that is resumed goes on with its own configuration unless told otherwise.
+    file = config or (str(Path(out) / "config.toml") if resume else None)
+    values = read_toml(Path(file)) if file else {}
+    values |= {k: v for k, v in words.items() if v is not None}
+    if caption_keys:
+        values["caption_keys"] = caption_keys
+    where = f"{file} and --set" if settings and file else (file or "--set")
+    built = build(TrainConfig, override(values, settings), where)
+    _print(run(built, data, out, val=val, resume=resume), as_json)
+
+
+@main.command()
+@_model
+@_sources()
+@click.option("--out", required=True, metavar="STORE", help="The store, by convention NAME.store.")
+@click.option("--thumbnails/--no-thumbnails", default=True, help="Keep a small picture of each.")
+@_caption_key
+@_json
+def embed(
+    model: str,
+    data: tuple[str, ...],
+    out: str,
+    thumbnails: bool,
+    caption_keys: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Embed images and captions into a store; again = go on, add what is new.
+
+    \b
+    Example:  mmalign embed --model run --data photos/ --out photos.store
+    """
+    from dataclasses import asdict
+
+    from mmalign.embed import embed as run
+
+    keys = caption_keys or ("captions",)
+    report = run(model, data, out, caption_keys=keys, thumbnails=thumbnails)
+    if as_json:
+        _print(asdict(report), as_json)
+
+
+@main.command()
+@_store
+@click.option("--recall", default=0.95, show_default=True, help="Share of true neighbours to find.")
+@click.option("--queries", metavar="FILE", help="Text queries to measure with, one a line.")
+@_json
+def index(store: Path, recall: float, queries: str | None, as_json: bool) -> None:
+    """Build an index over a store and measure its recall on text queries.
+
+    \b
+    Example:  mmalign index photos.store --recall 0.95
+    """
+    from mmalign.build import build
+
+    report = build(store, recall=recall, queries=queries)
+    if as_json:
+        _print(report, as_json)
+
+
+@main.command()
+@_store
+@click.argument("query")
+@click.option("-k", default=10, show_default=True, help="Results wanted.")
+@click.option(
+    "--to", type=click.Choice(["image", "text"]), default="image", show_default=True,
+    help="Search among the images or among their captions.",
+)  # fmt: skip
+@click.option("--exact", is_flag=True, help="Compare every row, whatever index there is.")
+@click.option("--sheet", metavar="FILE.png", help="Draw the hits as a contact sheet.")
+@click.option("--model", metavar="RUN_OR_NAME", help="The model, if it moved since embedding.")
+@_json
+def search(
+    store: Path,
+    query: str,
+    k: int,
+    to: Any,
+    exact: bool,
+    sheet: str | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Find the images of a store nearest to QUERY: words, or the name of an image file.
+
+    \b
+    Example:  mmalign search photos.store "a dog on a beach" --sheet hits.png
+              mmalign search photos.store cat.jpg --to text
+    """
+    import time
+    from dataclasses import asdict
+
+    from mmalign.search import Searcher, is_image
+
+    searcher = Searcher.open(store, model)
+    started = time.perf_counter()
+    hits = searcher.search(query, k, to=to, exact=exact)
+    took_ms = (time.perf_counter() - started) * 1e3
+    if sheet:
+        from mmalign.sheet import Strip, draw_sheet, tiles_of
+
+        picture = Path(query).read_bytes() if is_image(query) else b""
+        draw_sheet([Strip(query, tiles_of(searcher.store, hits), picture)], Path(sheet))
+    if as_json:
+        rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
+        answer = {"query": query, "hits": rows, "index": searcher.describe_index()}
+        _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
+        return
+    for hit in hits:
+        words = hit.caption or (hit.captions[0] if hit.captions else "")
+        click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.id}  {words}")
+
+
+@main.command()
+@_model
+@_sources()
+@click.option("--classes", metavar="A,B,C", help="Class names (or a file, one a line): zero-shot.")
+@click.option("--label-key", default="label", show_default=True, help="Where the class stands.")
+@_caption_key
+@_json
+def evaluate(
+    model: str,
+    data: tuple[str, ...],
+    classes: str | None,
+    label_key: str,
+    caption_keys: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure retrieval recall@1/5/10 in both directions, and zero-shot accuracy.
+
+    \b
+    Example:  mmalign evaluate --model run --data val.tar --caption-key captions_zh --json
+    """
+    from mmalign.evaluate import evaluate as run
+
+    names: list[str] = []
+    if classes:
+        file = Path(classes)
+        words = file.read_text(encoding="utf-8").splitlines() if file.is_file() else classes.split(",")
+        names = [w.strip() for w in words if w.strip()]
+    keys = caption_keys or ("captions",)
+    _print(run(model, data, caption_keys=keys, classes=names, label_key=label_key), as_json)
+
+
+@main.command()
+@_store
+@_json
+def info(store: Path, as_json: bool) -> None:
+    """Tell what a store holds.
+
+    \b
+    Example:  mmalign info photos.store --json
+    """
+    from dataclasses import asdict
+
+    from mmalign.index import describe
+    from mmalign.store import open_store
+
+    held = open_store(store)
+    folder = held.index_folder
+    _print(
+        {
+            "rows": len(held),
+            "generation": held.manifest.generation,
+            "model": asdict(held.manifest.model),
+            "dim": held.manifest.model.dim,
+            "captions": len(held.caption_owners),
+            "shards": len(held.manifest.shards),
+            "failures": len(held.failures()),
+            "index": describe(folder) if folder else None,
+        },
+        as_json,
+    )
+
+
+@main.command()
+@_store
+@_json
+def verify(store: Path, as_json: bool) -> None:
+    """Read every file of a store and compare it with its hash; exit 1 when one is damaged.
+
+    \b
+    Example:  mmalign verify photos.store
+    """
+    from mmalign.store import verify as run
+
+    damage = run(store)
+    if as_json:
+        _print({"damaged": damage}, as_json)
+    else:
+        click.echo("\n".join(damage) if damage else f"{store}: every file is what was written")
+    sys.exit(1 if damage else 0)

@@ -1,0 +1,101 @@
+"""Which rows make the next batch, and reading ahead in a thread.
+
+B rows of a batch. The order of an epoch is a function of (seed, epoch) alone, so that training
+resumes at any step with the batches it would have seen.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+A = TypeVar("A")
+B = TypeVar("B")
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One batch as numbers: the rows, and for each of them the captions drawn for this epoch."""
+
+    step: int
+    rows_B: Ints
+    captions_BC: Ints
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Shuffled batches over N rows, without replacement; the incomplete last one is left out.
+
+    Row i owns the captions numbered `starts[i]` to `starts[i + 1]`; each batch draws
+    `captions_per_image` of them (with repeats only where a row has fewer).
+    """
+
+    starts: Ints
+    batch_size: int
+    seed: int
+    captions_per_image: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return (len(self.starts) - 1) // self.batch_size
+
+    def draws(self, first_step: int = 0) -> Iterator[Draw]:
+        """Yield batches for ever, from any step on."""
+        step = first_step
+        while True:
+            epoch = step // self.steps_per_epoch
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.starts) - 1)
+            for place in range(step % self.steps_per_epoch, self.steps_per_epoch):
+                rows_B = order[place * self.batch_size : (place + 1) * self.batch_size]
+                yield Draw(step, rows_B, self._captions(rows_B, step))
+                step += 1
+
+    def _captions(self, rows_B: Ints, step: int) -> Ints:
+        # One start for the whole batch: where all samples list their languages in one order, the
+        # captions of a column are of one language, and so are the negatives.
+        start = np.random.default_rng((self.seed, step, 1)).integers(1 << 32)
+        counts_B = self.starts[rows_B + 1] - self.starts[rows_B]
+        offsets_BC = (start + np.arange(self.captions_per_image)) % counts_B[:, None]
+        return self.starts[rows_B][:, None] + offsets_BC
+
+
+def read_ahead(make: Callable[[A], B], items: Iterator[A], depth: int = 3) -> Iterator[B]:
+    """Run `make` over items in a thread, `depth` results ahead; its errors surface here."""
+    done = object()
+    results: queue.Queue[B | BaseException | object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(result: B | BaseException | object) -> None:
+        while not stop.is_set():
+            try:
+                results.put(result, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                if stop.is_set():
+                    return
+                put(make(item))
+            put(done)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="read_ahead")
+    thread.start()
+    try:
+        while (result := results.get()) is not done:
+            if isinstance(result, BaseException):
+                raise result
+            yield result  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

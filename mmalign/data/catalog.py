@@ -1,0 +1,161 @@
+"""`scan`: any mix of sources in, one list of records out, with a reason for all that is left out."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmalign.data import folders, tables, tars
+from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, Skip, suffix
+from mmalign.errors import DataError, nearest
+from mmalign.progress import bar, say
+
+MAX_SILENT_SKIPS = 0.01
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All records of the sources, in a fixed order, and all that was left out."""
+
+    records: list[Record]
+    skips: list[Skip]
+
+
+def scan(
+    sources: Sequence[str],
+    *,
+    caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,),
+    need_captions: bool = False,
+) -> Catalog:
+    """List the samples of folders, tars (braces, globs), tables and fsspec URLs of these.
+
+    Args:
+        sources: Paths, patterns or URLs.
+        caption_keys: Keys of the .json (or columns of the table) that hold captions; several are
+            joined. The default key also reads `caption`, `text`, `title` and the .txt file.
+        need_captions: Leave out samples without a caption (training, evaluation).
+
+    Returns:
+        A catalog whose record ids are unique: `<name of the source>/<key>`, or the whole uri where
+        two sources would give one id to two files.
+
+    Raises:
+        DataError: A source does not exist, is of no known kind, or none holds a usable sample.
+    """
+    records: dict[str, Record] = {}
+    skips: list[Skip] = []
+    with bar("scan", unit="samples") as progress:
+        for place in expand(sources):
+            for found in _scan_one(place, caption_keys):
+                progress.update()
+                if isinstance(found, Skip):
+                    skips.append(found)
+                elif need_captions and not found.captions:
+                    skips.append(Skip(found.id, found.uri, "no caption"))
+                else:
+                    _add(records, skips, found)
+    if need_captions:
+        # A caption problem explains the missing caption; one line a sample is enough.
+        explained = {s.uri for s in skips if s.kept}
+        skips = [s for s in skips if not (s.reason == "no caption" and s.uri in explained)]
+        skips = [replace(s, kept=False) if s.uri in explained else s for s in skips]
+    if not records:
+        raise DataError(_nothing_usable(sources, skips, caption_keys))
+    return Catalog(list(records.values()), skips)
+
+
+def expand(sources: Sequence[str]) -> list[str]:
+    """Resolve braces and globs to existing places; URLs pass through."""
+    from webdataset.shardlists import expand_urls
+
+    places: list[str] = []
+    for source in sources:
+        whole = Path(source).exists()
+        for pattern in [source] if whole else expand_urls(source):
+            if "://" in pattern:
+                places.append(pattern)
+                continue
+            hits = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+            if not hits:
+                raise DataError(f"{source}: no such file or folder{_near(pattern)}")
+            places += [os.path.abspath(hit) for hit in hits]
+    return places
+
+
+def read_image(record: Record) -> bytes:
+    """Read the encoded image of a record, from wherever it lies."""
+    if record.row >= 0:
+        return tables.read_cell(record.path, record.row, record.column)
+    if "://" in record.path:
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(record.path)
+        end = None if record.length < 0 else record.offset + record.length
+        return bytes(fs.cat_file(path, start=record.offset, end=end))
+    with open(record.path, "rb") as file:
+        file.seek(record.offset)
+        return file.read(record.length)
+
+
+def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = None) -> None:
+    """Say how many samples were left out and why; a warning above 1 %, an error at 100 %."""
+    lost = [s for s in skips if not s.kept]
+    if total and len(lost) >= total:
+        raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}")
+    if skips:
+        loud = len(lost) > MAX_SILENT_SKIPS * total
+        listed = f"; listed in {where}" if where else ""
+        say(
+            f"{'warning: ' if loud else ''}{len(lost)} of {total} samples skipped"
+            f" ({_reasons(skips)}){listed}"
+        )
+
+
+def _scan_one(place: str, caption_keys: Sequence[str]) -> Found:
+    kind = suffix(place)
+    if kind == ".tar":
+        return tars.scan(place, caption_keys)
+    if kind in TABLE_SUFFIXES:
+        return tables.scan(place, caption_keys)
+    if "://" in place or Path(place).is_dir():
+        return folders.scan(place, caption_keys)
+    raise DataError(
+        f"{place}: not a source: give a folder, a .tar, or a table ({', '.join(TABLE_SUFFIXES)})"
+    )
+
+
+def _add(records: dict[str, Record], skips: list[Skip], found: Record) -> None:
+    known = records.get(found.id)
+    if known is not None and known.uri != found.uri:
+        found = replace(found, id=found.uri)
+        known = records.get(found.id)
+    if known is not None:
+        skips.append(Skip(found.id, found.uri, "given twice"))
+    else:
+        records[found.id] = found
+
+
+def _reasons(skips: Sequence[Skip]) -> str:
+    counts = Counter(s.reason.split(":")[0].split(" (")[0] for s in skips)
+    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common(6))
+
+
+def _nothing_usable(sources: Sequence[str], skips: list[Skip], keys: Sequence[str]) -> str:
+    where = ", ".join(sources)
+    if not skips:
+        return f"{where}: no images found"
+    message = f"{where}: no usable sample: {_reasons(skips)}"
+    if any(s.reason == "no caption" for s in skips):
+        message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
+    return message
+
+
+def _near(pattern: str) -> str:
+    parent = Path(pattern).parent
+    if not parent.is_dir():
+        return f" ({parent} does not exist)"
+    message = nearest(Path(pattern).name, [p.name for p in parent.iterdir()])
+    return f": {message}" if message.startswith("did") else ""

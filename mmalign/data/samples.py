@@ -1,0 +1,103 @@
+"""What a sample is before it is decoded: a record that says where its image and captions are."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from mmalign.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+# Pictures to a person, but nothing that is decoded here: named as skipped, not passed over.
+FOREIGN_SUFFIXES = frozenset(".svg .heic .heif .avif .jxl .psd .dng .cr2 .nef .arw .pdf".split())
+DEFAULT_CAPTION_KEY = "captions"
+# Where the default key is absent, these are read in its place.
+CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
+
+
+class SampleProblem(DataError):
+    """Why one sample, or a part of it, cannot be used; a scan turns it into a `Skip`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample: where its image lies, and its captions.
+
+    The image is the whole file at `path`, or `length` bytes of it from `offset`, or row `row` of
+    column `column` of a parquet file.
+    """
+
+    id: str
+    uri: str
+    path: str
+    offset: int = 0
+    length: int = -1
+    row: int = -1
+    column: str = ""
+    captions: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A sample that is not used (or, where `kept`, whose captions are not), and why."""
+
+    id: str
+    uri: str
+    reason: str
+    kept: bool = False
+
+
+Found = Iterable[Record | Skip]
+
+
+def suffix(path: str) -> str:
+    """Lower-case extension with its dot; a name such as `.gitignore` has none."""
+    return PurePosixPath(path).suffix.lower()
+
+
+def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    """Collect the captions under the given keys of a .json file or a table row."""
+    found: list[str] = []
+    for key in keys:
+        names = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
+        value = next((values[n] for n in names if values.get(n)), ())
+        found += [value] if isinstance(value, str | bytes) else list(value)
+    return clean(text(c) for c in found)
+
+
+def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) -> tuple[Any, ...]:
+    """Captions and metadata from the .txt and .json content beside an image.
+
+    Returns (captions, meta). The .json wins where it holds the wanted key; the .txt, one caption a
+    line, stands in for the default key.
+    """
+    meta: dict[str, Any] = {}
+    if js is not None:
+        try:
+            meta = json.loads(text(js))
+        except json.JSONDecodeError as error:
+            raise SampleProblem(f".json is not valid: {error}") from None
+        if not isinstance(meta, dict):
+            raise SampleProblem(".json holds no object")
+    captions = captions_in(meta, keys)
+    if not captions and txt is not None and DEFAULT_CAPTION_KEY in keys:
+        captions = clean(text(txt).splitlines())
+    wanted = {*keys, *CAPTION_ALIASES}
+    return captions, {k: v for k, v in meta.items() if k not in wanted}
+
+
+def clean(captions: Iterable[str]) -> tuple[str, ...]:
+    """Strip captions; drop empty and repeated ones, keeping the order."""
+    return tuple(dict.fromkeys(c.strip() for c in captions if c.strip()))
+
+
+def text(content: Any) -> str:
+    """Return a caption as a string; bytes must be UTF-8."""
+    if not isinstance(content, bytes):
+        return str(content)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleProblem(f"caption is not UTF-8 (byte {error.start})") from None

@@ -1,0 +1,78 @@
+"""Every error that a person's input can cause.
+
+    MmalignError             one clear line, no traceback; the command line exits with 1
+    ├── UsageError           the words of the call are off; exits with 2
+    │   └── ConfigError      a configuration file or value is off
+    ├── DataError            a source is missing, empty, or yields nothing usable
+    ├── ModelError           a model cannot be found or loaded
+    │   └── IdentityError    two things were made by different models
+    ├── StoreError           a store is missing, damaged, or at odds with what is asked of it
+    ├── VectorError          vectors or queries have a wrong shape, type or value
+    ├── TrainingError        training cannot go on (NaN loss, batch larger than the data)
+    └── InstallError         the installed packages do not go together
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmalignError(Exception):
+    """Base of all errors with a message for a person: what, where, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(MmalignError):
+    """The words of a call are off."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file or value is off."""
+
+
+class DataError(MmalignError):
+    """A source is missing, empty, or yields nothing usable."""
+
+
+class ModelError(MmalignError):
+    """A model cannot be found or loaded."""
+
+
+class IdentityError(ModelError):
+    """Two things that must come from one model come from two."""
+
+
+class StoreError(MmalignError):
+    """A store is missing, damaged, or at odds with what is asked of it."""
+
+
+class VectorError(MmalignError, ValueError):
+    """Vectors or queries have a wrong shape, type or value."""
+
+
+class TrainingError(MmalignError):
+    """Training cannot go on."""
+
+
+class InstallError(MmalignError):
+    """The installed packages do not go together."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the close one, or all of them.
+
+    >>> nearest("tine", ["nano", "tiny", "small"])
+    "did you mean 'tiny'? (nano, small, tiny)"
+    >>> nearest("?", ["nano", "tiny"])
+    'known: nano, tiny'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        rest = f" ({', '.join(names)})" if len(names) <= 12 else ""
+        return f"did you mean {close[0]!r}?{rest}"
+    return "known: " + ", ".join(names[:40])

@@ -1,0 +1,97 @@
+"""What the similarity core means, in plain torch.
+
+N rows, M queries, D dimensions, K neighbours, B rows of a block.
+
+The slow twin of every kernel: the fallback, the truth of the tests and the baseline of the
+benchmarks. Logits are made in float32 at least, also under autocast: at a logit scale of 100 a
+bfloat16 logit would be off by up to a quarter.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmalign.errors import VectorError
+
+BLOCK_ROWS = 65_536
+
+
+def contrastive_loss(
+    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, groups: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE; see `kernels.contrastive_loss`."""
+    logits_NN = logit_scale * _similarity(image_ND, text_ND)
+    if groups is not None:
+        logits_NN = logits_NN.masked_fill(_same_group(groups), -torch.inf)
+    own_N = torch.arange(len(logits_NN), device=logits_NN.device)
+    return (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
+
+
+def sigmoid_loss(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss; see `kernels.sigmoid_loss`."""
+    logits_NN = logit_scale * _similarity(image_ND, text_ND) + logit_bias
+    sign_NN = 2 * torch.eye(len(logits_NN), device=logits_NN.device, dtype=logits_NN.dtype) - 1
+    terms_NN = F.logsigmoid(sign_NN * logits_NN)
+    if groups is not None:
+        terms_NN = terms_NN.masked_fill(_same_group(groups), 0.0)
+    return -terms_NN.sum() / len(logits_NN)
+
+
+def topk(
+    queries_MD: Tensor, shards: list[Tensor], k: int, *, allow: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact top-k, block by block; see `kernels.topk`."""
+    queries_MD = queries_MD.float()
+    scores_MK = queries_MD.new_full((len(queries_MD), k), -torch.inf)
+    rows_MK = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=queries_MD.device)
+    first = 0
+    for shard in shards:
+        for block_BD in shard.split(BLOCK_ROWS):
+            scores_MB = queries_MD @ block_BD.to(queries_MD.device).float().T
+            if torch.isnan(scores_MB).any():
+                raise VectorError(f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}")
+            if allow is not None:
+                denied = ~allow[first : first + len(block_BD)].to(scores_MB.device)
+                scores_MB = scores_MB.masked_fill(denied, -torch.inf)
+            rows_B = torch.arange(first, first + len(block_BD), device=scores_MB.device)
+            # Earlier rows stand on the left, so a stable choice breaks ties by row number.
+            scores_MB = torch.cat([scores_MK, scores_MB], dim=1)
+            rows_MB = torch.cat([rows_MK, rows_B.expand(len(queries_MD), -1)], dim=1)
+            scores_MK, chosen_MK = _stable_topk(scores_MB, k)
+            rows_MK = rows_MB.gather(1, chosen_MK)
+            first += len(block_BD)
+    return scores_MK, rows_MK.masked_fill(scores_MK == -torch.inf, -1)
+
+
+def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
+    dtype = torch.promote_types(image_ND.dtype, torch.float32)
+    with torch.autocast(image_ND.device.type, enabled=False):
+        return image_ND.to(dtype) @ text_ND.to(dtype).T
+
+
+def _same_group(groups: Tensor) -> Tensor:
+    """Pairs of different rows with an equal group id, as an (N, N) mask."""
+    return (groups[:, None] == groups[None, :]).fill_diagonal_(False)
+
+
+def _stable_topk(scores_MB: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk with ties in column order, which torch itself leaves open."""
+    top_MK, columns_MK = torch.topk(scores_MB, k, dim=1)
+    # Sort what was found by column, then stably by score.
+    columns_MK, order_MK = columns_MK.sort(dim=1)
+    top_MK, order_MK = top_MK.gather(1, order_MK).sort(dim=1, descending=True, stable=True)
+    columns_MK = columns_MK.gather(1, order_MK)
+    # Where the last score occurs more often than it was taken, torch may have taken the wrong ones.
+    last_M1 = top_MK[:, -1:]
+    cut_M = (scores_MB == last_M1).sum(1) > (top_MK == last_M1).sum(1)
+    if cut_M.any():
+        top, order = scores_MB[cut_M].sort(dim=1, descending=True, stable=True)
+        top_MK[cut_M], columns_MK[cut_M] = top[:, :k], order[:, :k]
+    return top_MK, columns_MK

@@ -1,0 +1,51 @@
+"""Retrieval and classification metrics: NumPy in, numbers out.
+
+M queries, N candidates, K ranks, C classes. Scores are computed elsewhere; ties are broken by row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def recall_at(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints, ks: Sequence[int]) -> dict[int, float]:
+    """Share of queries with at least one right candidate among their first k.
+
+    A candidate n is right for query m when `owners_N[n] == wanted_M[m]`. With images as candidates
+    and captions as queries this is text->image recall (one right image a caption); with captions
+    as candidates it is image->text recall (any of the image's captions counts).
+
+    Args:
+        ranked_MK: Candidate rows, best first, shape (M, K); -1 where there is none.
+        owners_N: The owner (an image number) of each candidate, shape (N,).
+        wanted_M: The owner each query looks for, shape (M,).
+        ks: The depths to report, each at most K.
+
+    >>> ranked = np.array([[0, 1], [0, 1], [1, 0]])
+    >>> recall_at(ranked, np.array([0, 1]), np.array([0, 1, 1]), [1, 2])
+    {1: 0.6666666666666666, 2: 1.0}
+    """
+    hit_MK = (owners_N[ranked_MK] == wanted_M[:, None]) & (ranked_MK >= 0)
+    return {k: float(hit_MK[:, :k].any(axis=1).mean()) for k in ks}
+
+
+def accuracy(
+    ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Zero-shot classification: `acc1`, `acc5` and `mean_per_class_recall`.
+
+    Args:
+        ranked_MK: Class numbers, best first, shape (M, K).
+        labels_M: The true class of each image, shape (M,).
+        ks: The depths to report; those deeper than K are left out.
+
+    >>> accuracy(np.array([[0, 1], [0, 1], [1, 0]]), np.array([0, 0, 0]), ks=[1])
+    {'acc1': 0.6666666666666666, 'mean_per_class_recall': 0.6666666666666666}
+    """
+    right_MK = ranked_MK == labels_M[:, None]
+    out = {f"acc{k}": float(right_MK[:, :k].any(1).mean()) for k in ks if k <= ranked_MK.shape[1]}
+    per_class = [right_MK[labels_M == c, 0].mean() for c in np.unique(labels_M)]
+    return out | {"mean_per_class_recall": float(np.mean(per_class))}

@@ -1,0 +1,48 @@
+"""A modality: how one kind of thing becomes vectors. Images and texts are the first two.
+
+A new kind (audio, video frames) is another `Modality` in `of`, a decoder in the data room and an
+encoder in the model room; stores name its column `<name>_embedding`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.data import fit_image, open_image
+from mmalign.model import Encoder, Preprocess
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of thing that can be embedded."""
+
+    name: str
+    decode: Callable[[bytes], Any]
+    """Encoded bytes to one item; raises `DataError` with the reason where it cannot."""
+    batch: Callable[[Sequence[Any]], Any]
+    """Decoded items to what `encode` takes."""
+    encode: Callable[[Any], NDArray[np.float32]]
+    """A batch to unit vectors (B, D)."""
+
+
+def of(encoder: Encoder) -> dict[str, Modality]:
+    """Return the modalities of an encoder by name."""
+    shape = encoder.preprocess
+    return {
+        "image": Modality("image", lambda b: pixels(b, shape), np.stack, encoder.encode_images),
+        "text": Modality("text", lambda b: b.decode(), list, encoder.encode_texts),
+    }
+
+
+def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:
+    """Decode an image to the (S, S, 3) pixels that a model wants."""
+    return fit_image(open_image(content), shape.size, shape.resize_mode, shape.interpolation)
+
+
+def decode_workers() -> int:
+    """Threads that read and decode: a few more than there are cores, as reading waits."""
+    return (os.cpu_count() or 1) + 2

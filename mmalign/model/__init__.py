@@ -1,0 +1,18 @@
+"""The encoders: own presets and open_clip models behind one `Encoder`.
+
+    encoder.py      Encoder: images and texts in, unit vectors out; its preprocessing and identity
+    towers.py       the networks of our own presets
+    presets.py      nano, tiny, small: which towers, how large, for which machine
+    tokenizer.py    byte-level BPE trained on captions
+    openclip.py     the only file that imports open_clip
+    checkpoint.py   run folders: weights as safetensors, everything else as text
+"""
+
+from mmalign.model.checkpoint import load_model as load_model
+from mmalign.model.checkpoint import new_model as new_model
+from mmalign.model.checkpoint import save_model as save_model
+from mmalign.model.encoder import Encoder as Encoder
+from mmalign.model.encoder import Preprocess as Preprocess
+from mmalign.model.presets import PRESETS as PRESETS
+
+__all__ = ["PRESETS", "Encoder", "Preprocess", "load_model", "new_model", "save_model"]

@@ -1,0 +1,137 @@
+"""An encoder: two towers that map images and texts to unit vectors of one space.
+
+B items of a batch, D dimensions, S side of an image in pixels, T tokens.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Vectors = NDArray[np.float32]
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a decoded image to what the image tower expects; part of a model's identity."""
+
+    size: int
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["squash", "shortest", "longest"] = "squash"
+
+
+class Towers(nn.Module, ABC):
+    """The two networks and the temperature; abstract."""
+
+    log_scale: nn.Parameter
+    """Logarithm of the logit scale, a scalar."""
+    logit_bias: nn.Parameter
+    """Added to every logit by the sigmoid loss, a scalar; InfoNCE does not use it."""
+
+    @abstractmethod
+    def image_features(self, images_B3SS: Tensor) -> Tensor:
+        """Map normalised images to features (B, D), of any length."""
+
+    @abstractmethod
+    def text_features(self, tokens_BT: Tensor) -> Tensor:
+        """Map token ids, padded with 0, to features (B, D), of any length."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The multiplier of the cosines, never above 100."""
+        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+class Tokenizer(ABC):
+    """Texts to token ids; abstract."""
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return ids (B, T) int64, padded with 0, T as long as the longest text needs."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """Everything needed to rebuild it, as JSON."""
+
+
+@dataclass(eq=False)
+class Encoder:
+    """Towers together with the preprocessing and the tokenizer they were trained with.
+
+    >>> from mmalign.model import new_model
+    >>> encoder = new_model("nano", captions=["a red square", "a blue circle"])
+    >>> encoder.encode_texts(["a red circle"]).shape
+    (1, 128)
+    """
+
+    name: str
+    towers: Towers
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+    architecture: dict[str, Any]
+    """What `checkpoint.py` needs to build the towers again."""
+    source: str = ""
+    """The run folder or name it was loaded from; empty while it is new."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def dim(self) -> int:
+        """Dimensions of the shared space."""
+        return self.encode_texts(["a"]).shape[1]
+
+    @cached_property
+    def identity(self) -> str:
+        """Name and hash over architecture, weights, preprocessing and tokenizer.
+
+        Embeddings can be compared only when they carry the same identity.
+        """
+        digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
+        digest.update(json.dumps(asdict(self.preprocess), sort_keys=True).encode())
+        digest.update(self.tokenizer.to_json().encode())
+        for name, tensor in sorted(self.towers.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"{self.name}-{digest.hexdigest()[:16]}"
+
+    def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:
+        """Embed pixels in [0, 255], shape (B, 3, S, S), to unit vectors (B, D); differentiable."""
+        mean = torch.tensor(self.preprocess.mean, device=pixels_B3SS.device).view(3, 1, 1)
+        std = torch.tensor(self.preprocess.std, device=pixels_B3SS.device).view(3, 1, 1)
+        images = (pixels_B3SS.float() / 255 - mean) / std
+        return F.normalize(self.towers.image_features(images).float(), dim=-1)
+
+    def text_vectors(self, tokens_BT: Tensor) -> Tensor:
+        """Embed token ids (B, T), padded with 0, to unit vectors (B, D); differentiable."""
+        return F.normalize(self.towers.text_features(tokens_BT).float(), dim=-1)
+
+    def encode_images(self, pixels_BSS3: NDArray[np.uint8]) -> Vectors:
+        """Embed decoded images (B, S, S, 3) to unit vectors (B, D)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_BSS3)).to(self.device)
+        return self._run(lambda: self.image_vectors(pixels.permute(0, 3, 1, 2)))
+
+    def encode_texts(self, texts: Sequence[str]) -> Vectors:
+        """Embed texts to unit vectors (B, D)."""
+        tokens = self.tokenizer(texts).to(self.device)
+        return self._run(lambda: self.text_vectors(tokens))
+
+    def _run(self, embed: Any) -> Vectors:
+        training = self.towers.training
+        self.towers.eval()
+        try:
+            with torch.inference_mode():
+                vectors: Vectors = embed().cpu().numpy()
+        finally:
+            self.towers.train(training)
+        return vectors

@@ -1,0 +1,128 @@
+"""open_clip models behind our towers; the only file that imports open_clip.
+
+torchvision and torch must come from one place: where they do not, open_clip's import fails with
+words that help nobody, so they are replaced here.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.errors import InstallError, ModelError, nearest
+from mmalign.model.encoder import Encoder, Preprocess, Tokenizer, Towers
+
+TORCH_MISMATCH = (
+    "torch and torchvision do not go together: install both from one index, for example "
+    "`pip install --force-reinstall torch torchvision`, or for a CPU-only pair "
+    "`pip install --force-reinstall torch torchvision "
+    "--index-url https://download.pytorch.org/whl/cpu`"
+)
+
+
+def module() -> Any:
+    """Import open_clip, or say in one line why it cannot be."""
+    try:
+        import open_clip
+    except RuntimeError as error:
+        if "torchvision::" in str(error):
+            raise InstallError(f"{TORCH_MISMATCH} ({error})") from None
+        raise
+    return open_clip
+
+
+class OpenClipTowers(Towers):
+    """Any CLIP-like open_clip model; final."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip: Any = clip
+        self._bias = None if clip.logit_bias is not None else nn.Parameter(torch.zeros(()))
+
+    @property
+    def log_scale(self) -> nn.Parameter:  # type: ignore[override]
+        """open_clip stores the logarithm too."""
+        return self.clip.logit_scale  # type: ignore[no-any-return]
+
+    @property
+    def logit_bias(self) -> nn.Parameter:  # type: ignore[override]
+        """open_clip's own where the model has one."""
+        return self.clip.logit_bias if self._bias is None else self._bias
+
+    def image_features(self, images_B3SS: Tensor) -> Tensor:
+        """See `Towers`."""
+        return self.clip.encode_image(images_B3SS)  # type: ignore[no-any-return]
+
+    def text_features(self, tokens_BT: Tensor) -> Tensor:
+        """See `Towers`."""
+        return self.clip.encode_text(tokens_BT)  # type: ignore[no-any-return]
+
+
+class OpenClipTokenizer(Tokenizer):
+    """The tokenizer that belongs to an open_clip model; final."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backend = module().get_tokenizer(name)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return ids (B, T), T the model's context length."""
+        return self.backend(list(texts))  # type: ignore[no-any-return]
+
+    def to_json(self) -> str:
+        """The name is enough: open_clip holds the vocabulary."""
+        return json.dumps({"open_clip": self.name})
+
+
+def names() -> list[str]:
+    """Names of all model architectures that open_clip knows."""
+    return list(module().list_models())
+
+
+def tags(name: str) -> list[str]:
+    """Tags of the pretrained weights that open_clip knows for a model."""
+    return list(module().list_pretrained_tags_by_model(name))
+
+
+def load(name: str, pretrained: str | None) -> Encoder:
+    """Build an open_clip model by name; `pretrained` is a tag, a local file, or None for random.
+
+    Raises:
+        ModelError: Unknown name or tag, or the weights cannot be had or do not fit.
+    """
+    open_clip = module()
+    if name not in names():
+        raise ModelError(f"no open_clip model is called {name!r}: {nearest(name, names())}")
+    if pretrained is not None and not Path(pretrained).is_file() and pretrained not in tags(name):
+        known = ", ".join(tags(name)) or "none"
+        raise ModelError(f"{name} has no pretrained weights {pretrained!r}: tags {known}, or a file")
+    try:
+        clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+    except Exception as error:  # hub, pickle and shape errors of many libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name} with weights {pretrained!r} cannot be loaded: {reason}") from error
+    return wrap(clip, name, source=f"{name}:{pretrained}" if pretrained else "")
+
+
+def blank(name: str) -> Any:
+    """Build an open_clip network with random weights, to be overwritten."""
+    return module().create_model(name, pretrained=None, pretrained_text=False)
+
+
+def wrap(clip: Any, name: str, source: str = "") -> Encoder:
+    """Make an encoder of a built open_clip model."""
+    cfg = module().get_model_preprocess_cfg(clip)
+    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    preprocess = Preprocess(
+        size=size,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+        resize_mode=cfg["resize_mode"],
+    )
+    architecture = {"kind": "open_clip", "name": name}
+    towers = OpenClipTowers(clip)
+    return Encoder(name, towers, OpenClipTokenizer(name), preprocess, architecture, source)

@@ -1,0 +1,72 @@
+"""Our own presets for training from scratch, each with its size and the machine it is meant for."""
+
+from dataclasses import dataclass
+
+from mmalign.model.encoder import Preprocess
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The shape of a dual encoder."""
+
+    image_size: int
+    """Side of the input in pixels."""
+    image_widths: tuple[int, ...]
+    """Channels of the stages; each stage after the first halves the resolution."""
+    image_blocks: tuple[int, ...]
+    """Residual blocks in each stage."""
+    stem_strides: int = 1
+    """Strided convolutions before the first stage."""
+    image_grid: int = 0
+    """Side of the grid that the last maps are pooled to; 0 averages them, blind to position."""
+    text_width: int = 256
+    text_layers: int = 1
+    """Transformer layers; 0 is a bag of words."""
+    text_heads: int = 4
+    text_hidden: int = 512
+    """Width of the layer between the pooled text and the shared space."""
+    dim: int = 256
+    """Dimensions of the shared space."""
+    vocabulary: int = 4096
+    """Most pieces the tokenizer learns."""
+    context: int = 64
+    """Most tokens read of a text."""
+    dropout: float = 0.1
+
+    def preprocess(self) -> Preprocess:
+        """Squash to the input size: nothing at the edges is cut away."""
+        return Preprocess(size=self.image_size)
+
+
+PRESETS: dict[str, Preset] = {
+    "nano": Preset(
+        image_size=64,
+        image_widths=(32, 64, 128, 256),
+        image_blocks=(1, 1, 1, 1),
+        image_grid=4,
+        text_width=128,
+        text_layers=2,
+        text_hidden=256,
+        dim=128,
+        vocabulary=1024,
+    ),
+    "tiny": Preset(
+        image_size=64,
+        image_widths=(64, 128, 256, 512),
+        image_blocks=(1, 1, 1, 1),
+        stem_strides=2,
+        text_layers=0,
+    ),
+    "small": Preset(
+        image_size=112,
+        image_widths=(64, 128, 256, 512),
+        image_blocks=(2, 2, 2, 2),
+        stem_strides=2,
+        text_width=384,
+        text_layers=4,
+        text_heads=6,
+        dim=384,
+        vocabulary=16_384,
+    ),
+}
+"""From a laptop to a workstation; `new_model` builds one by name."""

@@ -1,0 +1,169 @@
+"""`mmalign search`: a text or an image in, the nearest images or captions of a store out.
+
+    query -> encoder -> index finds rows -> store gives the rows
+
+M queries, D dimensions, K neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign import modality
+from mmalign.errors import DataError, IdentityError, ModelError, StoreError, UsageError
+from mmalign.index import Exact, Index, describe, open_index
+from mmalign.model import Encoder, load_model
+from mmalign.store import Store, open_store
+
+Target = Literal["image", "text"]
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result of a search."""
+
+    rank: int
+    id: str
+    score: float
+    """Cosine of the query and what was found."""
+    uri: str
+    captions: tuple[str, ...]
+    row: int
+    """Number of the row in the store."""
+    caption: str | None = None
+    """The caption that was found, where captions were searched."""
+
+
+class Searcher:
+    """A store and the model it was made with, ready for queries; final.
+
+    >>> Searcher.open("photos.store").search("a dog on a beach", k=3)  # doctest: +SKIP
+    """
+
+    def __init__(self, store: Store, encoder: Encoder) -> None:
+        """Join a store and an encoder.
+
+        Raises:
+            IdentityError: The store holds embeddings of another model.
+        """
+        held = store.manifest.model.identity
+        if encoder.identity != held:
+            raise IdentityError(
+                f"{store.path} holds embeddings of {held}, the model is {encoder.identity}: "
+                "search with the model that embedded, or embed again"
+            )
+        self.store = store
+        self.encoder = encoder
+        self._indexes: dict[tuple[str, bool], Index] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, model: str | Path | None = None) -> "Searcher":
+        """Open a store with the model named in it, or with one given (moved since, say)."""
+        store = open_store(path)
+        source = str(model or store.manifest.model.source)
+        try:
+            encoder = load_model(source)
+        except ModelError as error:
+            raise type(error)(f"{error} ({path} needs {store.manifest.model.identity})") from error
+        return cls(store, encoder)
+
+    def search(
+        self, query: str | Path, k: int = 10, *, to: Target = "image", exact: bool = False
+    ) -> list[Hit]:
+        """Find the k nearest images, or captions, of a text or an image file.
+
+        Args:
+            query: A text; or a `Path`, or the name of an existing image file, to search by image.
+            k: Results wanted; fewer where the store has fewer.
+            to: Search among "image" or "text" vectors.
+            exact: Compare every row, whatever index there is.
+        """
+        return self.search_many([query], k, to=to, exact=exact)[0]
+
+    def search_many(
+        self,
+        queries: Sequence[str | Path],
+        k: int = 10,
+        *,
+        to: Target = "image",
+        exact: bool = False,
+    ) -> list[list[Hit]]:
+        """Answer several queries at once; see `search`."""
+        if k < 1:
+            raise UsageError(f"k={k} must be at least 1")
+        if not queries:
+            return []
+        vectors_MD = np.concatenate([self.encode(query) for query in queries])
+        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k)
+        return [
+            self._hits(scores_K, rows_K, to)
+            for scores_K, rows_K in zip(scores_MK, rows_MK, strict=True)
+        ]
+
+    def encode(self, query: str | Path) -> NDArray[np.float32]:
+        """Embed one query to a (1, D) unit vector."""
+        kinds = modality.of(self.encoder)
+        if is_image(query):
+            try:
+                item = kinds["image"].decode(Path(query).read_bytes())
+            except (OSError, DataError) as error:
+                raise DataError(f"{query}: cannot search by this image: {error}") from None
+            return kinds["image"].encode(kinds["image"].batch([item]))
+        if not str(query).strip():
+            raise UsageError("the query is empty")
+        return kinds["text"].encode([str(query)])
+
+    def describe_index(self) -> dict[str, Any]:
+        """Return kind, rows and measured recall of the store's index, by modality."""
+        folder = self.store.index_folder
+        if folder is None:
+            return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
+        part = describe(folder)["modalities"]["image"]
+        return {
+            "kind": part["spec"]["kind"],
+            "rows": part["spec"]["rows"],
+            "recall": part["recall"],
+            "name": folder.name,
+        }
+
+    def _index(self, to: Target, exact: bool) -> Index:
+        if (to, exact) not in self._indexes:
+            shards = self.store.vectors(to)
+            if not sum(len(s) for s in shards):
+                what = "rows" if to == "image" else "captions"
+                raise StoreError(f"{self.store.path}: the store has no {what} to search")
+            folder = self.store.index_folder
+            index = Exact(shards) if exact else open_index(folder, to, shards)
+            self._indexes[to, exact] = index
+        return self._indexes[to, exact]
+
+    def _hits(self, scores_K: NDArray[Any], rows_K: NDArray[Any], to: Target) -> list[Hit]:
+        found = rows_K >= 0
+        numbers = rows_K[found]
+        owners = self.store.caption_owners[numbers] if to == "text" else numbers
+        rows = self.store.rows(owners, ("id", "uri", "captions"))
+        hits = []
+        for rank, (score, number, owner, row) in enumerate(
+            zip(scores_K[found], numbers, owners, rows, strict=True), start=1
+        ):
+            caption = None
+            if to == "text":
+                first = int(np.searchsorted(self.store.caption_owners, owner))
+                caption = row["captions"][int(number) - first]
+            captions = tuple(row["captions"])
+            hits.append(
+                Hit(rank, row["id"], float(score), row["uri"], captions, int(owner), caption)
+            )
+        return hits
+
+
+def is_image(query: str | Path) -> bool:
+    """Tell a query by image from a query by words."""
+    if isinstance(query, Path):
+        return True
+    return query.lower().endswith(IMAGE_ENDINGS) and Path(query).is_file()

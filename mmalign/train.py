@@ -1,0 +1,437 @@
+"""`mmalign train`: pairs in, a run folder with an aligned dual encoder out.
+
+    scan -> encoder -> decode once -> [ draw -> augment -> two towers -> loss -> step ] -> best model
+
+B images of a batch, C captions drawn for each, D dimensions, T tokens.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmalign import files, kernels
+from mmalign.config import dump
+from mmalign.data import Augment, Record, Skip, read_ahead, report_skips, scan
+from mmalign.errors import ConfigError, DataError, TrainingError, UsageError
+from mmalign.evaluate import retrieval
+from mmalign.model import Encoder, load_model, new_model, save_model
+from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
+from mmalign.pairs import Batch, Pairs, can_mirror, load_pairs
+from mmalign.progress import bar, say
+
+DEFAULT_EPOCHS = 30.0
+MIN_HELD_OUT = 200
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Every field can stand in a TOML file or behind `--set`."""
+
+    preset: str = "tiny"
+    """One of our own presets, trained from scratch."""
+    model: str | None = None
+    """An open_clip architecture, in place of a preset."""
+    pretrained: str | None = None
+    """Its weights: a tag, or a local file."""
+    caption_keys: tuple[str, ...] = ("captions",)
+    loss: Literal["infonce", "siglip"] = "infonce"
+    epochs: float | None = None
+    """Passes over the images; 30 where neither this nor `minutes` is set."""
+    minutes: float | None = None
+    """Time from the call to the last step; the learning rate follows the clock."""
+    batch_size: int = 256
+    captions_per_image: int = 1
+    """Captions drawn for each image of a batch; the image is encoded once for all of them."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.2
+    warmup: float = 0.05
+    """Share of the training with a rising learning rate."""
+    average: float = 0.99
+    """Decay of the moving average of the weights, which is what is validated and saved."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    validations: int = 10
+    """Times that recall is measured on the way."""
+    held_out: float = 0.05
+    """Share of the training images to validate on where no validation source is given."""
+    seed: int = 0
+    augment: Augment = field(default_factory=Augment)
+
+
+@dataclass
+class _State:
+    """Where training stands; saved and resumed."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    best: float = -1.0
+    best_step: int = 0
+
+
+def train(
+    config: TrainConfig,
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    val: Sequence[str] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train an encoder and leave it in a run folder.
+
+    Args:
+        config: How.
+        sources: Training pairs, as `data.scan` takes them.
+        out: The run folder: new, or with `resume` the one to go on with.
+        val: Validation pairs; by default a share of the training images is held out.
+        resume: Go on from the last saved state, with the batches that would have come.
+
+    Returns:
+        The last line of metrics.jsonl: recall on the validation pairs, samples per second, the
+        share of time spent waiting for data.
+
+    Raises:
+        TrainingError: The loss is NaN, or a batch is larger than the data.
+        DataError: A source is empty.
+    """
+    started = time.monotonic()
+    run = _open_run(Path(out), config, resume)
+    records, val_records, skips = _read(config, sources, val)
+    encoder = load_model(run) if resume else _new_encoder(config, records)
+    mirror = can_mirror(records) if config.augment.flip is None else config.augment.flip
+    config = replace(config, augment=replace(config.augment, flip=mirror))
+    crops = config.augment.crop_min < 1 or mirror
+    total = len(records) + len(val_records) + len([s for s in skips if not s.kept])
+    pairs, lost = load_pairs(
+        encoder, records, run / "cache" / "train.npy", crops=crops, label="decode"
+    )
+    held, lost_held = (
+        load_pairs(encoder, val_records, run / "cache" / "val.npy", crops=False, label="decode val")
+        if val_records
+        else (None, [])
+    )
+    _report(run, [*skips, *lost, *lost_held], total)
+    trainer = Trainer(config, encoder, pairs, held, run, started)
+    if resume:
+        trainer.load()
+    else:
+        files.write_text(run / "config.toml", dump(config))
+        save_model(encoder, run)
+    result = trainer.run_all()
+    for file in (run / "cache").glob("*.npy"):
+        file.unlink()
+    (run / "cache").rmdir()
+    return result
+
+
+class Trainer:
+    """One training: what `train` put together, step by step to the end; final."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        encoder: Encoder,
+        pairs: Pairs,
+        held: Pairs | None,
+        run: Path,
+        started: float,
+    ) -> None:
+        self.config, self.encoder, self.pairs, self.held, self.run = config, encoder, pairs, held, run
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.device = self.device
+        self.towers = encoder.towers.to(self.device).train()
+        self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
+        self.optimizer = adamw(self.towers, config.learning_rate, config.weight_decay)
+        self.average = Average(self.towers, config.average)
+        self.state = _State()
+        self.started = started
+        self.lost: dict[str, Skip] = {}
+        epochs = config.epochs or (math.inf if config.minutes else DEFAULT_EPOCHS)
+        self.steps = epochs * self.sampler.steps_per_epoch
+        self.image_arithmetic = self.text_arithmetic = Arithmetic()
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done: by steps or by the clock, whichever is further."""
+        by_clock = self.elapsed_s / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(self.state.step / self.steps, by_clock))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.state.elapsed_s + time.monotonic() - self.started
+
+    def run_all(self) -> dict[str, Any]:
+        """Train to the end, or to Ctrl-C; both leave a state to resume from."""
+        self._choose_arithmetic()
+        batches = read_ahead(self.pairs.batch, self.sampler.draws(self.state.step))
+        log = _Log(self.run)
+        form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        try:
+            with bar("train", 100, "%", form) as shown:
+                result = self._loop(batches, log, shown)
+        except KeyboardInterrupt:
+            self.save()
+            say(f"stopped at step {self.state.step}; go on with --resume")
+            raise
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            log.close()
+        return result
+
+    def _loop(self, batches: Any, log: "_Log", shown: Any) -> dict[str, Any]:
+        seen = waited_s = 0.0
+        loop_started = logged = saved = time.monotonic()
+        validated = math.floor(self.progress * self.config.validations)
+        row: dict[str, Any] = {}
+        while True:
+            asked = time.monotonic()
+            batch = next(batches)
+            waited_s += time.monotonic() - asked
+            loss = self.step(batch)
+            seen += len(batch.images_B3SS)
+            now, progress = time.monotonic(), self.progress
+            done = progress >= 1
+            if now - logged > LOG_SECONDS or done:
+                row = self._row(float(loss), seen, waited_s, now - loop_started)
+                log.write(row)
+                shown.set_postfix_str(
+                    f"epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
+                    f"{row['samples_per_s']:.0f} images/s  waiting for data {row['wait_share']:.1%}"
+                )
+                logged = now
+            shown.update(100 * progress - shown.n)
+            if math.floor(progress * self.config.validations) > validated or done:
+                validated = math.floor(progress * self.config.validations)
+                row = self.validate(row)
+                log.write(row)
+            if now - saved > SAVE_SECONDS or done:
+                self.save()
+                saved = now
+            if done:
+                return row
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take one step and return its loss; nothing moves where the loss is not finite."""
+        config = self.config
+        # Dropout and crops are functions of seed and step: a resumed run repeats an unbroken one.
+        torch.manual_seed(config.seed * 1_000_003 + batch.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + batch.step)
+        for skip in batch.lost:
+            self.lost[skip.uri] = skip
+        rate = learning_rate(self.progress, config.learning_rate, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        side = self.encoder.preprocess.size
+        images = config.augment(batch.images_B3SS, side, generator).to(self.device)
+        loss = self._loss(images, batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {batch.step}: lower learning_rate "
+                f"(now {config.learning_rate}); {self.run} holds the last good weights"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.towers.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.towers.log_scale.clamp_(0, math.log(100))
+        self.average.update(self.towers)
+        self.state.step = batch.step + 1
+        return loss.detach()
+
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        """Mean over the drawn captions of the loss between the images and the c-th captions."""
+        tokens_BCT = batch.tokens_BCT.to(self.device)
+        image_BD = self._image_vectors(images)
+        text_BCD = self._text_vectors(tokens_BCT.flatten(0, 1)).unflatten(0, tokens_BCT.shape[:2])
+        scale, bias = self.towers.logit_scale, self.towers.logit_bias
+        losses = []
+        for c in range(tokens_BCT.shape[1]):
+            text_BD, groups_B = text_BCD[:, c], batch.groups_BC[:, c].to(self.device)
+            if self.config.loss == "infonce":
+                losses.append(kernels.contrastive_loss(image_BD, text_BD, scale, groups=groups_B))
+            else:
+                losses.append(kernels.sigmoid_loss(image_BD, text_BD, scale, bias, groups=groups_B))
+        return torch.stack(losses).mean()
+
+    def _image_vectors(self, images: Tensor) -> Tensor:
+        return self.image_arithmetic.apply(
+            self.towers, lambda: self.encoder.image_vectors(images), self.device
+        )
+
+    def _text_vectors(self, tokens: Tensor) -> Tensor:
+        return self.text_arithmetic.apply(
+            self.towers, lambda: self.encoder.text_vectors(tokens), self.device
+        )
+
+    def _choose_arithmetic(self) -> None:
+        batch = self.pairs.batch(next(self.sampler.draws(0)))
+        generator = torch.Generator().manual_seed(0)
+        side = self.encoder.preprocess.size
+        images = self.config.augment(batch.images_B3SS, side, generator).to(self.device)
+        tokens = batch.tokens_BCT.flatten(0, 1).to(self.device)
+        self.image_arithmetic = fastest(
+            self.towers, lambda: self.encoder.image_vectors(images), self.device, is_image=True
+        )
+        self.text_arithmetic = fastest(
+            self.towers, lambda: self.encoder.text_vectors(tokens), self.device, is_image=False
+        )
+        size = sum(p.numel() for p in self.towers.parameters()) / 1e6
+        say(
+            f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
+            f"{len(self.pairs.tokens_PT)} captions; images in {self.image_arithmetic}, "
+            f"texts in {self.text_arithmetic}"
+        )
+
+    def validate(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Measure the averaged weights; save them as the model if they are the best so far."""
+        score = 0.0
+        if self.held is not None:
+            with self.average.applied(self.towers):
+                recalls = _validation_recall(self.encoder, self.held)
+            score = (recalls["image_retrieval_recall@10"] + recalls["text_retrieval_recall@10"]) / 2
+            row = row | recalls
+            say(
+                f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
+                f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
+            )
+        if self.held is None or score > self.state.best:
+            self.state.best, self.state.best_step = score, self.state.step
+            save_model(self.encoder, self.run, self.average.weights)
+        return row | {"best_step": self.state.best_step}
+
+    def save(self) -> None:
+        """Write everything that resuming needs."""
+        state = {
+            "step": self.state.step,
+            "elapsed_s": self.elapsed_s,
+            "best": self.state.best,
+            "best_step": self.state.best_step,
+            "towers": self.towers.state_dict(),
+            "average": self.average.weights,
+            "average_steps": self.average.steps,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        files.write_through(self.run / "state.pt", lambda path: torch.save(state, path))
+        if self.lost:
+            _report(self.run, list(self.lost.values()), len(self.pairs))
+
+    def load(self) -> None:
+        """Continue from what `save` wrote."""
+        state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
+        self.state = _State(state["step"], state["elapsed_s"], state["best"], state["best_step"])
+        self.towers.load_state_dict(state["towers"])
+        self.average.weights = state["average"]
+        self.average.steps = state["average_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _row(self, loss: float, seen: float, waited_s: float, seconds: float) -> dict[str, Any]:
+        return {
+            "step": self.state.step,
+            "epoch": self.state.step / self.sampler.steps_per_epoch,
+            "elapsed_s": round(self.elapsed_s, 1),
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "logit_scale": float(self.towers.logit_scale),
+            "samples_per_s": round(seen / seconds, 1),
+            "wait_share": round(waited_s / seconds, 4),
+        }
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard events; final."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = run / "metrics.jsonl"
+        self.events = SummaryWriter(str(run / "events"))  # type: ignore[no-untyped-call]
+
+    def write(self, row: dict[str, Any]) -> None:
+        files.append_lines(self.file, [row])
+        for name, value in row.items():
+            self.events.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.events.close()  # type: ignore[no-untyped-call]
+
+
+def _open_run(run: Path, config: TrainConfig, resume: bool) -> Path:
+    if resume:
+        if not (run / "state.pt").exists():
+            raise UsageError(f"{run}: nothing to resume: there is no state.pt")
+        return run
+    if config.model and config.preset != TrainConfig.preset:
+        raise ConfigError(f"give preset={config.preset} or model={config.model}, not both")
+    if (run / "config.toml").exists():
+        raise UsageError(f"{run}: holds a run already: go on with --resume, or name another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _read(
+    config: TrainConfig, sources: Sequence[str], val: Sequence[str]
+) -> tuple[list[Record], list[Record], list[Skip]]:
+    """List training and validation records, and all that was left out."""
+    catalog = scan(sources, caption_keys=config.caption_keys, need_captions=True)
+    if val:
+        other = scan(val, caption_keys=config.caption_keys, need_captions=True)
+        return catalog.records, other.records, [*catalog.skips, *other.skips]
+    count = min(1000, round(config.held_out * len(catalog.records)))
+    if len(catalog.records) < MIN_HELD_OUT or not count:
+        return catalog.records, [], catalog.skips
+    say(f"no --val given: {count} of {len(catalog.records)} images are held out to validate on")
+    order = np.random.default_rng(config.seed).permutation(len(catalog.records))
+    chosen = set(order[:count].tolist())
+    held = [r for i, r in enumerate(catalog.records) if i in chosen]
+    rest = [r for i, r in enumerate(catalog.records) if i not in chosen]
+    return rest, held, catalog.skips
+
+
+def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
+    torch.manual_seed(config.seed)
+    if config.model:
+        from mmalign.model import openclip
+
+        return openclip.load(config.model, config.pretrained)
+    if config.pretrained:
+        raise ConfigError("pretrained needs model: say which architecture the weights belong to")
+    return new_model(config.preset, [c for r in records for c in r.captions])
+
+
+def _report(run: Path, skips: Sequence[Skip], total: int) -> None:
+    where = run / "skipped.jsonl"
+    if skips:
+        files.append_lines(where, [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips])
+    report_skips(skips, total, where)
+
+
+def _validation_recall(encoder: Encoder, held: Pairs) -> dict[str, Any]:
+    rows = np.arange(len(held))
+    images = [encoder.encode_images(held.pixels.fetch(part)[0]) for part in _parts(rows)]
+    texts = []
+    encoder.towers.eval()
+    with torch.inference_mode():
+        for part in _parts(np.arange(len(held.tokens_PT))):
+            tokens = held.tokens_PT[part][:, : int(held.lengths_P[part].max().clamp(min=1))]
+            texts.append(encoder.text_vectors(tokens.long().to(encoder.device)).cpu().numpy())
+    encoder.towers.train()
+    return retrieval(np.concatenate(images), np.concatenate(texts), held.owners_P)
+
+
+def _parts(rows: Any, size: int = 256) -> list[Any]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _percent(recalls: dict[str, Any], kind: str) -> str:
+    return " / ".join(f"{100 * recalls[f'{kind}_retrieval_recall@{k}']:.1f}" for k in (1, 5, 10))
