@@ -1,8 +1,8 @@
-"""An index on disk: for each modality a spec, its measured recall, and a FAISS file if it needs one.
+"""An index on disk: for each modality a spec, its measured recall, and a FAISS file if need be.
 
-    index.json     what was built, from which rows, and how well it finds them
-    image.faiss    only where the image vectors got an IVF index
-    text.faiss     likewise
+index.json     what was built, from which rows, and how well it finds them
+image.faiss    only where the image vectors got an IVF index
+text.faiss     likewise
 """
 
 import json
@@ -20,7 +20,7 @@ K = 10
 
 
 def build_index(
-    folder: Path, modality: str, shards: Shards, dim: int, queries_MD: Floats, recall: float
+    folder: Path, modality: str, shards: Shards, *, dim: int, queries_MD: Floats, recall: float
 ) -> dict[str, Any]:
     """Build, tune and write the index of one modality; return its part of index.json.
 
@@ -77,4 +77,3 @@ def write_description(folder: Path, content: dict[str, Any]) -> None:
     """Write index.json with the hashes of the files beside it; it makes the folder an index."""
     hashes = {p.name: files.sha256(p) for p in sorted(folder.glob("*.faiss"))}
     files.write_json(folder / "index.json", {"format": 1, **content, "sha256": hashes})
-

@@ -28,8 +28,8 @@ class Ivf(Index):
         self.rows = int(index.ntotal)
 
     def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
-        """See `Index.search`. Parameters travel with the call, so threads do not disturb another."""
-        parameters = faiss.SearchParametersIVF(nprobe=self.nprobe)
+        """See `Index.search`. Parameters travel with the call: threads do not disturb another."""
+        parameters = faiss.SearchParametersIVF(nprobe=self.nprobe)  # type: ignore[call-arg]
         queries = np.ascontiguousarray(queries_MD, dtype=np.float32)
         return self.index.search(queries, k, params=parameters)  # type: ignore[no-any-return]
 

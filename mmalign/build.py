@@ -49,7 +49,12 @@ def build(
         asked = _query_file(store, queries) if queries and modality == "image" else None
         vectors = _sample(store, other) if asked is None else asked
         modalities[modality] = build_index(
-            folder, modality, shards, store.manifest.model.dim, vectors, recall
+            folder,
+            modality,
+            shards,
+            dim=store.manifest.model.dim,
+            queries_MD=vectors,
+            recall=recall,
         )
     names = tuple(s.name for s in store.manifest.shards)
     content = {
@@ -102,4 +107,6 @@ def _query_file(store: Store, queries: str | Path) -> NDArray[np.float32]:
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")
     encoder = load_model(store.manifest.model.source)
-    return np.concatenate([encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)])
+    return np.concatenate(
+        [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
+    )

@@ -26,7 +26,9 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise click.UsageError(f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx)
+            raise click.UsageError(
+                f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -97,7 +99,9 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 
 @main.command()
 @_sources()
-@click.option("--val", multiple=True, metavar="SRC", help="Validation pairs; else some are held out.")
+@click.option(
+    "--val", multiple=True, metavar="SRC", help="Validation pairs; else some are held out."
+)
 @click.option("--out", required=True, metavar="RUN", help="Folder for the run.")
 @click.option("--config", metavar="FILE.toml", help="Fields of TrainConfig as TOML.")
 @click.option("--preset", metavar="NAME", help="Our own, from scratch: nano, tiny, small.")
@@ -108,6 +112,7 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @_caption_key
 @_json
 def train(
+    *,
     data: tuple[str, ...],
     val: tuple[str, ...],
     out: str,
@@ -148,6 +153,7 @@ def train(
 @_caption_key
 @_json
 def embed(
+    *,
     model: str,
     data: tuple[str, ...],
     out: str,
@@ -201,6 +207,7 @@ def index(store: Path, recall: float, queries: str | None, as_json: bool) -> Non
 @click.option("--model", metavar="RUN_OR_NAME", help="The model, if it moved since embedding.")
 @_json
 def search(
+    *,
     store: Path,
     query: str,
     k: int,
@@ -248,6 +255,7 @@ def search(
 @_caption_key
 @_json
 def evaluate(
+    *,
     model: str,
     data: tuple[str, ...],
     classes: str | None,
@@ -265,7 +273,9 @@ def evaluate(
     names: list[str] = []
     if classes:
         file = Path(classes)
-        words = file.read_text(encoding="utf-8").splitlines() if file.is_file() else classes.split(",")
+        words = (
+            file.read_text(encoding="utf-8").splitlines() if file.is_file() else classes.split(",")
+        )
         names = [w.strip() for w in words if w.strip()]
     keys = caption_keys or ("captions",)
     _print(run(model, data, caption_keys=keys, classes=names, label_key=label_key), as_json)

@@ -1,6 +1,6 @@
-"""`mmalign demo`: the whole path on scenes it draws itself, with the verbs that real data goes through.
+"""`mmalign demo`: the whole path on scenes it draws itself, by the verbs that real data takes.
 
-    draw -> train -> embed -> index -> search in two languages -> evaluate -> sheet and report
+draw -> train -> embed -> index -> search in two languages -> evaluate -> sheet and report
 """
 
 import time
@@ -96,7 +96,9 @@ def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -
     asked = [(query, "") for query in QUERIES]
     asked += [(rows[0]["captions"][0], rows[0]["id"]), (rows[1]["captions"][4], rows[1]["id"])]
     strips = []
-    for (query, own), hits in zip(asked, searcher.search_many([q for q, _ in asked], 6), strict=True):
+    for (query, own), hits in zip(
+        asked, searcher.search_many([q for q, _ in asked], 6), strict=True
+    ):
         strips.append(Strip(query, tiles_of(searcher.store, hits, own)))
     first = {name: r["image_retrieval_recall@1"] for name, r in recalls.items()}
     note = (
@@ -107,10 +109,10 @@ def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -
 
 
 def _summary(folder: Path, recalls: dict[str, dict[str, Any]], seconds: float) -> None:
-    say(f"\n1,000 scenes never seen in training, searched in two languages ({seconds / 60:.1f} min):")
+    say(f"\n1,000 scenes never seen in training, in two languages ({seconds / 60:.1f} min):")
     for language, report in recalls.items():
         for name, kind in (("text->image", "image"), ("image->text", "text")):
             values = " / ".join(f"{report[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in KS)
             say(f"  {language:8} {name}  recall@1/5/10  {values}")
     say(f"\nlook at  {folder / 'sheet.png'}")
-    say(f"and try  mmalign search {folder / 'scenes.store'} \"two large red stars\" --sheet hits.png")
+    say(f'and try  mmalign search {folder / "scenes.store"} "two large red stars" --sheet hits.png')

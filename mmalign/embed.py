@@ -150,7 +150,9 @@ def _rows(encoder: Encoder, items: Sequence[tuple[Record, _Item]]) -> list[Row]:
             uri=record.uri,
             captions=record.captions,
             image_embedding=vector_D,
-            text_embeddings=np.stack([texts[c] for c in record.captions]) if record.captions else none,
+            text_embeddings=np.stack([texts[c] for c in record.captions])
+            if record.captions
+            else none,
             meta=json.dumps(record.meta, ensure_ascii=False, default=str),
             thumbnail=item.thumbnail,
         )

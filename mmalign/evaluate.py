@@ -109,7 +109,7 @@ def encode_texts(encoder: Encoder, texts: Sequence[str]) -> Vectors:
     distinct = sorted(set(texts), key=len)
     parts = [distinct[i : i + BATCH] for i in range(0, len(distinct), BATCH)]
     with bar("texts", len(distinct), "texts") as progress:
-        vectors = {}
+        vectors: dict[str, Vectors] = {}
         for part in parts:
             vectors |= dict(zip(part, encoder.encode_texts(part), strict=True))
             progress.update(len(part))

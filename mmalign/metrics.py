@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-def recall_at(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints, ks: Sequence[int]) -> dict[int, float]:
+def recall_at(
+    ranked_MK: Ints, owners_N: Ints, wanted_M: Ints, ks: Sequence[int]
+) -> dict[int, float]:
     """Share of queries with at least one right candidate among their first k.
 
     A candidate n is right for query m when `owners_N[n] == wanted_M[m]`. With images as candidates
@@ -32,9 +34,7 @@ def recall_at(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints, ks: Sequence[int]
     return {k: float(hit_MK[:, :k].any(axis=1).mean()) for k in ks}
 
 
-def accuracy(
-    ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)
-) -> dict[str, float]:
+def accuracy(ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """Zero-shot classification: `acc1`, `acc5` and `mean_per_class_recall`.
 
     Args:

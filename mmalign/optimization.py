@@ -79,7 +79,7 @@ class Arithmetic:
     def apply(self, network: nn.Module, run: Callable[[], Tensor], device: torch.device) -> Tensor:
         """Run a tower in this arithmetic; the result is float32."""
         if self.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             return run().float()
 
@@ -99,11 +99,11 @@ def fastest(
     for bfloat16, channels_last in product((False, True) if has_bfloat16 else (False,), layouts):
         arithmetic = Arithmetic(bfloat16, channels_last)
         if not channels_last:
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            network.to(memory_format=torch.contiguous_format)
         times[arithmetic] = _seconds(arithmetic, network, run, device)
     chosen = min(times, key=lambda a: times[a])
     if not chosen.channels_last:
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        network.to(memory_format=torch.contiguous_format)
     return chosen
 
 
@@ -114,7 +114,7 @@ def _seconds(
     best = math.inf
     for repeat in range(PROBE_REPEATS + 1):
         started = time.perf_counter()
-        arithmetic.apply(network, run, device).square().sum().backward()  # type: ignore[no-untyped-call]
+        arithmetic.apply(network, run, device).square().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if repeat:  # the first one warms up

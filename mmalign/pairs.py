@@ -18,6 +18,8 @@ from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 
 Ints = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+ENCODED_AT_ONCE = 256
 # A crop is taken from an image this much larger than the model's input.
 CROP_ROOM = 1.125
 LEFT_RIGHT = ("left", "right", "左", "右")
@@ -97,7 +99,7 @@ def load_pairs(
         return fit_image(open_image(content), side, shape.resize_mode, shape.interpolation)
 
     workers = modality.decode_workers()
-    pixels, skips = decode_all(records, decode, side, cache, workers, label)
+    pixels, skips = decode_all(records, decode, side, cache, workers=workers, label=label)
     if not pixels.records:
         raise TrainingError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
     captions = [c for r in pixels.records for c in r.captions]
@@ -111,6 +113,24 @@ def load_pairs(
     width = tokens.shape[1]
     lengths = torch.full((len(tokens),), width) if whole else (tokens != 0).sum(1)
     return Pairs(pixels, starts, tokens.int(), lengths, groups), skips
+
+
+def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors]:
+    """Embed all images (N, D) and all captions (P, D) of pairs."""
+    images = [encoder.encode_images(pairs.pixels.fetch(rows)[0]) for rows in _parts(len(pairs))]
+    texts = []
+    encoder.towers.eval()
+    with torch.inference_mode():
+        for rows in _parts(len(pairs.tokens_PT)):
+            longest = max(1, int(pairs.lengths_P[rows].max()))
+            tokens = pairs.tokens_PT[rows][:, :longest].long().to(encoder.device)
+            texts.append(encoder.text_vectors(tokens).cpu().numpy())
+    encoder.towers.train()
+    return np.concatenate(images), np.concatenate(texts)
+
+
+def _parts(count: int) -> list[Ints]:
+    return np.array_split(np.arange(count), -(-count // ENCODED_AT_ONCE))
 
 
 def can_mirror(records: Sequence[Record]) -> bool:

@@ -7,9 +7,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def bar(
-    label: str, total: int | None = None, unit: str = "images", form: str | None = None
-) -> Any:
+def bar(label: str, total: int | None = None, unit: str = "images", form: str | None = None) -> Any:
     """Return a tqdm bar (use it as a context manager; `.update(n)`, `.set_postfix_str(text)`)."""
     from tqdm import tqdm
 

@@ -146,7 +146,7 @@ class Searcher:
         found = rows_K >= 0
         numbers = rows_K[found]
         owners = self.store.caption_owners[numbers] if to == "text" else numbers
-        rows = self.store.rows(owners, ("id", "uri", "captions"))
+        rows = self.store.rows(owners.tolist(), ("id", "uri", "captions"))
         hits = []
         for rank, (score, number, owner, row) in enumerate(
             zip(scores_K[found], numbers, owners, rows, strict=True), start=1

@@ -56,9 +56,7 @@ def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
     """Make tiles of hits from the store's thumbnails; the id `right` is framed."""
     pictures = store.rows([hit.row for hit in hits], ("thumbnail",))
     return [
-        Tile(
-            row["thumbnail"], f"{hit.score:.2f}   {hit.caption or hit.id}", right=hit.id == right
-        )
+        Tile(row["thumbnail"], f"{hit.score:.2f}   {hit.caption or hit.id}", right=hit.id == right)
         for row, hit in zip(pictures, hits, strict=True)
     ]
 
@@ -115,7 +113,9 @@ def _draw_strip(
         x = MARGIN + column * (TILE + GAP)
         at = y + line * (TILE + SMALL + 14)
         box = (x - 3, at - 3, x + TILE + 2, at + TILE + 2)
-        pen.rounded_rectangle(box, 6, CARD, RIGHT if tile.right else "#e2e2dd", 3 if tile.right else 1)
+        pen.rounded_rectangle(
+            box, 6, CARD, RIGHT if tile.right else "#e2e2dd", 3 if tile.right else 1
+        )
         if tile.picture:
             sheet.paste(_fit(tile.picture, TILE - 6), (x + 3, at + 3))
         else:

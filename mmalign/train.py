@@ -1,11 +1,10 @@
-"""`mmalign train`: pairs in, a run folder with an aligned dual encoder out.
+"""`mmalign train`: pairs in, an aligned dual encoder out.
 
-    scan -> encoder -> decode once -> [ draw -> augment -> two towers -> loss -> step ] -> best model
+    scan -> encoder -> decode once -> [draw, augment, two towers, loss, step]... -> best model
 
 B images of a batch, C captions drawn for each, D dimensions, T tokens.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ from torch import Tensor
 from mmalign import files, kernels
 from mmalign.config import dump
 from mmalign.data import Augment, Record, Skip, read_ahead, report_skips, scan
-from mmalign.errors import ConfigError, DataError, TrainingError, UsageError
+from mmalign.errors import ConfigError, TrainingError, UsageError
 from mmalign.evaluate import retrieval
 from mmalign.model import Encoder, load_model, new_model, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
-from mmalign.pairs import Batch, Pairs, can_mirror, load_pairs
+from mmalign.pairs import Batch, Pairs, can_mirror, encode_pairs, load_pairs
 from mmalign.progress import bar, say
+from mmalign.runlog import RunLog
 
 DEFAULT_EPOCHS = 30.0
 MIN_HELD_OUT = 200
@@ -120,7 +120,7 @@ def train(
         else (None, [])
     )
     _report(run, [*skips, *lost, *lost_held], total)
-    trainer = Trainer(config, encoder, pairs, held, run, started)
+    trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
     if resume:
         trainer.load()
     else:
@@ -140,12 +140,19 @@ class Trainer:
         self,
         config: TrainConfig,
         encoder: Encoder,
+        *,
         pairs: Pairs,
         held: Pairs | None,
         run: Path,
         started: float,
     ) -> None:
-        self.config, self.encoder, self.pairs, self.held, self.run = config, encoder, pairs, held, run
+        self.config, self.encoder, self.pairs, self.held, self.run = (
+            config,
+            encoder,
+            pairs,
+            held,
+            run,
+        )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder.device = self.device
         self.towers = encoder.towers.to(self.device).train()
@@ -174,7 +181,7 @@ class Trainer:
         """Train to the end, or to Ctrl-C; both leave a state to resume from."""
         self._choose_arithmetic()
         batches = read_ahead(self.pairs.batch, self.sampler.draws(self.state.step))
-        log = _Log(self.run)
+        log = RunLog(self.run)
         form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         try:
             with bar("train", 100, "%", form) as shown:
@@ -188,7 +195,7 @@ class Trainer:
             log.close()
         return result
 
-    def _loop(self, batches: Any, log: "_Log", shown: Any) -> dict[str, Any]:
+    def _loop(self, batches: Any, log: RunLog, shown: Any) -> dict[str, Any]:
         seen = waited_s = 0.0
         loop_started = logged = saved = time.monotonic()
         validated = math.floor(self.progress * self.config.validations)
@@ -239,7 +246,7 @@ class Trainer:
                 f"the loss is {loss.item()} at step {batch.step}: lower learning_rate "
                 f"(now {config.learning_rate}); {self.run} holds the last good weights"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.towers.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -298,7 +305,7 @@ class Trainer:
         score = 0.0
         if self.held is not None:
             with self.average.applied(self.towers):
-                recalls = _validation_recall(self.encoder, self.held)
+                recalls = retrieval(*encode_pairs(self.encoder, self.held), self.held.owners_P)
             score = (recalls["image_retrieval_recall@10"] + recalls["text_retrieval_recall@10"]) / 2
             row = row | recalls
             say(
@@ -342,28 +349,10 @@ class Trainer:
             "elapsed_s": round(self.elapsed_s, 1),
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "logit_scale": float(self.towers.logit_scale),
+            "logit_scale": float(self.towers.logit_scale.detach()),
             "samples_per_s": round(seen / seconds, 1),
             "wait_share": round(waited_s / seconds, 4),
         }
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard events; final."""
-
-    def __init__(self, run: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.file = run / "metrics.jsonl"
-        self.events = SummaryWriter(str(run / "events"))  # type: ignore[no-untyped-call]
-
-    def write(self, row: dict[str, Any]) -> None:
-        files.append_lines(self.file, [row])
-        for name, value in row.items():
-            self.events.add_scalar(name, value, row["step"])  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        self.events.close()  # type: ignore[no-untyped-call]
 
 
 def _open_run(run: Path, config: TrainConfig, resume: bool) -> Path:
@@ -414,23 +403,6 @@ def _report(run: Path, skips: Sequence[Skip], total: int) -> None:
     if skips:
         files.append_lines(where, [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips])
     report_skips(skips, total, where)
-
-
-def _validation_recall(encoder: Encoder, held: Pairs) -> dict[str, Any]:
-    rows = np.arange(len(held))
-    images = [encoder.encode_images(held.pixels.fetch(part)[0]) for part in _parts(rows)]
-    texts = []
-    encoder.towers.eval()
-    with torch.inference_mode():
-        for part in _parts(np.arange(len(held.tokens_PT))):
-            tokens = held.tokens_PT[part][:, : int(held.lengths_P[part].max().clamp(min=1))]
-            texts.append(encoder.text_vectors(tokens.long().to(encoder.device)).cpu().numpy())
-    encoder.towers.train()
-    return retrieval(np.concatenate(images), np.concatenate(texts), held.owners_P)
-
-
-def _parts(rows: Any, size: int = 256) -> list[Any]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _percent(recalls: dict[str, Any], kind: str) -> str:

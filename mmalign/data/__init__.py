@@ -1,14 +1,14 @@
 """From a source to decoded, augmented, batched pairs; every skipped sample has a reason.
 
-    samples.py   what a sample is before it is decoded
-    catalog.py   `scan`: sources in, records and skips out
-    folders.py   images in a folder, with same-named .txt or .json beside them
-    tars.py      WebDataset tars, local or remote
-    tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
-    decode.py    bytes -> RGB pixels of a wanted size, with limits
-    pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
-    augment.py   random crops, flips and colours of a whole batch at once
-    batches.py   which rows make the next batch; reading ahead in a thread
+samples.py   what a sample is before it is decoded
+catalog.py   `scan`: sources in, records and skips out
+folders.py   images in a folder, with same-named .txt or .json beside them
+tars.py      WebDataset tars, local or remote
+tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
+decode.py    bytes -> RGB pixels of a wanted size, with limits
+pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
+augment.py   random crops, flips and colours of a whole batch at once
+batches.py   which rows make the next batch; reading ahead in a thread
 """
 
 from mmalign.data.augment import Augment as Augment
@@ -16,8 +16,6 @@ from mmalign.data.batches import Draw as Draw
 from mmalign.data.batches import Sampler as Sampler
 from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog
-
-
 from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import report_skips as report_skips
 from mmalign.data.catalog import scan as scan

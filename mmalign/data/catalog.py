@@ -1,4 +1,4 @@
-"""`scan`: any mix of sources in, one list of records out, with a reason for all that is left out."""
+"""`scan`: any mix of sources in, one list of records out, a reason for all that is left out."""
 
 import glob
 import os

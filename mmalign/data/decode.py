@@ -76,7 +76,9 @@ def fit_image(
         image = image.crop((left, top, left + size, top + size))
     elif mode == "longest":
         scale = size / max(width, height)
-        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resample)
+        image = image.resize(
+            (max(1, round(width * scale)), max(1, round(height * scale))), resample
+        )
         whole = Image.new("RGB", (size, size), fill)
         whole.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
         image = whole

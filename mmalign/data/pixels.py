@@ -76,9 +76,9 @@ class Pixels:
             return self.cache_NSS3[rows_B], list(range(len(rows_B))), []
         wanted = [self.records[row] for row in rows_B]
         images = list(decode_stream(wanted, self.decode, self.workers))
-        good = [i for i, (_, image) in enumerate(images) if not isinstance(image, Skip)]
         lost = [image for _, image in images if isinstance(image, Skip)]
-        return np.stack([images[i][1] for i in good]), good, lost  # type: ignore[arg-type]
+        good = [(i, image) for i, (_, image) in enumerate(images) if not isinstance(image, Skip)]
+        return np.stack([image for _, image in good]), [i for i, _ in good], lost
 
 
 def decode_all(
@@ -86,6 +86,7 @@ def decode_all(
     decode: Decode[Array],
     side: int,
     file: Path,
+    *,
     workers: int,
     label: str = "decode",
 ) -> tuple[Pixels, list[Skip]]:

@@ -8,9 +8,17 @@ from typing import Any
 
 from mmalign.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"]
+)
 # Pictures to a person, but nothing that is decoded here: named as skipped, not passed over.
-FOREIGN_SUFFIXES = frozenset(".svg .heic .heif .avif .jxl .psd .dng .cr2 .nef .arw .pdf".split())
+FOREIGN_SUFFIXES = frozenset(
+    {".svg", ".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw", ".pdf"}
+)
+    [".svg", ".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw", ".pdf"]
+)
 DEFAULT_CAPTION_KEY = "captions"
 # Where the default key is absent, these are read in its place.
 CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
@@ -59,11 +67,11 @@ def suffix(path: str) -> str:
 
 def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
     """Collect the captions under the given keys of a .json file or a table row."""
-    found: list[str] = []
+    found: list[Any] = []
     for key in keys:
         names = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
         value = next((values[n] for n in names if values.get(n)), ())
-        found += [value] if isinstance(value, str | bytes) else list(value)
+        found.extend([value] if isinstance(value, str | bytes) else value)
     return clean(text(c) for c in found)
 
 

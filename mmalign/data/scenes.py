@@ -85,7 +85,8 @@ class Group:
     def zh(self) -> str:
         """The group in Chinese: `两个小的红色条纹星形`."""
         colour, texture = COLOURS[self.colour][0].zh, TEXTURES[self.texture].zh
-        return f"{COUNTS[self.count].zh}{SIZES[self.size].zh}的{colour}{texture}{SHAPES[self.shape].zh}"
+        size, shape = SIZES[self.size].zh, SHAPES[self.shape].zh
+        return f"{COUNTS[self.count].zh}{size}的{colour}{texture}{shape}"
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,7 @@ def _centres(place: str) -> tuple[Point, Point]:
     }[place]
 
 
-def _spots(
-    group: Group, centre: Point, *, across: bool, rng: np.random.Generator
-) -> list[Point]:
+def _spots(group: Group, centre: Point, *, across: bool, rng: np.random.Generator) -> list[Point]:
     """Lay the shapes of a group out in a loose line along its half of the picture."""
     spots = []
     for i in range(group.count):

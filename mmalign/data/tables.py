@@ -25,10 +25,12 @@ from mmalign.data.samples import (
 )
 from mmalign.errors import DataError
 
-IMAGE_COLUMNS = tuple(
-    "image image_path img img_path filepath file_path path file filename file_name "
-    "jpg jpeg png webp image_bytes bytes url image_url uri".split()
+# fmt: off
+IMAGE_COLUMNS = (
+    "image", "image_path", "img", "img_path", "filepath", "file_path", "path", "file", "filename",
+    "file_name", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "url", "image_url", "uri",
 )
+# fmt: on
 ID_COLUMNS = ("id", "key", "__key__", "image_id")
 Row = dict[str, Any]
 

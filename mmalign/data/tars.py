@@ -40,10 +40,8 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
         yield from _record(f"{name}/{key}", path, key, sample, caption_keys)
 
 
-def _members(
-    file: Any, name: str, path: str, problems: list[Skip]
-) -> dict[str, dict[str, Any]]:
-    """Group the members by key: {'txt': bytes, 'json': bytes, 'image': (offset, length, member)}."""
+def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str, dict[str, Any]]:
+    """Group the members by key: {'txt': bytes, 'json': bytes, 'image': (offset, size, name)}."""
     samples: dict[str, dict[str, Any]] = {}
     size = file.seek(0, 2)
     file.seek(0)
@@ -70,9 +68,7 @@ def _members(
     return samples
 
 
-def _until_torn(
-    tar: tarfile.TarFile, path: str, problems: list[Skip]
-) -> Iterator[tarfile.TarInfo]:
+def _until_torn(tar: tarfile.TarFile, path: str, problems: list[Skip]) -> Iterator[tarfile.TarInfo]:
     """Pass members on until the tar ends, or breaks off."""
     try:
         yield from tar

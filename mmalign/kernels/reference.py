@@ -56,7 +56,9 @@ def topk(
         for block_BD in shard.split(BLOCK_ROWS):
             scores_MB = queries_MD @ block_BD.to(queries_MD.device).float().T
             if torch.isnan(scores_MB).any():
-                raise VectorError(f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}")
+                raise VectorError(
+                    f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}"
+                )
             if allow is not None:
                 denied = ~allow[first : first + len(block_BD)].to(scores_MB.device)
                 scores_MB = scores_MB.masked_fill(denied, -torch.inf)

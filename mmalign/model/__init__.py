@@ -1,11 +1,11 @@
 """The encoders: own presets and open_clip models behind one `Encoder`.
 
-    encoder.py      Encoder: images and texts in, unit vectors out; its preprocessing and identity
-    towers.py       the networks of our own presets
-    presets.py      nano, tiny, small: which towers, how large, for which machine
-    tokenizer.py    byte-level BPE trained on captions
-    openclip.py     the only file that imports open_clip
-    checkpoint.py   run folders: weights as safetensors, everything else as text
+encoder.py      Encoder: images and texts in, unit vectors out; its preprocessing and identity
+towers.py       the networks of our own presets
+presets.py      nano, tiny, small: which towers, how large, for which machine
+tokenizer.py    byte-level BPE trained on captions
+openclip.py     the only file that imports open_clip
+checkpoint.py   run folders: weights as safetensors, everything else as text
 """
 
 from mmalign.model.checkpoint import load_model as load_model

@@ -1,8 +1,8 @@
 """Run folders: how a model is made, saved and found again. Nothing is ever unpickled.
 
-    RUN/model.json          name, architecture, preprocessing, identity
-    RUN/model.safetensors   weights
-    RUN/tokenizer.json      tokenizer
+RUN/model.json          name, architecture, preprocessing, identity
+RUN/model.safetensors   weights
+RUN/tokenizer.json      tokenizer
 """
 
 import json
@@ -95,7 +95,11 @@ def _load_run(run: Path) -> Encoder:
             text = (run / "tokenizer.json").read_text(encoding="utf-8")
             words = tokenizer.from_json(text)
             encoder = Encoder(
-                description["name"], _towers(architecture), words, Preprocess(**values), architecture
+                description["name"],
+                _towers(architecture),
+                words,
+                Preprocess(**values),
+                architecture,
             )
         encoder.towers.load_state_dict(state)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:

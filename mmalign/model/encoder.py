@@ -89,7 +89,7 @@ class Encoder:
     @cached_property
     def dim(self) -> int:
         """Dimensions of the shared space."""
-        return self.encode_texts(["a"]).shape[1]
+        return int(self.encode_texts(["a"]).shape[1])
 
     @cached_property
     def identity(self) -> str:

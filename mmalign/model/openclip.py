@@ -50,7 +50,7 @@ class OpenClipTowers(Towers):
     @property
     def logit_bias(self) -> nn.Parameter:  # type: ignore[override]
         """open_clip's own where the model has one."""
-        return self.clip.logit_bias if self._bias is None else self._bias
+        return self.clip.logit_bias if self._bias is None else self._bias  # type: ignore[no-any-return]
 
     def image_features(self, images_B3SS: Tensor) -> Tensor:
         """See `Towers`."""
@@ -98,12 +98,16 @@ def load(name: str, pretrained: str | None) -> Encoder:
         raise ModelError(f"no open_clip model is called {name!r}: {nearest(name, names())}")
     if pretrained is not None and not Path(pretrained).is_file() and pretrained not in tags(name):
         known = ", ".join(tags(name)) or "none"
-        raise ModelError(f"{name} has no pretrained weights {pretrained!r}: tags {known}, or a file")
+        raise ModelError(
+            f"{name} has no pretrained weights {pretrained!r}: tags {known}, or a file"
+        )
     try:
         clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as error:  # hub, pickle and shape errors of many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name} with weights {pretrained!r} cannot be loaded: {reason}") from error
+        raise ModelError(
+            f"{name} with weights {pretrained!r} cannot be loaded: {reason}"
+        ) from error
     return wrap(clip, name, source=f"{name}:{pretrained}" if pretrained else "")
 
 

@@ -25,7 +25,7 @@ class BytePairs(Tokenizer):
         backend.enable_padding(pad_id=0, pad_token=PAD)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids (B, T), padded with 0 to the longest of the texts; an empty text is one pad."""
+        """Return ids (B, T), padded with 0 to the longest text; an empty one is a pad."""
         ids = [e.ids for e in self.backend.encode_batch(list(texts))]
         tokens = torch.tensor(ids, dtype=torch.int64)
         return tokens if tokens.shape[1] else tokens.new_zeros(len(ids), 1)
@@ -59,4 +59,4 @@ def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
 def from_json(text: str) -> BytePairs:
     """Rebuild a trained tokenizer."""
     backend = Backend.from_str(text)
-    return BytePairs(backend, int(backend.truncation["max_length"]))
+    return BytePairs(backend, int((backend.truncation or {})["max_length"]))

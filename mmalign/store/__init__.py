@@ -1,9 +1,9 @@
 """Embeddings on disk: immutable Arrow shards under one manifest generation, as in docs/format.md.
 
-    schema.py     columns of a shard; what a row is
-    manifest.py   one generation of a store: the only commit point
-    writer.py     rows -> shards -> manifest
-    reader.py     a manifest -> memory-mapped vectors and rows; verify
+schema.py     columns of a shard; what a row is
+manifest.py   one generation of a store: the only commit point
+writer.py     rows -> shards -> manifest
+reader.py     a manifest -> memory-mapped vectors and rows; verify
 """
 
 from mmalign.store.manifest import ModelCard as ModelCard

@@ -142,7 +142,9 @@ def _open_shard(store: Path, shard: Shard) -> pa.Table:
     path = store / "shards" / shard.name
     try:
         if path.stat().st_size != shard.bytes:
-            raise StoreError(f"{path}: {path.stat().st_size} bytes where {shard.bytes} were written")
+            raise StoreError(
+                f"{path}: {path.stat().st_size} bytes where {shard.bytes} were written"
+            )
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(f"{path}: shard cannot be read: {error}") from None

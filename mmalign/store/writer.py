@@ -1,4 +1,4 @@
-"""Rows into shards, shards into a manifest generation. Closed shards survive any crash after them."""
+"""Rows into shards, shards into a manifest generation; a crash costs what was not committed."""
 
 import secrets
 from dataclasses import replace
