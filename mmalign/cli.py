@@ -5,7 +5,9 @@ stdout (`--json`: one object), everything else to stderr. Exit codes: 0 well, 1 
 done, 2 the call was off, 130 interrupted.
 """
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import click
 
 from mmalign import __version__
-from mmalign.errors import MmalignError, nearest
+from mmalign.errors import MmalignError, UsageError, nearest
 
 Command = Callable[..., Any]
 
@@ -37,6 +39,13 @@ class _Group(click.Group):
         except MmalignError as error:
             click.echo(f"mmalign: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            # A place that cannot be read or written, or a full disk; others are bugs or pipes.
+            if error.filename is None and error.errno != errno.ENOSPC:
+                raise
+            place = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"mmalign: {place}{error.strerror}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("mmalign: interrupted", err=True)
             ctx.exit(130)
@@ -135,7 +144,8 @@ def train(
     from mmalign.train import train as run
 
     # A run that is resumed goes on with its own configuration unless told otherwise.
-    file = config or (str(Path(out) / "config.toml") if resume else None)
+    own = Path(out) / "config.toml"
+    file = config or (str(own) if resume and own.exists() else None)
     values = read_toml(Path(file)) if file else {}
     values |= {k: v for k, v in words.items() if v is not None}
     if caption_keys:
@@ -270,15 +280,21 @@ def evaluate(
     """
     from mmalign.evaluate import evaluate as run
 
-    names: list[str] = []
-    if classes:
-        file = Path(classes)
-        words = (
-            file.read_text(encoding="utf-8").splitlines() if file.is_file() else classes.split(",")
-        )
-        names = [w.strip() for w in words if w.strip()]
+    names = _class_names(classes) if classes is not None else []
     keys = caption_keys or ("captions",)
     _print(run(model, data, caption_keys=keys, classes=names, label_key=label_key), as_json)
+
+
+def _class_names(classes: str) -> list[str]:
+    try:
+        is_file = os.path.isfile(classes)
+        text = Path(classes).read_text(encoding="utf-8") if is_file else classes
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--classes {classes}: not a text file: {error}") from None
+    names = [w.strip() for w in (text.splitlines() if is_file else text.split(",")) if w.strip()]
+    if not names:
+        raise UsageError(f"--classes {classes}: no class name in it")
+    return names
 
 
 @main.command()

@@ -4,6 +4,7 @@ B images, S side of the input, T side of the output. Done as one resampling and 
 the colours, so that augmenting 256 small images costs milliseconds.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,9 @@ def _crop(images: Tensor, side: int, config: Augment, generator: torch.Generator
         if images.shape[-1] == side:
             return images
         return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    area = _uniform(count, config.crop_min, 1.0, generator)
-    log_aspect = torch.log(torch.tensor(config.aspect)).item()
+    # Without cropping (crop_min of 1) there is no room to change the aspect either.
+    area = _uniform(count, min(config.crop_min, 1.0), 1.0, generator)
+    log_aspect = math.log(config.aspect) if config.crop_min < 1 else 0.0
     stretch = _uniform(count, -log_aspect, log_aspect, generator).exp().sqrt()
     width = (area.sqrt() * stretch).clamp(max=1.0)
     height = (area.sqrt() / stretch).clamp(max=1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmalign.data import folders, tables, tars
-from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, Skip, suffix
+from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip, suffix
 from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
 
@@ -49,7 +49,7 @@ def scan(
     skips: list[Skip] = []
     with bar("scan", unit="samples") as progress:
         for place in expand(sources):
-            for found in _scan_one(place, caption_keys):
+            for found in map(_printable, _scan_one(place, caption_keys)):
                 progress.update()
                 if isinstance(found, Skip):
                     skips.append(found)
@@ -68,21 +68,35 @@ def scan(
 
 
 def expand(sources: Sequence[str]) -> list[str]:
-    """Resolve braces and globs to existing places; URLs pass through."""
+    """Resolve braces and globs to existing places; a URL without a glob passes through."""
     from webdataset.shardlists import expand_urls
 
     places: list[str] = []
     for source in sources:
-        whole = Path(source).exists()
-        for pattern in [source] if whole else expand_urls(source):
+        try:
+            patterns = [source] if os.path.exists(source) else expand_urls(source)
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+        for pattern in patterns:
             if "://" in pattern:
-                places.append(pattern)
-                continue
-            hits = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+                hits = _expand_url(pattern)
+            else:
+                found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+                hits = [os.path.abspath(hit) for hit in found]
             if not hits:
                 raise DataError(f"{source}: no such file or folder{_near(pattern)}")
-            places += [os.path.abspath(hit) for hit in hits]
+            places += hits
     return places
+
+
+def _expand_url(url: str) -> list[str]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        return sorted(map(fs.unstrip_protocol, fs.glob(path))) if "*" in path else [url]
+    except Exception as error:  # each file system has errors of its own; some are not installed
+        raise DataError(f"{url}: cannot be opened: {error}") from None
 
 
 def read_image(record: Record) -> bytes:
@@ -92,9 +106,12 @@ def read_image(record: Record) -> bytes:
     if "://" in record.path:
         import fsspec
 
-        fs, path = fsspec.core.url_to_fs(record.path)
         end = None if record.length < 0 else record.offset + record.length
-        return bytes(fs.cat_file(path, start=record.offset, end=end))
+        try:
+            fs, path = fsspec.core.url_to_fs(record.path)
+            return bytes(fs.cat_file(path, start=record.offset, end=end))
+        except Exception as error:  # each file system has errors of its own
+            raise SampleProblem(f"cannot be read: {error}") from None
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         return file.read(record.length)
@@ -104,7 +121,8 @@ def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = N
     """Say how many samples were left out and why; a warning above 1 %, an error at 100 %."""
     lost = [s for s in skips if not s.kept]
     if total and len(lost) >= total:
-        raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}")
+        first = f"; the first, {lost[0].uri}: {lost[0].reason}"
+        raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}{first}")
     if skips:
         loud = len(lost) > MAX_SILENT_SKIPS * total
         listed = f"; listed in {where}" if where else ""
@@ -125,6 +143,16 @@ def _scan_one(place: str, caption_keys: Sequence[str]) -> Found:
     raise DataError(
         f"{place}: not a source: give a folder, a .tar, or a table ({', '.join(TABLE_SUFFIXES)})"
     )
+
+
+def _printable(found: Record | Skip) -> Record | Skip:
+    """Escape what is not UTF-8 in a name, so that it can be stored and shown."""
+    try:
+        found.uri.encode()
+        return found
+    except UnicodeEncodeError:
+        id_, uri = (s.encode(errors="backslashreplace").decode() for s in (found.id, found.uri))
+        return replace(found, id=id_, uri=uri)
 
 
 def _add(records: dict[str, Record], skips: list[Skip], found: Record) -> None:
@@ -155,6 +183,8 @@ def _nothing_usable(sources: Sequence[str], skips: list[Skip], keys: Sequence[st
 
 def _near(pattern: str) -> str:
     parent = Path(pattern).parent
+    if "://" in pattern:
+        return ""
     if not parent.is_dir():
         return f" ({parent} does not exist)"
     message = nearest(Path(pattern).name, [p.name for p in parent.iterdir()])

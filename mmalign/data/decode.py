@@ -71,6 +71,8 @@ def fit_image(
             scaled = (size, int(size * height / width))
         else:
             scaled = (int(size * width / height), size)
+        if scaled[0] * scaled[1] > MAX_PIXELS:
+            raise SampleProblem(f"too narrow to scale: {width} x {height}")
         image = image.resize(scaled, resample)
         left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
         image = image.crop((left, top, left + size, top + size))

@@ -1,7 +1,7 @@
 """Images in a folder and below it, with same-named .txt or .json files beside them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,18 +18,22 @@ from mmalign.data.samples import (
 
 
 def scan(folder: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record an image, in the order of names; hidden files are passed over."""
+    """Yield one record an image, in the order of names; hidden files are passed over.
+
+    Links to folders are followed, each folder once.
+    """
     import fsspec
 
     remote = "://" in folder
     fs, root = fsspec.core.url_to_fs(folder)
     name = PurePosixPath(root).name
-    for parent, folders, files in fs.walk(root):
+    unread: list[OSError] = []
+    for parent, folders, files in fs.walk(root) if remote else _walk(root, unread):
         if isinstance(folders, list):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
         names = sorted(f for f in files if not f.startswith("."))
         stems = {os.path.splitext(f)[0] for f in names if suffix(f) in IMAGE_SUFFIXES}
-        present = set(names)
+        beside = {os.path.splitext(f)[0] + suffix(f): f for f in names}
         for file in names:
             path = f"{parent}/{file}"
             key = f"{name}/{os.path.relpath(path, root)}"
@@ -45,10 +49,29 @@ def scan(folder: str, caption_keys: Sequence[str]) -> Found:
             meta: dict[str, Any] = {}
             try:
                 txt, js = (
-                    fs.cat_file(f"{parent}/{stem}{end}") if f"{stem}{end}" in present else None
+                    fs.cat_file(f"{parent}/{beside[stem + end]}") if stem + end in beside else None
                     for end in (".txt", ".json")
                 )
                 captions, meta = captions_beside(txt, js, caption_keys)
             except SampleProblem as problem:
                 yield Skip(key, uri, str(problem), kept=True)
+            except OSError as error:
+                reason = f"captions cannot be read: {error.strerror or error}"
+                yield Skip(key, uri, reason, kept=True)
             yield Record(key, uri, uri, captions=captions, meta=meta)
+    for failure in unread:
+        path = str(failure.filename)
+        key = f"{name}/{os.path.relpath(path, root)}"
+        yield Skip(key, path, f"folder cannot be read: {failure.strerror}")
+
+
+def _walk(root: str, unread: list[OSError]) -> Iterable[tuple[str, list[str], list[str]]]:
+    """Walk a local folder: what cannot be listed is kept, what links lead back to is not walked."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(root, onerror=unread.append, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield parent, folders, files

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmalign.data.catalog import read_image
 from mmalign.data.samples import Record, SampleProblem, Skip
+from mmalign.errors import DataError
 from mmalign.progress import bar
 
 T = TypeVar("T")
@@ -78,6 +79,8 @@ class Pixels:
         images = list(decode_stream(wanted, self.decode, self.workers))
         lost = [image for _, image in images if isinstance(image, Skip)]
         good = [(i, image) for i, (_, image) in enumerate(images) if not isinstance(image, Skip)]
+        if not good:
+            raise DataError(f"none of {len(lost)} images can be decoded: {lost[0].reason}")
         return np.stack([image for _, image in good]), [i for i, _ in good], lost
 
 

@@ -11,13 +11,9 @@ from mmalign.errors import DataError
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
-    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"]
-)
 # Pictures to a person, but nothing that is decoded here: named as skipped, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     {".svg", ".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw", ".pdf"}
-)
-    [".svg", ".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw", ".pdf"]
 )
 DEFAULT_CAPTION_KEY = "captions"
 # Where the default key is absent, these are read in its place.
@@ -71,8 +67,8 @@ def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
     for key in keys:
         names = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
         value = next((values[n] for n in names if values.get(n)), ())
-        found.extend([value] if isinstance(value, str | bytes) else value)
-    return clean(text(c) for c in found)
+        found.extend(value if isinstance(value, list | tuple) else [value])
+    return clean(text(c) for c in found if c is not None)
 
 
 def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) -> tuple[Any, ...]:
@@ -85,7 +81,7 @@ def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) ->
     if js is not None:
         try:
             meta = json.loads(text(js))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleProblem(f".json is not valid: {error}") from None
         if not isinstance(meta, dict):
             raise SampleProblem(".json holds no object")
@@ -102,10 +98,17 @@ def clean(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def text(content: Any) -> str:
-    """Return a caption as a string; bytes must be UTF-8."""
-    if not isinstance(content, bytes):
+    """Return a caption as a string; bytes must be UTF-8, and JSON may not hold half a character."""
+    if isinstance(content, int):
         return str(content)
+    if not isinstance(content, str | bytes):
+        raise SampleProblem(f"caption is no text: {str(content)[:40]}")
     try:
-        return content.decode("utf-8-sig")
+        if isinstance(content, bytes):
+            return content.decode("utf-8-sig")
+        content.encode()
+        return content
     except UnicodeDecodeError as error:
         raise SampleProblem(f"caption is not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError as error:
+        raise SampleProblem(f"caption is not UTF-8 (character {error.start})") from None

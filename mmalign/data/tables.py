@@ -4,8 +4,10 @@ Rows that name the same image are one sample with several captions, as in the cs
 with many caption sets.
 """
 
+import contextlib
 import csv
 import functools
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -39,12 +41,8 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
     """Yield one record an image, in the order of rows."""
     name, folder = PurePosixPath(path).stem, os.path.dirname(path)
     problems: list[Skip] = []
-    try:
+    with _readable(path):
         columns, rows, binary = _open(path, problems)
-    except DataError:
-        raise
-    except Exception as error:  # whatever the reader of a broken table raises
-        raise DataError(f"{path}: cannot be read as {suffix(path)}: {error}") from None
     image_column = next((c for c in IMAGE_COLUMNS if c in columns), None)
     if image_column is None:
         raise DataError(
@@ -53,10 +51,11 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
         )
     id_column = next((c for c in ID_COLUMNS if c in columns), None)
     found: dict[str, Record] = {}
-    for number, row in rows:
+    for number, row in _until_broken(path, rows):
         in_row = binary == image_column
         image = f"row {number}" if in_row else row.get(image_column)
-        key = f"{name}/{row[id_column] if id_column else image}"
+        given = row.get(id_column) if id_column else None
+        key = f"{name}/{image if given in (None, '') else given}"
         uri = f"{path}#row={number}"
         if not image:
             problems.append(Skip(key, uri, "no image path"))
@@ -73,9 +72,26 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
         else:
             place = _resolve(str(image), folder)
             record = Record(key, place, place, captions=captions)
-        _merge(found, replace(record, meta=meta), problems)
+        known = found.get(record.uri, replace(record, captions=(), meta=meta))
+        found[record.uri] = replace(known, captions=clean([*known.captions, *captions]))
     yield from problems
     yield from found.values()
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn whatever the reader of a broken table raises into one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as {suffix(path)}: {error}") from None
+
+
+def _until_broken(path: str, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+    with _readable(path):
+        yield from rows
 
 
 @functools.lru_cache(maxsize=4)
@@ -115,10 +131,25 @@ def _open(
         return list(dict.fromkeys(k for _, row in rows for k in row)), iter(rows), None
     with fsspec.open(path, "rb") as file:
         # A caption that is not UTF-8 must cost one sample, not the file.
-        lines = file.read().decode("utf-8-sig", errors="surrogateescape").splitlines(keepends=True)
-    reader = csv.DictReader(lines, delimiter="\t" if suffix(path) == ".tsv" else ",")
-    rows_ = ((n, {k: _as_bytes(v) for k, v in row.items() if k}) for n, row in enumerate(reader))
-    return list(reader.fieldnames or ()), rows_, None
+        content = file.read().decode("utf-8-sig", errors="surrogateescape")
+    # Only these are ends of lines in a csv; strict, as an open quote would swallow the rows after.
+    lines = io.StringIO(content, newline="")
+    delimiter = "\t" if suffix(path) == ".tsv" else ","
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    return list(reader.fieldnames or ()), enumerate(_csv_rows(reader)), None
+
+
+def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[Row]:
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            hint = "a quote not closed, or not doubled inside a field?"
+            raise ValueError(f"row that starts in line {first}: {error} ({hint})") from None
+        yield {k: _as_bytes(v) for k, v in row.items() if k}
 
 
 def _parquet(path: str) -> Any:
@@ -131,6 +162,9 @@ def _parquet(path: str) -> Any:
 def _open_parquet(path: str) -> tuple[list[str], Iterator[tuple[int, Row]], str | None]:
     import pyarrow as pa
 
+    # The file may have been written anew since it was last scanned.
+    _group_ends.cache_clear()
+    _row_group.cache_clear()
     file = _parquet(path)
     schema = file.schema_arrow
     binary = next((c for c in IMAGE_COLUMNS if c in schema.names), None)
@@ -171,17 +205,6 @@ def _json_rows(path: str, problems: list[Skip]) -> Iterator[tuple[int, Row]]:
                 yield number, row
             else:
                 problems.append(Skip(uri, uri, "line holds no JSON object"))
-
-
-def _merge(found: dict[str, Record], record: Record, problems: list[Skip]) -> None:
-    known = found.get(record.id)
-    if known is None:
-        found[record.id] = record
-    elif known.uri == record.uri:
-        captions = clean([*known.captions, *record.captions])
-        found[record.id] = replace(known, captions=captions)
-    else:
-        problems.append(Skip(record.id, record.uri, "duplicate key"))
 
 
 def _resolve(image: str, folder: str) -> str:

@@ -1,0 +1,102 @@
+"""What the tests share: drawn scenes, a small trained run, and a store made with it."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if importlib.util.find_spec("mmalign") is None or importlib.util.find_spec("mmalign.index") is None:
+    pytest.exit("mmalign is not installed: run `make setup`, then `make test`", returncode=1)
+
+import torch
+
+from mmalign.data.scenes import write_scenes
+from mmalign.embed import embed
+from mmalign.train import TrainConfig, train
+
+torch.set_num_threads(2)
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
+    """Encode a small noisy picture."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """Write a tar from (name, content) pairs, in order, duplicates included."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    """Write a folder of pictures, each with two captions in its .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(i))
+        captions = {"captions": [f"picture {i}", f"number {i}"], "captions_zh": [f"图片{i}"]}
+        (folder / f"{i:03d}.json").write_text(json.dumps(captions), encoding="utf-8")
+    return folder
+
+
+QUICK = TrainConfig(
+    preset="nano",
+    caption_keys=("captions", "captions_zh"),
+    epochs=3,
+    batch_size=32,
+    captions_per_image=2,
+    validations=1,
+)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar of 96 drawn scenes with captions in two languages."""
+    tar = tmp_path_factory.mktemp("scenes") / "scenes.tar"
+    write_scenes(tar, 96, seed=3, tick=lambda: None)
+    return tar
+
+
+@pytest.fixture(scope="session")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained for a few steps."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(QUICK, [str(scenes)], out, val=[str(scenes)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def store(run: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the scenes. Tests that change a store copy it."""
+    out = tmp_path_factory.mktemp("store") / "scenes.store"
+    embed(run, [str(scenes)], out, caption_keys=("captions", "captions_zh"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of an open_clip architecture that is small enough to test with."""
+    from mmalign.model import openclip
+
+    shape = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 32},
+        "text_cfg": {
+            "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
+        },
+    }  # fmt: skip
+    file = tmp_path_factory.mktemp("clip") / "small-clip.json"
+    file.write_text(json.dumps(shape))
+    openclip.module().add_model_config(file)
+    return "small-clip"

@@ -1,0 +1,130 @@
+"""Each room imports only rooms below it, and each foreign library has one door."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
+
+# Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
+ORDER: list[set[str]] = [
+    {"mmalign.errors"},
+    {"mmalign.files", "mmalign.config", "mmalign.progress"},
+    {"mmalign.kernels"},
+    {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
+    {"mmalign.modality", "mmalign.optimization", "mmalign.runlog"},
+    {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.embed", "mmalign.build"},
+    {"mmalign.train", "mmalign.sheet"},
+    {"mmalign.demo"},
+    {"mmalign.cli"},
+]
+DOORS = {
+    "faiss": {"mmalign.index.ivf"},
+    "open_clip": {"mmalign.model.openclip"},
+    "timm": set(),
+    "triton": set(),
+    "tokenizers": {"mmalign.model.tokenizer"},
+    "safetensors": {"mmalign.model.checkpoint"},
+    "pyarrow": {"mmalign.store", "mmalign.data.tables"},
+    "webdataset": {"mmalign.data.tars", "mmalign.data.catalog", "mmalign.data.scenes"},
+    "fsspec": {"mmalign.data"},
+    "click": {"mmalign.cli"},
+    "tqdm": {"mmalign.progress"},
+    "PIL": {"mmalign.data", "mmalign.sheet", "mmalign.embed"},
+}
+NO_TORCH = ("mmalign.store", "mmalign.data.catalog", "mmalign.metrics", "mmalign.cli")
+
+
+def modules(folders: dict[str, Path]) -> dict[str, ast.Module]:
+    """Every module of the package, by its import name."""
+    found = {}
+    for package, folder in folders.items():
+        for file in folder.rglob("*.py"):
+            parts = [p for p in file.relative_to(folder).with_suffix("").parts if p != "__init__"]
+            found[".".join([package, *parts])] = ast.parse(file.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Full names of what a module imports, at any depth; type-checking blocks are left out."""
+    names: set[str] = set()
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import: write the full name"
+            base = node.module or ""
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def place(name: str) -> tuple[int, str] | None:
+    """Line and room of a module of ours."""
+    hits = [(i, r) for i, line in enumerate(ORDER) for r in line if inside(name, r)]
+    return max(hits, key=lambda hit: len(hit[1])) if hits else None
+
+
+def wrong_rooms(trees: dict[str, ast.Module]) -> list[str]:
+    wrong = []
+    for name, tree in trees.items():
+        here = place(name)
+        for other in imports(tree):
+            there = place(other)
+            if here and there and here[1] != there[1] and there[0] >= here[0]:
+                wrong.append(f"{name} imports {other}")
+    return wrong
+
+
+def wrong_doors(trees: dict[str, ast.Module]) -> list[str]:
+    return [
+        f"{name} imports {library}"
+        for name, tree in trees.items()
+        for library, doors in DOORS.items()
+        if any(inside(other, library) for other in imports(tree))
+        and not any(inside(name, door) for door in doors)
+    ]
+
+
+def test_every_module_has_a_room() -> None:
+    free = {"mmalign", "mmalign.__main__"}
+    assert [n for n in modules(FOLDERS) if n not in free and place(n) is None] == []
+
+
+def test_rooms_look_down_only() -> None:
+    assert wrong_rooms(modules(FOLDERS)) == []
+
+
+def test_one_door_per_foreign_library() -> None:
+    assert wrong_doors(modules(FOLDERS)) == []
+
+
+def test_storage_and_faces_know_no_torch() -> None:
+    trees = modules(FOLDERS)
+    wrong = [
+        name
+        for name, tree in trees.items()
+        if any(inside(name, room) for room in NO_TORCH)
+        and any(inside(other, "torch") for other in imports(tree))
+    ]
+    assert wrong == []
+
+
+def test_the_checks_can_fail() -> None:
+    upward = {"mmalign.files": ast.parse("from mmalign.cli import main")}
+    sideways = {"mmalign.store.reader": ast.parse("import mmalign.model")}
+    foreign = {"mmalign.search": ast.parse("def f():\n    import faiss")}
+    assert wrong_rooms(upward) == ["mmalign.files imports mmalign.cli.main"]
+    assert wrong_rooms(sideways) == ["mmalign.store.reader imports mmalign.model"]
+    assert wrong_doors(foreign) == ["mmalign.search imports faiss"]
