@@ -39,6 +39,12 @@ def build(cls: type[T], values: dict[str, Any], where: str = "configuration") ->
     return cls(**out)
 
 
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Refuse a value that breaks its rule, by name."""
+    if not holds:
+        raise ConfigError(f"{name}={value} must be {rule}")
+
+
 def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
     """Lay `key=value` words (dots for nesting, TOML values, bare words as strings) over values.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign import files, kernels
-from mmalign.config import dump
+from mmalign.config import dump, require
 from mmalign.data import Augment, Record, Skip, read_ahead, report_skips, scan
 from mmalign.errors import ConfigError, TrainingError, UsageError
 from mmalign.evaluate import retrieval
@@ -66,6 +66,19 @@ class TrainConfig:
     """Share of the training images to validate on where no validation source is given."""
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "captions_per_image", "validations"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("epochs", "minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "above 0")
+        for name in ("warmup", "average", "held_out"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
 
 
 @dataclass
@@ -208,19 +221,19 @@ class Trainer:
             seen += len(batch.images_B3SS)
             now, progress = time.monotonic(), self.progress
             done = progress >= 1
-            if now - logged > LOG_SECONDS or done:
+            due = done or math.floor(progress * self.config.validations) > validated
+            if due or now - logged > LOG_SECONDS:
                 row = self._row(float(loss), seen, waited_s, now - loop_started)
-                log.write(row)
                 shown.set_postfix_str(
                     f"epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
                     f"{row['samples_per_s']:.0f} images/s  waiting for data {row['wait_share']:.1%}"
                 )
+                if due:
+                    row |= self.validate()
+                    validated = math.floor(progress * self.config.validations)
+                log.write(row)
                 logged = now
             shown.update(100 * progress - shown.n)
-            if math.floor(progress * self.config.validations) > validated or done:
-                validated = math.floor(progress * self.config.validations)
-                row = self.validate(row)
-                log.write(row)
             if now - saved > SAVE_SECONDS or done:
                 self.save()
                 saved = now
@@ -300,14 +313,13 @@ class Trainer:
             f"texts in {self.text_arithmetic}"
         )
 
-    def validate(self, row: dict[str, Any]) -> dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """Measure the averaged weights; save them as the model if they are the best so far."""
-        score = 0.0
+        score, recalls = 0.0, {}
         if self.held is not None:
             with self.average.applied(self.towers):
                 recalls = retrieval(*encode_pairs(self.encoder, self.held), self.held.owners_P)
             score = (recalls["image_retrieval_recall@10"] + recalls["text_retrieval_recall@10"]) / 2
-            row = row | recalls
             say(
                 f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
                 f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
@@ -315,7 +327,7 @@ class Trainer:
         if self.held is None or score > self.state.best:
             self.state.best, self.state.best_step = score, self.state.step
             save_model(self.encoder, self.run, self.average.weights)
-        return row | {"best_step": self.state.best_step}
+        return recalls | {"best_step": self.state.best_step}
 
     def save(self) -> None:
         """Write everything that resuming needs."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmalign.config import require
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -26,6 +28,13 @@ class Augment:
     """Largest relative change of brightness, contrast and saturation."""
     erase: float = 0.0
     """Share of images in which one random box is greyed out."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing, by name."""
+        require(self.crop_min > 0, "augment.crop_min", self.crop_min, "above 0")
+        require(self.aspect >= 1, "augment.aspect", self.aspect, "at least 1")
+        require(self.colour >= 0, "augment.colour", self.colour, "at least 0")
+        require(0 <= self.erase <= 1, "augment.erase", self.erase, "in [0, 1]")
 
     def __call__(self, images_B3SS: Tensor, side: int, generator: torch.Generator) -> Tensor:
         """Return float pixels in [0, 255], shape (B, 3, side, side)."""

@@ -32,6 +32,11 @@ class Preset:
     context: int = 64
     """Most tokens read of a text."""
     dropout: float = 0.1
+    """Share of features dropped while training."""
+    word_dropout: float = 0.1
+    """Share of tokens hidden while training."""
+    drop_path: float = 0.0
+    """Chance that the last residual block is passed over while training; earlier ones less."""
 
     def preprocess(self) -> Preprocess:
         """Squash to the input size: nothing at the edges is cut away."""
@@ -56,6 +61,9 @@ PRESETS: dict[str, Preset] = {
         image_blocks=(1, 1, 1, 1),
         stem_strides=2,
         text_layers=0,
+        dropout=0.2,
+        word_dropout=0.2,
+        drop_path=0.1,
     ),
     "small": Preset(
         image_size=112,

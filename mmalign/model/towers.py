@@ -53,13 +53,16 @@ class ConvTower(nn.Module):
             outside = widths[0] if last else widths[0] // 2
             layers += [*_conv(inside, outside, stride=2), nn.ReLU(inplace=True)]
             inside = outside
+        total, number = sum(preset.image_blocks), 0
         for stage, (width, blocks) in enumerate(zip(widths, preset.image_blocks, strict=True)):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(_Residual(inside, width, stride))
-                inside = width
+                drop = preset.drop_path * number / max(1, total - 1)
+                layers.append(_Residual(inside, width, stride, drop))
+                inside, number = width, number + 1
         self.stages = nn.Sequential(*layers)
         self.grid = preset.image_grid
+        self.dropout = nn.Dropout(preset.dropout / 2)
         self.head = nn.Linear(inside * max(1, self.grid) ** 2, preset.dim, bias=False)
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
@@ -70,12 +73,13 @@ class ConvTower(nn.Module):
             features = F.adaptive_avg_pool2d(maps, self.grid).flatten(1)
         else:
             features = maps.mean(dim=(2, 3))
-        return self.head(features)  # type: ignore[no-any-return]
+        return self.head(self.dropout(features))  # type: ignore[no-any-return]
 
 
 class _Residual(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, inside: int, outside: int, stride: int, drop: float) -> None:
         super().__init__()
+        self.drop = drop
         self.branch = nn.Sequential(
             *_conv(inside, outside, stride=stride), nn.ReLU(inplace=True), *_conv(outside, outside)
         )
@@ -87,7 +91,11 @@ class _Residual(nn.Module):
         self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return F.relu(self.branch(maps) + self.shortcut(maps), inplace=True)
+        branch = self.branch(maps)
+        if self.training and self.drop:
+            kept = torch.rand(len(maps), 1, 1, 1, device=maps.device) >= self.drop
+            branch = branch * (kept / (1 - self.drop)).to(branch.dtype)
+        return F.relu(branch + self.shortcut(maps), inplace=True)
 
 
 def _conv(inside: int, outside: int, *, side: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -113,6 +121,7 @@ class TextTower(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(preset.dropout)
+        self.word_dropout = preset.word_dropout
         hidden = preset.text_hidden
         self.head = nn.Sequential(
             nn.Linear(width, hidden),
@@ -124,6 +133,9 @@ class TextTower(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return features (B, D) of token ids padded with 0."""
         real_BT = tokens_BT != 0
+        if self.training and self.word_dropout:
+            hidden_BT = torch.rand(tokens_BT.shape, device=tokens_BT.device) < self.word_dropout
+            real_BT = real_BT & ~hidden_BT
         # A text without tokens looks at its first pad, so that no softmax runs over nothing.
         real_BT[:, 0] = True
         states_BTW = self.words(tokens_BT)
