@@ -1,6 +1,7 @@
 """`mmalign index`: an index generation over a store, with its recall measured on text queries."""
 
 import secrets
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,32 @@ def build(
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
     folder.mkdir(parents=True)
+    try:
+        modalities = _build_all(store, folder, recall, queries)
+    except BaseException:
+        # Ctrl-C included: the old generation goes on serving, and nothing is left behind.
+        shutil.rmtree(folder)
+        raise
+    names = tuple(s.name for s in store.manifest.shards)
+    content = {
+        "name": name,
+        "model": store.manifest.model.identity,
+        "rows": len(store),
+        "shards": list(names),
+        "seconds": round(time.monotonic() - started, 3),
+        "modalities": modalities,
+    }
+    write_description(folder, content)
+    commit_index(store.path, name, names)
+    for modality, part in modalities.items():
+        say(f"{modality}: {_in_words(part)}")
+    return describe(folder)
+
+
+def _build_all(
+    store: Store, folder: Path, recall: float, queries: str | Path | None
+) -> dict[str, Any]:
+    """Build an index for each modality that has vectors."""
     modalities: dict[str, Any] = {}
     for modality, other in OTHER.items():
         shards = store.vectors(modality)
@@ -56,20 +83,7 @@ def build(
             queries_MD=vectors,
             recall=recall,
         )
-    names = tuple(s.name for s in store.manifest.shards)
-    content = {
-        "name": name,
-        "model": store.manifest.model.identity,
-        "rows": len(store),
-        "shards": list(names),
-        "seconds": round(time.monotonic() - started, 3),
-        "modalities": modalities,
-    }
-    write_description(folder, content)
-    commit_index(store.path, name, names)
-    for modality, part in modalities.items():
-        say(f"{modality}: {_in_words(part)}")
-    return describe(folder)
+    return modalities
 
 
 def _in_words(part: dict[str, Any]) -> str:
@@ -101,8 +115,10 @@ def _sample(store: Store, modality: str) -> NDArray[np.float32]:
 def _query_file(store: Store, queries: str | Path) -> NDArray[np.float32]:
     try:
         lines = [q.strip() for q in Path(queries).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{queries}: queries cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{queries}: queries must be UTF-8 text, one a line") from None
+    except OSError as error:
+        raise DataError(f"{queries}: queries cannot be read: {error.strerror}") from None
     lines = [q for q in lines if q]
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,22 @@ class _Group(click.Group):
                 f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
             )
         return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **words: Any) -> Any:
+        """Run a command; a mistake in its words is one line too."""
+        try:
+            code = super().main(*args, **{**words, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+            code = 2
+        except click.ClickException as error:
+            where = getattr(error, "ctx", None)
+            hint = f" (see {where.command_path} --help)" if where else ""
+            click.echo(f"mmalign: {error.format_message().rstrip('.')}{hint}", err=True)
+            code = error.exit_code
+        except click.Abort:
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -85,10 +101,20 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(values, ensure_ascii=False))
         return
-    width = max(len(k) for k in values)
-    for key, value in values.items():
+    flat = dict(_flatten(values))
+    width = max(len(k) for k in flat)
+    for key, value in flat.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
         click.echo(f"{key:<{width}}  {shown}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Turn nested tables into dotted names."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            yield prefix + key, value
 
 
 @main.command()

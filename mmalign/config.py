@@ -64,6 +64,8 @@ def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any
         table = out
         for part in path:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {setting}: {part} is a value, not a table")
         table[last] = value
     return typing.cast(dict[str, Any], out)
 
@@ -115,6 +117,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(args[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if dataclasses.is_dataclass(hint):
+        keys = ", ".join(f.name for f in dataclasses.fields(hint))
+        raise ConfigError(f"{where} is a table with the keys {keys}: write {where}.KEY")
     plain = hint if isinstance(hint, type) else None
     if plain is None or type(value) is not plain:
         wanted = plain.__name__ if plain else str(hint)

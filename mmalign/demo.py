@@ -102,8 +102,8 @@ def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -
         strips.append(Strip(query, tiles_of(searcher.store, hits, own)))
     first = {name: r["image_retrieval_recall@1"] for name, r in recalls.items()}
     note = (
-        f"1,000 scenes never seen in training · recall@1 English {first['english']:.1%}, "
-        f"Chinese {first['chinese']:.1%} · green: the scene that the caption was written for"
+        f"1,000 scenes never seen in training; recall@1: English {first['english']:.1%}, "
+        f"Chinese {first['chinese']:.1%}. Green: the scene that the caption was written for."
     )
     draw_sheet(strips, path, "Words find pictures", note)
 

@@ -153,11 +153,17 @@ def _rows(encoder: Encoder, items: Sequence[tuple[Record, _Item]]) -> list[Row]:
             text_embeddings=np.stack([texts[c] for c in record.captions])
             if record.captions
             else none,
-            meta=json.dumps(record.meta, ensure_ascii=False, default=str),
+            meta=_as_json(record.meta),
             thumbnail=item.thumbnail,
         )
         for (record, item), vector_D in zip(items, images_BD, strict=True)
     ]
+
+
+def _as_json(meta: dict[str, Any]) -> str:
+    text = json.dumps(meta, ensure_ascii=False, default=str)
+    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _chunks(captions: list[str]) -> Iterator[list[str]]:

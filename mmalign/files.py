@@ -99,7 +99,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a torn last line (a crash in the middle of an append) is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return rows

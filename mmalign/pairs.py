@@ -12,8 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmalign import modality
-from mmalign.data import Draw, Pixels, Record, Sampler, Skip, decode_all, fit_image, open_image
+from mmalign import files, modality
+from mmalign.data import (
+    Draw,
+    Pixels,
+    Record,
+    Sampler,
+    Skip,
+    decode_all,
+    fit_image,
+    open_image,
+    report_skips,
+)
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 
@@ -62,7 +72,7 @@ class Pairs:
         if batch_size > len(self):
             raise TrainingError(
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
-                f"set --set batch_size={1 << (len(self).bit_length() - 1)} or bring more data"
+                f"give --set batch_size={1 << (len(self).bit_length() - 1)} or bring more data"
             )
         return Sampler(self.starts, batch_size, seed, captions_per_image)
 
@@ -115,9 +125,16 @@ def load_pairs(
     return Pairs(pixels, starts, tokens.int(), lengths, groups), skips
 
 
-def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors]:
-    """Embed all images (N, D) and all captions (P, D) of pairs."""
-    images = [encoder.encode_images(pairs.pixels.fetch(rows)[0]) for rows in _parts(len(pairs))]
+def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors, Ints]:
+    """Embed all images (N, D) and captions (P, D); the third array is the image of each caption.
+
+    Images that cannot be decoded any more are left out together with their captions.
+    """
+    images, decoded = [], []
+    for rows in _parts(len(pairs)):
+        pixels, good, _ = pairs.pixels.fetch(rows)
+        images.append(encoder.encode_images(pixels))
+        decoded.append(rows[good])
     texts = []
     encoder.towers.eval()
     with torch.inference_mode():
@@ -126,11 +143,23 @@ def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors]:
             tokens = pairs.tokens_PT[rows][:, :longest].long().to(encoder.device)
             texts.append(encoder.text_vectors(tokens).cpu().numpy())
     encoder.towers.train()
-    return np.concatenate(images), np.concatenate(texts)
+    number = np.full(len(pairs), -1)
+    kept = np.concatenate(decoded)
+    number[kept] = np.arange(len(kept))
+    owners = number[pairs.owners_P]
+    return np.concatenate(images), np.concatenate(texts)[owners >= 0], owners[owners >= 0]
 
 
 def _parts(count: int) -> list[Ints]:
     return np.array_split(np.arange(count), -(-count // ENCODED_AT_ONCE))
+
+
+def report_losses(run: Path, skips: Sequence[Skip], total: int) -> None:
+    """List what is not trained on in the run's skipped.jsonl, and say how much it is."""
+    where = run / "skipped.jsonl"
+    if skips:
+        files.append_lines(where, [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips])
+    report_skips(skips, total, where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:

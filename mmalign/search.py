@@ -69,7 +69,8 @@ class Searcher:
         try:
             encoder = load_model(source)
         except ModelError as error:
-            raise type(error)(f"{error} ({path} needs {store.manifest.model.identity})") from error
+            needed = store.manifest.model.identity
+            raise type(error)(f"{error} ({path} needs {needed}; moved? give --model)") from error
         return cls(store, encoder)
 
     def search(
@@ -114,6 +115,8 @@ class Searcher:
             except (OSError, DataError) as error:
                 raise DataError(f"{query}: cannot search by this image: {error}") from None
             return kinds["image"].encode(kinds["image"].batch([item]))
+        if str(query).lower().endswith(IMAGE_ENDINGS) and " " not in str(query):
+            raise UsageError(f"{query}: no such image file")
         if not str(query).strip():
             raise UsageError("the query is empty")
         return kinds["text"].encode([str(query)])

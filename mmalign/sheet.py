@@ -9,14 +9,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmalign.errors import MmalignError
+from mmalign.errors import MmalignError, UsageError
 from mmalign.progress import say
 from mmalign.search import Hit
 from mmalign.store import Store
 
 INK, QUIET, PAPER, CARD, RIGHT = "#1c1d21", "#75777f", "#f6f6f3", "#ffffff", "#2e9e5b"
 TILE, GAP, MARGIN = 132, 12, 28
-HEADING, TEXT, SMALL = 26, 17, 13
+HEADING, TEXT, NOTE, SMALL = 26, 17, 14, 13
 # Fonts with Chinese glyphs, where systems keep them.
 FONTS = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
@@ -56,7 +56,11 @@ def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
     """Make tiles of hits from the store's thumbnails; the id `right` is framed."""
     pictures = store.rows([hit.row for hit in hits], ("thumbnail",))
     return [
-        Tile(row["thumbnail"], f"{hit.score:.2f}   {hit.caption or hit.id}", right=hit.id == right)
+        Tile(
+            row["thumbnail"],
+            f"{hit.score:.2f}   {hit.caption or hit.id.rpartition('/')[2]}",
+            right=hit.id == right,
+        )
         for row, hit in zip(pictures, hits, strict=True)
     ]
 
@@ -65,12 +69,13 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
     """Write a PNG with one strip a query; long strips wrap.
 
     Raises:
+        UsageError: The name is not that of an image.
         MmalignError: The file cannot be written.
     """
     columns = max(6, min(8, max((len(s.tiles) for s in strips), default=0)))
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     heights = [_strip_height(strip, columns) for strip in strips]
-    top = MARGIN + (HEADING + 14 if heading else 0) + (TEXT + 18 if note else 0)
+    top = MARGIN + (HEADING + 14 if heading else 0) + (NOTE + 22 if note else 0)
     sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN // 2), PAPER)
     pen = ImageDraw.Draw(sheet)
     y = MARGIN
@@ -78,7 +83,7 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
         pen.text((MARGIN, y), heading, INK, _font(HEADING))
         y += HEADING + 14
     if note:
-        pen.text((MARGIN, y), note, QUIET, _font(TEXT))
+        pen.text((MARGIN, y), note, QUIET, _font(NOTE))
     y = top
     for strip, height in zip(strips, heights, strict=True):
         _draw_strip(sheet, pen, strip, y, columns)
@@ -87,8 +92,10 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
         say("no font with Chinese glyphs found: pip install 'mmalign[fonts]' draws them")
     try:
         sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise MmalignError(f"{path}: the sheet cannot be written: {error}") from None
+    except ValueError:
+        raise UsageError(f"{path}: give the sheet a name that ends in .png") from None
+    except OSError as error:
+        raise MmalignError(f"{path}: the sheet cannot be written: {error.strerror}") from None
 
 
 def _strip_height(strip: Strip, columns: int) -> int:

@@ -14,7 +14,8 @@ ORDER: list[set[str]] = [
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {"mmalign.modality", "mmalign.optimization", "mmalign.runlog"},
     {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.embed", "mmalign.build"},
-    {"mmalign.train", "mmalign.sheet"},
+    {"mmalign.trainer", "mmalign.sheet"},
+    {"mmalign.train"},
     {"mmalign.demo"},
     {"mmalign.cli"},
 ]

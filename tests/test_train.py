@@ -16,7 +16,8 @@ from mmalign.errors import ConfigError, DataError, TrainingError, UsageError
 from mmalign.model import new_model
 from mmalign.optimization import Arithmetic, Average, fastest
 from mmalign.pairs import can_mirror, load_pairs
-from mmalign.train import TrainConfig, Trainer, train
+from mmalign.train import TrainConfig, train
+from mmalign.trainer import Trainer
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:

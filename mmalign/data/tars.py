@@ -36,12 +36,19 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
     except (OSError, tarfile.ReadError) as error:
         raise DataError(f"{path}: cannot be read as a tar: {error}") from None
     yield from problems
+    shared = {k.partition(".")[0] for k, s in samples.items() if "image" in s and "." in k}
     for key, sample in samples.items():
+        if key in shared and "image" not in sample:
+            continue  # its captions serve the images that add an extension to its key
         yield from _record(f"{name}/{key}", path, key, sample, caption_keys)
 
 
 def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str, dict[str, Any]]:
-    """Group the members by key: {'txt': bytes, 'json': bytes, 'image': (offset, size, name)}."""
+    """Group the members by key: {'txt': bytes, 'json': bytes, 'image': (offset, size, name)}.
+
+    A key ends at the first dot of a name, as in WebDataset. Where an image has more than one
+    extension (`a.left.jpg`), the others belong to its key, and `a.txt` serves it too.
+    """
     samples: dict[str, dict[str, Any]] = {}
     size = file.seek(0, 2)
     file.seek(0)
@@ -50,9 +57,10 @@ def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str,
             base, extension = base_plus_ext(member.name)
             if not member.isfile() or base is None or PurePosixPath(base).name.startswith("."):
                 continue
-            end = "." + extension.lower().rsplit(".", 1)[-1]
+            middle, _, end = extension.rpartition(".")
+            base, end = (f"{base}.{middle}" if middle else base), "." + end.lower()
             sample = samples.setdefault(base, {})
-            place = "image" if end in IMAGE_SUFFIXES else extension.lower()
+            place = "image" if end in IMAGE_SUFFIXES else end[1:]
             uri = f"{path}#{member.name}"
             if end in FOREIGN_SUFFIXES:
                 problems.append(Skip(f"{name}/{base}", uri, f"image type not supported: {end}"))
@@ -65,6 +73,13 @@ def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str,
             elif place in ("txt", "json"):
                 content = tar.extractfile(member)
                 sample[place] = content.read() if content else b""
+        if size - tar.offset < tarfile.BLOCKSIZE:
+            problems.append(Skip(path, path, "tar has no end mark: it may be cut short", kept=True))
+    for key, sample in samples.items():
+        # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
+        for place, content in samples.get(key.partition(".")[0], {}).items():
+            if "image" in sample and place in ("txt", "json"):
+                sample.setdefault(place, content)
     return samples
 
 

@@ -47,6 +47,8 @@ def load_model(name: str | Path) -> Encoder:
     if run.is_dir():
         return _load_run(run)
     architecture, colon, pretrained = str(name).partition(":")
+    if "/" in architecture or architecture.startswith("."):
+        raise ModelError(f"{name}: no such run folder")
     if colon:
         return openclip.load(architecture, pretrained)
     if architecture in openclip.names():

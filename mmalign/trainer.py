@@ -1,0 +1,311 @@
+"""The training loop: what one step is, when recall is measured, what is saved and resumed.
+
+B images of a batch, C captions drawn for each, D dimensions, T tokens.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmalign import files, kernels
+from mmalign.config import require
+from mmalign.data import Augment, Skip, read_ahead
+from mmalign.errors import TrainingError
+from mmalign.evaluate import retrieval
+from mmalign.model import Encoder, save_model
+from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
+from mmalign.pairs import Batch, Pairs, encode_pairs, report_losses
+from mmalign.progress import bar, say
+from mmalign.runlog import RunLog
+
+DEFAULT_EPOCHS = 30.0
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Every field can stand in a TOML file or behind `--set`."""
+
+    preset: str = "tiny"
+    """One of our own presets, trained from scratch."""
+    model: str | None = None
+    """An open_clip architecture, in place of a preset."""
+    pretrained: str | None = None
+    """Its weights: a tag, or a local file."""
+    caption_keys: tuple[str, ...] = ("captions",)
+    loss: Literal["infonce", "siglip"] = "infonce"
+    epochs: float | None = None
+    """Passes over the images; 30 where neither this nor `minutes` is set."""
+    minutes: float | None = None
+    """Time from the call to the last step; the learning rate follows the clock."""
+    batch_size: int = 256
+    captions_per_image: int = 1
+    """Captions drawn for each image of a batch; the image is encoded once for all of them."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.2
+    warmup: float = 0.05
+    """Share of the training with a rising learning rate."""
+    average: float = 0.99
+    """Decay of the moving average of the weights, which is what is validated and saved."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    validations: int = 10
+    """Times that recall is measured on the way."""
+    held_out: float = 0.05
+    """Share of the training images to validate on where no validation source is given."""
+    seed: int = 0
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "captions_per_image", "validations"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("epochs", "minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "above 0")
+        for name in ("warmup", "average", "held_out"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+
+@dataclass
+class _State:
+    """Where training stands; saved and resumed."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    best: float = -1.0
+    best_step: int = 0
+
+
+class Trainer:
+    """One training: what `train` put together, step by step to the end; final."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        encoder: Encoder,
+        *,
+        pairs: Pairs,
+        held: Pairs | None,
+        run: Path,
+        started: float,
+    ) -> None:
+        self.config, self.encoder, self.pairs, self.held, self.run = (
+            config,
+            encoder,
+            pairs,
+            held,
+            run,
+        )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.device = self.device
+        self.towers = encoder.towers.to(self.device).train()
+        self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
+        self.optimizer = adamw(self.towers, config.learning_rate, config.weight_decay)
+        self.average = Average(self.towers, config.average)
+        self.state = _State()
+        self.started = started
+        self.lost: dict[str, Skip] = {}
+        epochs = config.epochs or (math.inf if config.minutes else DEFAULT_EPOCHS)
+        self.steps = epochs * self.sampler.steps_per_epoch
+        self.image_arithmetic = self.text_arithmetic = Arithmetic()
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done: by steps or by the clock, whichever is further."""
+        by_clock = self.elapsed_s / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(self.state.step / self.steps, by_clock))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.state.elapsed_s + time.monotonic() - self.started
+
+    def run_all(self) -> dict[str, Any]:
+        """Train to the end, or to Ctrl-C; both leave a state to resume from."""
+        self._choose_arithmetic()
+        batches = read_ahead(self.pairs.batch, self.sampler.draws(self.state.step))
+        log = RunLog(self.run)
+        form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        try:
+            with bar("train", 100, "%", form) as shown:
+                result = self._loop(batches, log, shown)
+        except KeyboardInterrupt:
+            self.save()
+            say(f"stopped at step {self.state.step}; go on with --resume")
+            raise
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            log.close()
+        return result
+
+    def _loop(self, batches: Any, log: RunLog, shown: Any) -> dict[str, Any]:
+        seen = waited_s = 0.0
+        loop_started = logged = saved = time.monotonic()
+        validated = math.floor(self.progress * self.config.validations)
+        row: dict[str, Any] = {}
+        while True:
+            asked = time.monotonic()
+            batch = next(batches)
+            waited_s += time.monotonic() - asked
+            loss = self.step(batch)
+            seen += len(batch.images_B3SS)
+            now, progress = time.monotonic(), self.progress
+            done = progress >= 1
+            due = done or math.floor(progress * self.config.validations) > validated
+            if due or now - logged > LOG_SECONDS:
+                row = self._row(float(loss), seen, waited_s, now - loop_started)
+                shown.set_postfix_str(
+                    f"epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
+                    f"{row['samples_per_s']:.0f} images/s  waiting for data {row['wait_share']:.1%}"
+                )
+                if due:
+                    row |= self.validate()
+                    validated = math.floor(progress * self.config.validations)
+                log.write(row)
+                logged = now
+            shown.update(100 * progress - shown.n)
+            if now - saved > SAVE_SECONDS or done:
+                self.save()
+                saved = now
+            if done:
+                return row
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take one step and return its loss; nothing moves where the loss is not finite."""
+        config = self.config
+        # Dropout and crops are functions of seed and step: a resumed run repeats an unbroken one.
+        torch.manual_seed(config.seed * 1_000_003 + batch.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + batch.step)
+        for skip in batch.lost:
+            self.lost[skip.uri] = skip
+        rate = learning_rate(self.progress, config.learning_rate, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        side = self.encoder.preprocess.size
+        images = config.augment(batch.images_B3SS, side, generator).to(self.device)
+        loss = self._loss(images, batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {batch.step}: lower learning_rate "
+                f"(now {config.learning_rate}); {self.run} holds the last good weights"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.towers.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.towers.log_scale.clamp_(0, math.log(100))
+        self.average.update(self.towers)
+        self.state.step = batch.step + 1
+        return loss.detach()
+
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        """Mean over the drawn captions of the loss between the images and the c-th captions."""
+        tokens_BCT = batch.tokens_BCT.to(self.device)
+        image_BD = self._image_vectors(images)
+        text_BCD = self._text_vectors(tokens_BCT.flatten(0, 1)).unflatten(0, tokens_BCT.shape[:2])
+        scale, bias = self.towers.logit_scale, self.towers.logit_bias
+        losses = []
+        for c in range(tokens_BCT.shape[1]):
+            text_BD, groups_B = text_BCD[:, c], batch.groups_BC[:, c].to(self.device)
+            if self.config.loss == "infonce":
+                losses.append(kernels.contrastive_loss(image_BD, text_BD, scale, groups=groups_B))
+            else:
+                losses.append(kernels.sigmoid_loss(image_BD, text_BD, scale, bias, groups=groups_B))
+        return torch.stack(losses).mean()
+
+    def _image_vectors(self, images: Tensor) -> Tensor:
+        return self.image_arithmetic.apply(
+            self.towers, lambda: self.encoder.image_vectors(images), self.device
+        )
+
+    def _text_vectors(self, tokens: Tensor) -> Tensor:
+        return self.text_arithmetic.apply(
+            self.towers, lambda: self.encoder.text_vectors(tokens), self.device
+        )
+
+    def _choose_arithmetic(self) -> None:
+        batch = self.pairs.batch(next(self.sampler.draws(0)))
+        generator = torch.Generator().manual_seed(0)
+        side = self.encoder.preprocess.size
+        images = self.config.augment(batch.images_B3SS, side, generator).to(self.device)
+        tokens = batch.tokens_BCT.flatten(0, 1).to(self.device)
+        self.image_arithmetic = fastest(
+            self.towers, lambda: self.encoder.image_vectors(images), self.device, is_image=True
+        )
+        self.text_arithmetic = fastest(
+            self.towers, lambda: self.encoder.text_vectors(tokens), self.device, is_image=False
+        )
+        size = sum(p.numel() for p in self.towers.parameters()) / 1e6
+        say(
+            f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
+            f"{len(self.pairs.tokens_PT)} captions; images in {self.image_arithmetic}, "
+            f"texts in {self.text_arithmetic}"
+        )
+
+    def validate(self) -> dict[str, Any]:
+        """Measure the averaged weights; save them as the model if they are the best so far."""
+        score, recalls = 0.0, {}
+        if self.held is not None:
+            with self.average.applied(self.towers):
+                recalls = retrieval(*encode_pairs(self.encoder, self.held))
+            score = (recalls["image_retrieval_recall@10"] + recalls["text_retrieval_recall@10"]) / 2
+            say(
+                f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
+                f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
+            )
+        if self.held is None or score > self.state.best:
+            self.state.best, self.state.best_step = score, self.state.step
+            save_model(self.encoder, self.run, self.average.weights)
+        return recalls | {"best_step": self.state.best_step}
+
+    def save(self) -> None:
+        """Write everything that resuming needs."""
+        state = {
+            "step": self.state.step,
+            "elapsed_s": self.elapsed_s,
+            "best": self.state.best,
+            "best_step": self.state.best_step,
+            "towers": self.towers.state_dict(),
+            "average": self.average.weights,
+            "average_steps": self.average.steps,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        files.write_through(self.run / "state.pt", lambda path: torch.save(state, path))
+        if self.lost:
+            report_losses(self.run, list(self.lost.values()), len(self.pairs))
+
+    def load(self) -> None:
+        """Continue from what `save` wrote."""
+        state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
+        self.state = _State(state["step"], state["elapsed_s"], state["best"], state["best_step"])
+        self.towers.load_state_dict(state["towers"])
+        self.average.weights = state["average"]
+        self.average.steps = state["average_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _row(self, loss: float, seen: float, waited_s: float, seconds: float) -> dict[str, Any]:
+        return {
+            "step": self.state.step,
+            "epoch": self.state.step / self.sampler.steps_per_epoch,
+            "elapsed_s": round(self.elapsed_s, 1),
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "logit_scale": float(self.towers.logit_scale.detach()),
+            "samples_per_s": round(seen / seconds, 1),
+            "wait_share": round(waited_s / seconds, 4),
+        }
+
+
+def _percent(recalls: dict[str, Any], kind: str) -> str:
+    return " / ".join(f"{100 * recalls[f'{kind}_retrieval_recall@{k}']:.1f}" for k in (1, 5, 10))
