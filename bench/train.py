@@ -43,9 +43,7 @@ START = (
 
 def ours(options: argparse.Namespace) -> None:
     """Train our preset for the minutes, with one caption key, and measure it."""
-    config = TrainConfig(
-        preset="tiny", minutes=options.minutes, batch_size=128, captions_per_image=5, validations=4
-    )
+    config = TrainConfig(preset="tiny", minutes=options.minutes, validations=4)
     started = time.monotonic()
     run = options.out / "ours"
     result = train(config, options.data, run, val=options.val)

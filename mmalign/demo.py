@@ -63,7 +63,10 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 3.0) -> dict
             captions_per_image=2,
             learning_rate=2e-3,
             validations=4,
-            augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1),
+            word_loss=0.0,
+            batch_size=256,
+            weight_decay=0.2,
+            augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1, erase=0.0),
         )
         train(config, [str(training)], run)
     with _timed("embed", seconds):

@@ -7,7 +7,6 @@ The part in brackets is `trainer.py`; what it needs is put together here.
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,8 @@ def train(
     run = _open_run(Path(out), config, resume)
     records, val_records, skips = _read(config, sources, val)
     encoder = load_model(run) if resume else _new_encoder(config, records)
-    mirror = can_mirror(records) if config.augment.flip is None else config.augment.flip
-    config = replace(config, augment=replace(config.augment, flip=mirror))
-    crops = config.augment.crop_min < 1 or mirror
+    settled = config.settled(max(len(r.captions) for r in records), mirror=can_mirror(records))
+    crops = settled.augment.crop_min < 1 or bool(settled.augment.flip)
     total = len(records) + len(val_records) + len([s for s in skips if not s.kept])
     pairs, lost = load_pairs(
         encoder, records, run / "cache" / "train.npy", crops=crops, label="decode"
@@ -70,11 +68,11 @@ def train(
         else (None, [])
     )
     report_losses(run, [*skips, *lost, *lost_held], total)
-    trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
+    trainer = Trainer(settled, encoder, pairs=pairs, held=held, run=run, started=started)
     if resume:
         trainer.load()
     else:
-        files.write_text(run / "config.toml", dump(config))
+        files.write_text(run / "config.toml", dump(settled))
         save_model(encoder, run)
     result = trainer.run_all()
     for file in (run / "cache").glob("*.npy"):

@@ -5,7 +5,7 @@ B images of a batch, C captions drawn for each, D dimensions, T tokens.
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_r
 from mmalign.pairs import Batch, Pairs, encode_pairs, report_losses
 from mmalign.progress import bar, say
 from mmalign.runlog import RunLog
+from mmalign.words import WordHead
 
 DEFAULT_EPOCHS = 30.0
 LOG_SECONDS = 10.0
@@ -44,11 +45,11 @@ class TrainConfig:
     """Passes over the images; 30 where neither this nor `minutes` is set."""
     minutes: float | None = None
     """Time from the call to the last step; the learning rate follows the clock."""
-    batch_size: int = 256
-    captions_per_image: int = 1
+    batch_size: int = 128
+    captions_per_image: int | None = None
     """Captions drawn for each image of a batch; the image is encoded once for all of them."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.2
+    learning_rate: float | None = None
+    weight_decay: float = 0.5
     warmup: float = 0.05
     """Share of the training with a rising learning rate."""
     average: float = 0.99
@@ -60,20 +61,62 @@ class TrainConfig:
     held_out: float = 0.05
     """Share of the training images to validate on where no validation source is given."""
     seed: int = 0
-    augment: Augment = field(default_factory=Augment)
+    caption_loss: float | None = None
+    """Weight of a contrast between two captions of each image, which teaches paraphrases."""
+    word_loss: float | None = None
+    """Weight of predicting an image's words; see words.py."""
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "captions_per_image", "validations"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("epochs", "minutes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("learning_rate", "clip_norm", "epochs", "minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0")
+        for name in ("caption_loss", "word_loss"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "at least 0")
         for name in ("warmup", "average", "held_out"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+    def settled(self, captions: int, *, mirror: bool) -> "Settled":
+        """Fill in what was left open: little data from scratch wants more help than fine-tuning.
+
+        Args:
+            captions: Most captions that an image has.
+            mirror: Whether mirrored images still fit their captions.
+        """
+        scratch = self.model is None
+        augment = self.augment
+        if augment is None:
+            augment = Augment() if scratch else Augment(crop_min=0.9, colour=0.0, erase=0.0)
+        if augment.flip is None:
+            augment = replace(augment, flip=mirror)
+        drawn = self.captions_per_image or (5 if scratch else 1)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"augment": augment, "captions_per_image": min(drawn, captions)}
+        for name, from_scratch, fine_tuning in (
+            ("learning_rate", 1e-3, 1e-5),
+            ("caption_loss", 0.2, 0.0),
+            ("word_loss", 0.3, 0.0),
+        ):
+            if values[name] is None:
+                values[name] = from_scratch if scratch else fine_tuning
+        return Settled(**values)
+
+
+@dataclass(frozen=True)
+class Settled(TrainConfig):
+    """A configuration with nothing left open."""
+
+    captions_per_image: int = 1
+    learning_rate: float = 1e-3
+    caption_loss: float = 0.0
+    word_loss: float = 0.0
+    augment: Augment = field(default_factory=Augment)
 
 
 @dataclass
@@ -91,7 +134,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: Settled,
         encoder: Encoder,
         *,
         pairs: Pairs,
@@ -110,7 +153,9 @@ class Trainer:
         encoder.device = self.device
         self.towers = encoder.towers.to(self.device).train()
         self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
-        self.optimizer = adamw(self.towers, config.learning_rate, config.weight_decay)
+        self.words = WordHead(encoder.dim, pairs.tokens_PT).to(self.device)
+        self.trained = torch.nn.ModuleList([self.towers, self.words])
+        self.optimizer = adamw(self.trained, config.learning_rate, config.weight_decay)
         self.average = Average(self.towers, config.average)
         self.state = _State()
         self.started = started
@@ -200,7 +245,7 @@ class Trainer:
                 f"(now {config.learning_rate}); {self.run} holds the last good weights"
             )
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.towers.parameters(), config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -210,19 +255,28 @@ class Trainer:
         return loss.detach()
 
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        """Mean over the drawn captions of the loss between the images and the c-th captions."""
-        tokens_BCT = batch.tokens_BCT.to(self.device)
+        """Images against captions; captions against captions; images against words."""
+        tokens_BCT, groups_BC = batch.tokens_BCT.to(self.device), batch.groups_BC.to(self.device)
         image_BD = self._image_vectors(images)
         text_BCD = self._text_vectors(tokens_BCT.flatten(0, 1)).unflatten(0, tokens_BCT.shape[:2])
+        columns = range(tokens_BCT.shape[1])
+        losses = [self._align(image_BD, text_BCD[:, c], groups_BC[:, c]) for c in columns]
+        loss = torch.stack(losses).mean()
+        if self.config.caption_loss and len(columns) > 1:
+            # Each column against the one before it: two captions of an image are a pair as well.
+            losses = [
+                self._align(text_BCD[:, c - 1], text_BCD[:, c], groups_BC[:, c]) for c in columns
+            ]
+            loss = loss + self.config.caption_loss * torch.stack(losses).mean()
+        if self.config.word_loss:
+            loss = loss + self.config.word_loss * self.words(image_BD, tokens_BCT)
+        return loss
+
+    def _align(self, one_BD: Tensor, other_BD: Tensor, groups_B: Tensor) -> Tensor:
         scale, bias = self.towers.logit_scale, self.towers.logit_bias
-        losses = []
-        for c in range(tokens_BCT.shape[1]):
-            text_BD, groups_B = text_BCD[:, c], batch.groups_BC[:, c].to(self.device)
-            if self.config.loss == "infonce":
-                losses.append(kernels.contrastive_loss(image_BD, text_BD, scale, groups=groups_B))
-            else:
-                losses.append(kernels.sigmoid_loss(image_BD, text_BD, scale, bias, groups=groups_B))
-        return torch.stack(losses).mean()
+        if self.config.loss == "infonce":
+            return kernels.contrastive_loss(one_BD, other_BD, scale, groups=groups_B)
+        return kernels.sigmoid_loss(one_BD, other_BD, scale, bias, groups=groups_B)
 
     def _image_vectors(self, images: Tensor) -> Tensor:
         return self.image_arithmetic.apply(
@@ -277,6 +331,7 @@ class Trainer:
             "best": self.state.best,
             "best_step": self.state.best_step,
             "towers": self.towers.state_dict(),
+            "words": self.words.state_dict(),
             "average": self.average.weights,
             "average_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
@@ -290,6 +345,7 @@ class Trainer:
         state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
         self.state = _State(state["step"], state["elapsed_s"], state["best"], state["best_step"])
         self.towers.load_state_dict(state["towers"])
+        self.words.load_state_dict(state["words"])
         self.average.weights = state["average"]
         self.average.steps = state["average_steps"]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -57,6 +57,8 @@ QUICK = TrainConfig(
     batch_size=32,
     captions_per_image=2,
     validations=1,
+    word_loss=0.0,
+    caption_loss=0.0,
 )
 
 

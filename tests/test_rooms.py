@@ -12,7 +12,7 @@ ORDER: list[set[str]] = [
     {"mmalign.files", "mmalign.config", "mmalign.progress"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
-    {"mmalign.modality", "mmalign.optimization", "mmalign.runlog"},
+    {"mmalign.modality", "mmalign.optimization", "mmalign.runlog", "mmalign.words"},
     {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.embed", "mmalign.build"},
     {"mmalign.trainer", "mmalign.sheet"},
     {"mmalign.train"},

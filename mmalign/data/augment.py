@@ -18,15 +18,15 @@ from mmalign.config import require
 class Augment:
     """How much training images are varied. `none()` leaves them as they are."""
 
-    crop_min: float = 0.5
+    crop_min: float = 0.35
     """Smallest share of the image's area that a random crop keeps; 1 turns cropping off."""
     aspect: float = 1.25
     """Largest change of aspect of a crop."""
     flip: bool | None = None
     """Mirror half of the images; unset: only where the captions do not speak of left and right."""
-    colour: float = 0.2
+    colour: float = 0.4
     """Largest relative change of brightness, contrast and saturation."""
-    erase: float = 0.0
+    erase: float = 0.3
     """Share of images in which one random box is greyed out."""
 
     def __post_init__(self) -> None:

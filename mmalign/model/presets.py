@@ -73,7 +73,6 @@ PRESETS: dict[str, Preset] = {
         text_layers=0,
         dropout=0.2,
         word_dropout=0.2,
-        drop_path=0.1,
     ),
     "small": Preset(
         image_size=112,

@@ -1,0 +1,43 @@
+"""A second task for the image tower while it trains: say which words its captions have.
+
+B images, C captions, D dimensions, P captions of the whole set, T tokens, V vocabulary.
+
+A contrastive loss teaches an image only what tells it apart from the rest of its batch. Predicting
+words compares it with the whole vocabulary at once, which is worth much where images are few and
+nothing where they are billions. The head is thrown away after training.
+
+Source: Huang et al. 2024, "Classification Done Right for Vision-Language Pre-Training".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHARPNESS = 10.0
+
+
+class WordHead(nn.Module):
+    """Scores every token of the vocabulary from an image vector; final."""
+
+    idf_V: Tensor
+
+    def __init__(self, dim: int, tokens_PT: Tensor) -> None:
+        """Weigh tokens by how rare they are among all captions, padded with 0."""
+        super().__init__()
+        vocabulary = int(tokens_PT.max()) + 1
+        self.score = nn.Linear(dim, vocabulary)
+        # Tokens are counted once a caption.
+        owner_P1 = torch.arange(len(tokens_PT), dtype=torch.int64)[:, None]
+        once = (tokens_PT.long() + vocabulary * owner_P1).unique() % vocabulary
+        count_V = torch.bincount(once, minlength=vocabulary)
+        idf_V = torch.log(len(tokens_PT) / (1 + count_V)).clamp(min=0)
+        idf_V[0] = 0
+        self.register_buffer("idf_V", idf_V, persistent=False)
+
+    def forward(self, image_BD: Tensor, tokens_BCT: Tensor) -> Tensor:
+        """Return the cross entropy between the scores and the words of the drawn captions."""
+        scores_BV = self.score(SHARPNESS * image_BD)
+        wanted_BV = torch.zeros_like(scores_BV).scatter_(1, tokens_BCT.flatten(1), 1.0)
+        wanted_BV = F.normalize(wanted_BV * self.idf_V, p=1, dim=1)
+        per_image_B = (wanted_BV * scores_BV.log_softmax(dim=1)).sum(dim=1)
+        return -per_image_B.mean()
