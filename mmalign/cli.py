@@ -165,8 +165,8 @@ def train(
               mmalign train --data photos/ --out run --set epochs=20 --set augment.flip=true
               mmalign train --data photos/ --out run --resume
     """
-    from mmalign.config import build, override, read_toml
-    from mmalign.train import TrainConfig
+    from mmalign.config import override, read_toml
+    from mmalign.train import configure
     from mmalign.train import train as run
 
     # A run that is resumed goes on with its own configuration unless told otherwise.
@@ -177,7 +177,7 @@ def train(
     if caption_keys:
         values["caption_keys"] = caption_keys
     where = f"{file} and --set" if settings and file else (file or "--set")
-    built = build(TrainConfig, override(values, settings), where)
+    built = configure(override(values, settings), where)
     _print(run(built, data, out, val=val, resume=resume), as_json)
 
 

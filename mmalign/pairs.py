@@ -74,7 +74,8 @@ class Pairs:
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
                 f"give --set batch_size={1 << (len(self).bit_length() - 1)} or bring more data"
             )
-        return Sampler(self.starts, batch_size, seed, captions_per_image)
+        most = int(np.diff(self.starts).max())
+        return Sampler(self.starts, batch_size, seed, min(captions_per_image, most))
 
     def batch(self, draw: Draw) -> Batch:
         """Gather the pixels and tokens of a draw."""

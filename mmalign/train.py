@@ -7,6 +7,7 @@ The part in brackets is `trainer.py`; what it needs is put together here.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from mmalign.errors import ConfigError, UsageError
 from mmalign.model import Encoder, load_model, new_model, save_model
 from mmalign.pairs import can_mirror, load_pairs, report_losses
 from mmalign.progress import say
-from mmalign.trainer import TrainConfig, Trainer
+from mmalign.trainer import TrainConfig, Trainer, configure
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["TrainConfig", "configure", "train"]
 
 MIN_HELD_OUT = 200
 
@@ -56,8 +57,9 @@ def train(
     run = _open_run(Path(out), config, resume)
     records, val_records, skips = _read(config, sources, val)
     encoder = load_model(run) if resume else _new_encoder(config, records)
-    settled = config.settled(max(len(r.captions) for r in records), mirror=can_mirror(records))
-    crops = settled.augment.crop_min < 1 or bool(settled.augment.flip)
+    if config.augment.flip is None:
+        config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
+    crops = config.augment.crop_min < 1 or bool(config.augment.flip)
     total = len(records) + len(val_records) + len([s for s in skips if not s.kept])
     pairs, lost = load_pairs(
         encoder, records, run / "cache" / "train.npy", crops=crops, label="decode"
@@ -68,11 +70,11 @@ def train(
         else (None, [])
     )
     report_losses(run, [*skips, *lost, *lost_held], total)
-    trainer = Trainer(settled, encoder, pairs=pairs, held=held, run=run, started=started)
+    trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
     if resume:
         trainer.load()
     else:
-        files.write_text(run / "config.toml", dump(settled))
+        files.write_text(run / "config.toml", dump(config))
         save_model(encoder, run)
     result = trainer.run_all()
     for file in (run / "cache").glob("*.npy"):

@@ -5,7 +5,7 @@ B images of a batch, C captions drawn for each, D dimensions, T tokens.
 
 import math
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign import files, kernels
-from mmalign.config import require
+from mmalign.config import build, require
 from mmalign.data import Augment, Skip, read_ahead
 from mmalign.errors import TrainingError
 from mmalign.evaluate import retrieval
@@ -46,9 +46,9 @@ class TrainConfig:
     minutes: float | None = None
     """Time from the call to the last step; the learning rate follows the clock."""
     batch_size: int = 128
-    captions_per_image: int | None = None
+    captions_per_image: int = 5
     """Captions drawn for each image of a batch; the image is encoded once for all of them."""
-    learning_rate: float | None = None
+    learning_rate: float = 1e-3
     weight_decay: float = 0.5
     warmup: float = 0.05
     """Share of the training with a rising learning rate."""
@@ -61,62 +61,41 @@ class TrainConfig:
     held_out: float = 0.05
     """Share of the training images to validate on where no validation source is given."""
     seed: int = 0
-    caption_loss: float | None = None
+    caption_loss: float = 0.2
     """Weight of a contrast between two captions of each image, which teaches paraphrases."""
-    word_loss: float | None = None
+    word_loss: float = 0.3
     """Weight of predicting an image's words; see words.py."""
-    augment: Augment | None = None
+    augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "captions_per_image", "validations"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "clip_norm", "epochs", "minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0")
-        for name in ("caption_loss", "word_loss"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, name, value, "at least 0")
         for name in ("warmup", "average", "held_out"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
-
-    def settled(self, captions: int, *, mirror: bool) -> "Settled":
-        """Fill in what was left open: little data from scratch wants more help than fine-tuning.
-
-        Args:
-            captions: Most captions that an image has.
-            mirror: Whether mirrored images still fit their captions.
-        """
-        scratch = self.model is None
-        augment = self.augment
-        if augment is None:
-            augment = Augment() if scratch else Augment(crop_min=0.9, colour=0.0, erase=0.0)
-        if augment.flip is None:
-            augment = replace(augment, flip=mirror)
-        drawn = self.captions_per_image or (5 if scratch else 1)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"augment": augment, "captions_per_image": min(drawn, captions)}
-        for name, from_scratch, fine_tuning in (
-            ("learning_rate", 1e-3, 1e-5),
-            ("caption_loss", 0.2, 0.0),
-            ("word_loss", 0.3, 0.0),
-        ):
-            if values[name] is None:
-                values[name] = from_scratch if scratch else fine_tuning
-        return Settled(**values)
+        for name in ("weight_decay", "caption_loss", "word_loss", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
 
 
-@dataclass(frozen=True)
-class Settled(TrainConfig):
-    """A configuration with nothing left open."""
+FINE_TUNING: dict[str, Any] = {
+    "captions_per_image": 1,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.2,
+    "caption_loss": 0.0,
+    "word_loss": 0.0,
+    "augment": {"crop_min": 0.9, "colour": 0.0, "erase": 0.0},
+}
+"""What differs where good weights are only to be adapted: less help, smaller steps."""
 
-    captions_per_image: int = 1
-    learning_rate: float = 1e-3
-    caption_loss: float = 0.0
-    word_loss: float = 0.0
-    augment: Augment = field(default_factory=Augment)
+
+def configure(values: dict[str, Any], where: str = "configuration") -> TrainConfig:
+    """Build a configuration; with `model` among the values, what is not said is `FINE_TUNING`."""
+    if values.get("model") is None:
+        return build(TrainConfig, values, where)
+    augment = {**FINE_TUNING["augment"], **values.get("augment", {})}
+    return build(TrainConfig, {**FINE_TUNING, **values, "augment": augment}, where)
 
 
 @dataclass
@@ -134,7 +113,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Settled,
+        config: TrainConfig,
         encoder: Encoder,
         *,
         pairs: Pairs,

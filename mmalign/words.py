@@ -36,7 +36,7 @@ class WordHead(nn.Module):
 
     def forward(self, image_BD: Tensor, tokens_BCT: Tensor) -> Tensor:
         """Return the cross entropy between the scores and the words of the drawn captions."""
-        scores_BV = self.score(SHARPNESS * image_BD)
+        scores_BV: Tensor = self.score(SHARPNESS * image_BD)
         wanted_BV = torch.zeros_like(scores_BV).scatter_(1, tokens_BCT.flatten(1), 1.0)
         wanted_BV = F.normalize(wanted_BV * self.idf_V, p=1, dim=1)
         per_image_B = (wanted_BV * scores_BV.log_softmax(dim=1)).sum(dim=1)

@@ -250,6 +250,8 @@ def test_an_image_query_that_is_none(store: Path, tmp_path: Path) -> None:
     file.write_text("these are words")
     said = complaint(1, "search", store, file)
     assert f"{file}: cannot search by this image: not an image" in said
+    gone = tmp_path / "gone.jpg"
+    assert f"{gone}: no such image file" in complaint(2, "search", store, gone)
 
 
 def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:

@@ -16,8 +16,9 @@ from mmalign.errors import ConfigError, DataError, TrainingError, UsageError
 from mmalign.model import new_model
 from mmalign.optimization import Arithmetic, Average, fastest
 from mmalign.pairs import can_mirror, load_pairs
-from mmalign.train import TrainConfig, train
+from mmalign.train import TrainConfig, configure, train
 from mmalign.trainer import Trainer
+from mmalign.words import WordHead
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
@@ -109,6 +110,30 @@ def test_an_empty_source(tmp_path: Path) -> None:
 def test_a_run_is_never_overwritten(run: Path, scenes: Path) -> None:
     with pytest.raises(UsageError, match="--resume"):
         train(QUICK, [str(scenes)], run)
+
+
+def test_fine_tuning_has_milder_defaults() -> None:
+    scratch, tuned = configure({}), configure({"model": "x", "augment": {"erase": 0.1}})
+    assert tuned.learning_rate < scratch.learning_rate
+    assert (tuned.word_loss, tuned.caption_loss) == (0, 0)
+    assert (tuned.augment.crop_min, tuned.augment.erase) == (0.9, 0.1)
+    assert configure({"model": "x", "learning_rate": 1e-3}).learning_rate == 1e-3
+
+
+def test_words_are_learned_by_rarity() -> None:
+    """A token in every caption weighs nothing; the image that says its own words is cheaper."""
+    tokens = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 4, 4], [1, 5, 0]])
+    head = WordHead(4, tokens)
+    assert head.idf_V[:2].tolist() == [0, 0]
+    assert torch.allclose(head.idf_V[2:], torch.tensor(2.0).log())
+    with torch.no_grad():
+        head.score.weight.zero_()
+        head.score.bias.zero_()
+        head.score.weight[2, 0] = head.score.weight[3, 1] = 1.0
+    images = torch.eye(4)[:2]
+    right = head(images, tokens[:2, None])
+    wrong = head(images.flip(0), tokens[:2, None])
+    assert right < 0.01 < wrong
 
 
 def test_weights_need_an_architecture(tmp_path: Path, scenes: Path) -> None:
