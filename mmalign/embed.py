@@ -141,8 +141,10 @@ def _rows(encoder: Encoder, items: Sequence[tuple[Record, _Item]]) -> list[Row]:
     images_BD = kinds["image"].encode(kinds["image"].batch([item.pixels for _, item in items]))
     # Equal captions are encoded once.
     captions = list(dict.fromkeys(c for record, _ in items for c in record.captions))
-    texts = {c: v for part in _chunks(captions) for c, v in zip(part, kinds["text"].encode(part),
-                                                                strict=True)}  # fmt: skip
+    texts: dict[str, NDArray[np.float32]] = {}
+    for first in range(0, len(captions), BATCH):
+        part = captions[first : first + BATCH]
+        texts |= zip(part, kinds["text"].encode(part), strict=True)
     none = np.zeros((0, images_BD.shape[1]), dtype=np.float32)
     return [
         Row(
@@ -164,10 +166,6 @@ def _as_json(meta: dict[str, Any]) -> str:
     text = json.dumps(meta, ensure_ascii=False, default=str)
     # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _chunks(captions: list[str]) -> Iterator[list[str]]:
-    yield from (captions[i : i + BATCH] for i in range(0, len(captions), BATCH))
 
 
 def _thumbnail(image: Image.Image) -> bytes:

@@ -23,19 +23,25 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only when the block ends well."""
+def _becoming(path: Path) -> Iterator[Path]:
+    """Lend a temporary name; what was written and synced there takes the real one at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when the block ends well."""
+    with _becoming(path) as temporary, open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -56,16 +62,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_through(path: Path, write: Callable[[str], None]) -> None:
     """Let a library write a file by name (FAISS, safetensors), then make it appear atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _becoming(path) as temporary:
         write(str(temporary))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def claim(path: Path, content: bytes) -> bool:

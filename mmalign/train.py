@@ -5,8 +5,10 @@
 The part in brackets is `trainer.py`; what it needs is put together here.
 """
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,26 +63,31 @@ def train(
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
     total = len(records) + len(val_records) + len([s for s in skips if not s.kept])
-    pairs, lost = load_pairs(
-        encoder, records, run / "cache" / "train.npy", crops=crops, label="decode"
-    )
-    held, lost_held = (
-        load_pairs(encoder, val_records, run / "cache" / "val.npy", crops=False, label="decode val")
-        if val_records
-        else (None, [])
-    )
-    report_losses(run, [*skips, *lost, *lost_held], total)
-    trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
-    if resume:
-        trainer.load()
-    else:
-        files.write_text(run / "config.toml", dump(config))
-        save_model(encoder, run)
-    result = trainer.run_all()
-    for file in (run / "cache").glob("*.npy"):
-        file.unlink()
-    (run / "cache").rmdir()
-    return result
+    with _scratch(run / "cache") as cache:
+        pairs, lost = load_pairs(encoder, records, cache / "train.npy", crops=crops, label="decode")
+        held, lost_held = (
+            load_pairs(encoder, val_records, cache / "val.npy", crops=False, label="decode val")
+            if val_records
+            else (None, [])
+        )
+        report_losses(run, [*skips, *lost, *lost_held], total)
+        trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
+        if resume:
+            trainer.load()
+        else:
+            files.write_text(run / "config.toml", dump(config))
+            save_model(encoder, run)
+        return trainer.run_all()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Lend a folder for decoded images; a resumed run decodes them again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_run(run: Path, config: TrainConfig, resume: bool) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmalign import files, kernels
 from mmalign.config import build, require
 from mmalign.data import Augment, Skip, read_ahead
-from mmalign.errors import TrainingError
+from mmalign.errors import TrainingError, UsageError
 from mmalign.evaluate import retrieval
 from mmalign.model import Encoder, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
@@ -156,6 +156,8 @@ class Trainer:
 
     def run_all(self) -> dict[str, Any]:
         """Train to the end, or to Ctrl-C; both leave a state to resume from."""
+        if self.progress >= 1:
+            raise UsageError(f"{self.run}: training is complete; --set epochs=N makes it longer")
         self._choose_arithmetic()
         batches = read_ahead(self.pairs.batch, self.sampler.draws(self.state.step))
         log = RunLog(self.run)

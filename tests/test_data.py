@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_tar
 from PIL import Image, ImageFile
 
 from mmalign.data import (
@@ -71,16 +72,6 @@ def huge_png() -> bytes:
     rows = zlib.compress(bytes((1 + 20_000 // 8) * 20_000))
     header = chunk(b"IHDR", side * 2 + bytes([1, 0, 0, 0, 0]))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """Write a tar in order, duplicates included."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def write_folder(folder: Path, members: dict[str, bytes | str]) -> Path:

@@ -136,6 +136,13 @@ def test_words_are_learned_by_rarity() -> None:
     assert right < 0.01 < wrong
 
 
+def test_a_complete_run_is_not_trained_on(run: Path, scenes: Path) -> None:
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="training is complete"):
+        train(QUICK, [str(scenes)], run, val=[str(scenes)], resume=True)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
 def test_weights_need_an_architecture(tmp_path: Path, scenes: Path) -> None:
     with pytest.raises(ConfigError, match="pretrained needs model"):
         train(replace(QUICK, pretrained="x"), [str(scenes)], tmp_path / "run")

@@ -221,7 +221,7 @@ def _paint(canvas: Image.Image, group: Group, spot: Point, rng: np.random.Genera
     ImageDraw.Draw(mask).polygon(points, fill=255)
     pattern = Image.new("RGB", canvas.size, tuple(int(v + (255 - v) * 0.72) for v in colour))
     brush = ImageDraw.Draw(pattern)
-    pitch = 9 * SUPERSAMPLE // 2
+    pitch = 13
     left, top = int(x - 1.5 * radius), int(y - 1.5 * radius)
     reach = int(3 * radius)
     if group.texture == "striped":
