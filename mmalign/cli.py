@@ -120,7 +120,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 @main.command()
 @click.option("--out", default="demo", show_default=True, help="Folder for everything it makes.")
 @click.option("--scenes", default=12_000, show_default=True, help="Scenes to train on.")
-@click.option("--minutes", default=3.0, show_default=True, help="Time to train.")
+@click.option("--minutes", default=4.0, show_default=True, help="Time to train.")
 def demo(out: str, scenes: int, minutes: float) -> None:
     """Draw scenes, train on them, and search them in English and Chinese.
 
