@@ -846,7 +846,7 @@ def test_every_loss_of_the_corrupt_set_has_its_reason(tmp_path: Path) -> None:
     starts = {key: reason.split(":")[0].split(" (")[0] for key, reason in why.items()}
     assert starts == {
         "set/cut.jpg": "damaged image",
-        "set/empty.jpg": "no caption",
+        "set/empty.jpg": "caption file is empty",
         "set/huge.png": "too many pixels",
         "set/latin.jpg": "caption is not UTF-8",
         "set/words.jpg": "not an image",

@@ -88,6 +88,8 @@ def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) ->
     captions = captions_in(meta, keys)
     if not captions and txt is not None and DEFAULT_CAPTION_KEY in keys:
         captions = clean(text(txt).splitlines())
+        if not captions and js is None:
+            raise SampleProblem("caption file is empty")
     wanted = {*keys, *CAPTION_ALIASES}
     return captions, {k: v for k, v in meta.items() if k not in wanted}
 
