@@ -858,8 +858,8 @@ def test_every_loss_of_the_corrupt_set_has_its_reason(tmp_path: Path) -> None:
 def test_without_captions_wanted_their_images_stay(tmp_path: Path) -> None:
     catalog, why, decoded = losses(corrupt_set(tmp_path), need_captions=False)
     assert decoded == 12 + 2 + 2
-    assert "set/empty.jpg" not in why
-    assert [s.id for s in catalog.skips if s.kept] == ["set/latin.jpg"]
+    assert why["set/empty.jpg"] == "caption file is empty"
+    assert [s.id for s in catalog.skips if s.kept] == ["set/empty.jpg", "set/latin.jpg"]
     (twice,) = [r for r in catalog.records if r.id == "dup/twice"]
     assert read_image(twice) == jpeg(31)
 
