@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench clean
+.PHONY: help setup demo test check fix bench bench-gpu clean
 
 help:   ## list the targets
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 setup: $(READY)  ## make .venv and install mmalign with everything it needs (about 6 GB)
 
@@ -36,6 +36,14 @@ fix: $(READY)  ## format, and mend what ruff can
 
 bench: $(READY)  ## run the benchmarks; rows go to bench/results
 	$(BIN)/python -m bench
+
+# Nothing is installed: a machine with a GPU brings its own torch.
+bench-gpu: GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu:  ## the GPU tests and benchmarks on one card; no network, no set-up
+	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu needs a GPU that torch can use")'
+	$(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels_losses.py tests/test_kernels_topk.py tests/test_kernels_parts.py
+	$(GPU_PYTHON) -m bench loss
+	$(GPU_PYTHON) -m bench topk
 
 clean:  ## remove the environment, caches and the demo
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,15 +3,16 @@
 import importlib
 import sys
 
-NAMES = ("arithmetic", "train")
+NAMES = ("arithmetic", "loss", "ranks", "topk", "train")
 
 
 def main() -> None:
     """Run the named benchmark; without a name, those that need no data of yours."""
-    names = sys.argv[1:2] or ["arithmetic"]
+    names = sys.argv[1:2] or ["arithmetic", "loss", "topk", "ranks"]
     if names[0] not in NAMES:
         sys.exit(f"no benchmark {names[0]!r}: {', '.join(NAMES)}")
-    importlib.import_module(f"bench.{names[0]}").main(sys.argv[2:])
+    for name in names:
+        importlib.import_module(f"bench.{name}").main(sys.argv[2:])
 
 
 main()

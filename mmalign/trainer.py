@@ -15,7 +15,7 @@ from torch import Tensor
 from mmalign import files, kernels
 from mmalign.config import build, require
 from mmalign.data import Augment, Skip, read_ahead
-from mmalign.errors import TrainingError, UsageError
+from mmalign.errors import TrainingError, UsageError, VectorError
 from mmalign.evaluate import retrieval
 from mmalign.model import Encoder, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
@@ -46,6 +46,9 @@ class TrainConfig:
     minutes: float | None = None
     """Time from the call to the last step; the learning rate follows the clock."""
     batch_size: int = 128
+    part_size: int | None = None
+    """Images encoded at a time. A larger batch is encoded in parts, twice, in the memory of one
+    part, and its loss evaluated once; batch norms then see a part, not the batch."""
     captions_per_image: int = 5
     """Captions drawn for each image of a batch; the image is encoded once for all of them."""
     learning_rate: float = 1e-3
@@ -68,8 +71,9 @@ class TrainConfig:
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "captions_per_image", "validations"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("batch_size", "part_size", "captions_per_image", "validations"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
         for name in ("learning_rate", "clip_norm", "epochs", "minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0")
@@ -219,13 +223,7 @@ class Trainer:
             group["lr"] = rate
         side = self.encoder.preprocess.size
         images = config.augment(batch.images_B3SS, side, generator).to(self.device)
-        loss = self._loss(images, batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {batch.step}: lower learning_rate "
-                f"(now {config.learning_rate}); {self.run} holds the last good weights"
-            )
-        loss.backward()
+        loss = self._backward(images, batch)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,13 +231,43 @@ class Trainer:
             self.towers.log_scale.clamp_(0, math.log(100))
         self.average.update(self.towers)
         self.state.step = batch.step + 1
+        return loss
+
+    def _backward(self, images: Tensor, batch: Batch) -> Tensor:
+        """Add the gradients of a batch; whole, or in parts that fit the memory."""
+        tokens_BCT, groups_BC = batch.tokens_BCT.to(self.device), batch.groups_BC.to(self.device)
+
+        def encode(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            flat = self._text_vectors(part[1].flatten(0, 1))
+            return self._image_vectors(part[0]), flat.unflatten(0, part[1].shape[:2])
+
+        def objective(image_BD: Tensor, text_BCD: Tensor) -> Tensor:
+            return self._loss(image_BD, text_BCD, tokens_BCT, groups_BC)
+
+        size = self.config.part_size or len(images)
+        try:
+            if size < len(images):
+                parts = list(zip(images.split(size), tokens_BCT.split(size), strict=True))
+                loss = kernels.backward_in_parts(self.towers, parts, encode, objective)
+            else:
+                loss = objective(*encode((images, tokens_BCT)))
+                loss.backward()
+        except VectorError as problem:
+            raise self._diverged(str(problem), batch.step) from problem
+        if not torch.isfinite(loss):
+            raise self._diverged(f"the loss is {loss.item()}", batch.step)
         return loss.detach()
 
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {step}: lower learning_rate (now {self.config.learning_rate}); "
+            f"{self.run} holds the last good weights"
+        )
+
+    def _loss(
+        self, image_BD: Tensor, text_BCD: Tensor, tokens_BCT: Tensor, groups_BC: Tensor
+    ) -> Tensor:
         """Images against captions; captions against captions; images against words."""
-        tokens_BCT, groups_BC = batch.tokens_BCT.to(self.device), batch.groups_BC.to(self.device)
-        image_BD = self._image_vectors(images)
-        text_BCD = self._text_vectors(tokens_BCT.flatten(0, 1)).unflatten(0, tokens_BCT.shape[:2])
         columns = range(tokens_BCT.shape[1])
         losses = [self._align(image_BD, text_BCD[:, c], groups_BC[:, c]) for c in columns]
         loss = torch.stack(losses).mean()
@@ -282,10 +310,11 @@ class Trainer:
             self.towers, lambda: self.encoder.text_vectors(tokens), self.device, is_image=False
         )
         size = sum(p.numel() for p in self.towers.parameters()) / 1e6
+        vectors = torch.empty(self.config.batch_size, self.encoder.dim, device=self.device)
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
             f"{len(self.pairs.tokens_PT)} captions; images in {self.image_arithmetic}, "
-            f"texts in {self.text_arithmetic}"
+            f"texts in {self.text_arithmetic}, loss {kernels.choose_loss(vectors, vectors)}"
         )
 
     def validate(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from mmalign.embed import embed
 from mmalign.train import TrainConfig, train
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, on the CPU; they read this when they are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:

@@ -44,6 +44,23 @@ def test_exact_counts_on_from_shard_to_shard() -> None:
     assert np.allclose(scores[:, 0], 1, atol=1e-3)
 
 
+def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers, before and after the vectors were coded; a bad row codes nothing."""
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 4)
+    shards, queries = [vectors(300), vectors(200, seed=1)], vectors(5, seed=2).astype(np.float32)
+    index = Exact(shards)
+    first = index.search(queries[:3], 7)
+    assert index.corpus is None
+    index.search(queries, 7)
+    assert index.corpus is not None
+    again = index.search(queries[:3], 7)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    shards[0][0] = 0
+    index = Exact(shards)
+    index.search(queries, 7)
+    assert index.corpus is None
+
+
 def test_fewer_rows_than_asked_for() -> None:
     assert Exact([vectors(3)]).search(vectors(1).astype(np.float32), 10)[1].shape == (1, 3)
 

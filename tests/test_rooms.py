@@ -23,7 +23,7 @@ DOORS = {
     "faiss": {"mmalign.index.ivf"},
     "open_clip": {"mmalign.model.openclip"},
     "timm": set(),
-    "triton": set(),
+    "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},
     "tokenizers": {"mmalign.model.tokenizer"},
     "safetensors": {"mmalign.model.checkpoint"},
     "pyarrow": {"mmalign.store", "mmalign.data.tables"},

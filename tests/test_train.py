@@ -212,3 +212,17 @@ def test_choosing_an_arithmetic_changes_no_weights(run: Path) -> None:
     assert isinstance(chosen, Arithmetic)
     assert all(torch.equal(v, before[k]) for k, v in encoder.towers.state_dict().items())
     assert all(p.grad is None for p in encoder.towers.parameters())
+
+
+@pytest.mark.parametrize("part_size", [5, 32])
+def test_a_batch_in_parts(part_size: int, tmp_path: Path, scenes: Path) -> None:
+    """Parts train as a batch does, up to the batch norms, which see a part at a time."""
+    config = replace(QUICK, epochs=2, part_size=part_size)
+    train(config, [str(scenes)], tmp_path / "run")
+    train(replace(config, part_size=None), [str(scenes)], tmp_path / "whole")
+    last, truth = (
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
+        for run in ("run", "whole")
+    )
+    assert last["step"] == truth["step"]
+    assert last["loss"] == pytest.approx(truth["loss"], rel=0.2)

@@ -4,20 +4,41 @@ N rows (pairs or stored vectors), M queries, D dimensions, K neighbours.
 
 Both jobs of a dual encoder are one product of two matrices: training compares every image of a
 batch with every text, search compares every query with every stored vector. This room knows no
-images and no words. `reference.py` says what each function means, in plain torch.
+images and no words. `reference.py` says what each function means, in plain torch; every other
+implementation gives the same, without ever holding the product.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+import importlib
+from typing import Any, Literal
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mmalign.errors import VectorError, nearest
-from mmalign.kernels import reference
+from mmalign.errors import VectorError
+from mmalign.kernels import blocked, checks, losses, reference
+from mmalign.kernels.cached import backward_in_parts
+from mmalign.kernels.codes import can_code
+from mmalign.kernels.exact import TopkImpl, choose_topk, prepare, topk
+from mmalign.kernels.screens import Corpus
 
-Impl = Literal["auto", "reference"]
-_IMPLS = ("auto", "reference")
+__all__ = [
+    "Corpus",
+    "LossImpl",
+    "TopkImpl",
+    "backward_in_parts",
+    "can_code",
+    "choose_loss",
+    "choose_topk",
+    "contrastive_loss",
+    "prepare",
+    "sigmoid_loss",
+    "topk",
+]
+
+LossImpl = Literal["auto", "reference", "blocked", "triton"]
+_IMPLS = ("auto", "reference", "blocked", "triton")
+# Up to here dense logits are small and quick.
+_DENSE_ROWS = 512
 
 
 def contrastive_loss(
@@ -26,7 +47,8 @@ def contrastive_loss(
     logit_scale: Tensor,
     *,
     groups: Tensor | None = None,
-    impl: Impl = "auto",
+    impl: LossImpl = "auto",
+    ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Symmetric InfoNCE: each image must find its own text among N, and each text its image.
 
@@ -36,19 +58,31 @@ def contrastive_loss(
         logit_scale: The multiplier of the cosines (not its logarithm), a scalar tensor.
         groups: Integer ids, shape (N,). Rows with an equal id are no negatives of each other:
             their off-diagonal logits leave both denominators.
-        impl: Which implementation; "auto" picks one.
+        impl: "reference" is dense, "blocked" needs memory O(N D) on any device, "triton" is the
+            same fused for a GPU, "auto" is what `choose_loss` says.
+        ranks: Processes that bring N rows each; the loss is then over the joined batch and the
+            same on all, and gradients are its gradients once they are averaged over the ranks,
+            as data-parallel training does.
 
     Returns:
-        A scalar in float32 (float64 for float64 inputs), differentiable in all three tensors.
+        A scalar in float32 (float64 for float64 inputs), differentiable once in all three tensors.
 
     Raises:
-        VectorError: A shape or type is wrong.
+        VectorError: A shape, type or value (NaN, a zero vector) is wrong.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
     Supervision".
     """
-    _check_pairs(image_ND, text_ND, groups, impl)
-    return reference.contrastive_loss(image_ND, text_ND, logit_scale, groups=groups)
+    checks.check_impl(impl, _IMPLS)
+    checks.check_pairs(image_ND, text_ND, groups, {"logit_scale": logit_scale})
+    chosen = choose_loss(image_ND, text_ND, ranks) if impl == "auto" else impl
+    if chosen == "reference":
+        _refuse_ranks(ranks)
+        return reference.contrastive_loss(image_ND, text_ND, logit_scale, groups=groups)
+    passes = _triton_loss(image_ND) if chosen == "triton" else blocked
+    return losses.contrastive_loss(
+        image_ND, text_ND, logit_scale, groups=groups, passes=passes, ranks=ranks
+    )
 
 
 def sigmoid_loss(
@@ -58,87 +92,60 @@ def sigmoid_loss(
     logit_bias: Tensor,
     *,
     groups: Tensor | None = None,
-    impl: Impl = "auto",
+    impl: LossImpl = "auto",
+    ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Pairwise sigmoid loss: every image-text pair is its own yes-or-no question.
 
     Arguments, result and errors are those of `contrastive_loss`; `logit_bias` is a scalar tensor
-    added to every logit. The sum over all pairs is divided by N.
+    added to every logit. The sum over all pairs is divided by N. Gradients are made together with
+    the loss.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
-    _check_pairs(image_ND, text_ND, groups, impl)
-    return reference.sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias, groups=groups)
+    checks.check_impl(impl, _IMPLS)
+    scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    checks.check_pairs(image_ND, text_ND, groups, scalars)
+    chosen = choose_loss(image_ND, text_ND, ranks) if impl == "auto" else impl
+    if chosen == "reference":
+        _refuse_ranks(ranks)
+        return reference.sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias, groups=groups)
+    passes = _triton_loss(image_ND) if chosen == "triton" else blocked
+    return losses.sigmoid_loss(
+        image_ND, text_ND, logit_scale, logit_bias, groups=groups, passes=passes, ranks=ranks
+    )
 
 
-def topk(
-    queries_MD: Tensor,
-    vectors_ND: Tensor | Sequence[Tensor],
-    k: int,
-    *,
-    allow: Tensor | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Find the k rows with the largest inner product for every query, exactly.
-
-    Args:
-        queries_MD: Queries of unit norm, shape (M, D).
-        vectors_ND: Vectors of unit norm, shape (N, D), or a sequence of such matrices (shards)
-            whose rows are numbered on from one to the next. Scores are made block by block; the
-            (M, N) matrix never exists.
-        k: Neighbours per query, between 1 and N.
-        allow: Boolean (N,); rows that are False cannot be found. Fewer than k allowed rows leave
-            a score of -inf and row -1 at the end.
-        impl: Which implementation; "auto" picks one.
-
-    Returns:
-        scores (M, K) float32, best first, and rows (M, K) int64. Equal scores come in row order.
-
-    Raises:
-        VectorError: A shape, type or value (NaN) is wrong, or k does not fit.
-    """
-    shards = [vectors_ND] if isinstance(vectors_ND, Tensor) else list(vectors_ND)
-    _check_search(queries_MD, shards, k, allow, impl)
-    return reference.topk(queries_MD, shards, k, allow=allow)
+def choose_loss(
+    image_ND: Tensor, text_ND: Tensor, ranks: "dist.ProcessGroup | None" = None
+) -> LossImpl:
+    """Say which implementation `impl="auto"` stands for with these inputs."""
+    if image_ND.is_cuda and text_ND.is_cuda:
+        triton_loss = _import_triton_loss()
+        if triton_loss and not triton_loss.refuses(image_ND):
+            return "triton"
+    if len(image_ND) <= _DENSE_ROWS and ranks is None:
+        return "reference"
+    return "blocked"
 
 
-def _check_impl(impl: str) -> None:
-    if impl not in _IMPLS:
-        raise VectorError(f"impl={impl!r} does not exist: {nearest(impl, _IMPLS)}")
-
-
-def _check_pairs(image_ND: Tensor, text_ND: Tensor, groups: Tensor | None, impl: str) -> None:
-    _check_impl(impl)
-    if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
+def _refuse_ranks(ranks: "dist.ProcessGroup | None") -> None:
+    if ranks is not None:
         raise VectorError(
-            f"image_ND and text_ND must have one shape (N, D), N and D at least 1; "
-            f"got {tuple(image_ND.shape)} and {tuple(text_ND.shape)}"
-        )
-    for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
-        if not tensor.is_floating_point():
-            raise VectorError(f"{name} must be of a floating type, got {tensor.dtype}")
-    if groups is not None and (groups.shape != image_ND.shape[:1] or groups.is_floating_point()):
-        raise VectorError(
-            f"groups must be integers of shape ({image_ND.shape[0]},), "
-            f"got {groups.dtype} {tuple(groups.shape)}"
+            "impl='reference' knows one process: use 'blocked' or 'triton' with ranks"
         )
 
 
-def _check_search(
-    queries_MD: Tensor, shards: list[Tensor], k: int, allow: Tensor | None, impl: str
-) -> None:
-    _check_impl(impl)
-    if queries_MD.ndim != 2 or any(s.ndim != 2 for s in shards) or not shards:
-        raise VectorError("queries_MD and vectors_ND must be matrices (rows, dims)")
-    widths = {s.shape[1] for s in shards} | {queries_MD.shape[1]}
-    if len(widths) > 1:
-        raise VectorError(
-            f"queries_MD has {queries_MD.shape[1]} dims, vectors_ND has {shards[0].shape[1]}"
-        )
-    rows = sum(s.shape[0] for s in shards)
-    if not 1 <= k <= rows:
-        raise VectorError(f"k={k} must lie between 1 and the number of rows, {rows}")
-    if allow is not None and (allow.dtype != torch.bool or allow.shape != (rows,)):
-        raise VectorError(f"allow must be boolean of shape ({rows},)")
-    if not torch.isfinite(queries_MD).all():
-        raise VectorError("queries_MD holds NaN or infinite values")
+def _import_triton_loss() -> Any:
+    try:
+        return importlib.import_module("mmalign.kernels.triton_loss")
+    except ImportError:  # torch comes without triton on some platforms
+        return None
+
+
+def _triton_loss(image_ND: Tensor) -> Any:
+    triton_loss = _import_triton_loss()
+    problem = triton_loss.refuses(image_ND) if triton_loss else "Triton is not installed"
+    if problem:
+        raise VectorError(f"impl='triton' does not work here: {problem}")
+    return triton_loss

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign.errors import VectorError
 
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 16_384
 
 
 def contrastive_loss(
@@ -47,33 +47,39 @@ def sigmoid_loss(
 def topk(
     queries_MD: Tensor, shards: list[Tensor], k: int, *, allow: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Exact top-k, block by block; see `kernels.topk`."""
-    queries_MD = queries_MD.float()
-    scores_MK = queries_MD.new_full((len(queries_MD), k), -torch.inf)
-    rows_MK = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=queries_MD.device)
+    """Exact top-k, block by block; see `kernels.topk`.
+
+    A score is the float32 nearest to the float64 inner product. So it is a property of the two
+    vectors alone: no batch, block or machine changes it, and every faster way can be held to it.
+    """
+    queries_MD = queries_MD.double()
+    device = queries_MD.device
+    scores_MK = torch.full((len(queries_MD), k), -torch.inf, device=device)
+    rows_MK = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=device)
     first = 0
     for shard in shards:
         for block_BD in shard.split(BLOCK_ROWS):
-            scores_MB = queries_MD @ block_BD.to(queries_MD.device).float().T
+            scores_MB = (queries_MD @ block_BD.to(device).double().T).float()
             if torch.isnan(scores_MB).any():
                 raise VectorError(
                     f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}"
                 )
             if allow is not None:
-                denied = ~allow[first : first + len(block_BD)].to(scores_MB.device)
+                denied = ~allow[first : first + len(block_BD)].to(device)
                 scores_MB = scores_MB.masked_fill(denied, -torch.inf)
-            rows_B = torch.arange(first, first + len(block_BD), device=scores_MB.device)
+            rows_B = torch.arange(first, first + len(block_BD), device=device)
             # Earlier rows stand on the left, so a stable choice breaks ties by row number.
             scores_MB = torch.cat([scores_MK, scores_MB], dim=1)
             rows_MB = torch.cat([rows_MK, rows_B.expand(len(queries_MD), -1)], dim=1)
-            scores_MK, chosen_MK = _stable_topk(scores_MB, k)
-            rows_MK = rows_MB.gather(1, chosen_MK)
+            scores_MK, order_MK = scores_MB.sort(dim=1, descending=True, stable=True)
+            scores_MK = scores_MK[:, :k]
+            rows_MK = rows_MB.gather(1, order_MK[:, :k])
             first += len(block_BD)
     return scores_MK, rows_MK.masked_fill(scores_MK == -torch.inf, -1)
 
 
 def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
-    dtype = torch.promote_types(image_ND.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(image_ND.dtype, text_ND.dtype), torch.float32)
     with torch.autocast(image_ND.device.type, enabled=False):
         return image_ND.to(dtype) @ text_ND.to(dtype).T
 
@@ -81,19 +87,3 @@ def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
 def _same_group(groups: Tensor) -> Tensor:
     """Pairs of different rows with an equal group id, as an (N, N) mask."""
     return (groups[:, None] == groups[None, :]).fill_diagonal_(False)
-
-
-def _stable_topk(scores_MB: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk with ties in column order, which torch itself leaves open."""
-    top_MK, columns_MK = torch.topk(scores_MB, k, dim=1)
-    # Sort what was found by column, then stably by score.
-    columns_MK, order_MK = columns_MK.sort(dim=1)
-    top_MK, order_MK = top_MK.gather(1, order_MK).sort(dim=1, descending=True, stable=True)
-    columns_MK = columns_MK.gather(1, order_MK)
-    # Where the last score occurs more often than it was taken, torch may have taken the wrong ones.
-    last_M1 = top_MK[:, -1:]
-    cut_M = (scores_MB == last_M1).sum(1) > (top_MK == last_M1).sum(1)
-    if cut_M.any():
-        top, order = scores_MB[cut_M].sort(dim=1, descending=True, stable=True)
-        top_MK[cut_M], columns_MK[cut_M] = top[:, :k], order[:, :k]
-    return top_MK, columns_MK

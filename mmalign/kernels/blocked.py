@@ -1,0 +1,199 @@
+"""Contrastive losses tile by tile: the N x N logits never exist, on any device.
+
+B image rows at hand, N text columns, D dimensions, R x C one tile of logits.
+
+InfoNCE costs 8 N^2 D FLOPs, forward and backward together. One product (2) makes a tile of logits,
+whose exponentials are summed along rows and along columns at once; going back, the tile is made
+anew (2) and multiplied into both gradients (4). The sigmoid loss has no normalizer, so its
+gradients are made on the way forward, in 6.
+
+`triton_loss.py` has the same three functions, fused for a GPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A tile that stays in the cache of a CPU, and one that fills a GPU.
+CPU_TILE = (512, 1024)
+GPU_TILE = (4096, 8192)
+# float32 holds exp(x) to full precision for x within these of a common shift; see `_shift`.
+ABOVE, BELOW = 70.0, 60.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images of this process against all texts: row i belongs to column `first + i`."""
+
+    image_BD: Tensor
+    text_ND: Tensor
+    scale: Tensor
+    """The multiplier of the inner products, a scalar."""
+    first: int = 0
+    image_groups_B: Tensor | None = None
+    text_groups_N: Tensor | None = None
+
+    @property
+    def own(self) -> slice:
+        """The columns that belong to the rows."""
+        return slice(self.first, self.first + len(self.image_BD))
+
+    def meeting(self, rows: slice, columns: slice) -> slice:
+        """Those of some rows whose own column is among some columns."""
+        start = max(rows.start, columns.start - self.first)
+        return slice(start, max(start, min(rows.stop, columns.stop - self.first)))
+
+
+def accumulator(matrix: Tensor) -> torch.dtype:
+    """In what a matrix's products are summed: float32, or float64 for float64."""
+    return torch.promote_types(matrix.dtype, torch.float32)
+
+
+def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of the logits along rows (B) and down columns (N), and the own logits (B)."""
+    shift = _shift(problem)
+    nothing = -torch.inf if shift is None else 0.0
+    rows_B = problem.scale.new_full((len(problem.image_BD),), nothing)
+    columns_N = problem.scale.new_full((len(problem.text_ND),), nothing)
+    own_B = torch.empty_like(rows_B)
+    for rows, columns, logits_RC in _logits(problem):
+        met = problem.meeting(rows, columns)
+        own_B[met] = _own(problem, logits_RC, rows, columns)
+        if shift is None:
+            for sums, dim in ((rows_B[rows], 1), (columns_N[columns], 0)):
+                torch.logaddexp(sums, torch.logsumexp(logits_RC, dim), out=sums)
+        else:
+            powers_RC = _less(logits_RC, shift).exp_()
+            rows_B[rows] += powers_RC.sum(1)
+            columns_N[columns] += powers_RC.sum(0)
+    if shift is None:
+        return rows_B, columns_N, own_B
+    return rows_B.log_().add_(shift), columns_N.log_().add_(shift), own_B
+
+
+def infonce_gradients(
+    problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Derivatives of InfoNCE times N: by the images, and by the texts, both before the scale.
+
+    Args:
+        problem: As in `statistics`.
+        rows_B: Its log-sum-exp along rows.
+        columns_N: Its log-sum-exp down columns, over the rows of every process.
+        wants_image: Whether to make the first.
+        wants_text: Whether to make the second.
+    """
+    shift = _shift(problem)
+    products = _Products(problem, wants_image, wants_text)
+    if shift is not None:
+        rows_B, columns_N = (shift - rows_B).exp(), (shift - columns_N).exp()
+    for rows, columns, logits_RC in _logits(problem):
+        if shift is None:
+            weights_RC = (logits_RC - rows_B[rows, None]).exp_()
+            weights_RC += logits_RC.sub_(columns_N[columns]).exp_()
+        else:
+            # One exponential serves both directions.
+            weights_RC = _less(logits_RC, shift).exp_()
+            weights_RC *= rows_B[rows, None] + columns_N[columns]
+        _own(problem, weights_RC, rows, columns).sub_(2)
+        products.add(rows, columns, weights_RC.mul_(0.5))
+    return products.image_BD, products.text_ND
+
+
+def sigmoid_pass(
+    problem: Problem, bias: Tensor, *, wants_image: bool, wants_text: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The sigmoid loss times N, and its derivatives in the same pass.
+
+    Returns:
+        The loss (float64), its derivative by the bias (float64), by the images and by the texts,
+        the last two before the scale.
+    """
+    products = _Products(problem, wants_image, wants_text)
+    loss, by_bias = (
+        torch.zeros((), dtype=torch.float64, device=problem.image_BD.device) for _ in range(2)
+    )
+    for rows, columns, logits_RC in _logits(problem, bias):
+        _own(problem, logits_RC, rows, columns).neg_()
+        loss -= F.logsigmoid(-logits_RC).sum(dtype=torch.float64)
+        # Every pair now holds by how much it is wrong: the own ones with their sign turned.
+        weights_RC = logits_RC.sigmoid_()
+        _own(problem, weights_RC, rows, columns).neg_()
+        by_bias += weights_RC.sum(dtype=torch.float64)
+        products.add(rows, columns, weights_RC)
+    return loss, by_bias, products.image_BD, products.text_ND
+
+
+class _Products:
+    """Sums of weights times texts (B, D) and of weights, transposed, times images (N, D)."""
+
+    def __init__(self, problem: Problem, wants_image: bool, wants_text: bool) -> None:
+        dtype = accumulator(problem.image_BD)
+        self.images, self.texts = problem.image_BD.to(dtype), problem.text_ND.to(dtype)
+        self.image_BD = torch.zeros_like(self.images) if wants_image else None
+        self.text_ND = torch.zeros_like(self.texts) if wants_text else None
+
+    def add(self, rows: slice, columns: slice, weights_RC: Tensor) -> None:
+        if self.image_BD is not None:
+            self.image_BD[rows].addmm_(weights_RC, self.texts[columns])
+        if self.text_ND is not None:
+            self.text_ND[columns].addmm_(weights_RC.T, self.images[rows])
+
+
+def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield tiles of logits, each in the same memory; pairs of one group hold -inf."""
+    dtype = accumulator(problem.image_BD)
+    texts_ND = problem.text_ND.to(dtype)
+    high, wide = CPU_TILE if texts_ND.device.type == "cpu" else GPU_TILE
+    memory = texts_ND.new_empty(high * min(wide, len(texts_ND)))
+    for rows in _slices(len(problem.image_BD), high):
+        scaled_RD = problem.image_BD[rows].to(dtype) * problem.scale.to(dtype)
+        for columns in _slices(len(texts_ND), wide):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            logits_RC = memory[: shape[0] * shape[1]].view(shape)
+            torch.mm(scaled_RD, texts_ND[columns].T, out=logits_RC)
+            if bias is not None:
+                logits_RC += bias
+            if problem.image_groups_B is not None and problem.text_groups_N is not None:
+                same_RC = problem.image_groups_B[rows, None] == problem.text_groups_N[columns]
+                _own(problem, same_RC, rows, columns).fill_(False)
+                logits_RC.masked_fill_(same_RC, -torch.inf)
+            yield rows, columns, logits_RC
+
+
+def _own(problem: Problem, tile_RC: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A view of the places in a tile where an image meets its own text; often empty."""
+    return tile_RC.diagonal(problem.first + rows.start - columns.start)
+
+
+def _shift(problem: Problem) -> float | None:
+    """A number to subtract from every logit before its exponential, or None if none is safe.
+
+    Rows and columns may have maxima so far apart that one exponential of a logit underflows in the
+    sum of its row and still rules its column. Each maximum is at least the pair's own logit, and no
+    logit exceeds scale * |image| * |text|; where these two bounds lie close enough, one shift
+    serves all. On a GPU reading them would stall the queue: there the maxima are kept apart always.
+    """
+    if problem.image_BD.device.type != "cpu":
+        return None
+    dtype = accumulator(problem.image_BD)
+    longest = [m.to(dtype).norm(dim=1).max() for m in (problem.image_BD, problem.text_ND)]
+    top = float(problem.scale.abs() * longest[0] * longest[1])
+    # The rows of other processes own columns too: only their bound is known here.
+    lowest = -top
+    if len(problem.image_BD) == len(problem.text_ND):
+        own_B = (problem.image_BD.to(dtype) * problem.text_ND.to(dtype)).sum(dim=1)
+        lowest = float((problem.scale * own_B).min())
+    shift = max(0.0, top - ABOVE)
+    return shift if lowest >= shift - BELOW else None
+
+
+def _less(tile_RC: Tensor, shift: float) -> Tensor:
+    return tile_RC.sub_(shift) if shift else tile_RC
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

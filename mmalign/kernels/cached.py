@@ -1,0 +1,76 @@
+"""Large batches on small memory: encode in parts, hold one part's activations at a time.
+
+A contrastive loss needs the vectors of the whole batch, but not the activations that led to them.
+So a batch is encoded twice: first without gradients, for the loss and its gradient by the vectors;
+then part by part with gradients, each part continuing from the vector gradients it was given. The
+random state is put back before the second time, so that dropout strikes the same units. The loss is
+evaluated once, and whatever else it depends on (the logit scale) has its gradient then.
+
+Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Part = TypeVar("Part")
+
+
+def backward_in_parts(
+    network: nn.Module,
+    parts: Sequence[Part],
+    encode: Callable[[Part], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
+) -> Tensor:
+    """Add the gradients of `loss(*vectors of all parts joined)` and return the loss, detached.
+
+    The result equals that of one large batch, unless the network's items look at each other: batch
+    norms normalize each part by itself, and their running averages are moved once, by the second
+    encoding.
+
+    Args:
+        network: Holds the weights and buffers that `encode` uses.
+        parts: The batch, cut into pieces of any sizes.
+        encode: From a part to one or more tensors, whose first dimension runs over the part.
+        loss: From those tensors, each joined over all parts, to a scalar.
+    """
+    device = next(network.parameters()).device
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    states, encoded = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_random_state(device))
+            encoded.append(encode(part))
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+    joined = [torch.cat(pieces).requires_grad_() for pieces in zip(*encoded, strict=True)]
+    value = loss(*joined)
+    value.backward()
+    after = _random_state(device)
+    lengths = [len(pieces[0]) for pieces in encoded]
+    del encoded
+    given = [matrix.grad.split(lengths) if matrix.grad is not None else None for matrix in joined]
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        _set_random_state(device, state)
+        outputs = encode(part)
+        pairs = [
+            (output, pieces[i])
+            for output, pieces in zip(outputs, given, strict=True)
+            if pieces is not None and output.requires_grad
+        ]
+        torch.autograd.backward([output for output, _ in pairs], [given for _, given in pairs])
+    _set_random_state(device, after)
+    return value.detach()
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,89 @@
+"""Bad input is refused by the name of the argument, before anything is computed.
+
+N rows, M queries, D dimensions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmalign.errors import VectorError, nearest
+
+
+def check_impl(impl: str, known: Sequence[str]) -> None:
+    """Refuse an implementation that does not exist."""
+    if impl not in known:
+        raise VectorError(f"impl={impl!r} does not exist: {nearest(impl, known)}")
+
+
+def check_pairs(
+    image_ND: Tensor, text_ND: Tensor, groups: Tensor | None, scalars: dict[str, Tensor]
+) -> None:
+    """Refuse what no loss can be made of."""
+    if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
+        raise VectorError(
+            f"image_ND and text_ND must have one shape (N, D), N and D at least 1; "
+            f"got {tuple(image_ND.shape)} and {tuple(text_ND.shape)}"
+        )
+    if image_ND.device != text_ND.device:
+        raise VectorError(
+            f"image_ND is on {image_ND.device}, text_ND on {text_ND.device}: they must share one"
+        )
+    for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
+        if not tensor.is_floating_point():
+            raise VectorError(f"{name} must be of a floating type, got {tensor.dtype}")
+    for name, tensor in scalars.items():
+        if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
+            raise VectorError(f"{name} must be a floating tensor with one element, got {tensor!r}")
+    if groups is not None and (groups.shape != image_ND.shape[:1] or groups.is_floating_point()):
+        raise VectorError(
+            f"groups must be integers of shape ({image_ND.shape[0]},), "
+            f"got {groups.dtype} {tuple(groups.shape)}"
+        )
+    for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
+        check_vectors(name, tensor)
+
+
+def check_vectors(name: str, matrix_ND: Tensor, first_row: int = 0) -> None:
+    """Refuse NaN, infinite and zero vectors, naming the first of them."""
+    norms_N = torch.linalg.vector_norm(matrix_ND.detach().float(), dim=1)
+    bad_N = ~((norms_N > 0) & torch.isfinite(norms_N))
+    if bad_N.any():
+        row = int(bad_N.nonzero()[0, 0])
+        what = "a zero vector" if norms_N[row] == 0 else "NaN or infinite values"
+        raise VectorError(f"{name} holds {what} in row {first_row + row}")
+
+
+def check_queries(queries_MD: Tensor, width: int) -> None:
+    """Refuse queries that cannot be compared with vectors of some width."""
+    if queries_MD.ndim != 2 or not len(queries_MD):
+        raise VectorError(
+            f"queries_MD must be a matrix (queries, dims), got {tuple(queries_MD.shape)}"
+        )
+    if not queries_MD.is_floating_point():
+        raise VectorError(f"queries_MD must be of a floating type, got {queries_MD.dtype}")
+    if queries_MD.shape[1] != width:
+        raise VectorError(f"queries_MD has {queries_MD.shape[1]} dims, vectors_ND has {width}")
+    check_vectors("queries_MD", queries_MD)
+
+
+def check_shards(shards: Sequence[Tensor]) -> None:
+    """Refuse shards that are no matrices of one width."""
+    if not shards or any(s.ndim != 2 or not s.is_floating_point() for s in shards):
+        raise VectorError("vectors_ND must be one or more floating matrices (rows, dims)")
+    widths = sorted({s.shape[1] for s in shards})
+    if len(widths) > 1:
+        raise VectorError(f"vectors_ND has shards of different dims: {widths}")
+    if not sum(len(s) for s in shards):
+        raise VectorError("vectors_ND has no rows")
+
+
+def check_choice(k: int, allow: Tensor | None, rows: int) -> None:
+    """Refuse a k, or a filter, that does not fit the rows."""
+    if not 1 <= k <= rows:
+        raise VectorError(f"k={k} must lie between 1 and the number of rows, {rows}")
+    if allow is not None and (allow.dtype != torch.bool or allow.shape != (rows,)):
+        raise VectorError(
+            f"allow must be boolean of shape ({rows},), got {allow.dtype} {tuple(allow.shape)}"
+        )

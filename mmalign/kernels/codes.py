@@ -1,0 +1,182 @@
+"""Vectors in one byte for each number, and products of such codes in whole numbers; on a CPU.
+
+M queries, B coded vectors, D dimensions, X groups of neighbouring vectors.
+
+A vector becomes the centre of its shard and seven bits for each number of its difference from it,
+in steps that the vectors of a group share. Before that, the space is turned by a random rotation,
+which spreads the few large numbers of an embedding over all, so that steps can be small. Seven, as
+processors without VNNI add pairs of products in 16 bits: 2 * 127 * 127 still fits, so sums are
+exact everywhere. What a code loses is measured, not estimated: the distance between each vector
+and its code bounds the error of every score.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+GROUP = 16
+LEVELS, QUERY_LEVELS = 63, 127
+ZERO = 64
+AT_ONCE = 1 << 13
+# Up to so many queries, reading the codes takes longer than multiplying them.
+FEW = 2
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A random rotation, and how far from one it is in float32."""
+
+    matrix_DD: Tensor
+    tilt: float
+    """Frobenius norm of R'R - I: products of turned vectors are off by this share at most."""
+    rounding: float
+    """A turned vector is off by this share of its length at most, however sums are ordered."""
+
+    def __call__(self, vectors_BD: Tensor) -> Tensor:
+        """Turn float32 vectors."""
+        return vectors_BD @ self.matrix_DD
+
+
+@cache
+def rotation(width: int) -> Rotation:
+    """Return the rotation of a width, always the same one."""
+    generator = torch.Generator().manual_seed(width)
+    matrix_DD = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    matrix_DD = torch.linalg.qr(matrix_DD).Q.float()
+    square_DD = matrix_DD.double().T @ matrix_DD.double()
+    tilt = float(torch.linalg.matrix_norm(square_DD - torch.eye(width, dtype=torch.float64)))
+    # Each number is a sum of D products and a difference, off by (D + 2) u |row| |vector|.
+    return Rotation(matrix_DD, tilt, 1.01 * (width + 2) * 2.0**-24 * width**0.5)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of one shard."""
+
+    codes_BD: Tensor
+    """uint8; `scale * (code - 64)` is the turned difference from the centre, less what is lost."""
+    centre_D: Tensor
+    scale_X: Tensor
+    lost_X: Tensor
+    """How far scores of the group can be off by what its codes have lost, for a query of norm 1."""
+    length_X: Tensor
+    """The same by what the code of a query has lost, for a loss of 1: their largest norm."""
+
+    def __len__(self) -> int:
+        return len(self.codes_BD)
+
+    def __getitem__(self, rows: slice) -> "Codes":
+        """A part of the rows; it must start where a group does."""
+        groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
+        by_group = (t[groups] for t in (self.scale_X, self.lost_X, self.length_X))
+        return Codes(self.codes_BD[rows], self.centre_D, *by_group)
+
+    def scores(self, queries: "Queries") -> tuple[Tensor, Tensor]:
+        """Return products, (B, M), yet to be multiplied by `scale_X`, and their errors, (X, M)."""
+        products_BM, rounding_M = queries.products(self.codes_BD)
+        error_XM = self.lost_X[:, None] * queries.norm_M
+        error_XM.addcmul_(self.length_X[:, None], queries.lost_M)
+        error_XM.addcmul_(self.scale_X[:, None], rounding_M)
+        return products_BM, error_XM
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Turned queries in eight bits, whose products with codes are whole numbers."""
+
+    norm_M: Tensor
+    lost_M: Tensor
+    """Distance of a turned query from what is multiplied."""
+    packed: Tensor
+    scale_M: Tensor
+
+    def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, M) in steps of the codes, and their errors for each query."""
+        zero_M = torch.zeros(len(self.scale_M), dtype=torch.int32)
+        products_BM: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes_BD, 1.0, ZERO, self.packed, self.scale_M, zero_M,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return products_BM, torch.zeros_like(self.scale_M)
+
+
+@dataclass(frozen=True)
+class FewQueries(Queries):
+    """Turned queries in bfloat16: slower for many, faster for one, as codes are only read."""
+
+    def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Queries.products`."""
+        ones_B = torch.ones(len(codes_BD), dtype=torch.bfloat16)
+        rounded_MB = torch._weight_int8pack_mm(self.packed, codes_BD.view(torch.int8), ones_B)
+        rounded_BM = rounded_MB.float().T.contiguous()
+        # The sums are float32, of codes up to 127; each is then rounded to bfloat16.
+        width = codes_BD.shape[1]
+        sums = sum_error(width, 2.0**-24) * 127 * width**0.5
+        error_M = 2.0**-8 * rounded_BM.abs().amax(dim=0) + sums * self.scale_M
+        # Codes were read as they lie, 64 too high.
+        return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
+
+
+def can_code() -> bool:
+    """Say whether this build of torch has the product of codes."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def code(shard_ND: Tensor) -> Codes:
+    """Code the vectors of a shard."""
+    count, width = shard_ND.shape
+    turn = rotation(width)
+    centre_D = torch.zeros(width, dtype=torch.float64)
+    for part in shard_ND.split(AT_ONCE):
+        centre_D += part.float().sum(dim=0)
+    centre_D = (centre_D / count).float()
+    codes_BD = torch.empty(count, width, dtype=torch.uint8)
+    groups = -(-count // GROUP)
+    scale_X, lost_X, length_X = (torch.zeros(groups) for _ in range(3))
+    for start in range(0, count, AT_ONCE):
+        rest_BD = turn(shard_ND[start : start + AT_ONCE].float() - centre_D)
+        rows = slice(start, start + len(rest_BD))
+        part_X = slice(start // GROUP, -(-rows.stop // GROUP))
+        largest_X = _by_group(rest_BD.abs().amax(dim=1))
+        scale_X[part_X] = (largest_X / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
+        step_B1 = scale_X[part_X].repeat_interleave(GROUP)[: len(rest_BD), None]
+        steps_BD = (rest_BD / step_B1).round_().clamp_(-LEVELS, LEVELS)
+        codes_BD[rows] = (steps_BD + ZERO).to(torch.uint8)
+        coded_BD = steps_BD.mul_(step_B1)
+        length_X[part_X] = _by_group(torch.linalg.vector_norm(coded_BD, dim=1))
+        lost_X[part_X] = _by_group(torch.linalg.vector_norm(rest_BD.sub_(coded_BD), dim=1))
+    whole_X = 1.01 * (length_X + lost_X)
+    lost_X = (1 + turn.tilt) * (lost_X + turn.rounding * whole_X) + turn.tilt * whole_X
+    # A few roundings of the product and of the centre's part to float32.
+    lost_X += 2.0**-20 * (whole_X + torch.linalg.vector_norm(centre_D))
+    return Codes(codes_BD, centre_D, scale_X, 1.01 * lost_X, 1.01 * length_X)
+
+
+def code_queries(queries_MD: Tensor) -> Queries:
+    """Turn and round float32 queries."""
+    turn = rotation(queries_MD.shape[1])
+    turned_MD, norm_M = turn(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
+    if len(queries_MD) <= FEW and hasattr(torch, "_weight_int8pack_mm"):
+        packed = turned_MD.bfloat16()
+        rounded_MD, scale_M = packed.float(), 1.01 * norm_M
+    else:
+        scale_M = (turned_MD.abs().amax(dim=1) / QUERY_LEVELS).clamp(min=1e-30)
+        steps_MD = (turned_MD / scale_M[:, None]).round_().clamp_(-QUERY_LEVELS, QUERY_LEVELS)
+        packed = torch.ops.onednn.qlinear_prepack(steps_MD.to(torch.int8), None)
+        rounded_MD = steps_MD.mul_(scale_M[:, None])
+    lost_M = torch.linalg.vector_norm(turned_MD - rounded_MD, dim=1) + turn.rounding * norm_M
+    kind = FewQueries if packed.dtype == torch.bfloat16 else Queries
+    return kind(norm_M, 1.01 * lost_M, packed, scale_M)
+
+
+def sum_error(terms: int, roundoff: float) -> float:
+    """Relative error of a sum of products in any order, and of two more roundings of it."""
+    return (terms + 4) * roundoff / (1 - (terms + 4) * roundoff)
+
+
+def _by_group(values_B: Tensor) -> Tensor:
+    """Largest of each group of neighbours."""
+    short = -len(values_B) % GROUP
+    return torch.nn.functional.pad(values_B, (0, short)).view(-1, GROUP).amax(dim=1)

@@ -1,0 +1,274 @@
+"""Exact top-k in two steps: a screen bounds every score, and what may win is scored exactly.
+
+M queries, N stored vectors, D dimensions, K neighbours, B vectors of a block, X groups of
+neighbouring vectors, G of a group, P pairs of a query and a vector, H groups worth a look.
+
+A screen is a fast product in low precision whose error is bounded, proven and not guessed. A vector
+whose upper bound lies below the k-th best score so far cannot be among the k best, so it is dropped
+unseen; the few that are left, usually not many more than k, are scored in float64. The answer is
+that of `reference.topk`, digit for digit, ties included, whichever screen was used.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmalign.errors import VectorError
+from mmalign.kernels import checks, codes, reference, screens
+from mmalign.kernels.codes import GROUP
+from mmalign.kernels.rescore import best_pairs, exact_scores
+from mmalign.kernels.screens import Block, Corpus
+
+TopkImpl = Literal["auto", "reference", "single", "half", "int8", "triton"]
+_IMPLS = ("auto", "reference", "single", "half", "int8", "triton")
+# Pairs that wait for their exact score before they are thinned out.
+PENDING = 1 << 17
+# Exact scores are made whenever so many times more rows have been seen: of so many pairs beyond k.
+GROWTH, SPARE = 4, 6
+QUERIES_AT_ONCE = 256
+# Reading float16 once for each query beats widening it to float32 up to so many queries.
+HALF_QUERIES = 8
+FEW_ALLOWED = 0.1
+
+_log = logging.getLogger("mmalign.kernels")
+
+
+def topk(
+    queries_MD: Tensor,
+    vectors_ND: Tensor | Sequence[Tensor] | Corpus,
+    k: int,
+    *,
+    allow: Tensor | None = None,
+    impl: TopkImpl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Find the k rows with the largest inner product for every query, exactly.
+
+    A score is the float32 nearest to the inner product in float64: it depends on its two vectors
+    alone, and no implementation, batch or device changes it.
+
+    Args:
+        queries_MD: Queries of unit norm, shape (M, D), any floating type; read as float32.
+        vectors_ND: Vectors of unit norm, shape (N, D), or a sequence of such matrices (shards)
+            whose rows are numbered on from one to the next and which may lie on the disk (memory
+            maps) or on several GPUs; or what `prepare` made of them. The (M, N) scores never exist.
+        k: Neighbours per query, between 1 and N.
+        allow: Boolean (N,); rows that are False cannot be found. Fewer than k allowed rows leave
+            a score of -inf and row -1 at the end.
+        impl: "reference" compares in float64; the others screen first: "single" in float32, on any
+            device; "half" in float16 and "int8" by the codes of a prepared corpus, on a CPU;
+            "triton" on a GPU. "auto" is what `choose_topk` says.
+
+    Returns:
+        scores (M, K) float32, best first, and rows (M, K) int64. Equal scores come in row order.
+
+    Raises:
+        VectorError: A shape, type or value (NaN, a zero query) is wrong, or k does not fit.
+    """
+    checks.check_impl(impl, _IMPLS)
+    corpus = vectors_ND if isinstance(vectors_ND, Corpus) else screens.plain(vectors_ND)
+    checks.check_queries(queries_MD, corpus.width)
+    checks.check_choice(k, allow, corpus.rows)
+    queries_MD = queries_MD.detach().float()
+    chosen = choose_topk(queries_MD, corpus, allow) if impl == "auto" else impl
+    _log.debug("topk of %d queries in %d rows: %s", len(queries_MD), corpus.rows, chosen)
+    if chosen == "reference":
+        return reference.topk(queries_MD, corpus.shards, k, allow=allow)
+    if chosen == "triton":
+        return _triton_topk(queries_MD, corpus).topk(queries_MD, corpus, k, allow=allow)  # type: ignore[no-any-return]
+    screen = _screen(chosen, queries_MD, corpus)
+    parts = []
+    for part_MD in queries_MD.split(QUERIES_AT_ONCE):
+        found = _Found(part_MD, corpus, k)
+        for block in screen(part_MD, corpus, allow):
+            found.add(block)
+        parts.append(found.result())
+    scores, rows = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(rows)
+
+
+def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None) -> TopkImpl:
+    """Say which implementation `impl="auto"` stands for with these inputs."""
+    if queries_MD.is_cuda:
+        kernels = _import_triton_topk()
+        return "triton" if kernels and not kernels.refuses(corpus) else "single"
+    few = allow is not None and allow.float().mean() < FEW_ALLOWED
+    if corpus.codes is not None and not few:
+        return "int8"
+    return "half" if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus) else "single"
+
+
+def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) -> Corpus:
+    """Make vectors ready to be searched many times: check each, bound their norms, code them.
+
+    Args:
+        vectors_ND: As in `topk`. The matrices are kept, not copied.
+        with_codes: Whether to hold one byte for each number in memory, for "int8": several queries
+            at a time are then faster on a CPU.
+
+    Raises:
+        VectorError: A shape or type is wrong, or a vector is NaN, infinite or zero.
+    """
+    corpus = screens.plain(vectors_ND)
+    longest = 0.0
+    for first, shard in corpus.numbered():
+        for start in range(0, len(shard), reference.BLOCK_ROWS):
+            block = shard[start : start + reference.BLOCK_ROWS].float()
+            checks.check_vectors("vectors_ND", block, first + start)
+            longest = max(longest, float(torch.linalg.vector_norm(block, dim=1).max()))
+    # The norm is itself a rounded sum.
+    corpus = replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
+    if not with_codes:
+        return corpus
+    if not codes.can_code():
+        raise VectorError("with_codes needs a torch that is built with oneDNN")
+    return replace(corpus, codes=[codes.code(shard.cpu()) for shard in corpus.shards])
+
+
+def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
+    problem = None
+    if chosen == "half":
+        problem = _refuses_half(corpus)
+    elif chosen == "int8" and corpus.codes is None:
+        problem = "vectors_ND has no codes: give kernels.prepare(vectors_ND, with_codes=True)"
+    if chosen != "single" and queries_MD.is_cuda:
+        problem = f"queries_MD is on {queries_MD.device}, not on a CPU"
+    if problem:
+        raise VectorError(f"impl={chosen!r} does not work here: {problem}")
+    return {"single": screens.single, "half": screens.half, "int8": screens.int8}[chosen]
+
+
+def _refuses_half(corpus: Corpus) -> str | None:
+    if corpus.dtypes != {torch.float16}:
+        return f"vectors_ND is {', '.join(sorted(map(str, corpus.dtypes)))}, not float16"
+    if any(shard.is_cuda for shard in corpus.shards):
+        return "vectors_ND is not on a CPU"
+    if torch._C._get_cpu_allow_fp16_reduced_precision_reduction():  # type: ignore[attr-defined]
+        return "torch is set to sum float16 in float16"
+    return None
+
+
+def _import_triton_topk() -> Any:
+    try:
+        return importlib.import_module("mmalign.kernels.triton_topk")
+    except ImportError:  # torch comes without triton on some platforms
+        return None
+
+
+def _triton_topk(queries_MD: Tensor, corpus: Corpus) -> Any:
+    kernels = _import_triton_topk()
+    problem = kernels.refuses(corpus) if kernels else "Triton is not installed"
+    if not problem and not queries_MD.is_cuda and not kernels.INTERPRETED:
+        problem = f"queries_MD is on {queries_MD.device}, not on a GPU"
+    if problem:
+        raise VectorError(f"impl='triton' does not work here: {problem}")
+    return kernels
+
+
+class _Found:
+    """What may still be among the k best, for some queries; final."""
+
+    def __init__(self, queries_MD: Tensor, corpus: Corpus, k: int) -> None:
+        self.queries_MD, self.corpus, self.k = queries_MD.double(), corpus, k
+        shape, device = (len(queries_MD), k), queries_MD.device
+        self.scores_MK = torch.full(shape, -torch.inf, device=device)
+        self.rows_MK = torch.full(shape, -1, dtype=torch.int64, device=device)
+        # What a score must reach to count: a lower bound of the k-th best so far.
+        self.bar_M = torch.full(shape[:1], -torch.inf, device=device)
+        self.waiting: list[_Pairs] = []
+        self.count = self.seen = self.settled = 0
+
+    def add(self, block: Block) -> None:
+        """Keep the rows of a block whose upper bounds reach the bar."""
+        groups_XGM = _grouped(block.scores_BM)
+        best_XM = groups_XGM.amax(dim=1)
+        if best_XM[:, 0].isnan().any():
+            first, last = int(block.rows_B[0]), int(block.rows_B[-1])
+            raise VectorError(f"vectors_ND holds NaN in rows {first} to {last}")
+        best_XM = torch.addcmul(block.offset_XM, block.unit_XM, best_XM)
+        if not self.settled and self.k <= len(best_XM):
+            low_M = (best_XM - block.error_XM).topk(self.k, dim=0).values[-1]
+            self.bar_M = torch.maximum(self.bar_M, low_M)
+        hot_XM = (best_XM + block.error_XM >= self.bar_M) & (best_XM > -torch.inf)
+        self.seen += len(block.rows_B)
+        group_H, query_H = hot = hot_XM.nonzero(as_tuple=True)
+        if not len(group_H):
+            return
+        unit_H, offset_H, error_H = block.unit_XM[hot], block.offset_XM[hot], block.error_XM[hot]
+        scores_HG = groups_XGM[group_H, :, query_H]
+        upper_HG = unit_H[:, None] * scores_HG + (offset_H + error_H)[:, None]
+        kept_HG = (upper_HG >= self.bar_M[query_H, None]) & (scores_HG > -torch.inf)
+        hot_P, place_P = kept_HG.nonzero(as_tuple=True)
+        rows_P = block.rows_B[group_H[hot_P] * GROUP + place_P]
+        self.waiting.append(_Pairs(query_H[hot_P], rows_P, upper_HG[kept_HG]))
+        self.count += len(rows_P)
+        if self.count > PENDING or self.seen >= GROWTH * self.settled:
+            self._settle(self.k + SPARE)
+            if self.count > PENDING:  # many vectors are nearly alike
+                self._settle(None)
+
+    def _settle(self, most: int | None) -> None:
+        """Score the most hopeful pairs of each query exactly, raise the bar, and drop what fails.
+
+        One exact score is worth more than many bounds: most of what waits need never be scored.
+        """
+        pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.waiting, strict=True)))
+        pairs = pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])
+        chosen, rest = pairs, None
+        if most is not None:
+            first_P = pairs.places() < most
+            chosen, rest = pairs.of(first_P), pairs.of(~first_P)
+        scores_P = exact_scores(self.queries_MD, self.corpus, chosen.query_P, chosen.rows_P)
+        old_P = torch.arange(len(self.rows_MK), device=scores_P.device).repeat_interleave(self.k)
+        self.scores_MK, self.rows_MK = best_pairs(
+            torch.cat([old_P, chosen.query_P]),
+            torch.cat([self.rows_MK.flatten(), chosen.rows_P]),
+            torch.cat([self.scores_MK.flatten(), scores_P]),
+            (len(self.rows_MK), self.k),
+        )
+        # One step of float32 below the k-th score: a bar that its equals still pass.
+        floor_M = torch.nextafter(self.scores_MK[:, -1], self.bar_M.new_tensor(-torch.inf))
+        self.bar_M = torch.maximum(self.bar_M, floor_M)
+        self.waiting, self.count, self.settled = [], 0, self.seen
+        if rest is not None:
+            self.waiting = [rest.of(rest.upper_P >= self.bar_M[rest.query_P])]
+            self.count = len(self.waiting[0].rows_P)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The k best, exactly."""
+        if self.waiting:
+            self._settle(self.k + SPARE)
+            self._settle(None)
+        return self.scores_MK, self.rows_MK
+
+
+class _Pairs(NamedTuple):
+    """Pairs that may be among the best, with upper bounds of their scores."""
+
+    query_P: Tensor
+    rows_P: Tensor
+    upper_P: Tensor
+
+    def of(self, kept_P: Tensor) -> "_Pairs":
+        return _Pairs(self.query_P[kept_P], self.rows_P[kept_P], self.upper_P[kept_P])
+
+    def places(self) -> Tensor:
+        """Where each pair stands among those of its query, the highest bound first."""
+        order = self.upper_P.argsort(descending=True)
+        order = order[self.query_P[order].argsort(stable=True)]
+        query_P = self.query_P[order]
+        places = torch.arange(len(order), device=order.device)
+        places = places - torch.searchsorted(query_P, query_P)
+        return torch.empty_like(places).scatter_(0, order, places)
+
+
+def _grouped(scores_BM: Tensor) -> Tensor:
+    """Cut columns of scores into groups of neighbours, (X, G, M); -inf fills the last one."""
+    short = -len(scores_BM) % GROUP
+    if short:
+        scores_BM = torch.nn.functional.pad(scores_BM, (0, 0, 0, short), value=-torch.inf)
+    return scores_BM.view(-1, GROUP, scores_BM.shape[1])

@@ -1,0 +1,218 @@
+"""The contrastive losses as functions that torch can differentiate, on one process or many.
+
+B pairs of this process, W processes (ranks), N = W * B pairs in all, D dimensions.
+
+Across ranks each one holds its B images against all N texts. So only texts travel: gathered on the
+way forward, their gradients summed and scattered on the way back, beside N column sums. Gradients
+are such that averaging them over the ranks, as data-parallel training does, gives exactly the
+gradient of the joined batch, for the towers and for the scale alike.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmalign.errors import VectorError
+from mmalign.kernels.blocked import Problem, accumulator
+
+Ranks = dist.ProcessGroup | None
+
+
+def contrastive_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    *,
+    groups: Tensor | None,
+    passes: ModuleType,
+    ranks: Ranks = None,
+) -> Tensor:
+    """Symmetric InfoNCE by the passes of `blocked` or `triton_loss`."""
+    loss: Tensor = _InfoNCE.apply(image_BD, text_BD, logit_scale, groups, passes, ranks)
+    return loss
+
+
+def sigmoid_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    groups: Tensor | None,
+    passes: ModuleType,
+    ranks: Ranks = None,
+) -> Tensor:
+    """Pairwise sigmoid loss by the passes of `blocked` or `triton_loss`."""
+    loss: Tensor = _Sigmoid.apply(image_BD, text_BD, logit_scale, logit_bias, groups, passes, ranks)
+    return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        logit_scale: Tensor,
+        groups: Tensor | None,
+        passes: ModuleType,
+        ranks: Ranks,
+    ) -> Tensor:
+        problem = _problem(image_BD, text_BD, logit_scale, groups, ranks)
+        with torch.autocast(image_BD.device.type, enabled=False):
+            rows_B, columns_N, own_B = passes.statistics(problem)
+            columns_N = _join_log_sums(columns_N, ranks)
+            terms_B = (rows_B + columns_N[problem.own]) / 2 - own_B
+        ctx.problem, ctx.passes, ctx.ranks = problem, passes, ranks
+        ctx.save_for_backward(image_BD, text_BD, logit_scale, rows_B, columns_N)
+        return _sum(terms_B.sum(), ranks) / len(problem.text_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        image_BD, _, _, rows_B, columns_N = ctx.saved_tensors
+        wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
+        with torch.autocast(image_BD.device.type, enabled=False):
+            by_image_BD, by_text_ND = ctx.passes.infonce_gradients(
+                ctx.problem,
+                rows_B,
+                columns_N,
+                # The scale's gradient is an inner product of either matrix with its own gradient.
+                wants_image=wants_image or (wants_scale and not wants_text),
+                wants_text=wants_text,
+            )
+            found = _gradients(ctx, by_loss, by_image_BD, by_text_ND)
+        return (*found, None, None, None)
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        groups: Tensor | None,
+        passes: ModuleType,
+        ranks: Ranks,
+    ) -> Tensor:
+        problem = _problem(image_BD, text_BD, logit_scale, groups, ranks)
+        wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
+        with torch.autocast(image_BD.device.type, enabled=False):
+            bias = logit_bias.detach().to(accumulator(image_BD)).reshape(())
+            loss, by_bias, by_image_BD, by_text_ND = passes.sigmoid_pass(
+                problem,
+                bias,
+                wants_image=wants_image or (wants_scale and not wants_text),
+                wants_text=wants_text,
+            )
+        ctx.problem, ctx.ranks = problem, ranks
+        ctx.made = (by_image_BD, by_text_ND)
+        ctx.save_for_backward(image_BD, text_BD, logit_scale, logit_bias, by_bias)
+        return (_sum(loss, ranks) / len(problem.text_ND)).to(accumulator(image_BD))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logit_bias, by_bias = ctx.saved_tensors[3:]
+        found = _gradients(ctx, by_loss, *ctx.made)
+        if ctx.needs_input_grad[3]:
+            by_bias = _sum(by_bias.clone(), ctx.ranks) * by_loss / len(ctx.problem.text_ND)
+            by_bias = by_bias.to(logit_bias.dtype).reshape(logit_bias.shape)
+            return (*found, by_bias, None, None, None)
+        return (*found, None, None, None, None)
+
+
+def _problem(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    groups: Tensor | None,
+    ranks: Ranks,
+) -> Problem:
+    """Gather the texts of all ranks, and drop groups that hold one pair each."""
+    dtype = torch.promote_types(image_BD.dtype, text_BD.dtype)
+    image_BD, text_BD = (m.detach().to(dtype).contiguous() for m in (image_BD, text_BD))
+    scale = logit_scale.detach().to(accumulator(image_BD)).reshape(())
+    first = dist.get_rank(ranks) * len(image_BD) if ranks else 0
+    text_ND = _gather(text_BD, ranks)
+    if groups is None:
+        return Problem(image_BD, text_ND, scale, first)
+    groups_N = _gather(groups, ranks)
+    _, groups_N, counts = groups_N.unique(return_inverse=True, return_counts=True)
+    if counts.max() == 1:
+        return Problem(image_BD, text_ND, scale, first)
+    groups_N = groups_N.int()
+    return Problem(
+        image_BD, text_ND, scale, first, groups_N[first : first + len(image_BD)], groups_N
+    )
+
+
+def _gradients(
+    ctx: Any, by_loss: Tensor, by_image_BD: Tensor | None, by_text_ND: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Finish the gradients of images, texts and scale from their unscaled sums over pairs."""
+    problem, ranks = ctx.problem, ctx.ranks
+    image_BD, text_BD, logit_scale = ctx.saved_tensors[:3]
+    wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
+    factor = by_loss / len(problem.text_ND)
+    # Averaging over ranks divides by their number; the sum over ranks is what is meant.
+    spread = factor * problem.scale * (dist.get_world_size(ranks) if ranks else 1)
+    image = text = scale = None
+    if wants_scale:
+        product = (
+            (problem.image_BD * by_image_BD).sum(dtype=torch.float64)
+            if by_text_ND is None
+            else (problem.text_ND * by_text_ND).sum(dtype=torch.float64)
+        )
+        scale = (_sum(product, ranks) * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
+    if wants_image and by_image_BD is not None:
+        image = (by_image_BD * spread).to(image_BD.dtype)
+    if wants_text and by_text_ND is not None:
+        text = (_scatter_sum(by_text_ND, ranks) * spread).to(text_BD.dtype)
+    return image, text, scale
+
+
+def _gather(matrix: Tensor, ranks: Ranks) -> Tensor:
+    """Join equal parts of all ranks along the first dimension."""
+    if ranks is None:
+        return matrix
+    count = torch.tensor([len(matrix), -len(matrix)], device=matrix.device)
+    dist.all_reduce(count, dist.ReduceOp.MAX, ranks)
+    if int(count.sum()):
+        raise VectorError(
+            f"image_ND has {len(matrix)} rows on this rank and up to {int(count[0])} on others: "
+            f"every rank must bring equally many"
+        )
+    joined = matrix.new_empty((dist.get_world_size(ranks) * len(matrix), *matrix.shape[1:]))
+    dist.all_gather_into_tensor(joined, matrix.contiguous(), ranks)
+    return joined
+
+
+def _scatter_sum(matrix_ND: Tensor, ranks: Ranks) -> Tensor:
+    """Sum over ranks; each keeps its own rows."""
+    if ranks is None:
+        return matrix_ND
+    own = matrix_ND.new_empty((len(matrix_ND) // dist.get_world_size(ranks), matrix_ND.shape[1]))
+    dist.reduce_scatter_tensor(own, matrix_ND, group=ranks)
+    return own
+
+
+def _sum(value: Tensor, ranks: Ranks) -> Tensor:
+    if ranks is not None:
+        dist.all_reduce(value, group=ranks)
+    return value
+
+
+def _join_log_sums(columns_N: Tensor, ranks: Ranks) -> Tensor:
+    """Log-sum-exp over ranks."""
+    if ranks is None:
+        return columns_N
+    top_N = columns_N.clone()
+    dist.all_reduce(top_N, dist.ReduceOp.MAX, ranks)
+    return _sum((columns_N - top_N).exp(), ranks).log() + top_N

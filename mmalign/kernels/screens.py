@@ -1,0 +1,193 @@
+"""Fast scores with a bounded error: what decides which vectors are worth an exact look.
+
+M queries, N stored vectors, D dimensions, B vectors of a block, X groups of neighbouring vectors.
+
+Every bound follows from Cauchy and Schwarz. With q' and v' in place of q and v,
+|q v - q' v'| <= |q| |v - v'| + |q - q'| |v'|, and summing D products in a type with unit roundoff u
+in any order adds at most D u / (1 - D u) |q'| |v'|.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.kernels import checks
+from mmalign.kernels.codes import GROUP, Codes, code_queries, sum_error
+
+# Blocks of vectors and of scores that stay in the cache of a CPU, or fill a GPU.
+CPU_BYTES, GPU_BYTES = 4 << 20, 256 << 20
+MIN_ROWS, MAX_ROWS = 256, 1 << 18
+# The first blocks are short: the sooner some scores are exact, the fewer of the rest look hopeful.
+FIRST_ROWS = 2048
+# Where fewer rows of a block are allowed, they are gathered instead of masked.
+GATHERED = 0.25
+HALF, SINGLE = 2.0**-11, 2.0**-24
+HALF_RANGE = 60_000.0
+ROUNDOFF = {"highest": SINGLE, "high": HALF, "medium": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Stored vectors in shards, and what is known of them; `prepare` makes one."""
+
+    shards: list[Tensor]
+    longest: float | None = None
+    """A bound on all norms."""
+    codes: list[Codes] | None = None
+    """One byte for each number, by shard."""
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions."""
+        return self.shards[0].shape[1]
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of the shards."""
+        return {shard.dtype for shard in self.shards}
+
+    def numbered(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield each shard with the number of its first row."""
+        first = 0
+        for shard in self.shards:
+            yield first, shard
+            first += len(shard)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Scores of some rows: `unit * score + offset` is within `error` of the truth.
+
+    Rows that are not allowed score -inf. The other three are by group and query.
+    """
+
+    rows_B: Tensor
+    scores_BM: Tensor
+    error_XM: Tensor
+    unit_XM: Tensor
+    offset_XM: Tensor
+
+
+def _block(
+    rows_B: Tensor,
+    scores_BM: Tensor,
+    error: Tensor,
+    unit: Tensor | float = 1.0,
+    offset: Tensor | float = 0.0,
+) -> Block:
+    """Spread what is equal for many groups or queries."""
+    shape = (-(-len(scores_BM) // GROUP), scores_BM.shape[1])
+    spread = [
+        torch.as_tensor(x, device=scores_BM.device).expand(shape) for x in (error, unit, offset)
+    ]
+    return Block(rows_B, scores_BM, *spread)
+
+
+Screen = Callable[[Tensor, Corpus, Tensor | None], Iterator[Block]]
+
+
+def plain(vectors_ND: Tensor | Sequence[Tensor]) -> Corpus:
+    """Take vectors as they are."""
+    shards = [vectors_ND] if isinstance(vectors_ND, Tensor) else list(vectors_ND)
+    checks.check_shards(shards)
+    return Corpus([s for s in shards if len(s)])
+
+
+def single(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
+    """Scores in float32, on the device of the queries, wherever the vectors lie."""
+    count, device = len(queries_MD), queries_MD.device
+    budget = (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // 4
+    high = max(MIN_ROWS, budget // max(count, corpus.width) // GROUP * GROUP)
+    memory = queries_MD.new_empty(high, corpus.width)
+    norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
+    share = sum_error(corpus.width, SINGLE) + 2 * _rounded_inputs()
+    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
+        here = block_BD.dtype == torch.float32 and block_BD.device == device
+        wide_BD = block_BD if here else memory[: len(block_BD)].copy_(block_BD)
+        scores_BM = _mask(wide_BD @ queries_MD.T, allowed_B)
+        longest = corpus.longest or torch.linalg.vector_norm(wide_BD, dim=1).max()
+        yield _block(rows_B.to(device), scores_BM, norms_M * longest * share)
+
+
+def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
+    """Scores of float16 vectors, read once for each query and summed in float32; on a CPU."""
+    high = min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // len(queries_MD) // GROUP * GROUP))
+    norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
+    rounded_MD = queries_MD.half()
+    lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
+    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
+        longest = corpus.longest
+        if longest is None:
+            longest = float(torch.linalg.vector_norm(block_BD.float(), dim=1).max())
+        if longest * norms_M.max() < HALF_RANGE:
+            scores_BM = torch.stack([block_BD @ query_D for query_D in rounded_MD], dim=1).float()
+        else:
+            scores_BM = block_BD.float() @ queries_MD.T
+        # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
+        error_M = (
+            longest * (lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF))
+            + 2.0**-24
+        )
+        yield _block(rows_B, _mask(scores_BM, allowed_B), error_M)
+
+
+def int8(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
+    """Scores of codes by whole numbers, exact but for what the codes have lost; on a CPU."""
+    assert corpus.codes is not None
+    high = min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // len(queries_MD) // GROUP * GROUP))
+    queries = code_queries(queries_MD)
+    first = 0
+    for codes in corpus.codes:
+        offset_M = (queries_MD.double() @ codes.centre_D.double()).float()
+        for rows in _ramp(len(codes), high):
+            part = codes[rows]
+            rows_B = torch.arange(first + rows.start, first + rows.stop)
+            allowed_B = None if allow is None else allow[rows_B]
+            scores_BM, error_XM = part.scores(queries)
+            unit_X1 = part.scale_X[:, None]
+            yield _block(rows_B, _mask(scores_BM, allowed_B), error_XM, unit_X1, offset_M)
+        first += len(codes)
+
+
+def _rounded_inputs() -> float:
+    """How far torch may round the factors of a float32 product, as the user has allowed it."""
+    setting = torch.get_float32_matmul_precision()
+    return 0.0 if setting == "highest" else 1.01 * ROUNDOFF[setting]
+
+
+def _blocks(
+    corpus: Corpus, allow: Tensor | None, high: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield row numbers and vectors in blocks, and which of them are allowed, if not all are."""
+    for first, shard in corpus.numbered():
+        for rows in _ramp(len(shard), high):
+            block_BD = shard[rows]
+            rows_B = torch.arange(first + rows.start, first + rows.stop)
+            allowed_B = None if allow is None else allow[rows_B.to(allow.device)].cpu()
+            if allowed_B is None or allowed_B.all():
+                yield rows_B, block_BD, None
+            elif allowed_B.float().mean() >= GATHERED:
+                yield rows_B, block_BD, allowed_B
+            elif allowed_B.any():
+                yield rows_B[allowed_B], block_BD[allowed_B.to(block_BD.device)], None
+
+
+def _ramp(count: int, high: int) -> Iterator[slice]:
+    """Cut rows into blocks that double in length up to `high`."""
+    start, length = 0, min(high, FIRST_ROWS)
+    while start < count:
+        yield slice(start, min(start + length, count))
+        start, length = start + length, min(high, 2 * length)
+
+
+def _mask(scores_BM: Tensor, allowed_B: Tensor | None) -> Tensor:
+    if allowed_B is not None:
+        scores_BM.masked_fill_(~allowed_B.to(scores_BM.device)[:, None], -torch.inf)
+    return scores_BM

@@ -1,0 +1,373 @@
+"""Contrastive losses on a GPU: the three passes of `blocked.py`, with every tile fused.
+
+B image rows at hand, N text columns, D dimensions, R rows of a slab.
+
+The logits of a tile live in registers from the product to their exponentials. Going back, weights
+are written for one slab of rows at a time, in the type of the inputs, and both gradients are plain
+products with it, which the vendor's library does at full speed. Sums are float32 throughout.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmalign.kernels.blocked import Problem
+
+# Triton's interpreter runs the kernels on the CPU, for tests.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = range(16, 2049, 16)
+# Slabs of weights take this much memory, whatever the batch.
+SLAB_BYTES = 128 << 20
+# Each direction of the statistics is cut into so many parts, of whole tiles: enough programs to
+# fill a GPU, few enough partial sums to join cheaply.
+PARTS, TALLEST = 32, 128
+# float16 has no digits left below 6e-5, where the weights of a large batch lie.
+GAIN = {torch.float16: 4096.0}
+
+
+def refuses(images: Tensor) -> str | None:
+    """Say why these kernels cannot take a matrix, or nothing where they can."""
+    if not images.is_cuda and not INTERPRETED:
+        return f"image_ND is on {images.device}, not on a GPU"
+    if images.dtype not in DTYPES:
+        return f"image_ND is {images.dtype}, not bfloat16, float16 or float32"
+    if images.shape[1] not in WIDTHS:
+        return f"image_ND has {images.shape[1]} dims, not a multiple of 16 up to 2,048"
+    return None
+
+
+def _configs() -> list[Any]:
+    if INTERPRETED:
+        return [triton.Config({"HIGH": 64, "WIDE": 128, "DEEP": 16})]
+    shapes = [(128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 32, 4, 3)]
+    return [
+        triton.Config(
+            {"HIGH": high, "WIDE": wide, "DEEP": deep}, num_warps=warps, num_stages=stages
+        )
+        for high, wide, deep, warps, stages in shapes
+    ]
+
+
+def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """Keep the configurations whose tiles fit into shared memory in this type."""
+    size = arguments["images"].element_size()
+    kept = [
+        c
+        for c in configs
+        if (c.kwargs["HIGH"] + c.kwargs["WIDE"]) * c.kwargs["DEEP"] * size * c.num_stages < 220_000
+    ]
+    return kept or configs[-1:]
+
+
+_KEY = ["D", "size_class", "GROUPED"]
+_PRUNE = {"early_config_prune": _fits}
+
+
+@triton.jit
+def _logits(
+    images, texts, scale, rows, columns, row_count, column_count, D: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of scaled products; outside the matrices it holds -inf."""
+    sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
+    rows_in = (rows < row_count)[:, None]
+    columns_in = (columns < column_count)[None, :]
+    row_places = images + rows[:, None].to(tl.int64) * D
+    column_places = texts + columns[None, :].to(tl.int64) * D
+    for start in range(0, D, DEEP):
+        depth = start + tl.arange(0, DEEP)
+        if D % DEEP == 0:
+            image = tl.load(row_places + depth[None, :], mask=rows_in, other=0.0)
+            text = tl.load(column_places + depth[:, None], mask=columns_in, other=0.0)
+        else:
+            inside = depth < D
+            image = tl.load(row_places + depth[None, :], mask=rows_in & inside[None, :], other=0.0)
+            text = tl.load(
+                column_places + depth[:, None], mask=columns_in & inside[:, None], other=0.0
+            )
+        if INTERPRETED:  # it takes the bits of bfloat16 for integers
+            image, text = image.to(tl.float32), text.to(tl.float32)
+        sums = tl.dot(image, text, sums, input_precision=PRECISION)
+    return tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
+
+
+@triton.jit
+def _without_group(
+    logits, row_groups, column_groups, rows, columns, row_count, column_count, first
+):
+    """Strike out the pairs of one group, except for an image with its own text."""
+    row_group = tl.load(row_groups + rows, mask=rows < row_count, other=-1)
+    column_group = tl.load(column_groups + columns, mask=columns < column_count, other=-2)
+    same = row_group[:, None] == column_group[None, :]
+    own = (rows + first)[:, None] == columns[None, :]
+    return tl.where(same & ~own, float("-inf"), logits)
+
+
+@triton.jit
+def _log_sum(logits, axis: tl.constexpr):
+    top = tl.max(logits, axis)
+    # A row that is all -inf must not become NaN; every other one has a sum of at least one.
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(logits - tl.expand_dims(safe, axis)), axis)
+    return top + tl.log(tl.maximum(total, 1.0))
+
+
+@triton.jit
+def _log_add(a, b):
+    top = tl.maximum(a, b)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.maximum(tl.exp(a - safe) + tl.exp(b - safe), 1.0))
+
+
+@triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
+@triton.jit
+def _statistics_kernel(
+    images, texts, scale, row_groups, column_groups, row_sums, column_sums, own_logits,
+    row_count, column_count, first, rows_each, columns_each, size_class,
+    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of one rectangle, along its rows and down its columns, and its own logits."""
+    part_of_rows, part_of_columns = tl.program_id(1), tl.program_id(0)
+    first_row, first_column = part_of_rows * rows_each, part_of_columns * columns_each
+    row_end = tl.minimum(first_row + rows_each, row_count)
+    column_end = tl.minimum(first_column + columns_each, column_count)
+    for row in range(first_row, row_end, HIGH):
+        rows = row + tl.arange(0, HIGH)
+        along = tl.full((HIGH,), float("-inf"), dtype=tl.float32)
+        for column in range(first_column, column_end, WIDE):
+            columns = column + tl.arange(0, WIDE)
+            logits = _logits(
+                images, texts, scale, rows, columns, row_end, column_end, D,
+                HIGH, WIDE, DEEP, PRECISION,
+            )  # fmt: skip
+            if GROUPED:
+                logits = _without_group(
+                    logits, row_groups, column_groups, rows, columns, row_end, column_end, first
+                )
+            own_column = rows + first
+            if (row + first < column + WIDE) & (row + first + HIGH > column):
+                own = own_column[:, None] == columns[None, :]
+                met = (own_column >= column) & (own_column < column + WIDE) & (rows < row_end)
+                tl.store(own_logits + rows, tl.sum(tl.where(own, logits, 0.0), 1), mask=met)
+            along = _log_add(along, _log_sum(logits, 1))
+            down = _log_sum(logits, 0)
+            # Only this program writes here: its running sums of the columns above.
+            place = column_sums + part_of_rows.to(tl.int64) * column_count + columns
+            if row > first_row:
+                before = tl.load(place, mask=columns < column_end, other=float("-inf"))
+                down = _log_add(down, before)
+            tl.store(place, down, mask=columns < column_end)
+            tl.debug_barrier()
+        place = row_sums + part_of_columns.to(tl.int64) * row_count + rows
+        tl.store(place, along, mask=rows < row_end)
+
+
+@triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
+@triton.jit
+def _infonce_kernel(
+    images, texts, scale, row_groups, column_groups, row_sums, column_sums, weights,
+    row_count, column_count, first, gain, size_class,
+    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Derivative of InfoNCE, times N, by each logit of a tile."""
+    rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
+    columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    logits = _logits(
+        images, texts, scale, rows, columns, row_count, column_count, D,
+        HIGH, WIDE, DEEP, PRECISION,
+    )  # fmt: skip
+    if GROUPED:
+        logits = _without_group(
+            logits, row_groups, column_groups, rows, columns, row_count, column_count, first
+        )
+    row_sum = tl.load(row_sums + rows, mask=rows < row_count, other=0.0)
+    column_sum = tl.load(column_sums + columns, mask=columns < column_count, other=0.0)
+    weight = tl.exp(logits - row_sum[:, None]) + tl.exp(logits - column_sum[None, :])
+    own = (rows + first)[:, None] == columns[None, :]
+    weight = 0.5 * tl.where(own, weight - 2.0, weight)
+    place = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
+@triton.jit
+def _sigmoid_kernel(
+    images, texts, scale, row_groups, column_groups, bias, losses, slopes, weights,
+    row_count, column_count, first, gain, size_class,
+    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Sigmoid loss of each row, the sum of its derivatives, and the derivative by each logit."""
+    rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
+    columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    logits = _logits(
+        images, texts, scale, rows, columns, row_count, column_count, D,
+        HIGH, WIDE, DEEP, PRECISION,
+    )  # fmt: skip
+    if GROUPED:
+        logits = _without_group(
+            logits, row_groups, column_groups, rows, columns, row_count, column_count, first
+        )
+    logits += tl.load(bias)
+    own = (rows + first)[:, None] == columns[None, :]
+    small = tl.exp(-tl.abs(logits))
+    # log(1 + x) by its series where 1 + x would round x away.
+    tail = tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
+    signed = tl.where(own, -logits, logits)
+    loss = tl.maximum(signed, 0.0) + tail
+    rising = tl.where(logits >= 0, 1.0, small) / (1.0 + small)
+    falling = tl.where(logits >= 0, small, 1.0) / (1.0 + small)
+    weight = tl.where(own, -falling, rising)
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    # A pair that is struck out has the logit -inf, and exp(-inf) leaves nothing of it.
+    loss = tl.where(inside & (logits > float("-inf")), loss, 0.0)
+    weight = tl.where(inside, weight, 0.0)
+    sums = tl.program_id(1).to(tl.int64) * row_count + rows
+    tl.store(losses + sums, tl.sum(loss, 1), mask=rows < row_count)
+    tl.store(slopes + sums, tl.sum(weight, 1), mask=rows < row_count)
+    place = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
+    tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
+
+
+def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """See `blocked.statistics`."""
+    rows, columns = len(problem.image_BD), len(problem.text_ND)
+    rows_each, columns_each = (
+        TALLEST * -(-count // (PARTS * TALLEST)) for count in (rows, columns)
+    )
+    parts = (-(-columns // columns_each), -(-rows // rows_each))
+    row_sums = problem.scale.new_empty((parts[0], rows), dtype=torch.float32)
+    column_sums = problem.scale.new_empty((parts[1], columns), dtype=torch.float32)
+    own_logits = problem.scale.new_empty(rows, dtype=torch.float32)
+    images, texts, groups = _operands(problem)
+    with torch.cuda.device_of(images):
+        _statistics_kernel[parts](
+            images, texts, problem.scale, *groups, row_sums, column_sums, own_logits,
+            rows, columns, problem.first, rows_each, columns_each, _size_class(columns),
+            **_constants(problem),
+        )  # fmt: skip
+    return row_sums.logsumexp(0), column_sums.logsumexp(0), own_logits
+
+
+def infonce_gradients(
+    problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """See `blocked.infonce_gradients`."""
+    images, texts, (row_groups, column_groups) = _operands(problem)
+    columns = len(texts)
+    products = _Products(images, texts, wants_image, wants_text)
+    with torch.cuda.device_of(images):
+        for rows, weights in _slabs(images, columns):
+            count = rows.stop - rows.start
+            _infonce_kernel[_grid(count, columns)](
+                images[rows], texts, problem.scale, row_groups[rows], column_groups,
+                rows_B[rows].contiguous(), columns_N, weights,
+                count, columns, problem.first + rows.start, products.gain, _size_class(columns),
+                **_constants(problem),
+            )  # fmt: skip
+            products.add(rows, weights)
+    return products.result()
+
+
+def sigmoid_pass(
+    problem: Problem, bias: Tensor, *, wants_image: bool, wants_text: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See `blocked.sigmoid_pass`."""
+    images, texts, (row_groups, column_groups) = _operands(problem)
+    columns = len(texts)
+    products = _Products(images, texts, wants_image, wants_text)
+    loss, by_bias = (torch.zeros((), dtype=torch.float64, device=images.device) for _ in range(2))
+    narrowest = min(c.kwargs["WIDE"] for c in _configs())
+    with torch.cuda.device_of(images):
+        for rows, weights in _slabs(images, columns):
+            count = rows.stop - rows.start
+            # One sum for each row and tile; wider tiles leave the rest at zero.
+            sums = problem.scale.new_zeros((2, -(-columns // narrowest), count))
+            _sigmoid_kernel[_grid(count, columns)](
+                images[rows], texts, problem.scale, row_groups[rows], column_groups, bias,
+                sums[0], sums[1], weights,
+                count, columns, problem.first + rows.start, products.gain, _size_class(columns),
+                **_constants(problem),
+            )  # fmt: skip
+            loss += sums[0].sum(dtype=torch.float64)
+            by_bias += sums[1].sum(dtype=torch.float64)
+            products.add(rows, weights)
+    return loss, by_bias, *products.result()
+
+
+class _Products:
+    """Sums of weights times texts (B, D) and of weights, transposed, times images (N, D); final."""
+
+    def __init__(self, images: Tensor, texts: Tensor, wants_image: bool, wants_text: bool) -> None:
+        self.images, self.texts = images, texts
+        self.gain = GAIN.get(images.dtype, 1.0)
+        self.image_BD = torch.empty_like(images, dtype=torch.float32) if wants_image else None
+        self.text_ND = torch.zeros_like(texts, dtype=torch.float32) if wants_text else None
+
+    def add(self, rows: slice, weights_RN: Tensor) -> None:
+        if self.image_BD is not None:
+            _add_product(self.image_BD[rows].zero_(), weights_RN, self.texts)
+        if self.text_ND is not None:
+            _add_product(self.text_ND, weights_RN.T, self.images[rows])
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        for matrix in (self.image_BD, self.text_ND):
+            if matrix is not None and self.gain != 1:
+                matrix.div_(self.gain)
+        return self.image_BD, self.text_ND
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add a product to a float32 matrix, summing in float32 whatever the factors are."""
+    if one.dtype == torch.float32:
+        total.addmm_(one, other)
+    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, one, other, out_dtype=torch.float32, out=total)
+    else:  # torch before 2.8, and the interpreter
+        total.addmm_(one.float(), other.float())
+
+
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Matrices, and groups (any tensors where there are none)."""
+    images, texts = problem.image_BD, problem.text_ND
+    if problem.image_groups_B is None or problem.text_groups_N is None:
+        return images, texts, (images, texts)
+    return images, texts, (problem.image_groups_B.contiguous(), problem.text_groups_N.contiguous())
+
+
+def _constants(problem: Problem) -> dict[str, Any]:
+    return {
+        "D": problem.image_BD.shape[1],
+        "GROUPED": problem.image_groups_B is not None,
+        "PRECISION": "ieee" if problem.image_BD.dtype == torch.float32 else "tf32",
+    }
+
+
+def _slabs(images: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield groups of rows and the memory for their weights, (R, N)."""
+    count = len(images)
+    high = max(128, SLAB_BYTES // (columns * images.element_size()) // 128 * 128)
+    memory = images.new_empty((min(high, count), columns))
+    for start in range(0, count, high):
+        rows = slice(start, min(start + high, count))
+        yield rows, memory[: rows.stop - rows.start]
+
+
+def _grid(rows: int, columns: int) -> Any:
+    return lambda chosen: (triton.cdiv(rows, chosen["HIGH"]), triton.cdiv(columns, chosen["WIDE"]))
+
+
+def _size_class(columns: int) -> int:
+    """Sizes within a factor of four share a tuning."""
+    return columns.bit_length() // 2
