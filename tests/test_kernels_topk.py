@@ -87,6 +87,14 @@ def test_numbers_of_queries_and_neighbours(impl: str, queries: int, k: int) -> N
     assert search(asked, vectors, k, impl) == full_sort(asked, vectors, k)
 
 
+@pytest.mark.parametrize("impl", ["reference", "single", "half", "int8"])
+@pytest.mark.parametrize("dim", [1, 5, 20, 100])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_widths_that_fit_no_register(impl: str, dim: int, queries: int) -> None:
+    vectors, asked = unit(300, dim).half(), unit(queries, dim, seed=14).float()
+    assert search(asked, vectors, 6, impl) == full_sort(asked, vectors, 6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sizes", [[400], [1, 399], [130, 0, 7, 263], [100] * 4])
 def test_shards_are_numbered_on(impl: str, sizes: list[int]) -> None:

@@ -34,6 +34,7 @@ QUERIES_AT_ONCE = 256
 # Reading float16 once for each query beats widening it to float32 up to so many queries.
 HALF_QUERIES = 8
 FEW_ALLOWED = 0.1
+WIDE_ROWS = 64
 
 _log = logging.getLogger("mmalign.kernels")
 
@@ -185,7 +186,7 @@ class _Found:
     def add(self, block: Block) -> None:
         """Keep the rows of a block whose upper bounds reach the bar."""
         groups_XGM = _grouped(block.scores_BM)
-        best_XM = groups_XGM.amax(dim=1)
+        best_XM = _best_of_groups(groups_XGM)
         if best_XM[:, 0].isnan().any():
             first, last = int(block.rows_B[0]), int(block.rows_B[-1])
             raise VectorError(f"vectors_ND holds NaN in rows {first} to {last}")
@@ -272,3 +273,13 @@ def _grouped(scores_BM: Tensor) -> Tensor:
     if short:
         scores_BM = torch.nn.functional.pad(scores_BM, (0, 0, 0, short), value=-torch.inf)
     return scores_BM.view(-1, GROUP, scores_BM.shape[1])
+
+
+def _best_of_groups(groups_XGM: Tensor) -> Tensor:
+    """Maxima over the members; torch's own reduction crawls where rows are short."""
+    if groups_XGM.shape[2] >= WIDE_ROWS:
+        return groups_XGM.amax(dim=1)
+    while groups_XGM.shape[1] > 1:
+        one, other = groups_XGM.chunk(2, dim=1)
+        groups_XGM = torch.maximum(one, other)
+    return groups_XGM[:, 0]

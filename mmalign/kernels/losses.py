@@ -9,7 +9,7 @@ gradient of the joined batch, for the towers and for the scale alike.
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,11 @@ from torch.autograd.function import once_differentiable
 from mmalign.errors import VectorError
 from mmalign.kernels.blocked import Problem, accumulator
 
-Ranks = dist.ProcessGroup | None
+# In quotes, as some builds of torch have no process groups.
+Ranks: TypeAlias = "dist.ProcessGroup | None"
+# Renamed in torch 2.13 or so; the old names warn.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def contrastive_loss(
@@ -190,7 +194,7 @@ def _gather(matrix: Tensor, ranks: Ranks) -> Tensor:
             f"every rank must bring equally many"
         )
     joined = matrix.new_empty((dist.get_world_size(ranks) * len(matrix), *matrix.shape[1:]))
-    dist.all_gather_into_tensor(joined, matrix.contiguous(), ranks)
+    _ALL_GATHER(joined, matrix.contiguous(), group=ranks)
     return joined
 
 
@@ -199,7 +203,7 @@ def _scatter_sum(matrix_ND: Tensor, ranks: Ranks) -> Tensor:
     if ranks is None:
         return matrix_ND
     own = matrix_ND.new_empty((len(matrix_ND) // dist.get_world_size(ranks), matrix_ND.shape[1]))
-    dist.reduce_scatter_tensor(own, matrix_ND, group=ranks)
+    _REDUCE_SCATTER(own, matrix_ND, group=ranks)
     return own
 
 

@@ -17,7 +17,7 @@ from mmalign.kernels import checks
 from mmalign.kernels.codes import GROUP, Codes, code_queries, sum_error
 
 # Blocks of vectors and of scores that stay in the cache of a CPU, or fill a GPU.
-CPU_BYTES, GPU_BYTES = 4 << 20, 256 << 20
+CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
 # The first blocks are short: the sooner some scores are exact, the fewer of the rest look hopeful.
 FIRST_ROWS = 2048
