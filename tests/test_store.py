@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from mmalign import open_store
 from mmalign.errors import IdentityError, StoreError, VectorError
 from mmalign.store import ModelCard, Row, Writer, commit_index, verify
+from mmalign.store import manifest as manifests
 
 DIM = 8
 CARD = ModelCard("nano-0123", "somewhere/run", DIM)
@@ -180,6 +182,30 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     assert [p.exitcode for p in writers] == [0, 0]
     ids = open_store(tmp_path).column("id")
     assert len(ids) == len(set(ids)) == 41
+
+
+def test_a_generation_made_meanwhile_is_built_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer commits after this one has read the newest generation."""
+    fill(tmp_path, range(1))
+    parse, meanwhile = manifests.parse, [range(10, 13)]
+
+    def slow_parse(content: bytes) -> manifests.Manifest:
+        read = parse(content)
+        if meanwhile:
+            fill(tmp_path, meanwhile.pop())
+        return read
+
+    def change(base: manifests.Manifest) -> manifests.Manifest:
+        return replace(base, tombstones=(*base.tombstones, "id0"))
+
+    model = open_store(tmp_path).manifest.model
+    monkeypatch.setattr(manifests, "parse", slow_parse)
+    manifests.commit(tmp_path, change, model)
+    newest = open_store(tmp_path).manifest
+    assert newest.tombstones == ("id0",)
+    assert newest.rows == 4
 
 
 def test_failures_are_read_once_each(tmp_path: Path) -> None:

@@ -69,10 +69,19 @@ def newest(store: Path) -> Manifest:
     Raises:
         StoreError: The folder is no store, or no generation can be read.
     """
-    found = sorted(store.glob("manifest-*.json"), reverse=True)
+    found = _generations(store)
     if not found:
         known = "is a folder without a manifest" if store.is_dir() else "does not exist"
         raise StoreError(f"{store}: not a store: it {known} (make one with `mmalign embed`)")
+    return _newest_of(store, found)
+
+
+def _generations(store: Path) -> list[Path]:
+    """Files of all generations, the newest first."""
+    return sorted(store.glob("manifest-*.json"), reverse=True)
+
+
+def _newest_of(store: Path, found: list[Path]) -> Manifest:
     problems = []
     for file in found:
         try:
@@ -103,9 +112,11 @@ def parse(content: bytes) -> Manifest:
 def commit(store: Path, change: Callable[[Manifest], Manifest], model: ModelCard) -> Manifest:
     """Make the next generation out of the newest one, whichever that is when the claim succeeds."""
     for _ in range(TRIES):
-        has_any = any(store.glob("manifest-*.json"))
-        base = newest(store) if has_any else Manifest(0, model)
-        taken = max((int(p.stem[9:]) for p in store.glob("manifest-*.json")), default=0)
+        # One listing says both what to build on and which number to claim. Were the folder listed
+        # again for the number, a generation made in between would be passed over, and be lost.
+        found = _generations(store)
+        base = _newest_of(store, found) if found else Manifest(0, model)
+        taken = int(found[0].stem[9:]) if found else 0
         following = replace(change(base), generation=taken + 1)
         content = json.dumps(asdict(following), ensure_ascii=False, indent=1).encode() + b"\n"
         if files.claim(path_of(store, taken + 1), content):
