@@ -88,7 +88,7 @@ def test_numbers_of_queries_and_neighbours(impl: str, queries: int, k: int) -> N
 
 
 @pytest.mark.parametrize("impl", ["reference", "single", "half", "int8"])
-@pytest.mark.parametrize("dim", [1, 5, 20, 100])
+@pytest.mark.parametrize("dim", [1, 5, 20, 48, 64, 100, 192])
 @pytest.mark.parametrize("queries", [1, 9])
 def test_widths_that_fit_no_register(impl: str, dim: int, queries: int) -> None:
     vectors, asked = unit(300, dim).half(), unit(queries, dim, seed=14).float()

@@ -20,8 +20,9 @@ GROUP = 16
 LEVELS, QUERY_LEVELS = 63, 127
 ZERO = 64
 AT_ONCE = 1 << 13
-# Up to so many queries, reading the codes takes longer than multiplying them.
-FEW = 2
+# Up to so many queries, reading the codes takes longer than multiplying them. The product for few
+# reads past the end of rows that do not fill its registers.
+FEW, FEW_WIDTHS = 2, 64
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def code_queries(queries_MD: Tensor) -> Queries:
     """Turn and round float32 queries."""
     turn = rotation(queries_MD.shape[1])
     turned_MD, norm_M = turn(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
-    if len(queries_MD) <= FEW and hasattr(torch, "_weight_int8pack_mm"):
+    fits = queries_MD.shape[1] % FEW_WIDTHS == 0 and hasattr(torch, "_weight_int8pack_mm")
+    if len(queries_MD) <= FEW and fits:
         packed = turned_MD.bfloat16()
         rounded_MD, scale_M = packed.float(), 1.01 * norm_M
     else:
