@@ -25,6 +25,17 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmalign.kernels.blocked.GPU_TILE", (24, 40))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def untuned() -> None:
+    """On a GPU every type and width would be tuned anew, for an hour: take the first shape."""
+    if DEVICE == "cuda":
+        from mmalign.kernels import triton_loss
+
+        for name in ("_statistics_kernel", "_infonce_kernel", "_sigmoid_kernel"):
+            kernel = getattr(triton_loss, name)
+            kernel.configs = kernel.configs[:1]
+
+
 def pairs(rows: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Unit vectors; half of the pairs match well."""
     generator = torch.Generator().manual_seed(seed)
