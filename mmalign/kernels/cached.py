@@ -60,7 +60,8 @@ def backward_in_parts(
             for output, pieces in zip(outputs, given, strict=True)
             if pieces is not None and output.requires_grad
         ]
-        torch.autograd.backward([output for output, _ in pairs], [given for _, given in pairs])
+        if pairs:
+            torch.autograd.backward([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     _set_random_state(device, after)
     return value.detach()
 
