@@ -4,9 +4,10 @@
 
 On a GPU the defaults are 32,768 rows in bfloat16, and ours alone runs at 131,072 too. A row tells
 time, TFLOP/s by the FLOPs that the implementation does itself, the share of what this machine
-reaches in a plain product, the peak memory beside the inputs, and the largest error of a gradient
-against float64, relative to its largest value. Baselines: dense torch with one product,
-the same compiled, open_clip's own loss, and rows in chunks with checkpointing.
+reaches in a plain product, the bytes/s of inputs and gradients (each moved once), the peak memory
+beside the inputs, and the largest error of a gradient against float64, relative to its largest
+value. Baselines: dense torch with one product, the same compiled, open_clip's own loss, and rows in
+chunks with checkpointing.
 """
 
 import argparse
@@ -161,6 +162,8 @@ def report(
         row = {"loss": name, "rows": rows, "dim": options.dim, "dtype": str(dtype)[6:]}
         row |= {"scale": options.scale, **timings[name], "tflops": round(flops / 1e12, 3)}
         row["share_of_limit"] = round(flops / limit, 3)
+        # What no loss can avoid: both matrices read once, both gradients written once.
+        row["gb_per_s"] = round(4 * inputs[0].nbytes / (timings[name]["p50_ms"] / 1000) / 1e9, 3)
         row["peak_mib"] = round(measure.peak_bytes(tasks[name]) / 2**20, 1)
         row["error"] = f"{error(step(loss, inputs), truths[kind]):.2e}"
         measure.append("loss", row)

@@ -8,7 +8,6 @@ images and no words. `reference.py` says what each function means, in plain torc
 implementation gives the same, without ever holding the product.
 """
 
-import importlib
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -79,7 +78,7 @@ def contrastive_loss(
     if chosen == "reference":
         _refuse_ranks(ranks)
         return reference.contrastive_loss(image_ND, text_ND, logit_scale, groups=groups)
-    passes = _triton_loss(image_ND) if chosen == "triton" else blocked
+    passes = _passes(chosen, image_ND)
     return losses.contrastive_loss(
         image_ND, text_ND, logit_scale, groups=groups, passes=passes, ranks=ranks
     )
@@ -110,7 +109,7 @@ def sigmoid_loss(
     if chosen == "reference":
         _refuse_ranks(ranks)
         return reference.sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias, groups=groups)
-    passes = _triton_loss(image_ND) if chosen == "triton" else blocked
+    passes = _passes(chosen, image_ND)
     return losses.sigmoid_loss(
         image_ND, text_ND, logit_scale, logit_bias, groups=groups, passes=passes, ranks=ranks
     )
@@ -121,8 +120,8 @@ def choose_loss(
 ) -> LossImpl:
     """Say which implementation `impl="auto"` stands for with these inputs."""
     if image_ND.is_cuda and text_ND.is_cuda:
-        triton_loss = _import_triton_loss()
-        if triton_loss and not triton_loss.refuses(image_ND):
+        kernels = checks.triton_module("triton_loss")
+        if kernels and not kernels.refuses(image_ND):
             return "triton"
     if len(image_ND) <= _DENSE_ROWS and ranks is None:
         return "reference"
@@ -136,16 +135,8 @@ def _refuse_ranks(ranks: "dist.ProcessGroup | None") -> None:
         )
 
 
-def _import_triton_loss() -> Any:
-    try:
-        return importlib.import_module("mmalign.kernels.triton_loss")
-    except ImportError:  # torch comes without triton on some platforms
-        return None
-
-
-def _triton_loss(image_ND: Tensor) -> Any:
-    triton_loss = _import_triton_loss()
-    problem = triton_loss.refuses(image_ND) if triton_loss else "Triton is not installed"
-    if problem:
-        raise VectorError(f"impl='triton' does not work here: {problem}")
-    return triton_loss
+def _passes(chosen: str, image_ND: Tensor) -> Any:
+    if chosen == "blocked":
+        return blocked
+    kernels = checks.triton_module("triton_loss")
+    return checks.check_triton(kernels, kernels and kernels.refuses(image_ND))

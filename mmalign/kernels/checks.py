@@ -3,7 +3,9 @@
 N rows, M queries, D dimensions.
 """
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,22 @@ def check_impl(impl: str, known: Sequence[str]) -> None:
     """Refuse an implementation that does not exist."""
     if impl not in known:
         raise VectorError(f"impl={impl!r} does not exist: {nearest(impl, known)}")
+
+
+def triton_module(name: str) -> Any:
+    """Import one of the two rooms of Triton kernels, or return None where torch has no Triton."""
+    try:
+        return importlib.import_module(f"mmalign.kernels.{name}")
+    except ImportError:
+        return None
+
+
+def check_triton(module: Any, problem: str | None) -> Any:
+    """Return a module of Triton kernels, or refuse it by what it says against the input."""
+    problem = problem if module else "Triton is not installed"
+    if problem:
+        raise VectorError(f"impl='triton' does not work here: {problem}")
+    return module
 
 
 def check_pairs(

@@ -9,11 +9,10 @@ unseen; the few that are left, usually not many more than k, are scored in float
 that of `reference.topk`, digit for digit, ties included, whichever screen was used.
 """
 
-import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +79,9 @@ def topk(
     if chosen == "reference":
         return reference.topk(queries_MD, corpus.shards, k, allow=allow)
     if chosen == "triton":
-        return _triton_topk(queries_MD, corpus).topk(queries_MD, corpus, k, allow=allow)  # type: ignore[no-any-return]
+        kernels = checks.triton_module("triton_topk")
+        checks.check_triton(kernels, kernels and kernels.refuses(queries_MD, corpus))
+        return kernels.topk(queries_MD, corpus, k, allow=allow)  # type: ignore[no-any-return]
     screen = _screen(chosen, queries_MD, corpus)
     parts = []
     for part_MD in queries_MD.split(QUERIES_AT_ONCE):
@@ -95,8 +96,8 @@ def topk(
 def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None) -> TopkImpl:
     """Say which implementation `impl="auto"` stands for with these inputs."""
     if queries_MD.is_cuda:
-        kernels = _import_triton_topk()
-        return "triton" if kernels and not kernels.refuses(corpus) else "single"
+        kernels = checks.triton_module("triton_topk")
+        return "triton" if kernels and not kernels.refuses(queries_MD, corpus) else "single"
     few = allow is not None and allow.float().mean() < FEW_ALLOWED
     if corpus.codes is not None and not few:
         return "int8"
@@ -151,23 +152,6 @@ def _refuses_half(corpus: Corpus) -> str | None:
     if torch._C._get_cpu_allow_fp16_reduced_precision_reduction():  # type: ignore[attr-defined]
         return "torch is set to sum float16 in float16"
     return None
-
-
-def _import_triton_topk() -> Any:
-    try:
-        return importlib.import_module("mmalign.kernels.triton_topk")
-    except ImportError:  # torch comes without triton on some platforms
-        return None
-
-
-def _triton_topk(queries_MD: Tensor, corpus: Corpus) -> Any:
-    kernels = _import_triton_topk()
-    problem = kernels.refuses(corpus) if kernels else "Triton is not installed"
-    if not problem and not queries_MD.is_cuda and not kernels.INTERPRETED:
-        problem = f"queries_MD is on {queries_MD.device}, not on a GPU"
-    if problem:
-        raise VectorError(f"impl='triton' does not work here: {problem}")
-    return kernels
 
 
 class _Found:

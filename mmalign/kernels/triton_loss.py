@@ -73,10 +73,11 @@ _PRUNE = {"early_config_prune": _fits}
 
 @triton.jit
 def _logits(
-    images, texts, scale, rows, columns, row_count, column_count, D: tl.constexpr,
+    images, texts, scale, row_groups, column_groups, rows, columns, row_count, column_count, first,
+    D: tl.constexpr, GROUPED: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scaled products; outside the matrices it holds -inf."""
+    """One tile of scaled products: -inf outside the matrices, and where a pair shares a group."""
     sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
     rows_in = (rows < row_count)[:, None]
     columns_in = (columns < column_count)[None, :]
@@ -96,19 +97,15 @@ def _logits(
         if INTERPRETED:  # it takes the bits of bfloat16 for integers
             image, text = image.to(tl.float32), text.to(tl.float32)
         sums = tl.dot(image, text, sums, input_precision=PRECISION)
-    return tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
-
-
-@triton.jit
-def _without_group(
-    logits, row_groups, column_groups, rows, columns, row_count, column_count, first
-):
-    """Strike out the pairs of one group, except for an image with its own text."""
-    row_group = tl.load(row_groups + rows, mask=rows < row_count, other=-1)
-    column_group = tl.load(column_groups + columns, mask=columns < column_count, other=-2)
-    same = row_group[:, None] == column_group[None, :]
-    own = (rows + first)[:, None] == columns[None, :]
-    return tl.where(same & ~own, float("-inf"), logits)
+    logits = tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
+    if GROUPED:
+        row_group = tl.load(row_groups + rows, mask=rows < row_count, other=-1)
+        column_group = tl.load(column_groups + columns, mask=columns < column_count, other=-2)
+        same = row_group[:, None] == column_group[None, :]
+        # An image keeps its own text.
+        own = (rows + first)[:, None] == columns[None, :]
+        logits = tl.where(same & ~own, float("-inf"), logits)
+    return logits
 
 
 @triton.jit
@@ -146,13 +143,9 @@ def _statistics_kernel(
         for column in range(first_column, column_end, WIDE):
             columns = column + tl.arange(0, WIDE)
             logits = _logits(
-                images, texts, scale, rows, columns, row_end, column_end, D,
-                HIGH, WIDE, DEEP, PRECISION,
+                images, texts, scale, row_groups, column_groups, rows, columns,
+                row_end, column_end, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
             )  # fmt: skip
-            if GROUPED:
-                logits = _without_group(
-                    logits, row_groups, column_groups, rows, columns, row_end, column_end, first
-                )
             own_column = rows + first
             if (row + first < column + WIDE) & (row + first + HIGH > column):
                 own = own_column[:, None] == columns[None, :]
@@ -183,13 +176,9 @@ def _infonce_kernel(
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
-        images, texts, scale, rows, columns, row_count, column_count, D,
-        HIGH, WIDE, DEEP, PRECISION,
+        images, texts, scale, row_groups, column_groups, rows, columns,
+        row_count, column_count, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
     )  # fmt: skip
-    if GROUPED:
-        logits = _without_group(
-            logits, row_groups, column_groups, rows, columns, row_count, column_count, first
-        )
     row_sum = tl.load(row_sums + rows, mask=rows < row_count, other=0.0)
     column_sum = tl.load(column_sums + columns, mask=columns < column_count, other=0.0)
     weight = tl.exp(logits - row_sum[:, None]) + tl.exp(logits - column_sum[None, :])
@@ -212,13 +201,9 @@ def _sigmoid_kernel(
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
-        images, texts, scale, rows, columns, row_count, column_count, D,
-        HIGH, WIDE, DEEP, PRECISION,
+        images, texts, scale, row_groups, column_groups, rows, columns,
+        row_count, column_count, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
     )  # fmt: skip
-    if GROUPED:
-        logits = _without_group(
-            logits, row_groups, column_groups, rows, columns, row_count, column_count, first
-        )
     logits += tl.load(bias)
     own = (rows + first)[:, None] == columns[None, :]
     small = tl.exp(-tl.abs(logits))

@@ -11,7 +11,6 @@ memory of the host, from where they are streamed.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,8 @@ from mmalign.errors import VectorError
 from mmalign.kernels.codes import sum_error
 from mmalign.kernels.rescore import best_pairs, exact_scores
 from mmalign.kernels.screens import Corpus
+from mmalign.kernels.triton_loss import INTERPRETED
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 GROUP = 64
 # Tensor cores may cut off what float32 would round: two bits are allowed for.
 ROUNDOFF = 2.0**-22
@@ -106,8 +105,10 @@ def _best_kernel(
     tl.store(place, top, mask=query_in[:, None] & (group < group_count)[None, :])
 
 
-def refuses(corpus: Corpus) -> str | None:
+def refuses(queries_MD: Tensor, corpus: Corpus) -> str | None:
     """Say why these kernels cannot search a corpus, or nothing where they can."""
+    if not queries_MD.is_cuda and not INTERPRETED:
+        return f"queries_MD is on {queries_MD.device}, not on a GPU"
     types = {shard.dtype for shard in corpus.shards}
     if not types <= {torch.float16, torch.bfloat16, torch.float32}:
         return f"vectors_ND is {types}, not float16, bfloat16 or float32"
