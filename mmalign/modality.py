@@ -40,7 +40,9 @@ def of(encoder: Encoder) -> dict[str, Modality]:
 
 def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:
     """Decode an image to the (S, S, 3) pixels that a model wants."""
-    return fit_image(open_image(content), shape.size, shape.resize_mode, shape.interpolation)
+    return fit_image(
+        open_image(content, shape.size), shape.size, shape.resize_mode, shape.interpolation
+    )
 
 
 def decode_workers() -> int:

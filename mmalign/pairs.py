@@ -107,7 +107,7 @@ def load_pairs(
     side = round(shape.size * CROP_ROOM) if crops else shape.size
 
     def decode(content: bytes) -> NDArray[np.uint8]:
-        return fit_image(open_image(content), side, shape.resize_mode, shape.interpolation)
+        return fit_image(open_image(content, side), side, shape.resize_mode, shape.interpolation)
 
     workers = modality.decode_workers()
     pixels, skips = decode_all(records, decode, side, cache, workers=workers, label=label)
@@ -119,10 +119,7 @@ def load_pairs(
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     number = {c: i for i, c in enumerate(dict.fromkeys(captions))}
     groups = torch.tensor([number[c] for c in captions])
-    # Up to the last token that is not padding: open_clip's own models are always fed whole.
-    whole = encoder.architecture["kind"] == "open_clip"
-    width = tokens.shape[1]
-    lengths = torch.full((len(tokens),), width) if whole else (tokens != 0).sum(1)
+    lengths = encoder.text_lengths(tokens)
     return Pairs(pixels, starts, tokens.int(), lengths, groups), skips
 
 

@@ -26,6 +26,8 @@ from mmalign.words import WordHead
 
 DEFAULT_EPOCHS = 30.0
 LOG_SECONDS = 10.0
+# Share of the training after which images have their full size.
+GROWN_AT = 0.7
 SAVE_SECONDS = 300.0
 
 
@@ -68,6 +70,9 @@ class TrainConfig:
     """Weight of a contrast between two captions of each image, which teaches paraphrases."""
     word_loss: float = 0.3
     """Weight of predicting an image's words; see words.py."""
+    start_size: float = 0.67
+    """Side of the images in the first steps, as a share of the model's own; they grow to it on the
+    way. The same minutes then hold more passes, and the last of them are sharp."""
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
@@ -79,6 +84,7 @@ class TrainConfig:
             require(value is None or value > 0, name, value, "above 0")
         for name in ("warmup", "average", "held_out"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(0 < self.start_size <= 1, "start_size", self.start_size, "above 0 and at most 1")
         for name in ("weight_decay", "caption_loss", "word_loss", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
 
@@ -89,6 +95,7 @@ FINE_TUNING: dict[str, Any] = {
     "weight_decay": 0.2,
     "caption_loss": 0.0,
     "word_loss": 0.0,
+    "start_size": 1.0,
     "augment": {"crop_min": 0.9, "colour": 0.0, "erase": 0.0},
 }
 """What differs where good weights are only to be adapted: less help, smaller steps."""
@@ -100,6 +107,20 @@ def configure(values: dict[str, Any], where: str = "configuration") -> TrainConf
         return build(TrainConfig, values, where)
     augment = {**FINE_TUNING["augment"], **values.get("augment", {})}
     return build(TrainConfig, {**FINE_TUNING, **values, "augment": augment}, where)
+
+
+def image_side(full: int, start: float, progress: float) -> int:
+    """Side to train at: a share of the full one at first, then growing in steps of 16 pixels.
+
+    Source: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training".
+
+    >>> [image_side(96, 2 / 3, p) for p in (0.0, 0.3, 0.6, 0.7, 1.0)]
+    [64, 80, 96, 96, 96]
+    """
+    if start >= 1 or progress >= GROWN_AT:
+        return full
+    share = start + (1 - start) * progress / GROWN_AT
+    return min(full, max(16, round(full * share / 16) * 16))
 
 
 @dataclass
@@ -221,7 +242,7 @@ class Trainer:
         rate = learning_rate(self.progress, config.learning_rate, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        side = self.encoder.preprocess.size
+        side = image_side(self.encoder.preprocess.size, config.start_size, self.progress)
         images = config.augment(batch.images_B3SS, side, generator).to(self.device)
         loss = self._backward(images, batch)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)

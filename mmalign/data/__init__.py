@@ -2,30 +2,38 @@
 
 samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
+spool.py     samples on disk while a source is scanned
 folders.py   images in a folder, with same-named .txt or .json beside them
 tars.py      WebDataset tars, local or remote
 tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
 decode.py    bytes -> RGB pixels of a wanted size, with limits
 pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
 augment.py   random crops, flips and colours of a whole batch at once
-batches.py   which rows make the next batch; reading ahead in a thread
+batches.py   which rows make the next batch; working ahead in threads
 """
 
 from mmalign.data.augment import Augment as Augment
 from mmalign.data.batches import Draw as Draw
 from mmalign.data.batches import Sampler as Sampler
+from mmalign.data.batches import in_threads as in_threads
 from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog
+from mmalign.data.catalog import expand as expand
+from mmalign.data.catalog import nothing_usable as nothing_usable
 from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import report_skips as report_skips
 from mmalign.data.catalog import scan as scan
+from mmalign.data.catalog import stream as stream
 from mmalign.data.decode import fit_image as fit_image
 from mmalign.data.decode import open_image as open_image
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
 from mmalign.data.samples import Record as Record
+from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
+from mmalign.data.samples import stamp as stamp
+from mmalign.data.spool import Spool as Spool
 
 __all__ = [
     "Augment",
@@ -33,14 +41,21 @@ __all__ = [
     "Draw",
     "Pixels",
     "Record",
+    "SampleProblem",
     "Sampler",
     "Skip",
+    "Spool",
     "decode_all",
     "decode_stream",
+    "expand",
     "fit_image",
+    "in_threads",
+    "nothing_usable",
     "open_image",
     "read_ahead",
     "read_image",
     "report_skips",
     "scan",
+    "stamp",
+    "stream",
 ]

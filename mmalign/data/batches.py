@@ -1,4 +1,4 @@
-"""Which rows make the next batch, and reading ahead in a thread.
+"""Which rows make the next batch, and working ahead in threads.
 
 B rows of a batch. The order of an epoch is a function of (seed, epoch) alone, so that training
 resumes at any step with the batches it would have seen.
@@ -6,8 +6,11 @@ resumes at any step with the batches it would have seen.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -99,3 +102,32 @@ def read_ahead(make: Callable[[A], B], items: Iterator[A], depth: int = 3) -> It
     finally:
         stop.set()
         thread.join()
+
+
+def in_threads(
+    run: Callable[[A], B],
+    items: Iterable[A],
+    workers: int,
+    *,
+    ahead: int,
+    prepare: Callable[[], None] | None = None,
+) -> Iterator[B]:
+    """Run a function over items in threads; results come in order, at most `ahead` are waiting.
+
+    Args:
+        run: What to do with an item; its error surfaces when its result is due.
+        items: They are taken one by one as results are, so a stream stays a stream.
+        workers: Threads.
+        ahead: Items that are begun before their result is asked for.
+        prepare: Called once in each thread before its first item.
+    """
+    with ThreadPoolExecutor(workers, initializer=prepare) as pool:
+        todo = iter(items)
+        waiting: deque[Future[B]] = deque(pool.submit(run, item) for item in islice(todo, ahead))
+        try:
+            while waiting:
+                result = waiting.popleft()
+                waiting.extend(pool.submit(run, item) for item in islice(todo, 1))
+                yield result.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -3,12 +3,13 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmalign.data import folders, tables, tars
 from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip, suffix
+from mmalign.data.spool import Names
 from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
 
@@ -45,26 +46,34 @@ def scan(
     Raises:
         DataError: A source does not exist, is of no known kind, or none holds a usable sample.
     """
-    records: dict[str, Record] = {}
+    records: list[Record] = []
     skips: list[Skip] = []
-    with bar("scan", unit="samples") as progress:
-        for place in expand(sources):
-            for found in map(_printable, _scan_one(place, caption_keys)):
-                progress.update()
-                if isinstance(found, Skip):
-                    skips.append(found)
-                elif need_captions and not found.captions:
-                    skips.append(Skip(found.id, found.uri, "no caption"))
-                else:
-                    _add(records, skips, found)
+    for found in stream(sources, caption_keys):
+        if isinstance(found, Skip):
+            skips.append(found)
+        elif need_captions and not found.captions:
+            skips.append(Skip(found.id, found.uri, "no caption"))
+        else:
+            records.append(found)
     if need_captions:
         # A caption problem explains the missing caption; one line a sample is enough.
         explained = {s.uri for s in skips if s.kept}
         skips = [s for s in skips if not (s.reason == "no caption" and s.uri in explained)]
         skips = [replace(s, kept=False) if s.uri in explained else s for s in skips]
     if not records:
-        raise DataError(_nothing_usable(sources, skips, caption_keys))
-    return Catalog(list(records.values()), skips)
+        raise nothing_usable(sources, skips, caption_keys)
+    return Catalog(records, skips)
+
+
+def stream(sources: Sequence[str], caption_keys: Sequence[str]) -> Iterator[Record | Skip]:
+    """Yield what `scan` lists, one by one: memory does not grow with the number of samples."""
+    names = Names()
+    with bar("scan", unit="samples") as progress:
+        for place in expand(sources):
+            for found in map(_printable, _scan_one(place, caption_keys)):
+                progress.update()
+                yield found if isinstance(found, Skip) else names.unique(found)
+    names.close()
 
 
 def expand(sources: Sequence[str]) -> list[str]:
@@ -155,30 +164,20 @@ def _printable(found: Record | Skip) -> Record | Skip:
         return replace(found, id=id_, uri=uri)
 
 
-def _add(records: dict[str, Record], skips: list[Skip], found: Record) -> None:
-    known = records.get(found.id)
-    if known is not None and known.uri != found.uri:
-        found = replace(found, id=found.uri)
-        known = records.get(found.id)
-    if known is not None:
-        skips.append(Skip(found.id, found.uri, "given twice"))
-    else:
-        records[found.id] = found
-
-
 def _reasons(skips: Sequence[Skip]) -> str:
     counts = Counter(s.reason.split(":")[0].split(" (")[0] for s in skips)
     return ", ".join(f"{n} {reason}" for reason, n in counts.most_common(6))
 
 
-def _nothing_usable(sources: Sequence[str], skips: list[Skip], keys: Sequence[str]) -> str:
+def nothing_usable(sources: Sequence[str], skips: Sequence[Skip], keys: Sequence[str]) -> DataError:
+    """Make the error for sources without a single usable sample."""
     where = ", ".join(sources)
     if not skips:
-        return f"{where}: no images found"
+        return DataError(f"{where}: no images found")
     message = f"{where}: no usable sample: {_reasons(skips)}"
     if any(s.reason == "no caption" for s in skips):
         message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
-    return message
+    return DataError(message)
 
 
 def _near(pattern: str) -> str:

@@ -4,6 +4,8 @@ import io
 import warnings
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -15,15 +17,21 @@ MAX_PIXELS = 178_956_970
 # The limit is ours to hold; Pillow's own warning at half of it would only repeat it. Set once, as
 # filters cannot be changed safely in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-_FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
+# A JPEG may be decoded at a half, a quarter or an eighth as long as so many times the wanted pixels
+# are left: what the last resize then sees differs by less than a grey level.
+REDUCED_ROOM = 2
+ORIENTATION = 0x0112
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB: upright, on white where it is transparent, first frame only.
+
+    Args:
+        content: The encoded image.
+        side: The side in pixels that it will be resized to; a much larger JPEG is then decoded at
+            reduced scale, which takes a fraction of the time. 0 decodes every pixel.
+        max_pixels: Refuse images with more.
 
     Raises:
         SampleProblem: It is no image, is cut short, or has too many pixels.
@@ -32,8 +40,10 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > max_pixels:
             raise SampleProblem(f"too many pixels: {image.width} x {image.height}")
+        if side:
+            image.draft(None, (REDUCED_ROOM * side, REDUCED_ROOM * side))
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
     except SampleProblem:
         raise
     except Image.DecompressionBombError as error:
@@ -62,31 +72,45 @@ def fit_image(
         interpolation: "bicubic" or "bilinear", antialiased.
         fill: Colour of the padding.
     """
-    resample = _FILTERS[interpolation]
     width, height = image.size
     if mode == "squash":
-        image = image.resize((size, size), resample)
-    elif mode == "shortest":
+        return _resize(image, size, size, interpolation)
+    if mode == "shortest":
         if width <= height:
             scaled = (size, int(size * height / width))
         else:
             scaled = (int(size * width / height), size)
         if scaled[0] * scaled[1] > MAX_PIXELS:
             raise SampleProblem(f"too narrow to scale: {width} x {height}")
-        image = image.resize(scaled, resample)
-        left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-        image = image.crop((left, top, left + size, top + size))
-    elif mode == "longest":
+        pixels = _resize(image, *scaled, interpolation)
+        left, top = round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0)
+        return pixels[top : top + size, left : left + size]
+    if mode == "longest":
         scale = size / max(width, height)
-        image = image.resize(
-            (max(1, round(width * scale)), max(1, round(height * scale))), resample
-        )
-        whole = Image.new("RGB", (size, size), fill)
-        whole.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-        image = whole
-    else:
-        raise ValueError(f"unknown resize mode {mode!r}")
-    return np.asarray(image, dtype=np.uint8)
+        scaled = (max(1, round(width * scale)), max(1, round(height * scale)))
+        whole = np.full((size, size, 3), fill, dtype=np.uint8)
+        left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
+        inside = _resize(image, *scaled, interpolation)
+        whole[top : top + scaled[1], left : left + scaled[0]] = inside
+        return whole
+    raise ValueError(f"unknown resize mode {mode!r}")
+
+
+def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Pixels:
+    """Resize as Pillow does; what only shrinks takes a third of its time, and is off by a level."""
+    if (image.width, image.height) == (width, height):
+        return np.array(image)
+    if image.width < width or image.height < height:
+        return np.array(image.resize((width, height), _FILTERS[interpolation]))
+    image_13HW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    image_13HW = F.interpolate(image_13HW, (height, width), mode=interpolation, antialias=True)
+    return image_13HW[0].permute(1, 2, 0).numpy()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Pillow's own function copies an image that stands upright already.
+    turned = image.getexif().get(ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -100,4 +124,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

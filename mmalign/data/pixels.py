@@ -7,17 +7,15 @@ Decoding once and reading bytes ever after is what keeps a small model fed: a 64
 """
 
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.data.batches import in_threads
 from mmalign.data.catalog import read_image
 from mmalign.data.samples import Record, SampleProblem, Skip
 from mmalign.errors import DataError
@@ -30,32 +28,25 @@ Decode = Callable[[bytes], T]
 DISK_SHARE = 0.5
 
 
+def read_and_decode(record: Record, decode: Decode[T]) -> T | Skip:
+    """Read the image of a record and decode it, or say why it cannot be."""
+    try:
+        return decode(read_image(record))
+    except SampleProblem as problem:
+        return Skip(record.id, record.uri, str(problem))
+    except OSError as error:
+        return Skip(record.id, record.uri, f"cannot be read: {error.strerror or error}")
+
+
 def decode_stream(
-    records: Sequence[Record], decode: Decode[T], workers: int
+    records: Iterable[Record], decode: Decode[T], workers: int
 ) -> Iterator[tuple[Record, T | Skip]]:
     """Read and decode records in threads, in order, a bounded number ahead."""
 
-    def one(record: Record) -> T | Skip:
-        try:
-            return decode(read_image(record))
-        except SampleProblem as problem:
-            return Skip(record.id, record.uri, str(problem))
-        except OSError as error:
-            return Skip(record.id, record.uri, f"cannot be read: {error.strerror or error}")
+    def one(record: Record) -> tuple[Record, T | Skip]:
+        return record, read_and_decode(record, decode)
 
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[Record, Future[T | Skip]]] = deque()
-        todo = iter(records)
-        for record in islice(todo, 4 * workers):
-            waiting.append((record, pool.submit(one, record)))
-        try:
-            while waiting:
-                record, future = waiting.popleft()
-                for following in islice(todo, 1):
-                    waiting.append((following, pool.submit(one, following)))
-                yield record, future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return in_threads(one, records, workers, ahead=4 * workers)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What a sample is before it is decoded: a record that says where its image and captions are."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -51,6 +53,22 @@ class Skip:
     uri: str
     reason: str
     kept: bool = False
+
+
+def stamp(record: Record) -> int:
+    """Return 64 bits that change when a sample does, as far as can be told without its image.
+
+    They cover captions, metadata, the length and, for local files, the size and the time of the last
+    change; never 0. A member of a tar carries the time of its tar.
+    """
+    known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
+    if "://" not in record.path:
+        status = os.stat(record.path)
+        # The size of a tar or a table is not that of the sample.
+        alone = record.length < 0 and record.row < 0
+        known += [status.st_mtime_ns, status.st_size if alone else 0]
+    digest = hashlib.blake2b(repr(known).encode("utf-8", "backslashreplace"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") or 1
 
 
 Found = Iterable[Record | Skip]

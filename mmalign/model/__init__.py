@@ -5,6 +5,8 @@ towers.py       the networks of our own presets
 presets.py      nano, tiny, small: which towers, how large, for which machine
 tokenizer.py    byte-level BPE trained on captions
 openclip.py     the only file that imports open_clip
+precision.py    float32, bfloat16 or eight bits to encode in
+int8.py         linear layers in eight bits
 checkpoint.py   run folders: weights as safetensors, everything else as text
 """
 
@@ -13,6 +15,19 @@ from mmalign.model.checkpoint import new_model as new_model
 from mmalign.model.checkpoint import save_model as save_model
 from mmalign.model.encoder import Encoder as Encoder
 from mmalign.model.encoder import Preprocess as Preprocess
+from mmalign.model.precision import Precision as Precision
+from mmalign.model.precision import cosines as cosines
+from mmalign.model.precision import in_precision as in_precision
 from mmalign.model.presets import PRESETS as PRESETS
 
-__all__ = ["PRESETS", "Encoder", "Preprocess", "load_model", "new_model", "save_model"]
+__all__ = [
+    "PRESETS",
+    "Encoder",
+    "Precision",
+    "Preprocess",
+    "cosines",
+    "in_precision",
+    "load_model",
+    "new_model",
+    "save_model",
+]

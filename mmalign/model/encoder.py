@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 Vectors = NDArray[np.float32]
 MAX_LOGIT_SCALE = 100.0
+TEXTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Towers(nn.Module, ABC):
     """Logarithm of the logit scale, a scalar."""
     logit_bias: nn.Parameter
     """Added to every logit by the sigmoid loss, a scalar; InfoNCE does not use it."""
+    cuts_texts: bool = True
+    """Whether padding behind a text can be left out without a change of its features."""
 
     @abstractmethod
     def image_features(self, images_B3SS: Tensor) -> Tensor:
@@ -122,9 +125,23 @@ class Encoder:
         return self._run(lambda: self.image_vectors(pixels.permute(0, 3, 1, 2)))
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
-        """Embed texts to unit vectors (B, D)."""
-        tokens = self.tokenizer(texts).to(self.device)
-        return self._run(lambda: self.text_vectors(tokens))
+        """Embed texts to unit vectors (B, D); those of like length are encoded together."""
+        tokens_BT = self.tokenizer(texts)
+        lengths_B = self.text_lengths(tokens_BT)
+        order_B = lengths_B.argsort()
+        parts = order_B.split(TEXTS_AT_ONCE)
+        vectors = [
+            self._run(lambda: self.text_vectors(tokens_BT[p, : lengths_B[p[-1]]].to(self.device)))
+            for p in parts
+        ]
+        return np.concatenate(vectors)[order_B.argsort().numpy()]
+
+    def text_lengths(self, tokens_BT: Tensor) -> Tensor:
+        """Tokens that must be read of each text, at least 1; what follows is padding."""
+        width = tokens_BT.shape[1]
+        if not self.towers.cuts_texts:
+            return torch.full((len(tokens_BT),), width)
+        return ((tokens_BT != 0) * torch.arange(1, width + 1)).amax(dim=1).clamp(min=1)
 
     def _run(self, embed: Any) -> Vectors:
         training = self.towers.training

@@ -41,6 +41,7 @@ class OpenClipTowers(Towers):
         super().__init__()
         self.clip: Any = clip
         self._bias = None if clip.logit_bias is not None else nn.Parameter(torch.zeros(()))
+        self.cuts_texts = _cuts_texts(clip)
 
     @property
     def log_scale(self) -> nn.Parameter:  # type: ignore[override]
@@ -58,7 +59,31 @@ class OpenClipTowers(Towers):
 
     def text_features(self, tokens_BT: Tensor) -> Tensor:
         """See `Towers`."""
-        return self.clip.encode_text(tokens_BT)  # type: ignore[no-any-return]
+        if not self.cuts_texts:
+            return self.clip.encode_text(tokens_BT)  # type: ignore[no-any-return]
+        # open_clip's own steps, over as many places as there are tokens.
+        clip, places = self.clip, tokens_BT.shape[1]
+        states_BTW = clip.token_embedding(tokens_BT) + clip.positional_embedding[:places]
+        mask_TT = clip.attn_mask[:places, :places]
+        states_BTW = clip.ln_final(clip.transformer(states_BTW, attn_mask=mask_TT))
+        pool = module().transformer.text_global_pool
+        pooled_BW = pool(states_BTW, tokens_BT, clip.text_pool_type, clip.text_eos_id)
+        projection = clip.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection(pooled_BW)  # type: ignore[no-any-return]
+        return pooled_BW if projection is None else pooled_BW @ projection
+
+
+def _cuts_texts(clip: Any) -> bool:
+    """Say whether a text is read by causal attention and known by its last token.
+
+    No token then sees what comes behind it, so padding there can be left out.
+    """
+    return (
+        type(clip) is module().CLIP
+        and clip.attn_mask is not None
+        and clip.text_pool_type in ("argmax", "eos")
+    )
 
 
 class OpenClipTokenizer(Tokenizer):

@@ -66,7 +66,7 @@ PRESETS: dict[str, Preset] = {
         vocabulary=1024,
     ),
     "tiny": Preset(
-        image_size=64,
+        image_size=96,
         image_widths=(64, 128, 256, 512),
         image_blocks=(1, 1, 1, 1),
         stem_strides=2,

@@ -1,0 +1,111 @@
+"""The arithmetic that a trained model encodes in: float32, bfloat16, or eight bits on request.
+
+The model stays the same one: its identity is that of its float32 weights, and vectors of all
+precisions lie in one space. How far they lie apart is measured, not assumed.
+
+B items, S side of an image in pixels, D dimensions.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmalign.errors import UsageError
+from mmalign.model import int8
+from mmalign.model.encoder import Encoder, Towers, Vectors
+
+Precision = Literal["auto", "float32", "bfloat16", "int8"]
+PROBED = 8
+# What `auto` must gain to leave float32, and how near it must stay.
+WORTH, CLOSE = 1.1, 0.999
+PROBE_WORDS = "a photo of a brown dog that runs on the beach beside the sea"
+
+
+class CastTowers(Towers):
+    """Towers whose weights are in another type; final."""
+
+    def __init__(self, towers: Towers, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.towers = towers.to(dtype)
+        self.dtype = dtype
+        self.cuts_texts = towers.cuts_texts
+
+    def image_features(self, images_B3SS: Tensor) -> Tensor:
+        """See `Towers`."""
+        return self.towers.image_features(images_B3SS.to(self.dtype))
+
+    def text_features(self, tokens_BT: Tensor) -> Tensor:
+        """See `Towers`."""
+        return self.towers.text_features(tokens_BT)
+
+
+def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
+    """Return the same model for encoding only, and the precision it got.
+
+    Args:
+        encoder: In float32; it is left as it is.
+        precision: "auto" is bfloat16 where the machine multiplies it faster and the vectors of
+            some noise keep a cosine of 0.999, else float32. "int8" needs a CPU.
+
+    Raises:
+        UsageError: "int8" is asked for on a GPU or a build of torch that cannot.
+    """
+    if precision == "int8":
+        if encoder.device.type != "cpu" or not int8.available():
+            raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
+        towers = copy.deepcopy(encoder.towers).eval()
+        int8.quantize(towers)
+        return _same_model(encoder, towers), "int8"
+    if precision == "float32" or (precision == "auto" and not has_bfloat16(encoder.device)):
+        encoder.towers.eval()
+        return encoder, "float32"
+    towers = CastTowers(copy.deepcopy(encoder.towers), torch.bfloat16).eval()
+    candidate = _same_model(encoder, towers)
+    if precision == "auto" and not _better(candidate, encoder):
+        encoder.towers.eval()
+        return encoder, "float32"
+    return candidate, "bfloat16"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Say whether a device multiplies bfloat16 itself; emulated, it is slower than float32."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
+    """Cosine of each pair of unit vectors, shape (B,)."""
+    return np.einsum("bd,bd->b", some_BD, other_BD)
+
+
+def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
+    other = replace(encoder, towers=towers)
+    other.__dict__.update(identity=encoder.identity, dim=encoder.dim)
+    return other
+
+
+def _better(candidate: Encoder, encoder: Encoder) -> bool:
+    """Try both on noise and one text: the candidate must be faster and hardly differ."""
+    side = encoder.preprocess.size
+    shape = (PROBED, side, side, 3)
+    pixels_BSS3 = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    words = [PROBE_WORDS] * PROBED
+
+    def encode(model: Encoder) -> Vectors:
+        return np.concatenate([model.encode_images(pixels_BSS3), model.encode_texts(words)])
+
+    near = cosines(encode(candidate), encode(encoder)).mean() >= CLOSE
+    return bool(near) and _seconds(lambda: encode(encoder)) > WORTH * _seconds(
+        lambda: encode(candidate)
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,117 @@
+"""Encoding in other arithmetics: near float32, of one identity, and never by accident."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmalign.errors import UsageError
+from mmalign.model import Encoder, cosines, in_precision, int8, new_model, openclip, precision
+
+CAPTIONS = ["a dog", "two dogs run on a beach", "一只狗在海滩上奔跑", "!", "", "a dog !"]
+
+
+@pytest.fixture(scope="module")
+def clip(small_clip: str) -> Encoder:
+    torch.manual_seed(0)
+    return openclip.load(small_clip, None)
+
+
+def pixels(encoder: Encoder, count: int = 4) -> np.ndarray:
+    side = encoder.preprocess.size
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def test_texts_are_cut_without_a_change(clip: Encoder) -> None:
+    assert clip.towers.cuts_texts
+    tokens = clip.tokenizer(CAPTIONS)
+    lengths = clip.text_lengths(tokens)
+    # CLIP's token of "!" is 0, as padding is; its end-of-text token comes behind.
+    assert lengths.tolist() == [4, 8, *lengths[2:3].tolist(), 3, 2, 5]
+    with torch.no_grad():
+        whole = clip.towers.clip.encode_text(tokens, normalize=True)  # type: ignore[union-attr,operator]
+        for token, length, wanted in zip(tokens, lengths, whole, strict=True):
+            cut = clip.text_vectors(token[None, :length])[0]
+            assert torch.allclose(cut, wanted, atol=1e-6)
+    assert np.allclose(clip.encode_texts(CAPTIONS), whole.numpy(), atol=1e-6)
+
+
+def test_texts_are_left_whole_where_padding_is_read(clip: Encoder) -> None:
+    pool = clip.towers.clip.text_pool_type  # type: ignore[union-attr]
+    try:
+        clip.towers.clip.text_pool_type = "last"  # type: ignore[union-attr]
+        assert not openclip.OpenClipTowers(clip.towers.clip).cuts_texts  # type: ignore[arg-type]
+    finally:
+        clip.towers.clip.text_pool_type = pool  # type: ignore[union-attr]
+
+
+def test_many_texts_come_back_in_their_order() -> None:
+    encoder = new_model("nano", CAPTIONS)
+    texts = [f"{'very ' * (i % 7)}old dog {i}" for i in range(150)]
+    alone = np.concatenate([encoder.encode_texts([t]) for t in texts])
+    assert np.allclose(encoder.encode_texts(texts), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["clip", "nano"])
+def test_other_precisions_are_near_and_the_same_model(
+    wanted: precision.Precision, name: str, clip: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "WORTH", 1)
+    torch.manual_seed(0)
+    encoder = clip if name == "clip" else new_model("nano", CAPTIONS)
+    before = encoder.identity
+    fast, got = in_precision(encoder, wanted)
+    assert (got, fast.identity, fast.dim) == (wanted, before, encoder.dim)
+    for some, other in (
+        (fast.encode_images(pixels(fast)), encoder.encode_images(pixels(fast))),
+        (fast.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)),
+    ):
+        assert some.dtype == np.float32
+        assert cosines(some, other).min() > 0.995
+        assert not np.array_equal(some, other)
+    del encoder.__dict__["identity"]
+    assert encoder.identity == before, "the float32 model was changed"
+
+
+def test_eight_bits_replace_every_large_layer(clip: Encoder) -> None:
+    fast, _ = in_precision(clip, "int8")
+    kinds = [type(m) for m in fast.towers.modules()]
+    large = [
+        m for m in fast.towers.modules()
+        if isinstance(m, nn.Linear) and m.weight.numel() >= int8.WORTH
+    ]  # fmt: skip
+    assert nn.MultiheadAttention not in kinds
+    assert large == []
+
+
+def test_one_large_token_does_not_coarsen_the_others() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    states = torch.randn(10, 64)
+    states[3] *= 1000
+    off = (int8.Linear8(layer)(states) - layer(states)).abs().amax(dim=1)
+    assert off[3] < 10
+    assert off[torch.arange(10) != 3].max() < 0.05
+
+
+def test_auto_takes_bfloat16_only_where_it_gains(
+    clip: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    seconds = iter([1.0, 0.5, 1.0, 0.95])
+    monkeypatch.setattr(precision, "_seconds", lambda run: next(seconds))
+    assert in_precision(clip, "auto")[1] == "bfloat16"
+    assert in_precision(clip, "auto")[1] == "float32"
+    monkeypatch.setattr(precision, "CLOSE", 1.1)
+    assert in_precision(clip, "auto") == (clip, "float32")
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+    assert in_precision(clip, "auto") == (clip, "float32")
+
+
+def test_eight_bits_without_support_are_refused(
+    clip: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "available", lambda: False)
+    with pytest.raises(UsageError, match="int8 needs a CPU"):
+        in_precision(clip, "int8")
