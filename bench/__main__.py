@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("arithmetic", "loss", "ranks", "topk", "train")
+NAMES = ("arithmetic", "embed", "loss", "ranks", "store", "topk", "train")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.index.spec import Floats, Index, Ints, Shards
+from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
 
 # Memory-mapped vectors are read-only, and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -39,7 +39,9 @@ class Exact(Index):
         self.asked = 0
         self.corpus: kernels.Corpus | None = None
 
-    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+    def search(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
         if not self.rows:
             raise VectorError("there are no vectors to search")
@@ -47,8 +49,12 @@ class Exact(Index):
         before, self.asked = self.asked, self.asked + len(queries)
         if before <= CODED_AFTER < self.asked:
             self._code()
-        scores, rows = kernels.topk(queries, self.corpus or self.shards, min(k, self.rows))
-        return scores.numpy(), rows.numpy() + self.first_row
+        allow = None if allow_N is None else torch.from_numpy(allow_N[self.first_row :])
+        scores, rows = kernels.topk(
+            queries, self.corpus or self.shards, min(k, self.rows), allow=allow
+        )
+        found = rows.numpy()
+        return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
 
     def _code(self) -> None:
         if kernels.can_code() and self.rows * self.shards[0].shape[1] <= CODED_BYTES:
@@ -66,11 +72,14 @@ class Extended(Index):
         self.tail = Exact(shards, first_row=index.rows)
         self.rows = index.rows + self.tail.rows
 
-    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+    def search(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
-        scores, rows = self.index.search(queries_MD, k)
+        inside_N = None if allow_N is None else allow_N[: self.index.rows]
+        scores, rows = self.index.search(queries_MD, k, inside_N)
         if self.tail.rows:
-            tail_scores, tail_rows = self.tail.search(queries_MD, k)
+            tail_scores, tail_rows = self.tail.search(queries_MD, k, allow_N)
             scores = np.concatenate([scores, tail_scores], axis=1)
             rows = np.concatenate([rows, tail_rows], axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmalign import files
 from mmalign.errors import StoreError
-from mmalign.index.spec import Floats, Index, Ints, Shards, Spec, neighbour_recall
+from mmalign.index.spec import Bools, Floats, Index, Ints, Shards, Spec, neighbour_recall
 from mmalign.progress import bar
 
 TRAINING_ROWS_PER_LIST = 64
@@ -27,9 +27,14 @@ class Ivf(Index):
         self.nprobe = nprobe
         self.rows = int(index.ntotal)
 
-    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+    def search(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
         """See `Index.search`. Parameters travel with the call: threads do not disturb another."""
-        parameters = faiss.SearchParametersIVF(nprobe=self.nprobe)  # type: ignore[call-arg]
+        words: dict[str, Any] = {"nprobe": self.nprobe}
+        if allow_N is not None:
+            words["sel"] = faiss.IDSelectorBitmap(np.packbits(allow_N, bitorder="little"))
+        parameters = faiss.SearchParametersIVF(**words)
         queries = np.ascontiguousarray(queries_MD, dtype=np.float32)
         return self.index.search(queries, k, params=parameters)  # type: ignore[no-any-return]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Halves = NDArray[np.float16]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Shards = Sequence[Halves]
 
 EXACT_ROWS = 50_000
@@ -26,8 +27,13 @@ class Index(ABC):
     rows: int
 
     @abstractmethod
-    def search(self, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
-        """Return scores (M, K), best first, and rows (M, K); row -1 where there are fewer."""
+    def search(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
+        """Return scores (M, K), best first, and rows (M, K); row -1 where there are fewer.
+
+        Rows that are False in `allow_N` are not found.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,29 @@
 """`mmalign embed`: images and captions of any source into a store of unit vectors.
 
-    scan -> what the store lacks -> read and decode in threads -> encode -> shards -> manifest
+    scan -> what the store lacks -> decode and encode, overlapping -> shards -> manifest
 
-Run again, it adds what is new; killed, it goes on where the last committed shard ended.
+Run again, it adds what is new or changed; killed, it goes on where the last committed shard ended.
 """
 
-import io
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from mmalign import files, modality
-from mmalign.data import (
-    Record,
-    Skip,
-    decode_stream,
-    fit_image,
-    open_image,
-    read_ahead,
-    report_skips,
-    scan,
-)
-from mmalign.model import Encoder, load_model
+from mmalign.data import report_skips
+from mmalign.errors import UsageError
+from mmalign.evaluate import compare
+from mmalign.model import Encoder, Precision, fastest_device, in_precision, load_model
+from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
-from mmalign.store import ModelCard, Row, Store, Writer, open_store
+from mmalign.store import ModelCard, Row, Writer, add_failures, delete_rows, open_store
+from mmalign.todo import Todo, Wanted, find_todo, meta_json, removed
 
-BATCH = 64
 COMMIT_SECONDS = 60.0
-THUMBNAIL_SIDE = 160
+# Samples that are embedded in float32 as well, to say what eight bits cost.
+COMPARED = 128
 
 
 @dataclass(frozen=True)
@@ -43,16 +31,14 @@ class EmbedReport:
     """What a run of `embed` did."""
 
     added: int
+    """Rows that are new, or replace a row whose source had changed."""
     present: int
     failed: int
+    removed: int
+    """Rows deleted as their source is gone; only where that was asked for."""
     rows: int
     images_per_s: float
-
-
-@dataclass(frozen=True)
-class _Item:
-    pixels: NDArray[np.uint8]
-    thumbnail: bytes
+    precision: str
 
 
 def embed(
@@ -62,8 +48,12 @@ def embed(
     *,
     caption_keys: Sequence[str] = ("captions",),
     thumbnails: bool = True,
+    precision: Precision = "auto",
+    checksum: bool = False,
+    drop_removed: bool = False,
+    part: tuple[int, int] = (1, 1),
 ) -> EmbedReport:
-    """Embed what the store does not hold yet.
+    """Embed what the store does not hold yet, or holds in an older state.
 
     Args:
         model: A run folder or `NAME:TAG`.
@@ -71,118 +61,84 @@ def embed(
         out: The store; made if it does not exist.
         caption_keys: Where the captions are.
         thumbnails: Keep a small WebP of each image, so that results can be shown.
+        precision: "auto", "float32", "bfloat16" or "int8", see `model.in_precision`.
+        checksum: Read every image that the store holds, and compare its content.
+        drop_removed: Delete the rows whose images lay in the sources and are there no more.
+        part: (i, n): embed only the i-th of n equal parts of the samples, so that n processes
+            can work on one store.
 
     Raises:
         DataError: Nothing usable in the sources.
         IdentityError: The store belongs to another model.
     """
-    store_path = Path(out)
-    encoder = load_model(model)
-    catalog = scan(sources, caption_keys=caption_keys)
-    writer = Writer(store_path, ModelCard(encoder.identity, encoder.source, encoder.dim))
-    todo = _missing(catalog.records, open_store(store_path))
-    present = len(catalog.records) - len(todo)
-    failures = list(catalog.skips)
+    if not 1 <= part[0] <= part[1]:
+        raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
+    if drop_removed and part[1] > 1:
+        raise UsageError("--drop-removed looks at all samples: run it without --shard")
+    path = Path(out)
+    encoder, got = in_precision(load_model(model).on(fastest_device()), precision)
+    writer = Writer(path, ModelCard(encoder.identity, encoder.source, encoder.dim))
+    store = open_store(path)
+    todo = find_todo(store, Wanted(sources, caption_keys, checksum, part))
+    if got == "int8" and len(todo.records) >= COMPARED:
+        sample = list(islice(todo.records, COMPARED))
+        say(f"int8 beside float32: {compare(load_model(model), encoder, sample)}")
+    added, seconds = _write(writer, encoder, todo, thumbnails)
+    gone = removed(store, sources, todo.seen_N) if drop_removed else []
+    dropped = delete_rows(path, gone, store.manifest.generation) if gone else 0
 
-    started, added, committed_at = time.monotonic(), 0, time.monotonic()
-    with writer, bar("embed", len(todo)) as progress:
-        for good, lost in _encoded(encoder, todo, thumbnails):
-            failures += lost
-            for row in good:
-                writer.add(row)
+    _list_failures(path, todo)
+    failed, rows = sum(not s.kept for s in todo.skips), len(open_store(path))
+    counts = f"{added} added, {todo.present} already there, {failed} failed"
+    say(f"{counts}{f', {dropped} removed' if dropped else ''}: {rows} rows in {out}")
+    rate = added / max(seconds, 1e-9)
+    return EmbedReport(added, todo.present, failed, dropped, rows, rate, got)
+
+
+def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tuple[int, float]:
+    """Embed what is to be; return the number of rows and the seconds it took."""
+    pipeline = Pipeline(encoder, thumbnails=thumbnails)
+    started = committed_at = time.monotonic()
+    added = 0
+    with writer, bar("embed", len(todo.records)) as progress:
+        for good, lost in pipeline.run(todo.records):
+            todo.skips += lost
+            for encoded in good:
+                writer.add(_row(encoded))
             if time.monotonic() - committed_at > COMMIT_SECONDS:
                 writer.commit()
                 committed_at = time.monotonic()
             added += len(good)
             progress.update(len(good) + len(lost))
-    seconds = time.monotonic() - started
-
-    _list_failures(store_path, failures)
-    lost = [f for f in failures if not f.kept]
-    total = len(catalog.records) + len([s for s in catalog.skips if not s.kept])
-    report_skips(failures, total, store_path / "failures.jsonl")
-    store = open_store(store_path)
-    say(f"{added} added, {present} already there, {len(lost)} failed: {len(store)} rows in {out}")
-    return EmbedReport(added, present, len(lost), len(store), added / max(seconds, 1e-9))
+            progress.set_postfix_str(pipeline.describe(), refresh=False)
+    todo.records.close()
+    return added, time.monotonic() - started
 
 
-def _missing(records: Sequence[Record], store: Store) -> list[Record]:
-    """Leave out what the store holds; one id for two files is told apart by the uri."""
-    held = dict(zip(store.column("id"), store.column("uri"), strict=True))
-    missing = []
-    for record in records:
-        renamed = replace(record, id=record.uri) if record.id in held else record
-        if held.get(record.id) != record.uri and renamed.id not in held:
-            missing.append(renamed)
-    return missing
+def _row(encoded: Encoded) -> Row:
+    record = encoded.record
+    return Row(
+        id=record.id,
+        uri=record.uri,
+        captions=record.captions,
+        image_embedding=encoded.image_D,
+        text_embeddings=encoded.texts_CD,
+        meta=meta_json(record),
+        thumbnail=encoded.item.thumbnail,
+        stamp=encoded.item.stamp,
+        checksum=encoded.item.checksum,
+    )
 
 
-def _encoded(
-    encoder: Encoder, records: Sequence[Record], thumbnails: bool
-) -> Iterator[tuple[list[Row], list[Skip]]]:
-    """Yield rows and losses batch by batch; decoding runs ahead of the encoder."""
-    shape = encoder.preprocess
-
-    def decode(content: bytes) -> _Item:
-        image = open_image(content)
-        pixels = fit_image(image, shape.size, shape.resize_mode, shape.interpolation)
-        return _Item(pixels, _thumbnail(image) if thumbnails else b"")
-
-    stream = decode_stream(records, decode, modality.decode_workers())
-    chunks = iter(lambda: list(islice(stream, BATCH)), [])
-    for chunk in read_ahead(lambda c: c, chunks):
-        lost = [item for _, item in chunk if isinstance(item, Skip)]
-        good = [(record, item) for record, item in chunk if not isinstance(item, Skip)]
-        yield (_rows(encoder, good) if good else []), lost
-
-
-def _rows(encoder: Encoder, items: Sequence[tuple[Record, _Item]]) -> list[Row]:
-    kinds = modality.of(encoder)
-    images_BD = kinds["image"].encode(kinds["image"].batch([item.pixels for _, item in items]))
-    # Equal captions are encoded once.
-    captions = list(dict.fromkeys(c for record, _ in items for c in record.captions))
-    texts: dict[str, NDArray[np.float32]] = {}
-    for first in range(0, len(captions), BATCH):
-        part = captions[first : first + BATCH]
-        texts |= zip(part, kinds["text"].encode(part), strict=True)
-    none = np.zeros((0, images_BD.shape[1]), dtype=np.float32)
-    return [
-        Row(
-            id=record.id,
-            uri=record.uri,
-            captions=record.captions,
-            image_embedding=vector_D,
-            text_embeddings=np.stack([texts[c] for c in record.captions])
-            if record.captions
-            else none,
-            meta=_as_json(record.meta),
-            thumbnail=item.thumbnail,
-        )
-        for (record, item), vector_D in zip(items, images_BD, strict=True)
-    ]
-
-
-def _as_json(meta: dict[str, Any]) -> str:
-    text = json.dumps(meta, ensure_ascii=False, default=str)
-    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _thumbnail(image: Image.Image) -> bytes:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    out = io.BytesIO()
-    image.save(out, "WEBP", quality=80)
-    return out.getvalue()
-
-
-def _list_failures(store: Path, failures: Sequence[Skip]) -> None:
-    """Append what is not listed yet."""
-    listed = {(f["uri"], f["reason"]) for f in files.read_lines(store / "failures.jsonl")}
+def _list_failures(path: Path, todo: Todo) -> None:
+    """List what was lost, and say how much; what was lost before and is not now is resolved."""
+    lost = {s.uri: s for s in todo.skips}
     rows: list[dict[str, Any]] = [
-        {"id": f.id, "uri": f.uri, "reason": f.reason, "embedded": f.kept}
-        for f in failures
-        if (f.uri, f.reason) not in listed
+        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in lost.values()
     ]
-    if rows:
-        files.append_lines(store / "failures.jsonl", rows)
+    store = open_store(path)
+    before = [f for f in store.failures() if f["uri"] not in lost and not f["embedded"]]
+    there = store.find([f["id"] for f in before])
+    rows += [{**f, "reason": None} for f, row in zip(before, there, strict=True) if row >= 0]
+    add_failures(path, rows)
+    report_skips(todo.skips, todo.total, path / "failures.jsonl")

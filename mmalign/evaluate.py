@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmalign import kernels, modality
-from mmalign.data import Record, Skip, decode_stream, report_skips, scan
+from mmalign import kernels
+from mmalign.data import Record, Skip, report_skips, scan
+from mmalign.encoding import Texts
 from mmalign.errors import DataError
 from mmalign.metrics import accuracy, recall_at
-from mmalign.model import Encoder, load_model
+from mmalign.model import Encoder, cosines, fastest_device, load_model
+from mmalign.pipeline import Pipeline
 from mmalign.progress import bar
 
 KS = (1, 5, 10)
-BATCH = 128
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.", "{}")
 Vectors = NDArray[np.float32]
 
@@ -47,13 +48,13 @@ def evaluate(
         k of 1, 5, 10; with classes also `acc1`, `acc5`, `mean_per_class_recall`; and the counts
         `images`, `captions`, `skipped`.
     """
-    encoder = model if isinstance(model, Encoder) else load_model(model)
+    encoder = model if isinstance(model, Encoder) else load_model(model).on(fastest_device())
     catalog = scan(sources, caption_keys=caption_keys, need_captions=True)
-    records, images_ND, lost = encode_records(encoder, catalog.records)
+    records, images_ND, texts, lost = encode_records(encoder, catalog.records)
     skips = [*catalog.skips, *lost]
     report_skips(skips, len(catalog.records) + len([s for s in catalog.skips if not s.kept]))
-    texts_PD = encode_texts(encoder, [c for r in records for c in r.captions])
-    owners_P = np.repeat(np.arange(len(records)), [len(r.captions) for r in records])
+    texts_PD = np.concatenate(texts)
+    owners_P = np.repeat(np.arange(len(records)), [len(t) for t in texts])
     report: dict[str, Any] = retrieval(images_ND, texts_PD, owners_P)
     if classes:
         report |= _zero_shot(encoder, records, images_ND, classes, label_key)
@@ -79,41 +80,43 @@ def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]
 
 def encode_records(
     encoder: Encoder, records: Sequence[Record]
-) -> tuple[list[Record], Vectors, list[Skip]]:
-    """Embed the images of records; return those that could be, their vectors, and the rest."""
-    image = modality.of(encoder)["image"]
-    kept: list[Record] = []
+) -> tuple[list[Record], Vectors, list[Vectors], list[Skip]]:
+    """Embed images and captions of records.
+
+    Returns the records that could be used, their images (N, D), the captions of each (C, D), and
+    what is lost.
+    """
+    done: list[tuple[Record, Vectors, Vectors]] = []
     skips: list[Skip] = []
-    vectors: list[Vectors] = []
-    waiting: list[Any] = []
-    with bar("images", len(records)) as progress:
-        for record, item in decode_stream(records, image.decode, modality.decode_workers()):
-            progress.update()
-            if isinstance(item, Skip):
-                skips.append(item)
-                continue
-            kept.append(record)
-            waiting.append(item)
-            if len(waiting) == BATCH:
-                vectors.append(image.encode(image.batch(waiting)))
-                waiting = []
-        if waiting:
-            vectors.append(image.encode(image.batch(waiting)))
-    if not kept:
+    with bar("encode", len(records)) as progress:
+        for good, lost in Pipeline(encoder, thumbnails=False).run(records):
+            done += [(e.record, e.image_D, e.texts_CD) for e in good]
+            skips += lost
+            progress.update(len(good) + len(lost))
+    if not done:
         raise DataError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
-    return kept, np.concatenate(vectors), skips
+    kept, images, texts = zip(*done, strict=True)
+    return list(kept), np.stack(images), list(texts), skips
 
 
-def encode_texts(encoder: Encoder, texts: Sequence[str]) -> Vectors:
-    """Embed texts; equal ones once, and those of like length together, as padding costs time."""
-    distinct = sorted(set(texts), key=len)
-    parts = [distinct[i : i + BATCH] for i in range(0, len(distinct), BATCH)]
-    with bar("texts", len(distinct), "texts") as progress:
-        vectors: dict[str, Vectors] = {}
-        for part in parts:
-            vectors |= dict(zip(part, encoder.encode_texts(part), strict=True))
-            progress.update(len(part))
-    return np.stack([vectors[t] for t in texts])
+def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
+    """Say in words how near another arithmetic of a model comes to it on some samples."""
+    reports, vectors = [], []
+    for encoder in (model, other):
+        kept, images_ND, texts, _ = encode_records(encoder, records)
+        texts_PD = np.concatenate(texts)
+        owners_P = np.repeat(np.arange(len(kept)), [len(t) for t in texts])
+        reports.append(retrieval(images_ND, texts_PD, owners_P) if len(texts_PD) else {})
+        vectors.append((images_ND, texts_PD))
+    near = [cosines(a, b) for a, b in zip(*vectors, strict=True)]
+    words = f"cosine of images {near[0].mean():.4f} (least {near[0].min():.4f})"
+    if not reports[0]:
+        return words
+    name = "image_retrieval_recall@1"
+    return (
+        f"{words}, of texts {near[1].mean():.4f}; text->image recall@1 among {len(kept)} "
+        f"{reports[1][name]:.1%} in place of {reports[0][name]:.1%}"
+    )
 
 
 def _zero_shot(
@@ -132,7 +135,7 @@ def _zero_shot(
             f"(the first has {labels[0]!r})"
         )
     prompts = [t.format(name) for name in classes for t in TEMPLATES]
-    vectors = encode_texts(encoder, prompts).reshape(len(classes), len(TEMPLATES), -1)
+    vectors = Texts(encoder)([prompts])[0].reshape(len(classes), len(TEMPLATES), -1)
     classes_CD = vectors.mean(axis=1)
     classes_CD /= np.linalg.norm(classes_CD, axis=1, keepdims=True)
     depth = min(5, len(classes))

@@ -1,47 +1,185 @@
-"""Files that are either whole or absent: atomic writes, durable renames, hashes, JSON lines.
+"""Files that are either whole or absent: atomic writes, durable names, hashes, JSON lines.
 
-Everything that mmalign must not lose goes through here. A write lands under a temporary name, is
-synced to the disk, is renamed onto its place, and the folder that holds the name is synced too.
+Everything that mmalign must not lose goes through here. A write lands under a temporary name that
+nobody else has, is synced to the disk, is renamed onto its place, and the folder that holds the
+name is synced too. A sync that fails is never repeated as if nothing had been: what the system
+could not write it may have dropped, so the file is given up and the caller gets the error. A
+temporary file that a killed process left is no data; `leftovers` finds it.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# What a file system says that has no sync of folders (some network mounts), or cannot be written.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
+
+
+class Disk:
+    """What mmalign asks of a disk, one method an operation; final.
+
+    Everything in this module goes through `disk`, so that tests can put one there that fails.
+    """
+
+    def create(self, path: Path) -> BinaryIO:
+        """Open a new file for writing; an error if the name is taken."""
+        return open(path, "xb")
+
+    def append(self, path: Path) -> BinaryIO:
+        """Open a file for writing at its end; it is made if there is none."""
+        return open(path, "ab")
+
+    def sync(self, file: BinaryIO) -> None:
+        """Return when what was written to an open file is on the disk."""
+        file.flush()
+        os.fsync(file.fileno())
+
+    def sync_path(self, path: Path) -> None:
+        """Return when a file that somebody else wrote and closed is on the disk."""
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+    def sync_folder(self, folder: Path) -> None:
+        """Return when the names inside a folder are on the disk."""
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder inside an existing one; fine if it is there."""
+        path.mkdir(exist_ok=True)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file or folder another name; a file of that name is gone."""
+        os.replace(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; an error if that is taken."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove the name of a file."""
+        os.unlink(path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path)
+
+
+disk = Disk()
+
+
+class Draft(io.BufferedIOBase):
+    """A file that is being written, from its first byte to its last; final.
+
+    It hashes what is handed to it: a byte that goes wrong on its way to the disk does not fit
+    the hash, as it would if the file were read back for that.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def write(self, content: "ReadableBuffer", /) -> int:
+        """Take some bytes, all of them."""
+        size = memoryview(content).nbytes
+        self._file.write(content)
+        self._hash.update(content)
+        self.bytes += size
+        return size
+
+    def tell(self) -> int:
+        """Count the bytes so far."""
+        return self.bytes
+
+    def sha256(self) -> str:
+        """Hash what was written so far."""
+        return self._hash.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with _naming(folder):
+        try:
+            disk.sync_folder(folder)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they survive a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        disk.make_folder(folder)
+        sync_folder(folder.parent)
+    if not missing:
+        # Whoever made it may have died before this. Its parent may be none of our business, too.
+        with contextlib.suppress(PermissionError):
+            sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def _becoming(path: Path) -> Iterator[Path]:
-    """Lend a temporary name; what was written and synced there takes the real one at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error; the system does so when a file is opened, not when written."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def _temporary(path: Path) -> Iterator[Path]:
+    """Lend a name beside `path` that no other process or thread has; nothing is left under it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with _naming(path):
+            yield temporary
+    finally:
+        # What cannot be removed is garbage, and no reason to call a finished write a failure.
+        if temporary.exists():
+            with contextlib.suppress(OSError):
+                disk.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[Draft]:
+    """Open a new file that is on the disk when the block ends well."""
+    with disk.create(path) as file:
+        yield Draft(file)
+        disk.sync(file)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Give a finished file its real name."""
+    disk.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Draft]:
     """Open a file for writing that appears under its name only when the block ends well."""
-    with _becoming(path) as temporary, open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    with _temporary(path) as temporary:
+        with _synced(temporary) as draft:
+            yield draft
+        _put(temporary, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -62,45 +200,92 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_through(path: Path, write: Callable[[str], None]) -> None:
     """Let a library write a file by name (FAISS, safetensors), then make it appear atomically."""
-    with _becoming(path) as temporary:
+    with _temporary(path) as temporary:
         write(str(temporary))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        disk.sync_path(temporary)
+        _put(temporary, path)
 
 
 def claim(path: Path, content: bytes) -> bool:
-    """Create a file atomically only if the name is free; False when somebody else has it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
+    """Create a file atomically only if the name is free; False when somebody else has it.
+
+    Raises:
+        OSError: It could not be written, or it is there but might not survive a power cut. Others
+            may have seen it and built on it, so it stays; its maker must look before going on.
+    """
+    with _temporary(path) as temporary:
+        with _synced(temporary) as draft:
+            draft.write(content)
+        if not _linked(temporary, path):
             return False
-        sync_folder(path.parent)
+        try:
+            sync_folder(path.parent)
+        except OSError as error:
+            said = f"{error.strerror} (written, but it might not survive a power cut)"
+            raise OSError(error.errno, said, str(path)) from error
         return True
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    try:
+        disk.link(temporary, path)
+    except OSError as error:
+        # Over a network a link can be made and its answer lost; then our file has two names.
+        if os.stat(temporary).st_nlink == 1:
+            if isinstance(error, FileExistsError):
+                return False
+            raise
+    return True
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file or folder into another folder, durably; it never has no name at all."""
+    disk.replace(path, target)
+    sync_folder(target.parent)
+    sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; fine if it is gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            for inner in path.iterdir():
+                remove(inner)
+            disk.remove_folder(path)
+        else:
+            disk.unlink(path)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files in a folder: of writers at work, and of killed ones."""
+    return sorted(folder.glob(".*.tmp"))
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines and sync them."""
-    with open(path, "a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append JSON lines durably. A torn line at the end of the file stays apart from them."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Names of files may hold half a surrogate; UTF-8 has none, JSON has an escape for it.
+    content = lines.encode("utf-8", "backslashreplace")
+    with _naming(path), disk.append(path) as file:
+        file.write(b"\n" + content if _is_torn(path) else content)
+        disk.sync(file)
+    sync_folder(path.parent)
+
+
+def _is_torn(path: Path) -> bool:
+    """Say whether a file ends in the middle of a line."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a torn last line (a crash in the middle of an append) is left out."""
+    """Read JSON lines; what cannot be read (a crash in the middle of an append) is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
 

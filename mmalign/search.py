@@ -100,7 +100,7 @@ class Searcher:
         if not queries:
             return []
         vectors_MD = np.concatenate([self.encode(query) for query in queries])
-        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k)
+        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k, self._allowed(to))
         return [
             self._hits(scores_K, rows_K, to)
             for scores_K, rows_K in zip(scores_MK, rows_MK, strict=True)
@@ -137,13 +137,18 @@ class Searcher:
     def _index(self, to: Target, exact: bool) -> Index:
         if (to, exact) not in self._indexes:
             shards = self.store.vectors(to)
-            if not sum(len(s) for s in shards):
+            if not len(self.store) or not sum(len(s) for s in shards):
                 what = "rows" if to == "image" else "captions"
                 raise StoreError(f"{self.store.path}: the store has no {what} to search")
             folder = self.store.index_folder
             index = Exact(shards) if exact else open_index(folder, to, shards)
             self._indexes[to, exact] = index
         return self._indexes[to, exact]
+
+    def _allowed(self, to: Target) -> NDArray[np.bool_] | None:
+        """Which vectors may be found: those of rows that are not deleted."""
+        live_N = self.store.live
+        return live_N if live_N is None or to == "image" else live_N[self.store.caption_owners]
 
     def _hits(self, scores_K: NDArray[Any], rows_K: NDArray[Any], to: Target) -> list[Hit]:
         found = rows_K >= 0

@@ -17,7 +17,7 @@ from mmalign.config import build, require
 from mmalign.data import Augment, Skip, read_ahead
 from mmalign.errors import TrainingError, UsageError, VectorError
 from mmalign.evaluate import retrieval
-from mmalign.model import Encoder, save_model
+from mmalign.model import Encoder, fastest_device, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
 from mmalign.pairs import Batch, Pairs, encode_pairs, report_losses
 from mmalign.progress import bar, say
@@ -72,7 +72,8 @@ class TrainConfig:
     """Weight of predicting an image's words; see words.py."""
     start_size: float = 0.67
     """Side of the images in the first steps, as a share of the model's own; they grow to it on the
-    way. The same minutes then hold more passes, and the last of them are sharp."""
+    way, where the model takes any size. The same minutes then hold more passes, and the last of
+    them are sharp."""
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
@@ -95,7 +96,6 @@ FINE_TUNING: dict[str, Any] = {
     "weight_decay": 0.2,
     "caption_loss": 0.0,
     "word_loss": 0.0,
-    "start_size": 1.0,
     "augment": {"crop_min": 0.9, "colour": 0.0, "erase": 0.0},
 }
 """What differs where good weights are only to be adapted: less help, smaller steps."""
@@ -153,9 +153,8 @@ class Trainer:
             held,
             run,
         )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder.device = self.device
-        self.towers = encoder.towers.to(self.device).train()
+        self.device = fastest_device()
+        self.towers = encoder.on(self.device).towers.train()
         self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
         self.words = WordHead(encoder.dim, pairs.tokens_PT).to(self.device)
         self.trained = torch.nn.ModuleList([self.towers, self.words])
@@ -242,7 +241,8 @@ class Trainer:
         rate = learning_rate(self.progress, config.learning_rate, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        side = image_side(self.encoder.preprocess.size, config.start_size, self.progress)
+        start = config.start_size if self.towers.any_size else 1.0
+        side = image_side(self.encoder.preprocess.size, start, self.progress)
         images = config.augment(batch.images_B3SS, side, generator).to(self.device)
         loss = self._backward(images, batch)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)

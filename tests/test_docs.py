@@ -1,29 +1,54 @@
 """The documentation is executed: the reader of docs/format.md, README's tree and commands."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from mmalign import open_store
 from mmalign.cli import main
+from mmalign.store import delete
+from mmalign.store.schema import schema
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def reader_of_the_format_page() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", FORMAT, re.S)
+    return str(code)
 
 
 def test_the_format_page_can_be_followed(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     (tmp_path / "photos.store").symlink_to(store)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/format.md", "exec"), {})
+    exec(compile(reader_of_the_format_page(), "docs/format.md", "exec"), {})
     key, *shape, norm = capsys.readouterr().out.split()
     assert key == "scenes/000000"
     assert " ".join(shape) == "(96, 128)"
     assert float(norm) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_reader_of_the_format_page_leaves_deleted_rows_out(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store, tmp_path / "photos.store")
+    ids = open_store(store).column("id")
+    delete(tmp_path / "photos.store", [ids[0], ids[40]])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(reader_of_the_format_page(), "docs/format.md", "exec"), {})
+    assert capsys.readouterr().out.startswith(f"{ids[1]} (94, 128) ")
+
+
+def test_every_column_is_described() -> None:
+    table = FORMAT.split("### Shard columns")[1].split("Rows are numbered")[0]
+    described = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert described == schema(8).names
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:

@@ -9,6 +9,7 @@ from mmalign.errors import StoreError
 from mmalign.index import (
     Exact,
     Extended,
+    Index,
     Spec,
     build_index,
     choose,
@@ -125,3 +126,31 @@ def test_an_index_without_queries_claims_nothing(tmp_path: Path) -> None:
     part = build_index(tmp_path, "image", [stored], dim=DIM, queries_MD=none, recall=0.9)
     assert part["recall"] is None
     assert part["spec"]["nprobe"] > 1
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf", "extended"])
+def test_rows_that_are_not_allowed_are_not_found(kind: str) -> None:
+    whole = vectors(400)
+    queries = whole[:5].astype(np.float32)
+    allow = np.random.default_rng(0).random(400) < 0.3
+    allow[:5] = False
+    covered = whole[:300] if kind == "extended" else whole
+    index: Index = Exact([whole])
+    if kind != "exact":
+        spec = Spec("ivf", len(covered), DIM, lists=4, nprobe=4)
+        index = ivf.build([covered], spec)
+    if kind == "extended":
+        index = Extended(index, [whole])
+    scores, rows = index.search(queries, 400, allow)
+    found = rows >= 0
+    assert (found.sum(axis=1) == allow.sum()).all()
+    assert allow[rows[found]].all()
+    truth = np.where(allow, queries.astype(np.float64) @ whole.astype(np.float64).T, -9)
+    best = np.sort(truth, axis=1)[:, ::-1][:, : allow.sum()]
+    assert np.allclose(scores[found].reshape(5, -1), best, atol=2e-3)
+
+
+def test_nothing_allowed_is_nothing_found() -> None:
+    index = Extended(ivf.build([vectors(100)], Spec("ivf", 100, DIM, 4, 4)), [vectors(120)])
+    rows = index.search(vectors(2).astype(np.float32), 5, np.zeros(120, np.bool_))[1]
+    assert (rows == -1).all()

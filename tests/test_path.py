@@ -22,10 +22,11 @@ from mmalign.embed import embed
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.evaluate import evaluate
 from mmalign.model import new_model, save_model
+from mmalign.store import delete
 
 
 def test_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
-    report = demo(tmp_path / "demo", scenes=300, minutes=0.05)
+    report = demo(tmp_path / "demo", scenes=300, minutes=0.2)
     names = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {"run", "scenes.store", "sheet.png", "report.json"} <= names
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
@@ -98,6 +99,97 @@ def test_embedding_that_is_killed_goes_on(run: Path, store: Path, tmp_path: Path
         for s in (killed, unbroken)
     )
     assert all(np.allclose(a[i], b[i], atol=2e-3) for i in a)
+
+
+def test_deleted_rows_are_found_no_more(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.store"
+    shutil.copytree(store, copy)
+    row = open_store(copy).rows([17], ("id", "captions"))[0]
+    delete(copy, [row["id"]])
+    searcher = Searcher.open(copy)
+    caption = row["captions"][1]
+    assert row["id"] not in [h.id for h in searcher.search(caption, k=96)]
+    assert len(searcher.search(caption, k=96)) == 95
+    to_text = searcher.search(caption, k=9, to="text")
+    assert len(to_text) == 9
+    assert row["id"] not in [h.id for h in to_text]
+    assert all(h.caption in h.captions for h in to_text)
+    delete(copy, open_store(copy).column("id"))
+    with pytest.raises(StoreError, match="no rows to search"):
+        Searcher.open(copy).search(caption)
+
+
+def pictures(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 40), (40 * i, 200 - 30 * i, 9 * i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+def test_what_changed_is_embedded_again(run: Path, tmp_path: Path) -> None:
+    folder, out = pictures(tmp_path / "f"), tmp_path / "s.store"
+    assert embed(run, [str(folder)], out).added == 6
+    before = np.concatenate(open_store(out).vectors("image"))
+    # Touched only: its content is looked at and found unchanged.
+    os.utime(folder / "0.png", (1, 1))
+    Image.new("RGB", (40, 40), "white").save(folder / "1.png")
+    (folder / "2.txt").write_text("another word")
+    # The same size and time, and other pixels: only --checksum sees it.
+    status, content = (folder / "3.png").stat(), (folder / "3.png").read_bytes()
+    swapped = (folder / "4.png").read_bytes()
+    assert len(swapped) == len(content)
+    (folder / "3.png").write_bytes(swapped)
+    os.utime(folder / "3.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    report = embed(run, [str(folder)], out)
+    assert (report.added, report.present, report.rows) == (2, 4, 6)
+    report = embed(run, [str(folder)], out, checksum=True)
+    assert (report.added, report.present, report.rows) == (1, 5, 6)
+    store = open_store(out)
+    now = np.concatenate(store.vectors("image")).astype(np.float32)
+    places = store.find([f"f/{i}.png" for i in range(6)])
+    assert [bool(now[p] @ before[i].astype(np.float32) > 0.9999) for i, p in enumerate(places)] == [
+        True, False, True, False, True, True,
+    ]  # fmt: skip
+    assert store.rows([places[2]], ("captions",))[0]["captions"] == ["another word"]
+
+
+def test_removed_sources_are_dropped_on_request(run: Path, tmp_path: Path) -> None:
+    folder, other, out = pictures(tmp_path / "f"), pictures(tmp_path / "g"), tmp_path / "s.store"
+    embed(run, [str(folder), str(other)], out)
+    (folder / "0.png").unlink()
+    (folder / "0.txt").unlink()
+    (folder / "1.png").write_bytes(b"now unreadable")
+    shutil.rmtree(other)
+    assert embed(run, [str(folder)], out).removed == 0
+    report = embed(run, [str(folder)], out, drop_removed=True)
+    # Gone from the source that was given; what is damaged, or elsewhere, stays.
+    assert (report.removed, report.failed, report.rows) == (1, 1, 11)
+    assert "f/0.png" not in open_store(out).column("id")
+
+
+def test_parts_make_up_the_whole(run: Path, tmp_path: Path) -> None:
+    folder, out = pictures(tmp_path / "f", 12), tmp_path / "s.store"
+    reports = [embed(run, [str(folder)], out, part=(i, 3)) for i in (1, 2, 3)]
+    assert sum(r.added for r in reports) == 12
+    assert all(0 < r.added < 12 for r in reports)
+    assert sorted(open_store(out).column("id")) == sorted(f"f/{i}.png" for i in range(12))
+    with pytest.raises(UsageError, match="i from 1 to n"):
+        embed(run, [str(folder)], out, part=(4, 3))
+    with pytest.raises(UsageError, match="without --shard"):
+        embed(run, [str(folder)], out, part=(1, 3), drop_removed=True)
+
+
+def test_a_failure_that_is_mended_is_resolved(run: Path, tmp_path: Path) -> None:
+    folder, out = pictures(tmp_path / "f"), tmp_path / "s.store"
+    good = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(good[:50])
+    assert embed(run, [str(folder)], out).failed == 1
+    assert [f["id"] for f in open_store(out).failures()] == ["f/3.png"]
+    (folder / "3.png").write_bytes(good)
+    report = embed(run, [str(folder)], out)
+    assert (report.added, report.failed) == (1, 0)
+    assert open_store(out).failures() == []
 
 
 def test_search_in_all_directions(store: Path, scenes: Path, tmp_path: Path) -> None:

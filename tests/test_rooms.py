@@ -9,14 +9,16 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
     {"mmalign.errors"},
-    {"mmalign.files", "mmalign.config", "mmalign.progress"},
+    {"mmalign.files", "mmalign.config", "mmalign.progress", "mmalign.cli_options"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {"mmalign.modality", "mmalign.optimization", "mmalign.runlog", "mmalign.words"},
-    {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.embed", "mmalign.build"},
-    {"mmalign.trainer", "mmalign.sheet"},
+    {"mmalign.encoding", "mmalign.todo"},
+    {"mmalign.pipeline"},
+    {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.build", "mmalign.transfer"},
+    {"mmalign.embed", "mmalign.trainer", "mmalign.sheet"},
     {"mmalign.train"},
-    {"mmalign.demo"},
+    {"mmalign.demo", "mmalign.cli_store"},
     {"mmalign.cli"},
 ]
 DOORS = {
@@ -29,11 +31,18 @@ DOORS = {
     "pyarrow": {"mmalign.store", "mmalign.data.tables"},
     "webdataset": {"mmalign.data.tars", "mmalign.data.catalog", "mmalign.data.scenes"},
     "fsspec": {"mmalign.data"},
-    "click": {"mmalign.cli"},
+    "click": {"mmalign.cli", "mmalign.cli_options", "mmalign.cli_store"},
+    "duckdb": {"mmalign.store.where"},
     "tqdm": {"mmalign.progress"},
-    "PIL": {"mmalign.data", "mmalign.sheet", "mmalign.embed"},
+    "PIL": {"mmalign.data", "mmalign.sheet"},
 }
-NO_TORCH = ("mmalign.store", "mmalign.data.catalog", "mmalign.metrics", "mmalign.cli")
+NO_TORCH = (
+    "mmalign.store",
+    "mmalign.data.catalog",
+    "mmalign.metrics",
+    "mmalign.cli",
+    "mmalign.cli_store",
+)
 
 
 def modules(folders: dict[str, Path]) -> dict[str, ast.Module]:

@@ -1,35 +1,19 @@
-"""The store: zero-copy reads, commits that are whole or absent, and damage that is named."""
+"""The store: zero-copy reads, and commits that are whole or absent."""
 
-import json
-import multiprocessing
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from store_samples import CARD, DIM, fill, flip, ids_of, row, versions, write_index
 
 from mmalign import open_store
 from mmalign.errors import IdentityError, StoreError, VectorError
-from mmalign.store import ModelCard, Row, Writer, commit_index, verify
+from mmalign.store import ModelCard, Row, Writer, commit_index, delete, repair, verify
 from mmalign.store import manifest as manifests
-
-DIM = 8
-CARD = ModelCard("nano-0123", "somewhere/run", DIM)
-
-
-def row(number: int, captions: int = 2) -> Row:
-    rng = np.random.default_rng(number)
-    vectors = rng.normal(size=(captions + 1, DIM)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    words = tuple(f"caption {number}.{c}" for c in range(captions))
-    return Row(f"id{number}", f"/pictures/{number}.jpg", words, vectors[0], vectors[1:])
-
-
-def fill(path: Path, numbers: range, rows_per_shard: int = 10) -> None:
-    with Writer(path, CARD, rows_per_shard) as writer:
-        for number in numbers:
-            writer.add(row(number, captions=number % 3))
+from mmalign.store import reader as readers
 
 
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
@@ -37,15 +21,19 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert len(store) == 25
     assert [s.rows for s in store.manifest.shards] == [10, 10, 5]
+    assert store.live is None
     images = np.concatenate(store.vectors("image"))
     assert images.dtype == np.float16
     for i in (0, 9, 10, 24):
         assert np.allclose(images[i], row(i, i % 3).image_embedding, atol=1e-3)
-        found = store.rows([i], ("id", "captions", "meta"))[0]
+        found = store.rows([i], ("id", "captions", "meta", "thumbnail", "stamp", "checksum"))[0]
         assert found == {
             "id": f"id{i}",
             "captions": list(row(i, i % 3).captions),
             "meta": "{}",
+            "thumbnail": bytes(i % 5),
+            "stamp": 2**64 - 1,
+            "checksum": bytes(32),
         }
     texts = np.concatenate(store.vectors("text"))
     assert len(texts) == len(store.caption_owners) == sum(i % 3 for i in range(25))
@@ -54,20 +42,64 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     assert np.allclose(texts[7], row(owner, owner % 3).text_embeddings[7 - first], atol=1e-3)
 
 
+def test_rows_keep_the_order_they_were_asked_in(tmp_path: Path) -> None:
+    fill(tmp_path, range(25))
+    store = open_store(tmp_path)
+    assert [r["id"] for r in store.rows([24, 0, 10, 0], ("id",))] == ids_of([24, 0, 10, 0])
+    assert store.rows([], ("id",)) == []
+    for number in (-1, 25):
+        with pytest.raises(IndexError, match="rows 0 to 24"):
+            store.rows([3, number], ("id",))
+
+
 def test_vectors_are_views_of_the_file(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     (view,) = open_store(tmp_path).vectors("image")
     assert not view.flags.owndata
     assert not view.flags.writeable
+    with pytest.raises(StoreError, match=r"no 'imag' vectors: did you mean 'image'"):
+        open_store(tmp_path).vectors("imag")
+
+
+def test_only_the_shards_that_are_asked_for_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(50))
+    delete(tmp_path, ids_of([3]))
+    opened = []
+
+    def counting(store: Path, shard: manifests.Shard, dim: int) -> readers.ShardFile:
+        opened.append(shard.name)
+        return open_shard(store, shard, dim)
+
+    open_shard = readers.open_shard
+    monkeypatch.setattr(readers, "open_shard", counting)
+    store = open_store(tmp_path)
+    assert len(store) == 49
+    assert store.live is not None
+    assert opened == []
+    store.rows([12, 31, 14, 12], ("id", "uri"))
+    names = [s.name for s in store.manifest.shards]
+    assert sorted(opened) == sorted([names[1], names[3]])
+    store.vectors("image")
+    assert len(opened) == len(set(opened)) == 5
+
+
+def test_open_shards_hold_no_file_handles(tmp_path: Path) -> None:
+    """A process may have 1,024 by default, and a store thousands of shards."""
+    fill(tmp_path, range(50), rows_per_shard=1)
+    store = open_store(tmp_path)
+    store.vectors("image")
+    handles = [p for p in Path("/proc/self/fd").glob("*") if p.resolve().suffix == ".arrow"]
+    assert handles == []
 
 
 def test_a_reader_keeps_its_generation(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     before = open_store(tmp_path)
-    fill(tmp_path, range(5, 9))
-    assert len(before) == 5
-    assert len(np.concatenate(before.vectors("image"))) == 5
-    assert len(open_store(tmp_path)) == 9
+    fill(tmp_path, range(3, 9), version=1)
+    assert versions(before) == dict.fromkeys(ids_of(range(5)), 0)
+    assert versions(open_store(tmp_path)) == {f"id{i}": int(i >= 3) for i in range(9)}
 
 
 def test_what_was_not_committed_does_not_exist(tmp_path: Path) -> None:
@@ -86,12 +118,15 @@ def test_ctrl_c_keeps_what_was_embedded(tmp_path: Path) -> None:
     assert len(open_store(tmp_path)) == 15
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 99}', b"\xff\xfe"])
+# ---------------------------------------------------------------- generations
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": 99}', b"\xff\xfe"])
 def test_an_unreadable_generation_falls_back(
     tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(tmp_path, range(20))
-    newest = sorted(tmp_path.glob("manifest-*.json"))[-1]
+    newest = manifests.generations(tmp_path)[0]
     newest.write_bytes(damage)
     assert len(open_store(tmp_path)) == 10
     assert newest.name in capsys.readouterr().err
@@ -101,22 +136,75 @@ def test_an_unreadable_generation_falls_back(
     assert len(open_store(tmp_path)) == 15
 
 
+def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    content = manifests.generations(tmp_path)[0].read_bytes()
+    manifest = manifests.parse(content)
+    assert manifests.render(manifest) == content
+    for bit in range(0, len(content) * 8, 7):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError):
+            manifests.parse(bytes(changed))
+
+
+def test_another_format_is_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(3))
+    monkeypatch.setattr(manifests, "FORMAT", 3)
+    fill(tmp_path / "later", range(3))
+    monkeypatch.setattr(manifests, "FORMAT", 2)
+    shutil.copy(manifests.generations(tmp_path / "later")[0], tmp_path / "manifest-00000009.json")
+    for use in (open_store, verify, lambda path: fill(path, range(3))):
+        with pytest.raises(StoreError, match=r"manifest-00000009.json: format 3; .* format 2"):
+            use(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "opens"), [(errno.EIO, True), (errno.EACCES, False)])
+def test_what_may_be_whole_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, opens: bool
+) -> None:
+    """A disk that fails is damage. Whoever may not read the newest generation must not go on."""
+    fill(tmp_path, range(20))
+    newest, read_bytes = manifests.generations(tmp_path)[0], Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == newest:
+            raise OSError(code, "no")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    if opens:
+        assert len(open_store(tmp_path)) == 10
+        return
+    for use in (open_store, verify, repair, lambda path: fill(path, range(3))):
+        with pytest.raises(StoreError, match=rf"{newest.name}: cannot be read: no"):
+            use(tmp_path)
+
+
 def test_no_store_and_no_readable_generation(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not exist"):
         open_store(tmp_path / "none.store")
     with pytest.raises(StoreError, match="folder without a manifest"):
         open_store(tmp_path)
     fill(tmp_path, range(3))
-    for manifest in tmp_path.glob("manifest-*.json"):
-        manifest.write_bytes(b"torn")
-    with pytest.raises(StoreError, match="no generation can be read"):
+    for manifest in manifests.generations(tmp_path):
+        manifest.write_text('{"format": 1}')
+    with pytest.raises(StoreError, match="no generation can be read.*early mmalign"):
         open_store(tmp_path)
 
 
 def test_two_models_do_not_mix(tmp_path: Path) -> None:
-    fill(tmp_path, range(3))
-    with pytest.raises(IdentityError, match="nano-0123.*nano-9999"):
-        Writer(tmp_path, ModelCard("nano-9999", "elsewhere", DIM))
+    other = ModelCard("nano-9999", "elsewhere", DIM)
+    # Both make the store at once: the one who comes second is refused, at its next commit at last.
+    writer = Writer(tmp_path, CARD)
+    with pytest.raises(IdentityError, match=r"nano-0123.*nano-9999"):
+        Writer(tmp_path, other)
+    writer.model = other
+    writer.add(row(0))
+    with pytest.raises(IdentityError, match=r"nano-0123.*nano-9999"):
+        writer.commit()
 
 
 @pytest.mark.parametrize(
@@ -136,28 +224,6 @@ def test_bad_vectors_never_reach_the_disk(tmp_path: Path, vector: np.ndarray, me
     assert len(open_store(tmp_path)) == 0
 
 
-def test_verify_names_every_damage(tmp_path: Path) -> None:
-    fill(tmp_path, range(30))
-    assert verify(tmp_path) == []
-    first, second, _ = (tmp_path / "shards" / s.name for s in open_store(tmp_path).manifest.shards)
-    content = bytearray(first.read_bytes())
-    content[len(content) // 2] ^= 1
-    first.write_bytes(content)
-    second.unlink()
-    damage = verify(tmp_path)
-    assert len(damage) == 2
-    assert any(first.name in d and "not what was written" in d for d in damage)
-    assert any(second.name in d and "missing" in d for d in damage)
-
-
-def test_a_cut_shard_is_refused_by_name(tmp_path: Path) -> None:
-    fill(tmp_path, range(5))
-    (shard,) = (tmp_path / "shards").iterdir()
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(StoreError, match=shard.name):
-        open_store(tmp_path).vectors("image")
-
-
 def test_an_index_over_vanished_shards_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     with pytest.raises(StoreError, match="shards changed"):
@@ -165,23 +231,17 @@ def test_an_index_over_vanished_shards_is_refused(tmp_path: Path) -> None:
     assert open_store(tmp_path).manifest.index is None
 
 
-def _write_some(path: str, first: int) -> None:
-    fill(Path(path), range(first, first + 20), rows_per_shard=2)
-
-
-def test_two_writers_lose_nothing(tmp_path: Path) -> None:
-    fill(tmp_path, range(1))
-    context = multiprocessing.get_context("spawn")
-    writers = [
-        context.Process(target=_write_some, args=(str(tmp_path), 100 * (w + 1))) for w in range(2)
-    ]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
-    assert [p.exitcode for p in writers] == [0, 0]
-    ids = open_store(tmp_path).column("id")
-    assert len(ids) == len(set(ids)) == 41
+def test_an_index_lasts_while_rows_keep_their_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, range(5))
+    folder = write_index(tmp_path)
+    fill(tmp_path, range(3, 9), version=1)
+    delete(tmp_path, ids_of([0]))
+    assert open_store(tmp_path).index_folder == folder
+    flip(folder / "index.json")
+    assert open_store(tmp_path).index_folder is None
+    assert "index.json: damaged; every row is compared" in capsys.readouterr().err
 
 
 def test_a_generation_made_meanwhile_is_built_upon(
@@ -198,22 +258,52 @@ def test_a_generation_made_meanwhile_is_built_upon(
         return read
 
     def change(base: manifests.Manifest) -> manifests.Manifest:
-        return replace(base, tombstones=(*base.tombstones, "id0"))
+        return replace(base, shards=(base.shards[0].without([0]), *base.shards[1:]))
 
-    model = open_store(tmp_path).manifest.model
     monkeypatch.setattr(manifests, "parse", slow_parse)
-    manifests.commit(tmp_path, change, model)
-    newest = open_store(tmp_path).manifest
-    assert newest.tombstones == ("id0",)
-    assert newest.rows == 4
+    manifests.commit(tmp_path, change, CARD)
+    assert open_store(tmp_path).column("id") == ids_of(range(10, 13))
 
 
-def test_failures_are_read_once_each(tmp_path: Path) -> None:
+def test_a_number_that_is_free_again_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer sleeps while others commit on and old generations are removed."""
     fill(tmp_path, range(1))
-    lines = [{"uri": "a", "reason": "x"}, {"uri": "a", "reason": "y"}, {"uri": "b", "reason": "z"}]
-    torn = "\n".join(json.dumps(line) for line in lines) + '\n{"uri": "c'
-    (tmp_path / "failures.jsonl").write_text(torn)
-    assert [f["reason"] for f in open_store(tmp_path).failures()] == ["y", "z"]
+    parse, meanwhile = manifests.parse, [1]
+
+    def slow_parse(content: bytes) -> manifests.Manifest:
+        read = parse(content)
+        while meanwhile and meanwhile.pop():
+            fill(tmp_path, range(10, 14), rows_per_shard=1)
+            for old in manifests.generations(tmp_path)[1:]:
+                old.unlink()
+        return read
+
+    writer = Writer(tmp_path, CARD)
+    writer.add(row(20))
+    monkeypatch.setattr(manifests, "parse", slow_parse)
+    writer.commit()
+    assert open_store(tmp_path).column("id") == ids_of([0, 10, 11, 12, 13, 20])
+
+
+def test_a_generation_without_a_change_is_not_made(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    before = open_store(tmp_path).manifest
+    assert manifests.commit(tmp_path, lambda base: base, CARD) == before
+    assert open_store(tmp_path).manifest == before
+
+
+def test_a_shard_removed_before_its_commit_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    (shard,) = open_store(tmp_path).manifest.shards
+
+    def change(base: manifests.Manifest) -> manifests.Manifest:
+        return replace(base, shards=(*base.shards, replace(shard, name="gone.arrow")))
+
+    with pytest.raises(StoreError, match=r"gone.arrow was removed"):
+        manifests.commit(tmp_path, change, CARD)
+    assert len(open_store(tmp_path)) == 3
 
 
 def test_a_copied_store_opens(store: Path, tmp_path: Path) -> None:

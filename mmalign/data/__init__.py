@@ -24,11 +24,14 @@ from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import report_skips as report_skips
 from mmalign.data.catalog import scan as scan
 from mmalign.data.catalog import stream as stream
+from mmalign.data.decode import THUMBNAIL_SIDE as THUMBNAIL_SIDE
 from mmalign.data.decode import fit_image as fit_image
 from mmalign.data.decode import open_image as open_image
+from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
+from mmalign.data.pixels import read_and_decode as read_and_decode
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
@@ -36,6 +39,7 @@ from mmalign.data.samples import stamp as stamp
 from mmalign.data.spool import Spool as Spool
 
 __all__ = [
+    "THUMBNAIL_SIDE",
     "Augment",
     "Catalog",
     "Draw",
@@ -53,9 +57,11 @@ __all__ = [
     "nothing_usable",
     "open_image",
     "read_ahead",
+    "read_and_decode",
     "read_image",
     "report_skips",
     "scan",
     "stamp",
     "stream",
+    "thumbnail",
 ]

@@ -58,8 +58,8 @@ class Skip:
 def stamp(record: Record) -> int:
     """Return 64 bits that change when a sample does, as far as can be told without its image.
 
-    They cover captions, metadata, the length and, for local files, the size and the time of the last
-    change; never 0. A member of a tar carries the time of its tar.
+    They cover captions, metadata, length and, for local files, size and time of the last change;
+    never 0. A member of a tar carries the time of its tar.
     """
     known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
     if "://" not in record.path:

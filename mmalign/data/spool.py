@@ -44,7 +44,7 @@ class Spool:
     """A list of records in a temporary file, written once and read once; final."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
         self._count = 0
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from mmalign.model.checkpoint import new_model as new_model
 from mmalign.model.checkpoint import save_model as save_model
 from mmalign.model.encoder import Encoder as Encoder
 from mmalign.model.encoder import Preprocess as Preprocess
+from mmalign.model.encoder import fastest_device as fastest_device
 from mmalign.model.precision import Precision as Precision
 from mmalign.model.precision import cosines as cosines
 from mmalign.model.precision import in_precision as in_precision
@@ -26,6 +27,7 @@ __all__ = [
     "Precision",
     "Preprocess",
     "cosines",
+    "fastest_device",
     "in_precision",
     "load_model",
     "new_model",

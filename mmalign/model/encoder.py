@@ -40,6 +40,8 @@ class Towers(nn.Module, ABC):
     """Logarithm of the logit scale, a scalar."""
     logit_bias: nn.Parameter
     """Added to every logit by the sigmoid loss, a scalar; InfoNCE does not use it."""
+    any_size: bool = False
+    """Whether images of another side than the model's own can be encoded."""
     cuts_texts: bool = True
     """Whether padding behind a text can be left out without a change of its features."""
 
@@ -69,6 +71,11 @@ class Tokenizer(ABC):
         """Everything needed to rebuild it, as JSON."""
 
 
+def fastest_device() -> torch.device:
+    """Return the GPU where there is one that torch can use, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(eq=False)
 class Encoder:
     """Towers together with the preprocessing and the tokenizer they were trained with.
@@ -88,6 +95,12 @@ class Encoder:
     source: str = ""
     """The run folder or name it was loaded from; empty while it is new."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def on(self, device: torch.device) -> "Encoder":
+        """Move to a device and return itself."""
+        self.towers.to(device)
+        self.device = device
+        return self
 
     @cached_property
     def dim(self) -> int:
@@ -121,7 +134,11 @@ class Encoder:
 
     def encode_images(self, pixels_BSS3: NDArray[np.uint8]) -> Vectors:
         """Embed decoded images (B, S, S, 3) to unit vectors (B, D)."""
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels_BSS3)).to(self.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_BSS3))
+        if self.device.type == "cuda":
+            # From pinned memory a copy runs beside what the device computes for another thread.
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
         return self._run(lambda: self.image_vectors(pixels.permute(0, 3, 1, 2)))
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
@@ -129,11 +146,11 @@ class Encoder:
         tokens_BT = self.tokenizer(texts)
         lengths_B = self.text_lengths(tokens_BT)
         order_B = lengths_B.argsort()
-        parts = order_B.split(TEXTS_AT_ONCE)
-        vectors = [
-            self._run(lambda: self.text_vectors(tokens_BT[p, : lengths_B[p[-1]]].to(self.device)))
-            for p in parts
+        parts = [
+            tokens_BT[rows, : lengths_B[rows[-1]]].to(self.device)
+            for rows in order_B.split(TEXTS_AT_ONCE)
         ]
+        vectors = [self._run(lambda part=part: self.text_vectors(part)) for part in parts]
         return np.concatenate(vectors)[order_B.argsort().numpy()]
 
     def text_lengths(self, tokens_BT: Tensor) -> Tensor:

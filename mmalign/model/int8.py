@@ -3,8 +3,8 @@
 R rows (tokens of all items), W width of the input, O width of the output, B items, T tokens.
 
 Weights are rounded once, with a step for each output; activations as they come, with a step for
-each token, so that one token with large numbers does not coarsen the others. Sums are whole numbers;
-everything between the layers stays float32. Convolutions, norms and the softmax are untouched.
+each token, so that one token with large numbers does not coarsen the others. Sums are whole
+numbers; what is between the layers stays float32. Convolutions, norms and softmax are untouched.
 
 Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale"
 (its vector-wise quantization).

@@ -24,6 +24,8 @@ FIRST_TEMPERATURE = 0.07
 class OwnTowers(Towers):
     """The towers of a preset; final."""
 
+    any_size = True
+
     def __init__(self, preset: "Preset", vocabulary: int) -> None:
         super().__init__()
         self.image = ConvTower(preset)

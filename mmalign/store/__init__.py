@@ -2,16 +2,50 @@
 
 schema.py     columns of a shard; what a row is
 manifest.py   one generation of a store: the only commit point
+shards.py     one shard: written once, checked before it is read
+ids.py        ids -> rows, without a Python object a row
 writer.py     rows -> shards -> manifest
-reader.py     a manifest -> memory-mapped vectors and rows; verify
+reader.py     a manifest -> memory-mapped vectors and rows
+where.py      rows by SQL
+layouts.py    rows as parquet, and as a Hugging Face dataset
+parts.py      rows in clip-retrieval's layout, out and in
+failures.py   every sample without an embedding, and why
+changes.py    delete, compact
+garbage.py    files that nobody needs any more
+health.py     verify
+repair.py     a generation without what is damaged
 """
 
+from mmalign.store.changes import CompactReport as CompactReport
+from mmalign.store.changes import compact as compact
+from mmalign.store.changes import delete as delete
+from mmalign.store.changes import delete_rows as delete_rows
+from mmalign.store.failures import add_failures as add_failures
+from mmalign.store.health import verify as verify
 from mmalign.store.manifest import ModelCard as ModelCard
 from mmalign.store.manifest import commit_index as commit_index
 from mmalign.store.reader import Store as Store
 from mmalign.store.reader import open_store as open_store
-from mmalign.store.reader import verify as verify
+from mmalign.store.repair import RepairReport as RepairReport
+from mmalign.store.repair import repair as repair
 from mmalign.store.schema import Row as Row
+from mmalign.store.writer import ROWS_PER_SHARD as ROWS_PER_SHARD
 from mmalign.store.writer import Writer as Writer
 
-__all__ = ["ModelCard", "Row", "Store", "Writer", "commit_index", "open_store", "verify"]
+__all__ = [
+    "ROWS_PER_SHARD",
+    "CompactReport",
+    "ModelCard",
+    "RepairReport",
+    "Row",
+    "Store",
+    "Writer",
+    "add_failures",
+    "commit_index",
+    "compact",
+    "delete",
+    "delete_rows",
+    "open_store",
+    "repair",
+    "verify",
+]

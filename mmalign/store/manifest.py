@@ -1,22 +1,32 @@
-"""One generation of a store: which shards, made by which model, with which index.
+"""One generation of a store: which rows of which shards, made by which model, with which index.
 
 A generation is one file, `manifest-00000007.json`, and the only commit point: whatever is not
 named by the newest readable generation does not exist. A writer claims the next number; who comes
 second to a number reads what the first one wrote and tries again on top of it.
+
+N rows of a shard.
 """
 
+import base64
+import errno
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.progress import say
 
-FORMAT = 1
+FORMAT = 2
 TRIES = 100
+
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,46 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Shard:
-    """One immutable Arrow file."""
+    """One immutable Arrow file, and which of its rows are deleted in this generation."""
 
     name: str
     rows: int
     bytes: int
     sha256: str
+    deleted_rows: int = 0
+    deleted: str = ""
+    """Base64 of one bit a row, the highest bit of a byte first; empty where nothing is deleted."""
+
+    @property
+    def live(self) -> Bools:
+        """Which rows are not deleted, shape (N,)."""
+        if not self.deleted:
+            return np.ones(self.rows, np.bool_)
+        bits = np.frombuffer(base64.b64decode(self.deleted), np.uint8)
+        return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
+
+    def keeping(self, live_N: Bools) -> "Shard":
+        """Return the shard with just these of its rows live."""
+        deleted = int(self.rows - live_N.sum())
+        bits = base64.b64encode(np.packbits(~live_N).tobytes()).decode() if deleted else ""
+        return replace(self, deleted_rows=deleted, deleted=bits)
+
+    def without(self, rows: Sequence[int]) -> "Shard":
+        """Return the shard with some more rows deleted."""
+        if not len(rows):
+            return self
+        live_N = self.live
+        live_N[rows] = False
+        return self.keeping(live_N)
+
+
+@dataclass(frozen=True)
+class IndexCard:
+    """The index of a generation: a folder under index/."""
+
+    name: str
+    sha256: str
+    """Of its index.json, which has the hashes of the files beside it."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +91,87 @@ class Manifest:
     generation: int
     model: ModelCard
     shards: tuple[Shard, ...] = ()
-    tombstones: tuple[str, ...] = ()
-    index: str | None = None
-    """Name of the folder under index/, or None."""
-    format: int = field(default=FORMAT)
+    index: IndexCard | None = None
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
+        """Live rows of all shards."""
+        return sum(shard.rows - shard.deleted_rows for shard in self.shards)
+
+    @property
+    def physical_rows(self) -> int:
+        """Rows of all shards, deleted ones included; row numbers count these."""
         return sum(shard.rows for shard in self.shards)
+
+
+def canonical(values: dict[str, Any]) -> bytes:
+    """Write JSON in the one way that is hashed: sorted keys, no spaces, only ASCII."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+
+
+def render(manifest: Manifest) -> bytes:
+    """Write a manifest as JSON, with its hash."""
+    values = {"format": FORMAT, **asdict(manifest)}
+    values["sha256"] = hashlib.sha256(canonical(values)).hexdigest()
+    return json.dumps(values, indent=1).encode() + b"\n"
+
+
+def parse(content: bytes) -> Manifest:
+    """Read a manifest from its JSON.
+
+    Raises:
+        ValueError: It is not what was written.
+        StoreError: It is, by another version of mmalign.
+    """
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    hashed = values.pop("sha256", None)
+    if hashed != hashlib.sha256(canonical(values)).hexdigest():
+        early = "format 1 of an early mmalign: embed into a new store"
+        raise ValueError(early if values.get("format") == 1 else "its hash does not fit")
+    if values["format"] != FORMAT:
+        raise StoreError(f"format {values['format']}; this mmalign reads format {FORMAT}")
+    index = values["index"]
+    return Manifest(
+        generation=values["generation"],
+        model=ModelCard(**values["model"]),
+        shards=tuple(Shard(**s) for s in values["shards"]),
+        index=IndexCard(**index) if index else None,
+    )
 
 
 def path_of(store: Path, generation: int) -> Path:
     """Return the file of a generation."""
     return store / f"manifest-{generation:08d}.json"
+
+
+def number_of(file: Path) -> int:
+    """Return the generation of a file."""
+    return int(file.stem[9:])
+
+
+def generations(store: Path) -> list[Path]:
+    """List the files of all generations, the newest first."""
+    found = [f for f in store.glob("manifest-*.json") if f.stem[9:].isdecimal()]
+    return sorted(found, key=number_of, reverse=True)
+
+
+def read(file: Path) -> Manifest:
+    """Read the file of a generation.
+
+    Raises:
+        ValueError, OSError: It is damaged or gone.
+        StoreError: It may be whole: another version of mmalign wrote it, or there is no permission.
+    """
+    try:
+        return parse(file.read_bytes())
+    except StoreError as error:
+        raise StoreError(f"{file}: {error}") from None
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOENT):
+            raise
+        raise StoreError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def newest(store: Path) -> Manifest:
@@ -69,59 +180,60 @@ def newest(store: Path) -> Manifest:
     Raises:
         StoreError: The folder is no store, or no generation can be read.
     """
-    found = _generations(store)
+    found = generations(store)
     if not found:
         known = "is a folder without a manifest" if store.is_dir() else "does not exist"
         raise StoreError(f"{store}: not a store: it {known} (make one with `mmalign embed`)")
     return _newest_of(store, found)
 
 
-def _generations(store: Path) -> list[Path]:
-    """Files of all generations, the newest first."""
-    return sorted(store.glob("manifest-*.json"), reverse=True)
-
-
-def _newest_of(store: Path, found: list[Path]) -> Manifest:
+def _newest_of(store: Path, found: Sequence[Path]) -> Manifest:
     problems = []
     for file in found:
         try:
-            manifest = parse(file.read_bytes())
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            manifest = read(file)
+        except (ValueError, OSError) as error:
             problems.append(f"{file.name}: {error}")
             continue
         if problems:
-            say(f"warning: {store}: unreadable {'; '.join(problems)}; opened {file.name} instead")
+            told = f"{'; '.join(problems)}; opened {file.name} instead"
+            say(f"warning: {store}: unreadable {told} (`mmalign repair` brings back what it can)")
         return manifest
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
 
 
-def parse(content: bytes) -> Manifest:
-    """Read a manifest from its JSON."""
-    values: dict[str, Any] = json.loads(content)
-    if values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']} is not the known format {FORMAT}")
-    return Manifest(
-        generation=int(values["generation"]),
-        model=ModelCard(**values["model"]),
-        shards=tuple(Shard(**s) for s in values["shards"]),
-        tombstones=tuple(values["tombstones"]),
-        index=values["index"],
-    )
-
-
 def commit(store: Path, change: Callable[[Manifest], Manifest], model: ModelCard) -> Manifest:
-    """Make the next generation out of the newest one, whichever that is when the claim succeeds."""
+    """Make the next generation out of the newest one, whichever that is when the claim succeeds.
+
+    Where nothing changes, the newest generation stays the newest.
+    """
     for _ in range(TRIES):
         # One listing says both what to build on and which number to claim. Were the folder listed
         # again for the number, a generation made in between would be passed over, and be lost.
-        found = _generations(store)
+        found = generations(store)
         base = _newest_of(store, found) if found else Manifest(0, model)
-        taken = int(found[0].stem[9:]) if found else 0
-        following = replace(change(base), generation=taken + 1)
-        content = json.dumps(asdict(following), ensure_ascii=False, indent=1).encode() + b"\n"
-        if files.claim(path_of(store, taken + 1), content):
+        taken = number_of(found[0]) if found else 0
+        changed = change(base)
+        if changed == base and found and taken == base.generation:
+            return base
+        _require_shards(store, base, changed)
+        following = replace(changed, generation=taken + 1)
+        if not files.claim(path_of(store, taken + 1), render(following)):
+            continue
+        if not found or found[0].exists():
             return following
+        # So many commits and a compaction went by that the number was free again: it is an old
+        # one, and nobody would ever read it.
+        files.remove(path_of(store, taken + 1))
     raise StoreError(f"{store}: {TRIES} other writers were faster; nothing was changed")
+
+
+def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
+    """Refuse a shard so old that somebody removed it as garbage before it was committed."""
+    fresh = {s.name for s in changed.shards} - {s.name for s in base.shards}
+    gone = [name for name in sorted(fresh) if not (store / "shards" / name).exists()]
+    if gone:
+        raise StoreError(f"{store}: {gone[0]} was removed before it was committed; run it again")
 
 
 def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:
@@ -130,6 +242,7 @@ def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:
     def change(base: Manifest) -> Manifest:
         if tuple(s.name for s in base.shards[: len(shards)]) != shards:
             raise StoreError(f"{store}: its shards changed while the index was built; run it again")
-        return replace(base, index=name)
+        description = store / "index" / name / "index.json"
+        return replace(base, index=IndexCard(name, files.sha256(description)))
 
     return commit(store, change, newest(store).model)

@@ -1,10 +1,10 @@
 """A generation of a store, memory-mapped: vectors without a copy, rows by number or id.
 
-N rows, D dimensions, P captions (each with the number of the row that owns it).
+N rows, deleted ones included; M numbers or ids that are asked for; D dimensions; P captions (each
+with the number of the row that owns it).
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +16,25 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.errors import StoreError, nearest
+from mmalign.progress import say
 from mmalign.store import manifest as manifests
-from mmalign.store.manifest import Manifest, Shard
+from mmalign.store.failures import read_failures
+from mmalign.store.ids import Buckets, hashes
+from mmalign.store.manifest import Manifest
+from mmalign.store.schema import schema
+from mmalign.store.shards import ShardFile, open_shard
 
 Vectors = NDArray[np.float16]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Store:
-    """One generation of a store, open for reading. It never changes under the reader."""
+    """One generation of a store, open for reading; it never changes under the reader; final.
+
+    A shard is opened when it is first asked for.
+    """
 
     path: Path
     manifest: Manifest
@@ -34,120 +43,138 @@ class Store:
         return self.manifest.rows
 
     @cached_property
-    def _tables(self) -> list[pa.Table]:
-        return [_open_shard(self.path, shard) for shard in self.manifest.shards]
+    def _ends(self) -> Ints:
+        return np.cumsum([s.rows for s in self.manifest.shards], dtype=np.int64)
 
     @cached_property
-    def _ends(self) -> Ints:
-        return np.cumsum([len(t) for t in self._tables], dtype=np.int64)
+    def _opened(self) -> dict[int, ShardFile]:
+        return {}
+
+    def _file(self, shard: int) -> ShardFile:
+        if shard not in self._opened:
+            dim = self.manifest.model.dim
+            self._opened[shard] = open_shard(self.path, self.manifest.shards[shard], dim)
+        return self._opened[shard]
+
+    @property
+    def _files(self) -> list[ShardFile]:
+        return [self._file(shard) for shard in range(len(self.manifest.shards))]
 
     def vectors(self, modality: str) -> list[Vectors]:
         """Return one (rows, D) float16 view a shard of "image" or "text", in row order, uncopied.
 
-        Text vectors are numbered by caption; `caption_owners` tells whose they are.
+        Deleted rows are among them; `live` tells which. Text vectors are numbered by caption;
+        `caption_owners` tells whose they are.
         """
-        dim = self.manifest.model.dim
-        name = f"{modality}_embedding"
-        columns = self._tables[0].column_names if self._tables else []
-        if self._tables and name not in columns:
-            known = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
+        columns = schema(self.manifest.model.dim).names
+        known = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
+        if modality not in known:
             raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
-        views = []
-        for table in self._tables:
-            for chunk in table.column(name).chunks:
-                lists = chunk.flatten() if modality == "text" else chunk
-                flat = lists.flatten().to_numpy(zero_copy_only=True)
-                views.append(flat.reshape(-1, dim))
-        return views
+        return [file.vectors(modality) for file in self._files]
+
+    @cached_property
+    def live(self) -> Bools | None:
+        """Which rows are not deleted, shape (N,); None where all are live."""
+        if not any(s.deleted_rows for s in self.manifest.shards):
+            return None
+        return np.concatenate([s.live for s in self.manifest.shards])
 
     @cached_property
     def caption_owners(self) -> Ints:
-        """Row number of each caption, shape (P,)."""
-        counts = [t.column("captions").combine_chunks().value_lengths() for t in self._tables]
-        lengths = [c.to_numpy(zero_copy_only=False) for c in counts]
-        every = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-        return np.repeat(np.arange(len(every), dtype=np.int64), every)
+        """Row number of each caption, shape (P,); deleted rows have theirs among them."""
+        counts = [file.column("captions").value_lengths().to_numpy() for file in self._files]
+        counts_N = np.concatenate(counts) if counts else np.zeros(0, np.int32)
+        return np.repeat(np.arange(len(counts_N), dtype=np.int64), counts_N)
 
-    def rows(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Read some columns of some rows."""
-        out = []
-        for number in numbers:
-            shard = int(np.searchsorted(self._ends, number, side="right"))
-            first = int(self._ends[shard - 1]) if shard else 0
-            table = self._tables[shard]
-            out.append({c: table.column(c)[int(number) - first].as_py() for c in columns})
+    def find(self, ids: Sequence[str]) -> Ints:
+        """Return the row number of each id, shape (M,); -1 where no live row has it."""
+        rows_M = np.full(len(ids), -1, np.int64)
+        for asked, rows in self._buckets.candidates(hashes(ids)):
+            found = self.rows(rows, ("id",))
+            same = [row["id"] == ids[i] for row, i in zip(found, asked, strict=True)]
+            rows_M[asked[same]] = rows[same]
+        return rows_M
+
+    @cached_property
+    def _buckets(self) -> Buckets:
+        every = [hashes(file.ids()) for file in self._files]
+        hashes_N = np.concatenate(every) if every else np.zeros(0, np.uint64)
+        rows_N = np.arange(len(hashes_N)) if self.live is None else np.flatnonzero(self.live)
+        return Buckets(hashes_N[rows_N], rows_N)
+
+    def rows(self, numbers: Sequence[int] | Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Read some columns of some rows, in the order of the numbers; no other shard is touched.
+
+        Raises:
+            IndexError: There is no row of such a number.
+        """
+        numbers_M = np.asarray(numbers, np.int64)
+        if len(numbers_M) and not 0 <= numbers_M.min() <= numbers_M.max() < self._rows:
+            raise IndexError(f"{self.path} has rows 0 to {self._rows - 1}")
+        shards_M = np.searchsorted(self._ends, numbers_M, side="right")
+        out: list[dict[str, Any]] = [{} for _ in numbers_M]
+        for shard in np.unique(shards_M).tolist():
+            here = np.flatnonzero(shards_M == shard)
+            first = self._ends[shard] - self.manifest.shards[shard].rows
+            inside = pa.array(numbers_M[here] - first)
+            for name in columns:
+                values = self._file(shard).column(name).take(inside).to_pylist()
+                for i, value in zip(here.tolist(), values, strict=True):
+                    out[i][name] = value
         return out
 
+    @property
+    def _rows(self) -> int:
+        return self.manifest.physical_rows
+
+    def batches(
+        self, columns: Sequence[str], numbers: Ints | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield some columns of each shard, in row order: of all rows, or of some.
+
+        Args:
+            columns: Their names.
+            numbers: The rows wanted, ascending; shards without one of them are passed over.
+        """
+        for shard, (card, end) in enumerate(zip(self.manifest.shards, self._ends, strict=True)):
+            first = end - card.rows
+            inside = np.arange(card.rows)
+            if numbers is not None:
+                inside = numbers[slice(*np.searchsorted(numbers, (first, end)))] - first
+            if len(inside):
+                file = self._file(shard)
+                fields = pa.schema([file.batch.schema.field(name) for name in columns])
+                checked = [file.column(name) for name in columns]
+                batch = pa.record_batch(checked, schema=fields)
+                yield batch if len(inside) == card.rows else batch.take(pa.array(inside))
+
     def column(self, name: str) -> list[Any]:
-        """Read one column of all rows."""
-        return [value for t in self._tables for value in t.column(name).to_pylist()]
+        """Read one column of all live rows, in row order."""
+        live = None if self.live is None else np.flatnonzero(self.live)
+        return [v for batch in self.batches((name,), live) for v in batch.column(0).to_pylist()]
 
     def failures(self) -> list[dict[str, Any]]:
         """Every sample that has no embedding, and why; the last word on a sample counts."""
-        return list({f["uri"]: f for f in files.read_lines(self.path / "failures.jsonl")}.values())
+        return read_failures(self.path)
 
-    @property
+    @cached_property
     def index_folder(self) -> Path | None:
-        """Where the index of this generation lies, if it has one."""
-        return self.path / "index" / self.manifest.index if self.manifest.index else None
+        """Where the index of this generation lies, if it has one that is not damaged."""
+        card = self.manifest.index
+        if card is None:
+            return None
+        folder = self.path / "index" / card.name
+        description = folder / "index.json"
+        if not description.exists() or files.sha256(description) != card.sha256:
+            say(f"warning: {description}: damaged; every row is compared (`mmalign repair`)")
+            return None
+        return folder
 
 
 def open_store(path: str | Path) -> Store:
-    """Open the newest readable generation of a store.
+    """Open the newest readable generation of a store; no shard is touched.
 
     Raises:
         StoreError: There is no store, or it cannot be read.
     """
     return Store(Path(path), manifests.newest(Path(path)))
-
-
-def verify(path: str | Path) -> list[str]:
-    """Check every file of every generation; return what is damaged, a line each.
-
-    A shard or an index file is read whole and compared with its hash.
-    """
-    store = Path(path)
-    manifests.newest(store)
-    damage: list[str] = []
-    shards: dict[str, Shard] = {}
-    for file in sorted(store.glob("manifest-*.json")):
-        try:
-            held = manifests.parse(file.read_bytes())
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            damage.append(f"{file}: unreadable: {error}")
-            continue
-        shards |= {s.name: s for s in held.shards}
-        if held.index and not (store / "index" / held.index / "index.json").exists():
-            damage.append(f"{store / 'index' / held.index}: missing")
-    damage += [d for s in shards.values() if (d := _damage(store / "shards" / s.name, s.sha256))]
-    for description in sorted(store.glob("index/*/index.json")):
-        try:
-            hashes = json.loads(description.read_bytes())["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            damage.append(f"{description}: unreadable: {error}")
-            continue
-        damage += [d for n, h in hashes.items() if (d := _damage(description.parent / n, h))]
-    return damage
-
-
-def _damage(file: Path, sha256: str) -> str | None:
-    if not file.exists():
-        return f"{file}: missing"
-    if files.sha256(file) != sha256:
-        return f"{file}: its content is not what was written"
-    return None
-
-
-def _open_shard(store: Path, shard: Shard) -> pa.Table:
-    path = store / "shards" / shard.name
-    try:
-        if path.stat().st_size != shard.bytes:
-            raise StoreError(
-                f"{path}: {path.stat().st_size} bytes where {shard.bytes} were written"
-            )
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{path}: shard cannot be read: {error}") from None
-    if len(table) != shard.rows:
-        raise StoreError(f"{path}: {len(table)} rows where the manifest names {shard.rows}")
-    return table

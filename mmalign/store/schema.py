@@ -15,6 +15,7 @@ from mmalign.errors import VectorError
 
 Vectors = NDArray[np.float32]
 UNIT_TOLERANCE = 1e-3
+UNKNOWN = bytes(32)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Row:
     """Everything else that the source said of the sample, as JSON."""
     thumbnail: bytes = field(default=b"", repr=False)
     """A small WebP, or nothing."""
+    stamp: int = 0
+    """64-bit hash of what was known of the source without reading the image; 0 is unknown."""
+    checksum: bytes = UNKNOWN
+    """SHA-256 of the encoded image; 32 zero bytes are unknown."""
 
 
 def schema(dim: int) -> pa.Schema:
@@ -44,6 +49,8 @@ def schema(dim: int) -> pa.Schema:
             pa.field("captions", pa.list_(pa.string()), nullable=False),
             pa.field("meta", pa.string(), nullable=False),
             pa.field("thumbnail", pa.binary(), nullable=False),
+            pa.field("stamp", pa.uint64(), nullable=False),
+            pa.field("checksum", pa.binary(32), nullable=False),
             pa.field("image_embedding", vector, nullable=False),
             pa.field("text_embedding", pa.list_(vector), nullable=False),
         ]
@@ -64,6 +71,8 @@ def to_batch(rows: Sequence[Row], dim: int) -> pa.RecordBatch:
         pa.array([list(r.captions) for r in rows], pa.list_(pa.string())),
         pa.array([r.meta for r in rows], pa.string()),
         pa.array([r.thumbnail for r in rows], pa.binary()),
+        pa.array([r.stamp for r in rows], pa.uint64()),
+        pa.array([r.checksum for r in rows], pa.binary(32)),
         _vectors(images, dim),
         pa.ListArray.from_arrays(
             pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), _vectors(texts, dim)

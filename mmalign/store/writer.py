@@ -1,24 +1,24 @@
 """Rows into shards, shards into a manifest generation; a crash costs what was not committed."""
 
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import pyarrow as pa
-
 from mmalign import files
 from mmalign.errors import IdentityError
 from mmalign.store import manifest as manifests
-from mmalign.store.manifest import Manifest, ModelCard, Shard
-from mmalign.store.schema import Row, schema, to_batch
+from mmalign.store.ids import Known
+from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.schema import Row, to_batch
+from mmalign.store.shards import write_shard
 
 ROWS_PER_SHARD = 10_000
 
 
 class Writer:
-    """Appends rows to a store. A row is acknowledged once `commit` has returned; final.
+    """Puts rows into a store. A row is acknowledged once `commit` has returned; final.
 
+    An id is live once: a row replaces the one that had its id, in the generation that adds it.
     Used as a context manager it commits what is left at the end, and after an error nothing that
     was not committed before.
     """
@@ -30,21 +30,26 @@ class Writer:
             IdentityError: The store holds embeddings of another model.
         """
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
-        self._rows: list[Row] = []
-        (store / "shards").mkdir(parents=True, exist_ok=True)
-        if any(store.glob("manifest-*.json")):
-            held = manifests.newest(store).model
-            if held.identity != model.identity:
-                raise IdentityError(
-                    f"{store} holds embeddings of {held.identity}; these are of {model.identity}: "
-                    "embed into a new store"
-                )
+        self._rows: dict[str, Row] = {}
+        self._known = Known(store, model.dim)
+        files.make_folder(store / "shards")
+        if manifests.generations(store):
+            self._check(manifests.newest(store))
         else:
-            manifests.commit(store, lambda base: base, model)
+            manifests.commit(store, self._check, model)
+
+    def _check(self, held: Manifest) -> Manifest:
+        if held.model.identity != self.model.identity:
+            raise IdentityError(
+                f"{self.store} holds embeddings of {held.model.identity}; these are of "
+                f"{self.model.identity}: embed into a new store"
+            )
+        return held
 
     def add(self, row: Row) -> bool:
         """Take a row; True when that filled a shard and committed it."""
-        self._rows.append(row)
+        self._rows.pop(row.id, None)
+        self._rows[row.id] = row
         if len(self._rows) < self.rows_per_shard:
             return False
         self.commit()
@@ -54,19 +59,16 @@ class Writer:
         """Write the rows taken since the last commit as one shard, and name it in a generation."""
         if not self._rows:
             return
-        # A random name: two writers never meet, and a shard no manifest names is no data.
-        name = f"{secrets.token_hex(8)}.arrow"
-        path = self.store / "shards" / name
-        batch = to_batch(self._rows, self.model.dim)
-        with files.atomic_file(path) as file, pa.ipc.new_file(file, schema(self.model.dim)) as out:
-            out.write_batch(batch)
-        shard = Shard(name, len(self._rows), path.stat().st_size, files.sha256(path))
+        ids = list(self._rows)
+        shard = write_shard(self.store, to_batch(list(self._rows.values()), self.model.dim))
+        self._known.learn(shard, ids)
 
         def change(base: Manifest) -> Manifest:
-            return replace(base, shards=(*base.shards, shard))
+            others = [s for s in self._check(base).shards if s.name != shard.name]
+            return replace(base, shards=(*self._known.without(others, ids), shard))
 
         manifests.commit(self.store, change, self.model)
-        self._rows = []
+        self._rows = {}
 
     def __enter__(self) -> "Writer":
         return self

@@ -1,0 +1,226 @@
+"""The commands that look after a store: info, verify, repair, delete, compact, export, import."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mmalign.cli_options import (
+    json_option,
+    model_option,
+    print_values,
+    store_argument,
+    where_option,
+)
+from mmalign.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mmalign.store import Store
+
+SHOWN = 10
+
+
+@click.command()
+@store_argument
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Tell what a store holds.
+
+    \b
+    Example:  mmalign info photos.store --json
+    """
+    from mmalign.index import describe
+    from mmalign.store import open_store
+
+    held = open_store(store)
+    manifest, folder = held.manifest, held.index_folder
+    owners = held.caption_owners
+    values = {
+        "rows": len(held),
+        "deleted": manifest.physical_rows - manifest.rows,
+        "generation": manifest.generation,
+        "model": asdict(manifest.model),
+        "dim": manifest.model.dim,
+        "captions": len(owners) if held.live is None else int(held.live[owners].sum()),
+        "shards": len(manifest.shards),
+        "failures": len(held.failures()),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "index": describe(folder) if folder else None,
+    }
+    print_values(values, as_json)
+
+
+@click.command()
+@store_argument
+@click.option(
+    "--sample", default=1.0, show_default=True, metavar="SHARE",
+    help="Share of the shards and index files to read, drawn by chance.",
+)  # fmt: skip
+@json_option
+def verify(store: Path, sample: float, as_json: bool) -> None:
+    """Read every file of a store and compare it with its hash; exit 1 when one is damaged.
+
+    \b
+    Example:  mmalign verify photos.store
+              mmalign verify photos.store --sample 0.1
+    """
+    from mmalign.store import verify as run
+
+    damage = run(store, sample)
+    if as_json:
+        print_values({"damaged": damage}, as_json)
+    else:
+        read = "every file" if sample == 1 else "every file that was read"
+        click.echo("\n".join(damage) if damage else f"{store}: {read} is what was written")
+    sys.exit(1 if damage else 0)
+
+
+@click.command()
+@store_argument
+@json_option
+def repair(store: Path, as_json: bool) -> None:
+    """Make a generation without what is damaged, and list what that costs.
+
+    Damaged files are put aside, not deleted; `mmalign embed` adds lost rows again.
+
+    \b
+    Example:  mmalign repair photos.store
+    """
+    from mmalign.store import repair as run
+
+    values = _as_lists(run(store))
+    print_values(values, as_json)
+    if not as_json:
+        for name, value in values.items():
+            for line in value if isinstance(value, list) else ():
+                click.echo(f"{name}: {line}")
+
+
+@click.command()
+@store_argument
+@json_option
+def compact(store: Path, as_json: bool) -> None:
+    """Give back the space of deleted rows and old generations; rows are numbered anew.
+
+    \b
+    Example:  mmalign compact photos.store && mmalign index photos.store
+    """
+    from mmalign.store import compact as run
+
+    print_values(_as_lists(run(store)), as_json)
+
+
+def _as_lists(report: Any) -> dict[str, Any]:
+    """Return the fields of a report as JSON has them; a person is shown the lists apart."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(report).items()}
+
+
+@click.command()
+@store_argument
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@where_option
+@click.option("--dry-run", is_flag=True, help="Tell what would be deleted, and delete nothing.")
+@json_option
+def delete(
+    *, store: Path, ids: tuple[str, ...], where: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Delete rows by id or by SQL; `compact` gives their space back later.
+
+    \b
+    Example:  mmalign delete photos.store photos/cat photos/dog
+              mmalign delete photos.store --where "label = 'dress' and price > 20" --dry-run
+    """
+    from mmalign.store import delete_rows, open_store
+
+    if bool(ids) == (where is not None):
+        raise UsageError("name the rows to delete by their ids, or by --where, not by both")
+    held = open_store(store)
+    numbers = _selected(held, ids, where)
+    gone = held.rows(numbers, ("id", "uri"))
+    deleted = 0
+    if len(gone) and not dry_run:
+        deleted = delete_rows(store, numbers, held.manifest.generation)
+    if as_json:
+        answer = {"deleted": deleted, "dry_run": dry_run, "ids": [row["id"] for row in gone]}
+        print_values({**answer, "rows": len(open_store(store))}, as_json)
+        return
+    for row in gone[:SHOWN]:
+        click.echo(f"{row['id']}  {row['uri']}")
+    if len(gone) > SHOWN:
+        click.echo(f"... and {len(gone) - SHOWN} more")
+    told = f"{len(gone)} would be deleted" if dry_run else f"{deleted} deleted"
+    click.echo(f"{told}; {store} has {len(open_store(store))} rows")
+
+
+def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArray[np.int64]":
+    """Return the numbers of rows, by SQL or by ids that must all be known."""
+    import numpy as np
+
+    if where is not None:
+        from mmalign.store.where import where as by_sql
+
+        return by_sql(held, where)
+    numbers = held.find(ids)
+    unknown = [repr(i) for i, number in zip(ids, numbers, strict=True) if number < 0]
+    if unknown:
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        named = ", ".join(unknown[:SHOWN]) + more
+        raise StoreError(f"{held.path}: no row has the id {named}; nothing was deleted")
+    return np.unique(numbers)
+
+
+@click.command()
+@store_argument
+@click.option("--to", "out", required=True, metavar="OUT", help="File or folder to make.")
+@click.option(
+    "--format", "kind", type=click.Choice(["parquet", "npy", "hf"]), required=True,
+    help="One parquet file; clip-retrieval's folder of .npy parts; a Hugging Face dataset.",
+)  # fmt: skip
+@where_option
+@click.option("--thumbnails", is_flag=True, help="Put thumbnails into the parquet file, too.")
+@json_option
+def export(
+    *, store: Path, out: str, kind: Any, where: str | None, thumbnails: bool, as_json: bool
+) -> None:
+    """Write the rows of a store for other programs: vectors, captions and all that is known.
+
+    A row of npy has one text vector, that of its first caption; the others have them all.
+
+    \b
+    Example:  mmalign export photos.store --to photos.parquet --format parquet
+              mmalign export photos.store --to dresses --format hf --where "label = 'dress'"
+              mmalign export photos.store --to embeddings --format npy
+    """
+    from mmalign.transfer import export as run
+
+    report = run(store, out, kind, where=where, thumbnails=thumbnails)
+    if as_json:
+        print_values(asdict(report), as_json)
+
+
+@click.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", required=True, metavar="STORE", help="The store, by convention NAME.store.")
+@model_option
+@json_option
+def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
+    """Take over a folder of clip-retrieval: img_emb/, text_emb/ and metadata/; again = go on.
+
+    The folder does not tell which model made it. You name it, and vouch for that.
+
+    \b
+    Example:  mmalign import embeddings --out photos.store --model ViT-B-32:openai
+    """
+    from mmalign.transfer import import_parts
+
+    report = import_parts(folder, out, model)
+    if as_json:
+        print_values(asdict(report), as_json)
+
+
+COMMANDS = (info, verify, repair, delete, compact, export, import_)

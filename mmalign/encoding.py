@@ -1,0 +1,75 @@
+"""What every loop over an encoder shares: texts encoded once, and batches that fit the memory.
+
+B items of a batch, C captions of one item, D dimensions.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmalign.model import Encoder
+from mmalign.progress import say
+
+T = TypeVar("T")
+Vectors = NDArray[np.float32]
+TEXTS_AT_ONCE = 256
+CACHED_TEXTS = 20_000
+
+
+class Texts:
+    """Encodes captions; those seen among the last 20,000 are not encoded again; final.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._known: OrderedDict[str, Vectors] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, captions: Sequence[Sequence[str]]) -> list[Vectors]:
+        """Return, for each item, the unit vectors (C, D) of its captions in their order."""
+        asked = list(dict.fromkeys(c for own in captions for c in own))
+        with self._lock:
+            found = {c: self._known[c] for c in asked if c in self._known}
+        missing = [c for c in asked if c not in found]
+        for first in range(0, len(missing), TEXTS_AT_ONCE):
+            part = missing[first : first + TEXTS_AT_ONCE]
+            found |= zip(part, in_halves(self.encoder.encode_texts, part), strict=True)
+        with self._lock:
+            for caption in asked:
+                self._known[caption] = found[caption]
+                self._known.move_to_end(caption)
+            while len(self._known) > CACHED_TEXTS:
+                self._known.popitem(last=False)
+        none = np.zeros((0, self.encoder.dim), np.float32)
+        return [np.stack([found[c] for c in own]) if own else none for own in captions]
+
+
+def in_halves(encode: Callable[[Sequence[T]], Vectors], items: Sequence[T]) -> Vectors:
+    """Encode a batch; where the memory does not hold it, one half and then the other.
+
+    Raises:
+        RuntimeError: There is no memory for a single item.
+    """
+    try:
+        return encode(items)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error) or len(items) < 2:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say(f"out of memory with {len(items)} at once; going on in halves")
+    half = len(items) // 2
+    return np.concatenate([in_halves(encode, items[:half]), in_halves(encode, items[half:])])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for a GPU's memory only; on a CPU there are the words.
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)

@@ -1,0 +1,178 @@
+"""Encoding many samples at full speed: decoding, encoding and what the caller does overlap.
+
+    records -> read, decode (threads) -> batches -> encode (threads) -> results, in their order
+
+On a CPU each encoding thread takes a batch of its own and computes alone: threads that share one
+batch wait for each other at every layer, and for every image that is decoded beside them. On a GPU
+two threads take turns, so that one copies while the other computes.
+
+B items of a batch, S side of an image in pixels, D dimensions.
+"""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmalign import modality
+from mmalign.data import (
+    THUMBNAIL_SIDE,
+    Record,
+    Skip,
+    fit_image,
+    in_threads,
+    open_image,
+    read_and_decode,
+    stamp,
+    thumbnail,
+)
+from mmalign.encoding import Texts, in_halves
+from mmalign.model import Encoder
+
+Vectors = NDArray[np.float32]
+# Small batches stay in a core's cache; a GPU wants large ones.
+CPU_BATCH, GPU_BATCH = 16, 256
+# Batches that are begun for each encoding thread before their results are asked for.
+AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """A decoded image and what is kept of it."""
+
+    pixels_SS3: NDArray[np.uint8]
+    thumbnail: bytes
+    checksum: bytes
+    """sha256 of the encoded image."""
+    stamp: int
+    """What its source looked like when it was read, see `data.stamp`."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample with its vectors."""
+
+    record: Record
+    item: Item
+    image_D: Vectors
+    texts_CD: Vectors
+    """One unit vector a caption, in their order."""
+
+
+@dataclass
+class Stage:
+    """How busy one part of the work is; final."""
+
+    name: str
+    workers: int
+    busy_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count the time of a block, in any thread."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.busy_s += time.perf_counter() - started
+
+
+class Pipeline:
+    """Decodes and encodes records, several at a time; final."""
+
+    def __init__(self, encoder: Encoder, *, thumbnails: bool) -> None:
+        """Take an encoder, and whether a small picture of each image is wanted."""
+        self.encoder, self.thumbnails = encoder, thumbnails
+        self.images = modality.of(encoder)["image"]
+        self.texts = Texts(encoder)
+        on_cpu = encoder.device.type == "cpu"
+        self.threads = torch.get_num_threads()
+        self.batch = CPU_BATCH if on_cpu else GPU_BATCH
+        self.decoding = Stage("decode", modality.decode_workers())
+        self.encoding = Stage("encode", self.threads if on_cpu else 2)
+        self.writing = Stage("write", 1)
+        self.started = time.perf_counter()
+
+    def run(self, records: Iterable[Record]) -> Iterator[tuple[list[Encoded], list[Skip]]]:
+        """Yield what was encoded and what was lost, batch by batch, in the order of the records.
+
+        The time until the next one is asked for counts as writing.
+        """
+        self.started = time.perf_counter()
+        workers = self.encoding.workers
+        # Set here, once: threads that each set it and set it back would undo each other.
+        training = self.encoder.towers.training
+        self.encoder.towers.eval()
+        # Decoding must be so far ahead that a batch is ready whenever an encoder is free.
+        decoded = in_threads(
+            self._decode,
+            records,
+            self.decoding.workers,
+            ahead=max(4 * self.decoding.workers, self.batch),
+            prepare=_alone,
+        )
+        batches = iter(lambda: list(islice(decoded, self.batch)), [])
+        try:
+            for result in in_threads(
+                self._encode, batches, workers, ahead=AHEAD * workers, prepare=_alone
+            ):
+                with self.writing.working():
+                    yield result
+        finally:
+            decoded.close()  # type: ignore[attr-defined]
+            torch.set_num_threads(self.threads)
+            self.encoder.towers.train(training)
+
+    def describe(self) -> str:
+        """Say how busy each stage is, the one that holds up the others first."""
+        elapsed_s = max(time.perf_counter() - self.started, 1e-9)
+        stages = (self.decoding, self.encoding, self.writing)
+        shares = {s.name: s.busy_s / (s.workers * elapsed_s) for s in stages}
+        ordered = sorted(shares, key=lambda name: -shares[name])
+        return "busy: " + ", ".join(f"{name} {min(1.0, shares[name]):.0%}" for name in ordered)
+
+    def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
+        with self.decoding.working():
+            # Taken before the image is read: a change in between is then seen the next time.
+            seen = stamp(record) if os.path.exists(record.path) or "://" in record.path else 0
+            return record, read_and_decode(record, partial(self._item, seen))
+
+    def _item(self, seen: int, content: bytes) -> Item:
+        shape = self.encoder.preprocess
+        image = open_image(content, max(shape.size, THUMBNAIL_SIDE if self.thumbnails else 0))
+        return Item(
+            fit_image(image, shape.size, shape.resize_mode, shape.interpolation),
+            thumbnail(image) if self.thumbnails else b"",
+            hashlib.sha256(content).digest(),
+            seen,
+        )
+
+    def _encode(
+        self, batch: Sequence[tuple[Record, Item | Skip]]
+    ) -> tuple[list[Encoded], list[Skip]]:
+        lost = [item for _, item in batch if isinstance(item, Skip)]
+        good = [(record, item) for record, item in batch if not isinstance(item, Skip)]
+        if not good:
+            return [], lost
+        with self.encoding.working():
+            pixels = [item.pixels_SS3 for _, item in good]
+            images_BD = in_halves(lambda part: self.images.encode(self.images.batch(part)), pixels)
+            texts = self.texts([record.captions for record, _ in good])
+        rows = zip(good, images_BD, texts, strict=True)
+        return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
+
+
+def _alone() -> None:
+    """Let a thread compute by itself."""
+    torch.set_num_threads(1)

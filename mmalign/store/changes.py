@@ -1,0 +1,193 @@
+"""What takes rows out of a store: delete, and compact, which makes room of what was deleted."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmalign import files
+from mmalign.errors import StoreError
+from mmalign.progress import say
+from mmalign.store import manifest as manifests
+from mmalign.store.garbage import collect
+from mmalign.store.ids import Ints, Known, deleting
+from mmalign.store.manifest import Manifest, Shard
+from mmalign.store.reader import Store
+from mmalign.store.shards import open_shard, write_shard
+from mmalign.store.writer import ROWS_PER_SHARD
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What `compact` did."""
+
+    generation: int
+    rows: int
+    deleted_rows: int
+    """Rows that were deleted before and are now gone from the newest generation."""
+    shards_before: int
+    shards: int
+    index_dropped: bool
+    removed: tuple[str, ...]
+    """Files and folders that no generation needs any more."""
+    removed_bytes: int
+
+
+def delete(path: str | Path, ids: Sequence[str]) -> int:
+    """Delete rows by id, all in one generation; return how many.
+
+    Raises:
+        StoreError: An id is unknown; nothing was deleted.
+    """
+    return _delete(Path(path), ids, all_known=True)
+
+
+def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int) -> int:
+    """Delete rows by their numbers in a generation, if their ids are live still; return how many.
+
+    Raises:
+        StoreError: The generation is gone.
+    """
+    store = Path(path)
+    file = manifests.path_of(store, generation)
+    try:
+        held = manifests.read(file)
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{file}: cannot be read: {error}; select the rows again") from None
+    opened = Store(store, held)
+    rows = np.asarray(numbers, np.int64)
+    rows = rows if opened.live is None else rows[opened.live[rows]]
+    return _delete(store, [row["id"] for row in opened.rows(rows, ("id",))], all_known=False)
+
+
+def _delete(store: Path, ids: Sequence[str], all_known: bool) -> int:
+    model = manifests.newest(store).model
+    known = Known(store, model.dim)
+    deleted = 0
+
+    def change(base: Manifest) -> Manifest:
+        nonlocal deleted
+        found = known.find(base.shards, ids)
+        deleted = sum(map(len, found))
+        if all_known:
+            _require_known(store, ids, found)
+        return replace(base, shards=deleting(base.shards, found))
+
+    manifests.commit(store, change, model)
+    return deleted
+
+
+def _require_known(store: Path, ids: Sequence[str], found: Sequence[dict[str, int]]) -> None:
+    live = {i for part in found for i in part}
+    unknown = [i for i in dict.fromkeys(ids) if i not in live]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        named = ", ".join(map(repr, unknown[:3]))
+        raise StoreError(f"{store}: no row has the id {named}{more}; nothing was deleted")
+
+
+def compact(path: str | Path, rows_per_shard: int = ROWS_PER_SHARD) -> CompactReport:
+    """Rewrite shards that have deleted rows or few rows, and remove files that nobody needs.
+
+    Rows keep their order, but are numbered anew, so an index goes. Others may write meanwhile.
+
+    Raises:
+        StoreError: Something is damaged, or another compaction was faster; nothing was changed.
+    """
+    store = Path(path)
+    before = manifests.newest(store)
+    for file in manifests.generations(store):
+        _require_readable(file)
+    parts = [
+        (group, tuple(_rewrite(store, group, before.model.dim, rows_per_shard)))
+        for group in _groups(before.shards, rows_per_shard)
+    ]
+    dropped = False
+
+    def change(base: Manifest) -> Manifest:
+        nonlocal dropped
+        dropped = bool(parts) and base.index is not None
+        shards = list(base.shards)
+        for group, written in parts:
+            shards = _exchange(store, shards, group, written)
+        return replace(base, shards=tuple(shards), index=None if dropped else base.index)
+
+    after = manifests.commit(store, change, before.model)
+    if dropped:
+        say(f"{store}: rows have new numbers, so the index is gone; run `mmalign index` again")
+    removed, removed_bytes = collect(store)
+    return CompactReport(
+        after.generation,
+        after.rows,
+        sum(s.deleted_rows for group, _ in parts for s in group),
+        len(before.shards),
+        len(after.shards),
+        dropped,
+        tuple(removed),
+        removed_bytes,
+    )
+
+
+def _require_readable(file: Path) -> None:
+    """Refuse to tell garbage from data while a generation cannot say what it needs."""
+    try:
+        manifests.read(file)
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{file}: unreadable: {error}; run `mmalign repair` first") from None
+
+
+def _groups(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
+    """Return the runs of neighbours that are worth rewriting."""
+
+    def worn(shard: Shard) -> bool:
+        return shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
+
+    runs = [tuple(run) for is_worn, run in groupby(shards, worn) if is_worn]
+    return [run for run in runs if len(run) > 1 or run[0].deleted_rows]
+
+
+def _rewrite(store: Path, group: Sequence[Shard], dim: int, rows_per_shard: int) -> Iterator[Shard]:
+    """Write the live rows of some shards into new ones of about equal size."""
+    total = sum(s.rows - s.deleted_rows for s in group)
+    bounds = np.linspace(0, total, -(-total // rows_per_shard) + 1).astype(int)
+    held = pa.table({})
+    sources = (_live_rows(store, shard, dim) for shard in group)
+    for rows in np.diff(bounds).tolist():
+        while len(held) < rows:
+            more = next(sources)
+            held = pa.concat_tables([held, more]) if len(held) else more
+        (batch,) = held.slice(0, rows).combine_chunks().to_batches()
+        yield write_shard(store, batch)
+        held = held.slice(rows)
+
+
+def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
+    # Damage that was copied would get a hash that fits it.
+    file = open_shard(store, shard, dim)
+    if files.sha256(file.path) != shard.sha256:
+        raise file.refuse("damaged: run `mmalign repair` first")
+    table = pa.Table.from_batches([file.batch])
+    return table.filter(pa.array(shard.live)) if shard.deleted_rows else table
+
+
+def _exchange(
+    store: Path, shards: Sequence[Shard], group: Sequence[Shard], written: Sequence[Shard]
+) -> list[Shard]:
+    """Put the new shards where the old ones are, with what has been deleted in those meanwhile."""
+    names = [s.name for s in group]
+    first = next((i for i, s in enumerate(shards) if s.name == names[0]), len(shards))
+    now = shards[first : first + len(group)]
+    if [s.name for s in now] != names:
+        raise StoreError(f"{store}: another compaction was faster; run it again")
+    kept = _live(now)[_live(group)]
+    ends = np.cumsum([s.rows for s in written])
+    new = [s.keeping(part) for s, part in zip(written, np.split(kept, ends)[:-1], strict=True)]
+    return [*shards[:first], *new, *shards[first + len(group) :]]
+
+
+def _live(shards: Sequence[Shard]) -> NDArray[np.bool_]:
+    return np.concatenate([s.live for s in shards])

@@ -1,0 +1,81 @@
+"""failures.jsonl: every sample without an embedding, and why.
+
+A line carries its own check, so that a damaged one is noticed, and only that one is lost. The last
+word on a sample counts; a reason of null says that it is resolved.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmalign import files
+from mmalign.progress import say
+from mmalign.store.manifest import canonical
+
+
+def path_of(store: Path) -> Path:
+    """Return where the failures of a store are listed."""
+    return store / "failures.jsonl"
+
+
+def read_failures(store: Path) -> list[dict[str, Any]]:
+    """Read every sample that has no embedding: id, uri, reason, embedded."""
+    good, bad = read(path_of(store))
+    if bad:
+        told = f"lines that cannot be read: {len(bad)}; run `mmalign verify`"
+        say(f"warning: {path_of(store)}: {told}")
+    return [f for f in _last_words(good).values() if f["reason"] is not None]
+
+
+def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
+    """List samples (id, uri, reason, embedded), but for what is listed already; count the lines.
+
+    With a reason of None a sample that was listed is resolved.
+    """
+    listed = _last_words(read(path_of(store))[0])
+    fresh = []
+    for failure in failures:
+        before = listed.get(failure["uri"], {"reason": None})
+        if before["reason"] != failure["reason"]:
+            fresh.append(failure)
+            listed[failure["uri"]] = failure
+    if fresh:
+        files.append_lines(path_of(store), map(_checked, fresh))
+    return len(fresh)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the lines that are as they were written; tell what is wrong with the others."""
+    good: list[dict[str, Any]] = []
+    bad: list[str] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                values = json.loads(line)
+                if values.pop("check") != _check(values):
+                    raise ValueError("its check does not fit")
+                good.append(values)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                bad.append(f"line {number}: {error}")
+    return good, bad
+
+
+def rewrite(path: Path, failures: Iterable[dict[str, Any]]) -> None:
+    """Write the list anew."""
+    lines = (json.dumps(_checked(f), ensure_ascii=False) + "\n" for f in failures)
+    files.write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def _last_words(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {line["uri"]: line for line in lines}
+
+
+def _checked(failure: dict[str, Any]) -> dict[str, Any]:
+    return {**failure, "check": _check(failure)}
+
+
+def _check(failure: dict[str, Any]) -> str:
+    return f"{zlib.crc32(canonical(failure)):08x}"

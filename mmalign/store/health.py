@@ -1,0 +1,102 @@
+"""Damage, by name: every file of a store is compared with the hash that its generations have."""
+
+import errno
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmalign import files
+from mmalign.errors import StoreError, UsageError
+from mmalign.store import failures
+from mmalign.store import manifest as manifests
+from mmalign.store.manifest import Manifest
+
+
+@dataclass
+class Findings:
+    """What a look at all files of a store found; final."""
+
+    held: list[Manifest] = field(default_factory=list)
+    """Generations that can be read, the newest first."""
+    damage: dict[Path, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    """Lines of failures.jsonl that cannot be read."""
+
+    @property
+    def torn(self) -> list[Path]:
+        """Generations that cannot be read, the oldest first."""
+        return sorted(f for f in self.damage if f.name.startswith("manifest-"))
+
+    def within(self, folder: Path) -> set[str]:
+        """Return the names directly in a folder that are damaged, or hold damaged files."""
+        return {f.relative_to(folder).parts[0] for f in self.damage if f.is_relative_to(folder)}
+
+
+def verify(path: str | Path, sample: float = 1.0) -> list[str]:
+    """Check the files of every generation; return what is damaged, a line each, file first.
+
+    Args:
+        path: The store.
+        sample: Share of the large files (shards, FAISS files) that are read whole and compared with
+            their hashes, drawn by chance. What names them is always read.
+
+    Raises:
+        StoreError: Something cannot be read though it may be whole: there is no permission, say.
+    """
+    if not 0 < sample <= 1:
+        raise UsageError(f"sample={sample} must be above 0 and at most 1")
+    store = Path(path)
+    manifests.newest(store)
+    return in_words(store, look(store, sample))
+
+
+def in_words(store: Path, findings: Findings) -> list[str]:
+    """Write a line for each damage."""
+    listed = failures.path_of(store)
+    damage = [f"{file}: {what}" for file, what in findings.damage.items()]
+    return damage + [f"{listed}: {line}" for line in findings.lines]
+
+
+def look(store: Path, sample: float = 1.0) -> Findings:
+    """Compare files with what was written; see `verify`."""
+    findings = Findings()
+    generations = manifests.generations(store)
+    for file in generations:
+        try:
+            findings.held.append(manifests.read(file))
+        except (ValueError, OSError) as error:
+            findings.damage[file] = f"unreadable: {error}"
+    shards = {s.name: s.sha256 for held in findings.held for s in held.shards}
+    large = {store / "shards" / name: sha256 for name, sha256 in shards.items()}
+    for card in {held.index for held in findings.held if held.index}:
+        description = store / "index" / card.name / "index.json"
+        wrong = _unlike({description: card.sha256})
+        findings.damage |= wrong
+        if not wrong:
+            hashes = json.loads(description.read_bytes())["sha256"]
+            large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
+    drawn = random.sample(sorted(large), math.ceil(len(large) * sample))
+    findings.damage |= _unlike({file: large[file] for file in drawn})
+    findings.lines = failures.read(failures.path_of(store))[1]
+    if findings.damage and not all(map(Path.exists, generations)):
+        # Somebody compacted meanwhile: what is missing was garbage, or may have been.
+        return look(store, sample)
+    return findings
+
+
+def _unlike(hashes: dict[Path, str]) -> dict[Path, str]:
+    """Return the files that are not what was written, and how."""
+    wrong = {}
+    for file, sha256 in hashes.items():
+        try:
+            if files.sha256(file) != sha256:
+                wrong[file] = "its content is not what was written"
+        except FileNotFoundError:
+            wrong[file] = "missing"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise StoreError(f"{file}: cannot be read: {error.strerror}") from None
+            wrong[file] = f"unreadable: {error.strerror}"
+    return wrong

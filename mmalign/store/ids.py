@@ -1,0 +1,109 @@
+"""Which row has an id: 64-bit hashes find the candidates, the ids themselves decide.
+
+A store may hold tens of millions of ids; no Python object is kept for one.
+
+N rows, M ids that are asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.store.manifest import Shard
+from mmalign.store.shards import open_shard
+
+Hashes = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+
+
+def hashes(ids: Sequence[str]) -> Hashes:
+    """Hash ids, shape (N,). Python's own hash: it differs between processes and is never stored."""
+    return np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64)
+
+
+class Buckets:
+    """Hashes of N rows, sorted into about N buckets by their first bits; final.
+
+    A lookup reads one bucket, which holds one row on average: about 16 bytes a row, O(1) a lookup.
+    """
+
+    def __init__(self, hashes_N: Hashes, rows_N: Ints) -> None:
+        """Take the hashes of the ids of some rows."""
+        order = np.argsort(hashes_N)
+        bits = max(1, len(order).bit_length() - 1)
+        small = np.uint32 if not len(rows_N) or rows_N.max() < 2**32 else np.int64
+        self.hashes, self.rows = hashes_N[order], rows_N[order].astype(small)
+        self.shift = np.uint64(64 - bits)
+        edges = np.arange(2**bits, dtype=np.uint64) << self.shift
+        starts = np.searchsorted(self.hashes, edges).astype(small)
+        self.starts = np.append(starts, small(len(order)))
+
+    def candidates(self, hashes_M: Hashes) -> Iterator[tuple[Ints, Ints]]:
+        """Yield (which of the M, row) of equal hashes, in rounds: once each of the M in a round."""
+        bucket = (hashes_M >> self.shift).astype(np.int64)
+        asked = np.arange(len(hashes_M))
+        at, end = self.starts[bucket].astype(np.int64), self.starts[bucket + 1]
+        while len(asked):
+            inside = at < end
+            asked, at, end = asked[inside], at[inside], end[inside]
+            equal = self.hashes[at] == hashes_M[asked]
+            yield asked[equal], self.rows[at[equal]].astype(np.int64)
+            at = at + 1
+
+
+class Known:
+    """The ids of shards, hashed once a shard however often they are asked for; final.
+
+    For whoever makes one generation after another: a commit costs microseconds a shard.
+    """
+
+    def __init__(self, store: Path, dim: int) -> None:
+        self.store, self.dim = store, dim
+        self._hashes: dict[str, Hashes] = {}
+
+    def learn(self, shard: Shard, ids: Sequence[str]) -> None:
+        """Take the ids of a shard from who wrote it."""
+        self._hashes[shard.name] = hashes(ids)
+
+    def find(self, shards: Sequence[Shard], ids: Sequence[str]) -> list[dict[str, int]]:
+        """Return, for each shard, the live rows that have one of some ids, by id."""
+        asked = set(ids)
+        hashes_M = np.unique(hashes(list(asked)))
+        # Most rows are told apart by twenty bits of their hash, in a table that fits the cache.
+        table, mask = np.zeros(1 << 20, np.bool_), np.uint64((1 << 20) - 1)
+        table[hashes_M & mask] = True
+        found = []
+        for shard in shards:
+            hashes_N = self._hashes_of(shard)
+            rows = np.flatnonzero(table[hashes_N & mask])
+            rows = rows[_among(hashes_N[rows], hashes_M)]
+            found.append(self._confirmed(shard, rows, asked) if len(rows) else {})
+        return found
+
+    def without(self, shards: Sequence[Shard], ids: Sequence[str]) -> tuple[Shard, ...]:
+        """Return the shards with these ids deleted wherever they are live."""
+        return deleting(shards, self.find(shards, ids))
+
+    def _hashes_of(self, shard: Shard) -> Hashes:
+        if shard.name not in self._hashes:
+            self.learn(shard, open_shard(self.store, shard, self.dim).ids())
+        return self._hashes[shard.name]
+
+    def _confirmed(self, shard: Shard, rows: Ints, asked: set[str]) -> dict[str, int]:
+        rows = rows[shard.live[rows]]
+        ids = open_shard(self.store, shard, self.dim).ids(rows) if len(rows) else []
+        return {i: row for i, row in zip(ids, rows.tolist(), strict=True) if i in asked}
+
+
+def _among(hashes_N: Hashes, sorted_M: Hashes) -> NDArray[np.bool_]:
+    """As numpy's `isin`, which would sort the M anew in each call."""
+    places_N = np.minimum(np.searchsorted(sorted_M, hashes_N), len(sorted_M) - 1)
+    among_N: NDArray[np.bool_] = sorted_M[places_N] == hashes_N
+    return among_N
+
+
+def deleting(shards: Sequence[Shard], found: Sequence[dict[str, int]]) -> tuple[Shard, ...]:
+    """Return the shards with the rows deleted that `Known.find` found."""
+    return tuple(s.without(list(f.values())) for s, f in zip(shards, found, strict=True))

@@ -1,0 +1,198 @@
+"""repair: a generation without what is damaged, and with what only a damaged one named.
+
+A generation that cannot be read is evidence still: a shard whose name or hash stands in it was
+committed, and deletions that can be read in it were made.
+"""
+
+import contextlib
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mmalign import files
+from mmalign.errors import StoreError
+from mmalign.store import failures, health
+from mmalign.store import manifest as manifests
+from mmalign.store.ids import Known
+from mmalign.store.manifest import Manifest, Shard
+from mmalign.store.schema import schema
+from mmalign.store.shards import ShardFile, what_is_left
+
+DELETED = rb'"%s"[^{}]*"deleted_rows": (\d+),\s*"deleted": "([^"]+)"'
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair` found and did."""
+
+    generation: int
+    rows: int
+    damage: tuple[str, ...]
+    """What `verify` named before."""
+    lost_shards: tuple[str, ...]
+    lost_rows: int
+    """Rows of these shards. The next `embed` adds them again where their sources still are."""
+    listed_rows: int
+    """How many of them could be read by name; they are listed as failures."""
+    saved_shards: tuple[str, ...]
+    """Shards that only a damaged generation named; their rows are in the store again."""
+    index_dropped: bool
+    moved: tuple[str, ...]
+    """What lies under damaged/ now."""
+
+
+def repair(path: str | Path) -> RepairReport:
+    """Make a generation without damaged shards or index, and move what is damaged to damaged/.
+
+    Rows of undamaged shards stay, those included that only a damaged generation names.
+
+    Raises:
+        StoreError: No generation can be read.
+    """
+    store = Path(path)
+    held = manifests.newest(store)
+    found = health.look(store)
+    evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
+    saved = _saved(store, held, evidence, found.damage)
+    lost, indexes = found.within(store / "shards"), found.within(store / "index")
+    known = Known(store, held.model.dim)
+    before = held
+
+    def change(base: Manifest) -> Manifest:
+        nonlocal before
+        before = base
+        good = [_legible(s, evidence) for s in base.shards if s.name not in lost]
+        shards = _joined(store, known, good, saved)
+        # Without a shard the rows after it have other numbers.
+        bad = len(good) < len(base.shards) or (base.index and base.index.name in indexes)
+        return replace(base, shards=shards, index=None if bad else base.index)
+
+    after = manifests.commit(store, change, held.model)
+    dropped = [s for s in before.shards if s.name in lost]
+    moved = _mend_failures(store) if found.lines else []
+    listed = sum(_list_lost(store, s, held.model.dim) for s in dropped)
+    moved += [
+        *_set_aside(store, [f for f in manifests.generations(store) if _names(f, lost, indexes)]),
+        *_set_aside(store, [store / "shards" / name for name in sorted(lost)]),
+        *_set_aside(store, [store / "index" / name for name in sorted(indexes)]),
+    ]
+    return RepairReport(
+        after.generation,
+        after.rows,
+        tuple(health.in_words(store, found)),
+        tuple(s.name for s in dropped),
+        sum(s.rows - s.deleted_rows for s in dropped),
+        listed,
+        tuple(s.name for s in saved),
+        before.index is not None and after.index is None,
+        tuple(moved),
+    )
+
+
+def _what_it_says(file: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return file.read_bytes()
+    return b""
+
+
+def _saved(
+    store: Path, held: Manifest, evidence: Sequence[bytes], damage: dict[Path, str]
+) -> list[Shard]:
+    """Return the shards that only the evidence names, in its order; note those that are damaged."""
+    named = {s.name for s in held.shards} if evidence else set()
+    saved = []
+    for path in store.glob("shards/*.arrow") if evidence else ():
+        if path.name in named:
+            continue
+        sha256 = files.sha256(path)
+        places = [
+            (i, c.find(n.encode())) for i, c in enumerate(evidence) for n in (path.name, sha256)
+        ]
+        places = [place for place in places if place[1] >= 0]
+        if places:
+            try:
+                file = ShardFile(path, held.model.dim)
+                for column in schema(held.model.dim).names:
+                    file.column(column)
+            except StoreError as error:
+                damage[path] = f"named by a damaged generation, and {error}"
+                continue
+            shard = Shard(path.name, len(file.batch), path.stat().st_size, sha256)
+            saved.append((min(places), _legible(shard, evidence)))
+    return [shard for _, shard in sorted(saved, key=lambda s: s[0])]
+
+
+def _legible(shard: Shard, evidence: Iterable[bytes]) -> Shard:
+    """Return the shard with the deletions that can be read in the evidence."""
+    for content in evidence:
+        match = re.search(DELETED % re.escape(shard.name.encode()), content)
+        try:
+            noted = replace(shard, deleted=match[2].decode()) if match else shard
+            live_N = noted.live
+        except ValueError:
+            continue
+        if match and shard.rows - live_N.sum() == int(match[1]):
+            shard = shard.keeping(shard.live & live_N)
+    return shard
+
+
+def _joined(
+    store: Path, known: Known, shards: Sequence[Shard], saved: Iterable[Shard]
+) -> tuple[Shard, ...]:
+    """Append the saved shards; a row of theirs replaces the one that had its id."""
+    for shard in saved:
+        if shard.name not in {s.name for s in shards}:
+            file = ShardFile(store / "shards" / shard.name, known.dim)
+            ids = file.ids(np.flatnonzero(shard.live))
+            shards = [*known.without(shards, ids), shard]
+    return tuple(shards)
+
+
+def _list_lost(store: Path, shard: Shard, dim: int) -> int:
+    rows = what_is_left(store / "shards" / shard.name, dim, ("id", "uri"))
+    live_N = shard.live
+    lost = [
+        {"id": i, "uri": uri, "reason": f"lost: shard {shard.name} damaged", "embedded": False}
+        for number, (i, uri) in enumerate(rows)
+        if number < shard.rows and live_N[number]
+    ]
+    failures.add_failures(store, lost)
+    return len(lost)
+
+
+def _mend_failures(store: Path) -> list[str]:
+    """Write the readable lines anew; what they were among stays under damaged/."""
+    listed = failures.path_of(store)
+    files.make_folder(store / "damaged")
+    copy = store / "damaged" / f"failures-{secrets.token_hex(4)}.jsonl"
+    files.write_bytes(copy, listed.read_bytes())
+    failures.rewrite(listed, failures.read(listed)[0])
+    return [str(copy.relative_to(store))]
+
+
+def _names(file: Path, lost: set[str], indexes: set[str]) -> bool:
+    """Say whether a generation cannot be read, or names what is damaged."""
+    try:
+        held = manifests.read(file)
+    except (ValueError, OSError):
+        return True
+    named = held.index.name if held.index else None
+    return named in indexes or not lost.isdisjoint(s.name for s in held.shards)
+
+
+def _set_aside(store: Path, paths: Iterable[Path]) -> list[str]:
+    moved = []
+    for path in filter(Path.exists, paths):
+        files.make_folder(store / "damaged")
+        target = store / "damaged" / path.name
+        if target.exists():
+            target = target.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        # A compaction may have removed it just now.
+        with contextlib.suppress(FileNotFoundError):
+            files.move(path, target)
+            moved.append(str(target.relative_to(store)))
+    return moved

@@ -1,0 +1,175 @@
+"""What a store lacks of some sources, and what it holds that they no longer have.
+
+N rows of the store, deleted ones included.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign import modality
+from mmalign.data import (
+    Record,
+    SampleProblem,
+    Skip,
+    Spool,
+    expand,
+    in_threads,
+    nothing_usable,
+    read_image,
+    stamp,
+    stream,
+)
+from mmalign.store import Store
+
+# Samples whose place in the store is looked up at once.
+LOOKED_UP = 1_000
+COMPARED = ("uri", "captions", "meta", "stamp", "checksum")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a scan."""
+
+    sources: Sequence[str]
+    caption_keys: Sequence[str] = ("captions",)
+    checksum: bool = False
+    """Compare the content of every image that the store holds."""
+    part: tuple[int, int] = (1, 1)
+    """(i, n): only the i-th of n equal parts of the samples."""
+
+    def takes(self, record: Record) -> bool:
+        """Say whether a sample is in this part, on whichever machine it is asked."""
+        number, parts = self.part
+        return zlib.crc32(record.id.encode()) % parts == number - 1
+
+
+@dataclass
+class Todo:
+    """What a scan found; `records` are to be embedded; final."""
+
+    records: Spool
+    seen_N: NDArray[np.bool_]
+    """Rows of the store that the sources still have."""
+    samples: int = 0
+    skips: list[Skip] = field(default_factory=list)
+
+    @property
+    def present(self) -> int:
+        """Samples that the store holds as they are."""
+        return self.samples - len(self.records)
+
+    @property
+    def total(self) -> int:
+        """Samples that were found, with those that cannot be used."""
+        return self.samples + sum(not s.kept for s in self.skips)
+
+
+def find_todo(store: Store, wanted: Wanted) -> Todo:
+    """Scan sources for what a store lacks, or holds in an older state.
+
+    A sample is as it was where its size, time of last change, captions and metadata are; where
+    only the time differs, its content decides.
+
+    Raises:
+        DataError: A source does not exist, or none holds a usable sample.
+    """
+    todo = Todo(Spool(), np.zeros(store.manifest.physical_rows, np.bool_))
+
+    def records() -> Iterator[Record]:
+        for found in stream(wanted.sources, wanted.caption_keys):
+            if isinstance(found, Skip):
+                todo.skips.append(found)
+            else:
+                todo.samples += 1
+                yield found
+
+    everything = parts(records(), LOOKED_UP)
+    for found in everything:
+        mine = [record for record in found if wanted.takes(record)]
+        todo.samples -= len(found) - len(mine)
+        for record in _lacking(store, mine, wanted.checksum, todo.seen_N):
+            todo.records.add(record)
+    if not todo.samples and wanted.part[1] == 1:
+        raise nothing_usable(wanted.sources, todo.skips, wanted.caption_keys)
+    # What can no longer be used is not gone: its row stays.
+    rows = store.find([s.id for s in todo.skips]) if len(store) else np.zeros(0, np.int64)
+    todo.seen_N[rows[rows >= 0]] = True
+    return todo
+
+
+def removed(store: Store, sources: Sequence[str], seen_N: NDArray[np.bool_]) -> list[int]:
+    """List the rows whose images lay in the sources and were not seen there."""
+    places = tuple(p.rstrip("/") + end for p in expand(sources) for end in ("/", "#"))
+    gone_N = ~seen_N if store.live is None else ~seen_N & store.live
+    gone = []
+    for numbers in parts(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
+        rows = store.rows(numbers, ("uri",))
+        gone += [n for n, r in zip(numbers, rows, strict=True) if r["uri"].startswith(places)]
+    return gone
+
+
+def meta_json(record: Record) -> str:
+    """Return a record's metadata as the store keeps it."""
+    text = json.dumps(record.meta, ensure_ascii=False, default=str)
+    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield the items in lists of a size, the last one shorter."""
+    rest = iter(items)
+    return iter(lambda: list(islice(rest, size)), [])
+
+
+def _lacking(
+    store: Store, records: Sequence[Record], checksum: bool, seen_N: NDArray[np.bool_]
+) -> Iterator[Record]:
+    """Pass on what the store does not hold as it is; mark what it holds."""
+    if not len(store):
+        yield from records
+        return
+    rows, records = _held(store, records)
+    seen_N[[row["number"] for row in rows if row]] = True
+    pairs = list(zip(records, rows, strict=True))
+    workers = modality.decode_workers()
+    changed = in_threads(lambda pair: _changed(*pair, checksum), pairs, workers, ahead=4 * workers)
+    for record, new in zip(records, changed, strict=True):
+        if new:
+            yield record
+
+
+def _changed(record: Record, row: dict[str, Any], checksum: bool) -> bool:
+    if not row:
+        return True
+    try:
+        if row["stamp"] == stamp(record) and not checksum:
+            return False
+        content = hashlib.sha256(read_image(record)).digest()
+    except (SampleProblem, OSError):
+        # It cannot be read: let the embedding say so.
+        return True
+    words = (row["captions"], row["meta"])
+    return words != (list(record.captions), meta_json(record)) or content != row["checksum"]
+
+
+def _held(store: Store, records: Sequence[Record]) -> tuple[list[dict[str, Any]], list[Record]]:
+    """Find the row of each record, {} for none; a record whose id is taken gets its uri as id."""
+    found: list[dict[str, Any]] = [{} for _ in records]
+    named = list(records)
+    for _ in range(2):
+        numbers = store.find([r.id for r in named])
+        there = np.flatnonzero(numbers >= 0)
+        for i, row in zip(there.tolist(), store.rows(numbers[there], COMPARED), strict=True):
+            if row["uri"] == named[i].uri:
+                found[i] = {**row, "number": int(numbers[i])}
+            else:
+                named[i] = replace(named[i], id=named[i].uri)
+    return found, named

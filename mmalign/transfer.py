@@ -1,0 +1,353 @@
+"""`mmalign export` and `mmalign import`: rows of a store for other programs, and theirs for us.
+
+    export:  store -> rows by SQL, or all -> parquet, clip-retrieval's parts, a Hugging Face dataset
+    import:  clip-retrieval's parts -> checked, renormalised, named -> store
+
+N rows, D dimensions.
+"""
+
+import contextlib
+import json
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign import files
+from mmalign.errors import IdentityError, StoreError, UsageError
+from mmalign.progress import bar, say
+from mmalign.store import ModelCard, Row, Store, Writer, add_failures, open_store
+from mmalign.store.ids import hashes
+from mmalign.store.layouts import write_dataset, write_parquet
+from mmalign.store.parts import Part, find_parts, read_part, read_records, write_parts
+
+NAMES = ("key", "image_path", "url")
+Format = Literal["parquet", "npy", "hf"]
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote."""
+
+    out: str
+    format: str
+    rows: int
+    captions: int
+    """Captions with their vectors."""
+    captions_left_out: int
+    """Captions beyond the first, where the layout has room for one vector."""
+    bytes: int
+
+
+def export(
+    store: str | Path,
+    out: str | Path,
+    kind: Format,
+    *,
+    where: str | None = None,
+    thumbnails: bool = False,
+) -> ExportReport:
+    """Write live rows of a store for other programs; OUT appears when it is whole.
+
+    Args:
+        store: The store.
+        out: The file (parquet) or folder to make.
+        kind: "parquet", "npy" (the folder of clip-retrieval) or "hf" (a Hugging Face dataset).
+        where: Only rows for which this SQL is true; see `store.where`.
+        thumbnails: Put thumbnails into the parquet file; "hf" has them whenever there are some.
+
+    Raises:
+        UsageError: OUT exists, or the SQL is off.
+        StoreError: There is no row to export.
+    """
+    held, place = open_store(store), Path(out)
+    if thumbnails and kind == "npy":
+        raise UsageError(
+            "--thumbnails: the npy layout has no place for pictures; take parquet or hf"
+        )
+    _require_free(place)
+    numbers = _chosen(held, where)
+    counts_N = np.bincount(held.caption_owners, minlength=held.manifest.physical_rows)[numbers]
+    captions = int(counts_N.sum())
+    with _appearing(place) as draft, bar("export", len(numbers), "rows") as progress:
+        if kind == "parquet":
+            write_parquet(held, numbers, draft, progress.update, thumbnails=thumbnails)
+        elif kind == "npy":
+            write_parts(held, numbers, draft, progress.update)
+        else:
+            write_dataset(held, numbers, draft, progress.update)
+    left_out = captions - int((counts_N > 0).sum()) if kind == "npy" else 0
+    inside = [f for f in (place, *place.rglob("*")) if f.is_file()]
+    size = sum(file.stat().st_size for file in inside)
+    say(f"{len(numbers)} rows and {captions - left_out} captions in {out}: {size / 1e6:.1f} MB")
+    if left_out:
+        say(
+            f"a row of this layout has one text vector, that of its first caption: {left_out} more "
+            "captions are in the metadata without a vector"
+        )
+    return ExportReport(str(out), kind, len(numbers), captions - left_out, left_out, size)
+
+
+def _chosen(store: Store, expression: str | None) -> Ints:
+    """Return the numbers of the rows to export, ascending."""
+    if expression is not None:
+        from mmalign.store.where import where
+
+        numbers = where(store, expression)
+    elif store.live is None:
+        numbers = np.arange(store.manifest.physical_rows, dtype=np.int64)
+    else:
+        numbers = np.flatnonzero(store.live)
+    if not len(numbers):
+        reason = "the store is empty" if expression is None else f"none has {expression}"
+        raise StoreError(f"{store.path}: no rows to export: {reason}")
+    return numbers
+
+
+def _require_free(place: Path) -> None:
+    if place.exists() or place.is_symlink():
+        raise UsageError(f"{place}: exists; name a place where nothing is")
+
+
+@contextlib.contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """Lend a name beside a place; what was written there appears at the place at the end."""
+    files.make_folder(place.parent)
+    draft = place.with_name(f".{place.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield draft
+        _require_free(place)
+        files.move(draft, place)
+    finally:
+        files.remove(draft)
+
+
+# ---------------------------------------------------------------- import
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What `import_parts` did."""
+
+    added: int
+    present: int
+    failed: int
+    """Rows without a usable image vector; failures.jsonl lists them."""
+    renamed: int
+    """Rows that got another id, because a row before them has theirs."""
+    captions_left_out: int
+    """Captions without a usable vector; they stand in meta as `captions_without_vector`."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a row of metadata says."""
+
+    id: str
+    uri: str
+    captions: list[str]
+    """The first is the one that may have a vector."""
+    meta: dict[str, Any]
+    place: str
+    """Part and row."""
+
+
+def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> ImportReport:
+    """Take over vectors that clip-retrieval made; again = go on with what the store lacks.
+
+    Args:
+        folder: Holds img_emb/ and metadata/, and text_emb/ where there are captions.
+        out: The store; made if it does not exist.
+        model: A run folder or open_clip name. Nothing in the folder tells which model made the
+            vectors, so the caller vouches for this one; only the dimensions can be compared.
+
+    Raises:
+        DataError: The folder has no such layout, or its files do not fit together.
+        IdentityError: The model makes other dimensions, or the store belongs to another model.
+    """
+    from mmalign.model import load_model  # An export needs no torch.
+
+    parts = find_parts(Path(folder))
+    encoder = load_model(model)
+    if parts[0].dim != encoder.dim:
+        raise IdentityError(
+            f"{parts[0].images}: {parts[0].dim} dimensions; {encoder.identity} makes "
+            f"{encoder.dim}: name the model that made these vectors"
+        )
+    say(
+        f"taken for vectors of {encoder.identity} because you say so: they have its {encoder.dim} "
+        "dimensions, and nothing else in the folder tells"
+    )
+    intake = _Intake(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
+    with intake.writer, bar("import", sum(part.rows for part in parts), "rows") as progress:
+        for part in parts:
+            row = 0
+            for records, images_ND, texts_ND in read_part(part):
+                entries = [_entry(r, f"{part.number}/{row + i}") for i, r in enumerate(records)]
+                intake.take(entries, images_ND, texts_ND)
+                row += len(entries)
+                progress.update(len(entries))
+    return intake.report()
+
+
+def _entry(record: dict[str, Any], place: str) -> _Entry:
+    id, uri = _named(record, place)
+    known = {name: value for name, value in record.items() if not _is_nothing(value)}
+    caption = str(known.pop("caption", ""))
+    every = known.pop("captions", None)
+    others = [str(c) for c in every if c != caption] if isinstance(every, list) else []
+    meta = known.pop("meta", "{}")
+    with contextlib.suppress(TypeError, ValueError):
+        meta = json.loads(meta)
+    meta = meta if isinstance(meta, dict) else {"meta": meta}
+    said = [name for name in NAMES if str(known.get(name)) in (id, uri)]
+    meta |= {name: value for name, value in known.items() if name not in said}
+    return _Entry(id, uri, [caption, *others], meta, place)
+
+
+def _named(record: dict[str, Any], place: str) -> tuple[str, str]:
+    """Return the id and the uri of a row, by the best that is known of it."""
+    values = [record.get(name) for name in NAMES]
+    key, path, url = ("" if _is_nothing(value) else str(value) for value in values)
+    # An image that came from a tar has its key for a path.
+    is_path = "/" in path or "." in path
+    return key or path or url or place, (path if is_path else url or path or key or place)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+class _Names:
+    """Gives each row an id that no other row of the folder has; final.
+
+    The first row with an id keeps it. Ids are known by their hashes: 8 bytes a row.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        found = []
+        for part in parts:
+            row = 0
+            for records in read_records(part, NAMES):
+                ids = [_named(r, f"{part.number}/{row + i}")[0] for i, r in enumerate(records)]
+                found.append(hashes(ids))
+                row += len(ids)
+        self.known = np.sort(np.concatenate(found)) if found else hashes([])
+        self.repeated = set(self.known[1:][self.known[1:] == self.known[:-1]].tolist())
+        self.used: set[str] = set()
+
+    def of(self, entry: _Entry) -> Iterator[str]:
+        """Yield ids for a row, the best first; each is nobody else's."""
+        here = f"{entry.place}/{entry.id}"
+        for name in (entry.id, entry.uri, here, f"{entry.uri}#{entry.place}"):
+            if name == entry.id and int(hashes([name])[0]) not in self.repeated:
+                yield name
+            elif name not in self.used and (name == entry.id or not self._is_an_id(name)):
+                self.used.add(name)
+                yield name
+
+    def _is_an_id(self, name: str) -> bool:
+        (asked,) = hashes([name])
+        at = int(np.searchsorted(self.known, asked))
+        return at < len(self.known) and bool(self.known[at] == asked)
+
+
+class _Intake:
+    """Puts rows into a store, each under an id of its own, and counts them; final."""
+
+    def __init__(self, out: Path, card: ModelCard, parts: Sequence[Part]) -> None:
+        self.names = _Names(parts)
+        self.writer = Writer(out, card)
+        self.store = open_store(out)
+        self.listed = {failure["uri"] for failure in self.store.failures()}
+        self.failures: list[dict[str, Any]] = []
+        self.added = self.present = self.renamed = self.left_out = 0
+
+    def take(self, entries: list[_Entry], images_ND: Vectors, texts_ND: Vectors | None) -> None:
+        """Add the rows whose vectors are usable and that the store lacks; list the others."""
+        images_N = _normalise(images_ND)
+        for row in np.flatnonzero(~images_N).tolist():
+            self._fail(entries[row], "the image vector is zero or not finite", embedded=False)
+        texts_ND = images_ND[:0] if texts_ND is None else texts_ND
+        texts_N = _normalise(texts_ND)
+        rows = np.flatnonzero(images_N).tolist()
+        for row, name in zip(rows, self._names_of([entries[r] for r in rows]), strict=True):
+            entry, text_1D = entries[row], images_ND[:0]
+            if not name:
+                self.present += 1
+                continue
+            if entry.uri in self.listed:
+                self._fail(entry, None, embedded=True)
+            if entry.captions[0] and len(texts_N):
+                text_1D = texts_ND[[row]][texts_N[[row]]]
+                if not len(text_1D):
+                    self._fail(entry, "the text vector is zero or not finite", embedded=True)
+            self._add(name, entry, images_ND[row], text_1D)
+
+    def _names_of(self, entries: list[_Entry]) -> list[str]:
+        """Return the id of each row, or nothing where the store has the row already."""
+        options = [self.names.of(entry) for entry in entries]
+        names = [next(option) for option in options]
+        numbers = self.store.find(names)
+        held = self.store.rows(numbers[numbers >= 0], ("uri",))
+        uris = dict(zip(numbers[numbers >= 0].tolist(), (row["uri"] for row in held), strict=True))
+        for i in np.flatnonzero(numbers >= 0).tolist():
+            uri = uris[int(numbers[i])]
+            # The store has another row of this id.
+            while uri not in (None, entries[i].uri):
+                names[i] = next(options[i])
+                there = self.store.find([names[i]])
+                uri = self.store.rows(there, ("uri",))[0]["uri"] if there[0] >= 0 else None
+            names[i] = names[i] if uri is None else ""
+        return names
+
+    def _add(self, name: str, entry: _Entry, image_D: Vectors, text_1D: Vectors) -> None:
+        captions = entry.captions[: len(text_1D)]
+        rest = [c for c in entry.captions[len(text_1D) :] if c]
+        meta = {**entry.meta, "captions_without_vector": rest} if rest else entry.meta
+        words = json.dumps(meta, ensure_ascii=False, default=str)
+        # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
+        words = words.encode("utf-8", "backslashreplace").decode()
+        self.writer.add(Row(name, entry.uri, tuple(captions), image_D, text_1D, words))
+        self.added += 1
+        self.renamed += name != entry.id
+        self.left_out += len(rest)
+
+    def _fail(self, entry: _Entry, reason: str | None, *, embedded: bool) -> None:
+        failure = {"id": entry.id, "uri": entry.uri, "reason": reason, "embedded": embedded}
+        self.failures.append(failure)
+
+    def report(self) -> ImportReport:
+        """List what failed, and tell what was done."""
+        place = self.writer.store
+        add_failures(place, self.failures)
+        rows = len(open_store(place))
+        unusable = sum(1 for failure in self.failures if failure["reason"])
+        failed = sum(1 for failure in self.failures if not failure["embedded"])
+        if unusable:
+            say(f"{unusable} vectors cannot be used: {place / 'failures.jsonl'} lists them")
+        if self.renamed:
+            say(
+                f"{self.renamed} rows had the id of another; their path, or part and row, is theirs"
+            )
+        if self.left_out:
+            say(f"{self.left_out} captions have no vector; they stand in meta")
+        done = f"{self.added} added, {self.present} already there, {failed} failed"
+        say(f"{done}: {rows} rows in {place}")
+        return ImportReport(self.added, self.present, failed, self.renamed, self.left_out, rows)
+
+
+def _normalise(vectors_ND: Vectors) -> NDArray[np.bool_]:
+    """Scale vectors to unit norm in place; say which of them could be, shape (N,)."""
+    norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    usable_N: NDArray[np.bool_] = np.isfinite(norms_N) & (norms_N > 0)
+    vectors_ND /= np.where(usable_N, norms_N, 1)[:, None]
+    return usable_N

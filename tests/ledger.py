@@ -1,0 +1,120 @@
+"""What a store must hold: rows that are a function of their id and version, and a list of promises.
+
+`observe` reads a whole store and proves that what belongs together is together. A `Ledger` knows
+what was acknowledged and what a call that has not returned may have done.
+"""
+
+import contextlib
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from mmalign.store import ModelCard, Row, open_store
+
+DIM = 8
+CARD = ModelCard("nano-0123", "somewhere/run", DIM)
+COLUMNS = ("id", "uri", "captions", "meta", "thumbnail", "stamp", "checksum")
+
+Rows = dict[str, int]
+"""Versions by id."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a generation holds; final."""
+
+    rows: Rows
+    index: str | None = None
+
+
+@dataclass
+class Ledger:
+    """What was promised; final. A state of None: there is no store."""
+
+    state: State | None = None
+    coming: list[State | None] = field(default_factory=list)
+    """What a call that has not returned may leave instead."""
+    failures: dict[str, str | None] = field(default_factory=dict)
+    failures_coming: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> Rows:
+        return self.state.rows if self.state else {}
+
+    @property
+    def allowed(self) -> list[State | None]:
+        return [self.state, *self.coming]
+
+    def copy(self) -> "Ledger":
+        return replace(self, coming=list(self.coming), failures=dict(self.failures))
+
+    @contextlib.contextmanager
+    def doing(self, after: State) -> Iterator[None]:
+        """Leave `after` when the block ends well; when not, it may be so or not."""
+        self.coming = [after]
+        yield
+        self.state, self.coming = after, []
+
+
+@cache
+def row(name: str, version: int) -> Row:
+    """Make a row; nothing of it is equal in two rows."""
+    rng = np.random.default_rng(zlib.crc32(f"{name} {version}".encode()))
+    vectors = rng.normal(size=(rng.integers(1, 5), DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    checksum = hashlib.sha256(f"{name} {version}".encode()).digest()
+    return Row(
+        id=name,
+        uri=f"/pictures/{name}-{version}.jpg",
+        captions=tuple(f"caption {c} of {name} {version}" for c in range(len(vectors) - 1)),
+        image_embedding=vectors[0],
+        text_embeddings=vectors[1:],
+        meta=json.dumps({"name": name, "version": version}),
+        thumbnail=checksum[: version % 7],
+        stamp=int.from_bytes(checksum[:8], "big"),
+        checksum=checksum,
+    )
+
+
+def index_content(shards: Sequence[str]) -> bytes:
+    """Stand for an index of these shards."""
+    return "\n".join(["index", *shards]).encode()
+
+
+def observe(path: Path) -> State:
+    """Read all of a store; ids, vectors, captions and index must belong together."""
+    store = open_store(path)
+    numbers = np.arange(store.manifest.physical_rows)
+    numbers = numbers if store.live is None else numbers[store.live]
+    images = np.concatenate([np.zeros((0, DIM), np.float16), *store.vectors("image")])
+    texts = np.concatenate([np.zeros((0, DIM), np.float16), *store.vectors("text")])
+    held: Rows = {}
+    for number, values in zip(numbers, store.rows(numbers, COLUMNS), strict=True):
+        name, version = values["id"], json.loads(values["meta"])["version"]
+        meant = row(name, version)
+        assert values == {c: getattr(meant, c) for c in COLUMNS} | {
+            "captions": list(meant.captions)
+        }
+        assert np.array_equal(images[number], meant.image_embedding.astype(np.float16))
+        its = texts[store.caption_owners == number]
+        assert np.array_equal(its, meant.text_embeddings.astype(np.float16))
+        assert name not in held, f"{name} is there twice"
+        held[name] = version
+    assert len(store) == len(held)
+    assert store.find([*held, "nobody"]).tolist() == [*numbers, -1]
+    if store.manifest.index is None:
+        return State(held)
+    folder = store.index_folder
+    assert folder is not None
+    described = json.loads((folder / "index.json").read_bytes())
+    assert tuple(described["shards"]) == tuple(
+        s.name for s in store.manifest.shards[: len(described["shards"])]
+    )
+    assert (folder / "image.faiss").read_bytes() == index_content(described["shards"])
+    return State(held, store.manifest.index.name)

@@ -1,0 +1,187 @@
+"""Overlapped encoding: order kept, losses named, texts once, memory bounded."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import jpeg, write_pairs
+
+from mmalign.data import Record, Skip, in_threads, scan
+from mmalign.data.spool import Names, Spool
+from mmalign.encoding import Texts, in_halves
+from mmalign.model import Encoder, new_model
+from mmalign.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return new_model("nano", ["a dog", "two cats"])
+
+
+def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p", 50)
+    for bad in (3, 17, 49):
+        (folder / f"{bad:03d}.jpg").write_bytes(jpeg(bad)[:200])
+    records = scan([str(folder)]).records
+    threads = torch.get_num_threads()
+    done, lost = [], []
+    pipeline = Pipeline(encoder, thumbnails=True)
+    for good, skips in pipeline.run(records):
+        done += good
+        lost += skips
+    assert torch.get_num_threads() == threads
+    assert [e.record.id for e in done] == [r.id for r in records if r.id[2:5] not in bad_keys()]
+    assert [s.id for s in lost] == ["p/003.jpg", "p/017.jpg", "p/049.jpg"]
+    assert all("damaged" in s.reason for s in lost)
+    for encoded in done[::7]:
+        alone = encoder.encode_images(encoded.item.pixels_SS3[None])[0]
+        assert np.allclose(encoded.image_D, alone, atol=1e-5)
+        assert np.allclose(
+            encoded.texts_CD, encoder.encode_texts(encoded.record.captions), atol=1e-5
+        )
+        assert encoded.item.thumbnail[:4] == b"RIFF"
+    assert pipeline.describe().startswith("busy: ")
+
+
+def bad_keys() -> set[str]:
+    return {"003", "017", "049"}
+
+
+def test_a_batch_without_a_good_image_is_only_losses(encoder: Encoder) -> None:
+    records = [Record(f"x/{i}", f"/no/{i}.jpg", f"/no/{i}.jpg") for i in range(40)]
+    results = list(Pipeline(encoder, thumbnails=False).run(records))
+    assert sum(len(good) for good, _ in results) == 0
+    assert sum(len(lost) for _, lost in results) == 40
+
+
+def test_equal_captions_are_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    encode = encoder.encode_texts
+    monkeypatch.setattr(encoder, "encode_texts", lambda t: (asked.extend(t), encode(t))[1])
+    texts = Texts(encoder)
+    first = texts([["a dog", "a cat"], [], ["a dog"]])
+    again = texts([["a cat"]])
+    assert asked == ["a dog", "a cat"]
+    assert [v.shape for v in first] == [(2, encoder.dim), (0, encoder.dim), (1, encoder.dim)]
+    assert np.array_equal(first[0][1], again[0][0])
+
+
+def test_old_captions_are_forgotten(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.encoding.CACHED_TEXTS", 3)
+    texts = Texts(encoder)
+    for word in "abcde":
+        texts([[word]])
+    assert list(texts._known) == ["c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_out_of_memory_halves_the_batch(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[int] = []
+
+    def encode(items: list[int]) -> np.ndarray:
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise error
+        return np.array(items, np.float32)[:, None]
+
+    assert in_halves(encode, list(range(9)))[:, 0].tolist() == list(range(9))
+    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    assert "out of memory with 9 at once" in capsys.readouterr().err
+
+
+def test_other_errors_and_a_single_item_are_not_tried_again() -> None:
+    def fails(items: object) -> np.ndarray:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_halves(fails, [1, 2])
+
+    def full(items: object) -> np.ndarray:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        in_halves(full, [1])
+
+
+def test_an_error_of_the_encoder_surfaces(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = scan([str(write_pairs(tmp_path / "p", 40))]).records
+    pipeline = Pipeline(encoder, thumbnails=False)
+
+    def fail(batch: object) -> np.ndarray:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(encoder, "text_vectors", fail)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="no such layer"):
+        list(pipeline.run(records))
+    assert threading.active_count() <= before
+
+
+def test_threads_take_a_stream_as_it_is_asked_for() -> None:
+    taken: list[int] = []
+
+    def items():  # type: ignore[no-untyped-def]
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    def halve(i: int) -> float:
+        return i / 2
+
+    stream = in_threads(halve, items(), 3, ahead=5)
+    assert [next(stream) for _ in range(4)] == [0, 0.5, 1, 1.5]
+    assert len(taken) <= 5 + 4
+    stream.close()  # type: ignore[attr-defined]
+
+    def fail_at_two(i: int) -> int:
+        if i == 2:
+            raise KeyError(i)
+        return i
+
+    got: list[int] = []
+    with pytest.raises(KeyError):
+        got.extend(in_threads(fail_at_two, range(9), 2, ahead=4))
+
+
+def record(number: int, uri: str = "") -> Record:
+    return Record(f"s/{number}", uri or f"/s/{number}.jpg", "/s", captions=("ein Hund",))
+
+
+def test_a_spool_gives_back_what_it_took() -> None:
+    spool = Spool()
+    for i in range(1000):
+        spool.add(record(i))
+    assert len(spool) == 1000
+    assert list(spool) == [record(i) for i in range(1000)]
+    # A part of it may be looked at first.
+    assert next(iter(spool)) == record(0)
+    assert [r.id for r in spool] == [f"s/{i}" for i in range(1000)]
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("seen", "wanted"),
+    [
+        ([record(1), record(1)], "given twice"),
+        ([record(1), record(1, "/t/1.jpg")], "/t/1.jpg"),
+        ([record(1), record(1, "/t/1.jpg"), record(1, "/t/1.jpg")], "given twice"),
+        ([record(1), record(2)], "s/2"),
+    ],
+)
+def test_names_are_made_unique(seen: list[Record], wanted: str) -> None:
+    names = Names()
+    found: list[Record | Skip] = [names.unique(r) for r in seen]
+    last = found[-1]
+    assert (last.reason if isinstance(last, Skip) else last.id) == wanted
+    names.close()

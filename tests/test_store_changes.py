@@ -1,0 +1,339 @@
+"""Rows out of a store: delete, compact, and what is garbage, with others writing meanwhile."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_samples import CARD, fill, flip, ids_of, row, versions, write_index
+
+from mmalign import open_store
+from mmalign.errors import StoreError
+from mmalign.store import Writer, changes, compact, delete, delete_rows, verify
+from mmalign.store import manifest as manifests
+from mmalign.store.garbage import AGE_S, UNFINISHED_AGE_S
+
+
+def shards(path: Path) -> list[int]:
+    return [s.rows for s in open_store(path).manifest.shards]
+
+
+def make_old(path: Path, age_s: float = AGE_S) -> None:
+    then = time.time() - age_s - 60
+    for inner in [path, *path.rglob("*")]:
+        os.utime(inner, (then, then))
+
+
+def write_meanwhile(monkeypatch: pytest.MonkeyPatch, other: object) -> None:
+    """Let somebody else act between the reading of a generation and the claim of the next."""
+    claim, others = manifests.files.claim, [other]
+
+    def slow_claim(path: Path, content: bytes) -> bool:
+        if others:
+            others.pop()()
+        return claim(path, content)
+
+    monkeypatch.setattr(manifests.files, "claim", slow_claim)
+
+
+# ---------------------------------------------------------------- delete
+
+
+def test_deleted_rows_are_gone_in_one_generation(tmp_path: Path) -> None:
+    fill(tmp_path, range(25))
+    before = open_store(tmp_path)
+    assert delete(tmp_path, ids_of([0, 9, 10, 24, 24])) == 4
+    store = open_store(tmp_path)
+    assert store.manifest.generation == before.manifest.generation + 1
+    assert versions(store) == dict.fromkeys(ids_of(set(range(25)) - {0, 9, 10, 24}), 0)
+    assert (len(store), store.manifest.rows, store.manifest.physical_rows) == (21, 21, 25)
+    assert store.live is not None
+    assert np.flatnonzero(~store.live).tolist() == [0, 9, 10, 24]
+    assert len(np.concatenate(store.vectors("image"))) == 25
+    assert len(before) == 25
+    assert verify(tmp_path) == []
+
+
+def test_a_deleted_id_can_be_added_again(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    delete(tmp_path, ids_of([3]))
+    fill(tmp_path, [3], version=1)
+    assert versions(open_store(tmp_path)) == {f"id{i}": int(i == 3) for i in range(5)}
+
+
+def test_an_unknown_id_deletes_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, range(5))
+    delete(tmp_path, ids_of([4]))
+    before = open_store(tmp_path).manifest
+    with pytest.raises(StoreError, match=r"no row has the id 'id4', 'x'; nothing was deleted"):
+        delete(tmp_path, ["id1", "id4", "x"])
+    with pytest.raises(StoreError, match=r"'0', '1', '2' and 7 more; nothing"):
+        delete(tmp_path, list("0123456789"))
+    assert delete(tmp_path, []) == 0
+    assert open_store(tmp_path).manifest == before
+
+
+def test_a_row_that_was_replaced_meanwhile_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(5))
+    write_meanwhile(monkeypatch, lambda: fill(tmp_path, range(3, 9), version=1))
+    assert delete(tmp_path, ids_of([4])) == 1
+    assert versions(open_store(tmp_path)) == {f"id{i}": int(i >= 3) for i in range(9) if i != 4}
+
+
+def test_a_row_that_was_deleted_meanwhile_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(5))
+    writer = Writer(tmp_path, CARD)
+    writer.add(row(4, 1, version=1))
+    write_meanwhile(monkeypatch, lambda: delete(tmp_path, ids_of([3, 4])))
+    writer.commit()
+    assert versions(open_store(tmp_path)) == {"id0": 0, "id1": 0, "id2": 0, "id4": 1}
+
+
+def test_rows_are_deleted_by_the_numbers_of_an_older_generation(tmp_path: Path) -> None:
+    fill(tmp_path, range(25))
+    delete(tmp_path, ids_of([2]))
+    opened = open_store(tmp_path).manifest.generation
+    fill(tmp_path, [3, 30], version=1)
+    delete(tmp_path, ids_of([5]))
+    compact(tmp_path, rows_per_shard=10)
+    # 2 was deleted before, 5 since, 3 replaced; 24 is where it was, or not.
+    assert delete_rows(tmp_path, np.array([2, 3, 5, 24]), opened) == 2
+    left = set(range(25)) - {2, 3, 5, 24} | {30}
+    assert set(open_store(tmp_path).column("id")) == set(ids_of(left))
+    assert delete_rows(tmp_path, [5], opened) == 0
+    with pytest.raises(StoreError, match=r"manifest-00000099.json: .* select the rows again"):
+        delete_rows(tmp_path, [1], 99)
+
+
+# ---------------------------------------------------------------- compact
+
+
+def test_compaction_keeps_rows_and_their_order(tmp_path: Path) -> None:
+    fill(tmp_path, range(30))
+    fill(tmp_path, range(30, 42), rows_per_shard=3)
+    delete(tmp_path, ids_of([11, 12, 35]))
+    fill(tmp_path, [0, 20], version=1)
+    before = open_store(tmp_path)
+    columns = ("id", "uri", "captions", "meta", "thumbnail", "stamp", "text_embedding")
+    content = [before.column(name) for name in columns]
+    report = compact(tmp_path, rows_per_shard=10)
+    after = open_store(tmp_path)
+    assert [after.column(name) for name in columns] == content
+    assert versions(after) == versions(before)
+    assert after.live is None
+    assert shards(tmp_path) == [9, 10, 10, 10]
+    assert (report.rows, report.deleted_rows) == (39, 5)
+    assert (report.shards_before, report.shards) == (8, 4)
+    assert report.generation == after.manifest.generation == before.manifest.generation + 1
+    assert verify(tmp_path) == []
+
+
+def test_only_worn_shards_are_rewritten(tmp_path: Path) -> None:
+    fill(tmp_path, range(30))
+    fill(tmp_path, range(30, 33))
+    delete(tmp_path, ids_of([15]))
+    names = [s.name for s in open_store(tmp_path).manifest.shards]
+    report = compact(tmp_path, rows_per_shard=10)
+    assert shards(tmp_path) == [10, 9, 10, 3]
+    left = [s.name for s in open_store(tmp_path).manifest.shards]
+    assert [left[i] == names[i] for i in range(4)] == [True, False, True, True]
+    again = compact(tmp_path, rows_per_shard=10)
+    assert again.generation == report.generation
+    assert again.deleted_rows == 0
+
+
+def test_a_shard_without_live_rows_goes(tmp_path: Path) -> None:
+    fill(tmp_path, range(20))
+    delete(tmp_path, ids_of(range(10)))
+    compact(tmp_path, rows_per_shard=10)
+    assert open_store(tmp_path).column("id") == ids_of(range(10, 20))
+    assert shards(tmp_path) == [10]
+    delete(tmp_path, ids_of(range(10, 20)))
+    compact(tmp_path, rows_per_shard=10)
+    assert shards(tmp_path) == []
+    fill(tmp_path, range(3))
+    assert len(open_store(tmp_path)) == 3
+
+
+def test_compaction_drops_the_index_only_if_rows_move(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, range(20))
+    write_index(tmp_path)
+    assert not compact(tmp_path, rows_per_shard=10).index_dropped
+    assert open_store(tmp_path).manifest.index is not None
+    delete(tmp_path, ids_of([3]))
+    assert compact(tmp_path, rows_per_shard=10).index_dropped
+    assert open_store(tmp_path).manifest.index is None
+    assert "run `mmalign index` again" in capsys.readouterr().err
+
+
+def test_what_is_written_while_compacting_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(25))
+    delete(tmp_path, ids_of([1, 11]))
+
+    def others() -> None:
+        fill(tmp_path, [2, 13, 40], version=1)
+        delete(tmp_path, ids_of([9, 24]))
+
+    write_meanwhile(monkeypatch, others)
+    compact(tmp_path, rows_per_shard=10)
+    gone, replaced = {1, 11, 9, 24}, {2, 13, 40}
+    wanted = {f"id{i}": int(i in replaced) for i in {*range(25), 40} - gone}
+    assert versions(open_store(tmp_path)) == wanted
+    assert verify(tmp_path) == []
+
+
+def test_the_slower_of_two_compactions_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(25))
+    delete(tmp_path, ids_of([1, 11]))
+    before = versions(open_store(tmp_path))
+    write_meanwhile(monkeypatch, lambda: compact(tmp_path, rows_per_shard=10))
+    with pytest.raises(StoreError, match="another compaction was faster"):
+        compact(tmp_path, rows_per_shard=10)
+    assert versions(open_store(tmp_path)) == before
+
+
+def test_damage_is_not_copied(tmp_path: Path) -> None:
+    fill(tmp_path, range(20))
+    delete(tmp_path, ids_of([3]))
+    before = open_store(tmp_path).manifest
+    flip(tmp_path / "shards" / before.shards[0].name)
+    with pytest.raises(StoreError, match=r"damaged: run `mmalign repair` first"):
+        compact(tmp_path, rows_per_shard=10)
+    assert open_store(tmp_path).manifest == before
+
+
+def test_compaction_holds_one_shard_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new shard is written before the next old one is read."""
+    fill(tmp_path, range(60))
+    delete(tmp_path, ids_of(range(0, 60, 10)))
+    read, ahead = [], []
+    live_rows, write_shard = changes._live_rows, changes.write_shard
+
+    def reading(store: Path, shard: manifests.Shard, dim: int) -> object:
+        read.append(shard.rows)
+        return live_rows(store, shard, dim)
+
+    def writing(store: Path, batch: object) -> object:
+        ahead.append(sum(read))
+        read.clear()
+        return write_shard(store, batch)
+
+    monkeypatch.setattr(changes, "_live_rows", reading)
+    monkeypatch.setattr(changes, "write_shard", writing)
+    compact(tmp_path, rows_per_shard=9)
+    assert shards(tmp_path) == [9] * 6
+    assert max(ahead) <= 10
+
+
+# ---------------------------------------------------------------- garbage
+
+
+def test_old_generations_and_what_only_they_need_are_removed(tmp_path: Path) -> None:
+    fill(tmp_path, range(20))
+    delete(tmp_path, ids_of([0, 10]))
+    compact(tmp_path, rows_per_shard=10)
+    old = {s.name for s in manifests.read(manifests.path_of(tmp_path, 3)).shards}
+    fill(tmp_path, range(100, 106), rows_per_shard=1)
+    make_old(tmp_path)
+    # Eight generations keep what they name; the ninth would let go.
+    assert f"shards/{min(old)}" not in compact(tmp_path, rows_per_shard=1).removed
+    fill(tmp_path, range(106, 108), rows_per_shard=1)
+    report = compact(tmp_path, rows_per_shard=1)
+    assert {f"shards/{name}" for name in old} <= set(report.removed)
+    assert report.removed_bytes > 2000
+    assert len(manifests.generations(tmp_path)) == 8
+    named = {s.name for f in manifests.generations(tmp_path) for s in manifests.read(f).shards}
+    assert {p.name for p in tmp_path.glob("shards/*")} == named
+    assert set(open_store(tmp_path).column("id")) == set(
+        ids_of([*range(1, 10), *range(11, 20), *range(100, 108)])
+    )
+    assert verify(tmp_path) == []
+
+
+def test_a_generation_that_was_just_the_newest_is_kept(tmp_path: Path) -> None:
+    fill(tmp_path, range(20))
+    make_old(tmp_path)
+    reader = open_store(tmp_path)
+    delete(tmp_path, ids_of([0, 10]))
+    compact(tmp_path, rows_per_shard=10)
+    fill(tmp_path, range(100, 109), rows_per_shard=1)
+    assert compact(tmp_path, rows_per_shard=1).removed == (
+        "manifest-00000002.json",
+        "manifest-00000001.json",
+    )
+    assert len(np.concatenate(reader.vectors("image"))) == 20
+    assert delete_rows(tmp_path, [3], reader.manifest.generation) == 1
+
+
+def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    kept = write_index(tmp_path, "kept")
+    left = [
+        tmp_path / "shards" / "0123456789abcdef.arrow",
+        tmp_path / "shards" / ".fedcba.arrow.77.tmp",
+        tmp_path / ".manifest-00000004.json.77.tmp",
+        tmp_path / "index" / "done" / "index.json",
+        tmp_path / "index" / "begun" / "image.faiss",
+        kept / ".image.faiss.77.tmp",
+    ]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x")
+    assert compact(tmp_path, rows_per_shard=10).removed == ()
+    make_old(tmp_path)
+    removed = compact(tmp_path, rows_per_shard=10).removed
+    wanted = [*left[:3], left[3].parent, left[5]]
+    assert sorted(removed) == sorted(str(p.relative_to(tmp_path)) for p in wanted)
+    # An index that is being built may be silent for long.
+    assert left[4].exists()
+    make_old(tmp_path, UNFINISHED_AGE_S)
+    assert compact(tmp_path, rows_per_shard=10).removed == ("index/begun",)
+    assert verify(tmp_path) == []
+    assert open_store(tmp_path).index_folder == kept
+
+
+def test_nothing_is_garbage_while_a_generation_cannot_be_read(tmp_path: Path) -> None:
+    fill(tmp_path, range(30))
+    delete(tmp_path, ids_of([3]))
+    make_old(tmp_path)
+    flip(manifests.generations(tmp_path)[1])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"unreadable: .*; run `mmalign repair` first"):
+        compact(tmp_path, rows_per_shard=10)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_open_reader_outlives_a_compaction(tmp_path: Path) -> None:
+    fill(tmp_path, range(20))
+    reader, late = open_store(tmp_path), open_store(tmp_path)
+    images = np.concatenate(reader.vectors("image"))
+    for shard in reader.manifest.shards:
+        (tmp_path / "shards" / shard.name).unlink()
+    assert np.array_equal(np.concatenate(reader.vectors("image")), images)
+    with pytest.raises(StoreError, match="compacted since it was opened, open it again"):
+        late.vectors("image")
+
+
+def test_masks_come_back_as_they_went_in() -> None:
+    shard = manifests.Shard("x.arrow", 21, 0, "")
+    assert shard.live.all()
+    assert shard.without([]) is shard
+    some = shard.without([0, 20]).without([7, 20])
+    assert some.deleted_rows == 3
+    assert np.flatnonzero(~some.live).tolist() == [0, 7, 20]
+    assert some.keeping(np.ones(21, bool)) == shard
+    assert replace(some, deleted="", deleted_rows=0) == shard

@@ -1,0 +1,196 @@
+"""Rows by SQL: what an expression may name, what it finds, and what it must not do."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_store import fill, row
+
+from mmalign.errors import UsageError
+from mmalign.store import Store, delete, open_store
+from mmalign.store.where import where
+
+pytest.importorskip("duckdb", reason="rows by SQL need DuckDB: pip install 'mmalign[sql]'")
+
+COUNT = 25
+
+
+def meta(number: int) -> dict[str, Any]:
+    return {
+        "label": ("dress", "shoe")[number % 2],
+        "price": number * 0.5 if number % 3 else number,
+        "depth": -number,
+        "big": 2**64 - 1 - number,
+        "ok": bool(number % 2),
+        "mixed": number if number % 2 else "x",
+        "nothing": None,
+        "tags": ["a", f"t{number}"],
+        "author": {"name": f"n{number % 4}"},
+        "颜色": ("红", "蓝")[number % 2],
+        "Blood type": "A",
+        "it's": 1,
+        "a/b~c": 2,
+        'q"q': 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("where") / "s.store"
+    return fill(path, (row(n, **meta(n)) for n in range(COUNT)))
+
+
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        ("label = 'dress'", lambda n: n % 2 == 0),
+        ("meta->>'label' = 'dress'", lambda n: n % 2 == 0),
+        ("price < 3", lambda n: meta(n)["price"] < 3),
+        ("depth between -12 and -9", lambda n: 9 <= n <= 12),
+        ("big > 18446744073709551610", lambda n: n < 5),
+        ("ok", lambda n: n % 2 == 1),
+        ("not ok and id <> 'id4'", lambda n: n % 2 == 0 and n != 4),
+        ("mixed = '11'", lambda n: n == 11),
+        ("nothing is null", lambda n: True),
+        ("nothing = 1", lambda n: False),
+        ("tags->>1 = 't7'", lambda n: n == 7),
+        ("author->>'name' = 'n3'", lambda n: n % 4 == 3),
+        ("颜色 = '蓝'", lambda n: n % 2 == 1),
+        ('"Blood type" = \'A\' and "it\'s" = 1 and "a/b~c" = 2', lambda n: True),
+        ('"q""q" = 3 and ID = \'id9\'', lambda n: n == 9),
+        ("uri like '/pictures/1%'", lambda n: str(n).startswith("1")),
+        ("id in ('id3', 'id24', 'none')", lambda n: n in (3, 24)),
+        ("len(captions) = 2", lambda n: n % 3 == 2),
+        ("array_to_string(captions, ' ') ilike '%DOG, 8.1%'", lambda n: n == 8),
+        ("len(list_filter(captions, lambda c: c like '%狗')) > 1", lambda n: n % 3 == 2),
+        ("label = 'dress'\n  and price > 1 -- and no more", lambda n: n % 2 == 0 and n > 2),
+        ("false", lambda n: False),
+    ],
+)
+def test_finds_what_is_true(store: Store, expression: str, wanted: Callable[[int], bool]) -> None:
+    found = where(store, expression)
+    assert found.dtype == np.int64
+    assert found.tolist() == [n for n in range(COUNT) if wanted(n)]
+
+
+def test_a_field_of_few_rows_and_shards(tmp_path: Path) -> None:
+    held = fill(tmp_path, (row(n, **({"rare": n} if n in (3, 23) else {})) for n in range(COUNT)))
+    assert where(held, "rare > 0").tolist() == [3, 23]
+    assert len(where(held, "rare is null")) == COUNT - 2
+
+
+def test_deleted_rows_are_not_found_and_do_not_move_others(tmp_path: Path) -> None:
+    fill(tmp_path, (row(n, label="x") for n in range(COUNT)))
+    delete(tmp_path, ["id0", "id11", "id24"])
+    found = where(open_store(tmp_path), "label = 'x'")
+    assert found.tolist() == [n for n in range(COUNT) if n not in (0, 11, 24)]
+
+
+def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
+    held = fill(tmp_path, [])
+    assert where(held, "whatever = 1").tolist() == []
+    with pytest.raises(UsageError, match="not a SQL expression"):
+        where(held, "whatever =")
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("labl = 'dress'", "no field of meta is called 'labl': did you mean 'label'?"),
+        ('label = "dress"', "called 'dress'.*text is written in 'single quotes'"),
+        ('"#row" = 1', "called '#row'"),
+        ("stored.id = 'id1'", "called 'stored'"),
+        ("label = ", "not a SQL expression: syntax error"),
+        ("", "it is empty"),
+        (" \n", "it is empty"),
+        ("label = 'dress", "not a SQL expression: unterminated"),
+        ("true /* and", "not a SQL expression: unterminated"),
+        ("true) or (true", "not a SQL expression: syntax error"),
+        ("true; select 1", "nothing after it"),
+        ("true;", "syntax error"),
+        ("true; drop table stored", "not a SQL expression"),
+        ("true order by id", "nothing after it"),
+        ("true limit 1", "nothing after it"),
+        ("true group by id", "nothing after it"),
+        ("true using sample 1", "nothing after it"),
+        ("true union select 1", "nothing after it"),
+        ("id in (select id from stored)", "a subquery has no place here"),
+        ("exists(from read_text('/etc/hosts'))", "a subquery has no place here"),
+        ("id = (from 'secret.csv')", "a subquery has no place here"),
+        ("row_number() over () = 1", "a window has no place here"),
+        ("columns(*) = 'x'", "a star has no place here"),
+        ("#1 = 'x'", "a positional_reference has no place here"),
+        ("id = $1", "nothing after it"),
+        ("sum(price) > 1", "cannot contain aggregates"),
+        ("read_text('/etc/hosts') = ''", "read_text"),
+        ("getenv('HOME') = ''", "getenv"),
+        ("nope(id)", "nope"),
+        ("label", "of type VARCHAR, not true or false"),
+        ("price", "of type DOUBLE, not true or false"),
+        ("1", "not true or false"),
+        ("label::int = 1", "Could not convert string 'dress'"),
+        ("label = 'dress' or Label = 'x'", "differ only in case"),
+    ],
+)
+def test_what_is_no_expression_is_said_in_one_line(
+    store: Store, expression: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        where(store, expression)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"where {expression!r}: ")
+
+
+def test_nothing_can_be_read_written_or_loaded(store: Store, tmp_path: Path) -> None:
+    """Even were an expression to get past the checks, the engine has its doors shut."""
+    import duckdb
+
+    from mmalign.store.where import CONFIG
+
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    with duckdb.connect(":memory:", config=CONFIG) as engine:
+        engine.execute("SET lock_configuration = true")
+        for attack in (
+            f"SELECT * FROM read_csv('{secret}')",
+            f"SELECT * FROM '{secret}'",
+            f"COPY (SELECT 1) TO '{tmp_path / 'out.csv'}'",
+            f"ATTACH '{tmp_path / 'other.db'}'",
+            f"EXPORT DATABASE '{tmp_path / 'dump'}'",
+            "INSTALL httpfs",
+            "LOAD httpfs",
+            "SELECT * FROM store",
+            "SET enable_external_access = true",
+            "SET threads = 1",
+        ):
+            with pytest.raises(duckdb.Error):
+                engine.execute(attack)
+    assert list(tmp_path.iterdir()) == [secret]
+
+
+def test_without_duckdb_it_says_what_to_install(tmp_path: Path) -> None:
+    fill(tmp_path, [row(1)])
+    code = (
+        "import sys; sys.modules['duckdb'] = None\n"
+        "from mmalign.store import open_store\n"
+        "from mmalign.store.where import where\n"
+        "from mmalign.errors import InstallError\n"
+        "try:\n    where(open_store(sys.argv[1]), 'true')\n"
+        "except InstallError as error:\n    print(error)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said == "rows by SQL need DuckDB: pip install 'mmalign[sql]'\n"
+
+
+def test_many_rows_are_found_in_order(tmp_path: Path) -> None:
+    one, count = row(0, 0), 20_000
+    many = (replace(one, id=f"id{n}", meta=json.dumps({"n": n})) for n in range(count))
+    held = fill(tmp_path, many, rows_per_shard=1000)
+    assert where(held, "n % 3 = 1").tolist() == list(range(1, count, 3))
