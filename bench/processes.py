@@ -1,4 +1,4 @@
-"""A command run to its end: how long it took, and the most memory that its processes held. Linux."""
+"""A command run to its end: how long it took, and the most memory its processes held. Linux."""
 
 import os
 import subprocess

@@ -33,7 +33,8 @@ class Ivf(Index):
         """See `Index.search`. Parameters travel with the call: threads do not disturb another."""
         words: dict[str, Any] = {"nprobe": self.nprobe}
         if allow_N is not None:
-            words["sel"] = faiss.IDSelectorBitmap(np.packbits(allow_N, bitorder="little"))
+            bits = np.packbits(allow_N, bitorder="little")
+            words["sel"] = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg, arg-type]
         parameters = faiss.SearchParametersIVF(**words)
         queries = np.ascontiguousarray(queries_MD, dtype=np.float32)
         return self.index.search(queries, k, params=parameters)  # type: ignore[no-any-return]

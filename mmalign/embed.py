@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmalign.data import report_skips
+from mmalign.data import Spool, report_skips
 from mmalign.errors import UsageError
 from mmalign.evaluate import compare
 from mmalign.model import Encoder, Precision, fastest_device, in_precision, load_model
 from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
-from mmalign.store import ModelCard, Row, Writer, add_failures, delete_rows, open_store
+from mmalign.store import ModelCard, Row, Writer, add_failures, delete_rows, open_or_new, open_store
 from mmalign.todo import Todo, Wanted, find_todo, meta_json, removed
 
 COMMIT_SECONDS = 60.0
@@ -31,7 +31,9 @@ class EmbedReport:
     """What a run of `embed` did."""
 
     added: int
-    """Rows that are new, or replace a row whose source had changed."""
+    """Rows that are new, or replace one whose source has changed."""
+    changed: int
+    """Samples whose source has changed since they were embedded."""
     present: int
     failed: int
     removed: int
@@ -77,22 +79,28 @@ def embed(
         raise UsageError("--drop-removed looks at all samples: run it without --shard")
     path = Path(out)
     encoder, got = in_precision(load_model(model).on(fastest_device()), precision)
-    writer = Writer(path, ModelCard(encoder.identity, encoder.source, encoder.dim))
-    store = open_store(path)
-    todo = find_todo(store, Wanted(sources, caption_keys, checksum, part))
-    if got == "int8" and len(todo.records) >= COMPARED:
-        sample = list(islice(todo.records, COMPARED))
-        say(f"int8 beside float32: {compare(load_model(model), encoder, sample)}")
-    added, seconds = _write(writer, encoder, todo, thumbnails)
+    card = ModelCard(encoder.identity, encoder.source, encoder.dim)
+    store = open_or_new(path, card)
+    with Spool() as spool:
+        todo = find_todo(store, Wanted(sources, caption_keys, checksum, part), spool)
+        present = todo.present
+        if got == "int8" and len(spool) >= COMPARED:
+            sample = list(islice(spool, COMPARED))
+            say(f"int8 beside float32: {compare(load_model(model), encoder, sample)}")
+        added, seconds = _write(Writer(path, card), encoder, todo, thumbnails)
     gone = removed(store, sources, todo.seen_N) if drop_removed else []
     dropped = delete_rows(path, gone, store.manifest.generation) if gone else 0
 
     _list_failures(path, todo)
     failed, rows = sum(not s.kept for s in todo.skips), len(open_store(path))
-    counts = f"{added} added, {todo.present} already there, {failed} failed"
-    say(f"{counts}{f', {dropped} removed' if dropped else ''}: {rows} rows in {out}")
+    changed = f" ({todo.changed} had changed)" if todo.changed else ""
+    gone_too = f", {dropped} removed" if dropped else ""
+    say(
+        f"{added} added{changed}, {present} already there, {failed} failed{gone_too}: "
+        f"{rows} rows in {out}"
+    )
     rate = added / max(seconds, 1e-9)
-    return EmbedReport(added, todo.present, failed, dropped, rows, rate, got)
+    return EmbedReport(added, todo.changed, present, failed, dropped, rows, rate, got)
 
 
 def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tuple[int, float]:
@@ -111,7 +119,6 @@ def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tu
             added += len(good)
             progress.update(len(good) + len(lost))
             progress.set_postfix_str(pipeline.describe(), refresh=False)
-    todo.records.close()
     return added, time.monotonic() - started
 
 

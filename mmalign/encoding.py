@@ -3,6 +3,8 @@
 B items of a batch, C captions of one item, D dimensions.
 """
 
+import contextlib
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ T = TypeVar("T")
 Vectors = NDArray[np.float32]
 TEXTS_AT_ONCE = 256
 CACHED_TEXTS = 20_000
+# From malloc.h of glibc.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 class Texts:
@@ -67,6 +71,18 @@ def in_halves(encode: Callable[[Sequence[T]], Vectors], items: Sequence[T]) -> V
     say(f"out of memory with {len(items)} at once; going on in halves")
     half = len(items) // 2
     return np.concatenate([in_halves(encode, items[:half]), in_halves(encode, items[half:])])
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, where it can be told so.
+
+    By default it hands large blocks back to the system, which clears them page by page when they
+    are asked for again; on a CPU that took a fifth of the time of encoding in eight bits.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

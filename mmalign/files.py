@@ -9,6 +9,7 @@ temporary file that a killed process left is no data; `leftovers` finds it.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -36,8 +37,12 @@ class Disk:
         return open(path, "xb")
 
     def append(self, path: Path) -> BinaryIO:
-        """Open a file for writing at its end; it is made if there is none."""
-        return open(path, "ab")
+        """Open a file for writing at its end, unbuffered; it is made if there is none."""
+        return open(path, "ab", buffering=0)
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        """Forget what an open file holds beyond a size in bytes."""
+        file.truncate(size)
 
     def sync(self, file: BinaryIO) -> None:
         """Return when what was written to an open file is on the disk."""
@@ -125,13 +130,13 @@ def sync_folder(folder: Path) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it that are missing, so that they survive a power cut."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    # Whoever made the one that is there may have died before this. Its parent may also be none of
+    # our business, and closed to us.
+    with contextlib.suppress(PermissionError):
+        sync_folder((missing[-1].parent if missing else path).parent)
     for folder in reversed(missing):
         disk.make_folder(folder)
         sync_folder(folder.parent)
-    if not missing:
-        # Whoever made it may have died before this. Its parent may be none of our business, too.
-        with contextlib.suppress(PermissionError):
-            sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -262,14 +267,54 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines durably. A torn line at the end of the file stays apart from them."""
+    """Append JSON lines durably: all of them, or after an error none.
+
+    A line that a killed process has torn stays apart from them. Without rows, what others appended
+    is made to last.
+    """
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # Names of files may hold half a surrogate; UTF-8 has none, JSON has an escape for it.
     content = lines.encode("utf-8", "backslashreplace")
-    with _naming(path), disk.append(path) as file:
-        file.write(b"\n" + content if _is_torn(path) else content)
-        disk.sync(file)
+    with _appending(path) as (file, alone):
+        size = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(b"\n" + content if content and _is_torn(path) else content)
+            while left:
+                left = left[file.write(left) :]
+            disk.sync(file)
+        except OSError:
+            # Half a line, or one that can be seen and is not on the disk, is worse than none.
+            if alone:
+                with contextlib.suppress(OSError):
+                    disk.truncate(file, size)
+            raise
     sync_folder(path.parent)
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file as a whole while those who would append to it wait."""
+    with _appending(path):
+        write_bytes(path, change(path.read_bytes()))
+
+
+@contextlib.contextmanager
+def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """Open a file at its end; True where nobody else can (some file systems have no locks)."""
+    while True:
+        with _naming(path), disk.append(path) as file:
+            alone = _lock(file)
+            # Whoever was waited for may have put another file in its place.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file, alone
+                return
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _is_torn(path: Path) -> bool:
@@ -278,16 +323,6 @@ def _is_torn(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() not in (b"", b"\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; what cannot be read (a crash in the middle of an append) is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
 
 
 def sha256(path: Path) -> str:

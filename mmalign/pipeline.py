@@ -35,7 +35,7 @@ from mmalign.data import (
     stamp,
     thumbnail,
 )
-from mmalign.encoding import Texts, in_halves
+from mmalign.encoding import Texts, in_halves, keep_memory
 from mmalign.model import Encoder
 
 Vectors = NDArray[np.float32]
@@ -97,6 +97,8 @@ class Pipeline:
         self.images = modality.of(encoder)["image"]
         self.texts = Texts(encoder)
         on_cpu = encoder.device.type == "cpu"
+        if on_cpu:
+            keep_memory()
         self.threads = torch.get_num_threads()
         self.batch = CPU_BATCH if on_cpu else GPU_BATCH
         self.decoding = Stage("decode", modality.decode_workers())

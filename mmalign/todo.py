@@ -59,6 +59,8 @@ class Todo:
     seen_N: NDArray[np.bool_]
     """Rows of the store that the sources still have."""
     samples: int = 0
+    changed: int = 0
+    """Of the records, those that the store holds in an older state."""
     skips: list[Skip] = field(default_factory=list)
 
     @property
@@ -72,8 +74,8 @@ class Todo:
         return self.samples + sum(not s.kept for s in self.skips)
 
 
-def find_todo(store: Store, wanted: Wanted) -> Todo:
-    """Scan sources for what a store lacks, or holds in an older state.
+def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
+    """Scan sources for what a store lacks, or holds in an older state; it is put on the spool.
 
     A sample is as it was where its size, time of last change, captions and metadata are; where
     only the time differs, its content decides.
@@ -81,7 +83,7 @@ def find_todo(store: Store, wanted: Wanted) -> Todo:
     Raises:
         DataError: A source does not exist, or none holds a usable sample.
     """
-    todo = Todo(Spool(), np.zeros(store.manifest.physical_rows, np.bool_))
+    todo = Todo(spool, np.zeros(store.manifest.physical_rows, np.bool_))
 
     def records() -> Iterator[Record]:
         for found in stream(wanted.sources, wanted.caption_keys):
@@ -95,8 +97,7 @@ def find_todo(store: Store, wanted: Wanted) -> Todo:
     for found in everything:
         mine = [record for record in found if wanted.takes(record)]
         todo.samples -= len(found) - len(mine)
-        for record in _lacking(store, mine, wanted.checksum, todo.seen_N):
-            todo.records.add(record)
+        _add_lacking(todo, store, mine, wanted.checksum)
     if not todo.samples and wanted.part[1] == 1:
         raise nothing_usable(wanted.sources, todo.skips, wanted.caption_keys)
     # What can no longer be used is not gone: its row stays.
@@ -129,21 +130,17 @@ def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     return iter(lambda: list(islice(rest, size)), [])
 
 
-def _lacking(
-    store: Store, records: Sequence[Record], checksum: bool, seen_N: NDArray[np.bool_]
-) -> Iterator[Record]:
-    """Pass on what the store does not hold as it is; mark what it holds."""
-    if not len(store):
-        yield from records
-        return
-    rows, records = _held(store, records)
-    seen_N[[row["number"] for row in rows if row]] = True
+def _add_lacking(todo: Todo, store: Store, records: Sequence[Record], checksum: bool) -> None:
+    """Note what the store does not hold as it is, and what it holds."""
+    rows, records = _held(store, records) if len(store) else ([{} for _ in records], records)
+    todo.seen_N[[row["number"] for row in rows if row]] = True
     pairs = list(zip(records, rows, strict=True))
     workers = modality.decode_workers()
     changed = in_threads(lambda pair: _changed(*pair, checksum), pairs, workers, ahead=4 * workers)
-    for record, new in zip(records, changed, strict=True):
+    for record, row, new in zip(records, rows, changed, strict=True):
         if new:
-            yield record
+            todo.records.add(record)
+            todo.changed += bool(row)
 
 
 def _changed(record: Record, row: dict[str, Any], checksum: bool) -> bool:

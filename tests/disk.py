@@ -6,7 +6,8 @@ folder, where readers see it; beside that a model tells what has reached the dis
 - of a file, what was there at its last sync; more of it may be there, torn anywhere
 - of a folder, the names at its last sync; each later change may be there or not, in any order
 
-A failed sync takes what it should have written out of all later ones, as Linux does.
+What a failed sync should have written of a file is out of all later ones, as on Linux; names are
+kept by the file system's journal, so that of a folder a later sync can be believed.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from mmalign import files
 
 REAL = files.Disk()
 NEEDS_NO_SPACE = {"unlink", "remove_folder"}
-NAMES_NO_FILE = {"write", "sync", "sync_path", "sync_folder"}
+IN_MEMORY = {"truncate"}
+NAMES_NO_FILE = {"write", "sync", "sync_path", "sync_folder", "truncate"}
 
 
 class PowerCut(BaseException):
@@ -40,14 +42,22 @@ class File:
     durable: bytes = b""
     doomed: bool = False
     """A sync failed: what was not durable then never will be for sure."""
+    forgotten: bytes = b""
+    """What was there before the file was cut, which may not have reached the disk."""
 
     def sync(self) -> None:
         if not self.doomed:
-            self.durable = self.written
+            self.durable, self.forgotten = self.written, b""
+
+    def truncate(self, size: int) -> None:
+        self.forgotten = max(self.forgotten, self.written, key=len)
+        self.written = self.written[:size]
+        # What is written from now on is new to the system.
+        self.doomed = self.doomed and size > len(self.durable)
 
     def torn(self, rng: random.Random) -> bytes:
         """What a power cut may leave: the durable part, and any of the rest, cut or zeroed."""
-        tail = self.written[len(self.durable) :]
+        tail = rng.choice([self.written, self.forgotten])[len(self.durable) :]
         kept = tail[: rng.randint(0, len(tail))]
         if rng.random() < 0.3:
             # The length was written, the blocks were not, or not all of them.
@@ -76,7 +86,6 @@ class Folder:
     names: dict[str, Node] = field(default_factory=dict)
     durable: dict[str, Node] = field(default_factory=dict)
     pending: list[Change] = field(default_factory=list)
-    doomed: list[Change] = field(default_factory=list)
 
     def change(self, change: Change) -> None:
         _apply(self.names, change)
@@ -87,14 +96,6 @@ class Folder:
         for change in [c for c in self.pending if only is None or c in only]:
             _apply(self.durable, change)
             self.pending.remove(change)
-            for older in self.doomed:
-                older.names = {k: v for k, v in older.names.items() if k not in change.names}
-
-    def fail_to_sync(self) -> None:
-        # Folders are told apart: nothing but one more sync can ever make a new one durable.
-        lost = [c for c in self.pending if not any(isinstance(n, Folder) for n in c.names.values())]
-        self.pending = [c for c in self.pending if c not in lost]
-        self.doomed += lost
 
 
 def _apply(names: dict[str, Node], change: Change) -> None:
@@ -113,10 +114,14 @@ class SimulatedDisk:
         self.root = root
         self.count = 0
         self.tree = _read(root)
-        self.before: Callable[[int, str, Path], None] = lambda number, operation, path: None
+        self.before: Callable[[int, str, Path], None] = self.nothing
         """Called before each operation; what it raises is the operation's outcome."""
-        self.after: Callable[[int, str, Path], None] = lambda number, operation, path: None
+        self.after: Callable[[int, str, Path], None] = self.nothing
         """Called when it has happened; what it raises hides that."""
+
+    @staticmethod
+    def nothing(number: int, operation: str, path: Path) -> None:
+        """Let an operation happen."""
 
     def copy(self, root: Path) -> "SimulatedDisk":
         """Return an equal disk in another scratch folder, as it is now: no power was lost."""
@@ -124,23 +129,34 @@ class SimulatedDisk:
         other = SimulatedDisk.__new__(SimulatedDisk)
         other.root, other.count = root, 0
         other.tree = deepcopy(self.tree)
-        other.before = other.after = lambda number, operation, path: None
+        other.before = other.after = self.nothing
         return other
 
     def cut(self, root: Path, rng: random.Random | None) -> "SimulatedDisk":
         """Return a disk as it may be after a power cut; without `rng`, with the least there is."""
         happened: set[Change] = set()
         for folder in _folders(self.tree) if rng else []:
-            happened |= {c for c in folder.doomed + folder.pending if rng and rng.random() < 0.6}
+            happened |= {c for c in folder.pending if rng and rng.random() < 0.6}
         happened |= {c.only_with for c in happened if c.only_with}
         _write(self.tree, root, happened, rng)
         return SimulatedDisk(root)
+
+    def flip(self, path: Path, bit: int) -> None:
+        """Change one bit of a file that is durable."""
+        content = bytearray(path.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        node = self.folder(path.parent).names[path.name]
+        assert isinstance(node, File)
+        node.written = node.durable = bytes(content)
 
     def folder(self, path: Path) -> Folder:
         """Return the model of a folder."""
         node: Node = self.tree
         for part in path.relative_to(self.root).parts:
             assert isinstance(node, Folder)
+            if part not in node.names:
+                fail(errno.ENOENT, "open", path)
             node = node.names[part]
         assert isinstance(node, Folder)
         return node
@@ -170,11 +186,16 @@ class SimulatedDisk:
                 names.change(Change({path.name: File()}))
             node = names.names[path.name]
         assert isinstance(node, File)
-        return io.BufferedWriter(_Raw(self, path, node, raw))  # type: ignore[return-value]
+        return _Raw(self, path, node, raw)  # type: ignore[return-value]
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        with self.doing("truncate", file.path):  # type: ignore[attr-defined]
+            file.raw.truncate(size)  # type: ignore[attr-defined]
+            file.node.truncate(size)  # type: ignore[attr-defined]
 
     def sync(self, file: BinaryIO) -> None:
         file.flush()
-        raw = file.raw  # type: ignore[attr-defined]
+        raw = file if isinstance(file, _Raw) else file.raw  # type: ignore[attr-defined]
         try:
             with self.doing("sync", raw.path):
                 raw.node.sync()
@@ -192,15 +213,11 @@ class SimulatedDisk:
         # A store's own parent is inside of the root; what lies above is not simulated.
         if not folder.is_relative_to(self.root):
             return
-        try:
-            with self.doing("sync_folder", folder):
-                moved = [c.only_with for c in self.folder(folder).pending if c.only_with]
-                for other in _folders(self.tree):
-                    other.sync(moved)
-                self.folder(folder).sync()
-        except OSError:
-            self.folder(folder).fail_to_sync()
-            raise
+        with self.doing("sync_folder", folder):
+            moved = [c.only_with for c in self.folder(folder).pending if c.only_with]
+            for other in _folders(self.tree):
+                other.sync(moved)
+            self.folder(folder).sync()
 
     def make_folder(self, path: Path) -> None:
         with self.doing("make_folder", path):
@@ -246,6 +263,12 @@ class _Raw(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.raw.seek(offset, whence)
+
     def write(self, content) -> int:  # type: ignore[no-untyped-def]
         content = bytes(content)
         try:
@@ -277,7 +300,7 @@ def _read(folder: Path) -> Folder:
 
 def _folders(tree: Folder) -> list[Folder]:
     inner = [*tree.names.values(), *tree.durable.values()]
-    inner += [n for c in tree.doomed + tree.pending for n in c.names.values() if n]
+    inner += [n for c in tree.pending for n in c.names.values() if n]
     folders = {id(n): n for n in inner if isinstance(n, Folder)}
     return [tree, *(f for folder in folders.values() for f in _folders(folder))]
 
@@ -285,7 +308,7 @@ def _folders(tree: Folder) -> list[Folder]:
 def _write(tree: Folder, path: Path, happened: set[Change], rng: random.Random | None) -> None:
     """Lay out what a power cut leaves of a folder."""
     names = dict(tree.durable)
-    for change in tree.doomed + tree.pending:
+    for change in tree.pending:
         if change in happened:
             _apply(names, change)
     path.mkdir()
@@ -319,11 +342,11 @@ def dies_at(number: int) -> Callable[[int, str, Path], None]:
 def fails_at(number: int, code: int, stays: bool) -> Callable[[int, str, Path], None]:
     """One operation fails with an error of the system, or it and all later ones.
 
-    A disk that stays full still removes names.
+    A disk that stays full still removes names, and a broken one is not asked to cut a file.
     """
 
     def before(current: int, operation: str, path: Path) -> None:
-        spared = code == errno.ENOSPC and operation in NEEDS_NO_SPACE
+        spared = operation in IN_MEMORY or (code == errno.ENOSPC and operation in NEEDS_NO_SPACE)
         if current == number or (stays and current > number and not spared):
             fail(code, operation, path)
 

@@ -4,12 +4,11 @@
 what was acknowledged and what a call that has not returned may have done.
 """
 
-import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +22,8 @@ COLUMNS = ("id", "uri", "captions", "meta", "thumbnail", "stamp", "checksum")
 
 Rows = dict[str, int]
 """Versions by id."""
+Failures = dict[str, str | None]
+"""Reasons by uri; None for what is resolved."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,23 @@ class State:
     index: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ledger:
     """What was promised; final. A state of None: there is no store."""
 
     state: State | None = None
-    coming: list[State | None] = field(default_factory=list)
+    coming: tuple[State | None, ...] = ()
     """What a call that has not returned may leave instead."""
-    failures: dict[str, str | None] = field(default_factory=dict)
-    failures_coming: dict[str, str | None] = field(default_factory=dict)
+    failures: Failures = field(default_factory=dict)
+    failures_coming: tuple[Failures, ...] = ()
+    damaged: bool = False
+    """Something is; `state` and `failures` are what `repair` must bring."""
+    torn: bool = False
+    """An append to the list of failures may have been cut off."""
 
     @property
     def rows(self) -> Rows:
         return self.state.rows if self.state else {}
-
-    @property
-    def allowed(self) -> list[State | None]:
-        return [self.state, *self.coming]
-
-    def copy(self) -> "Ledger":
-        return replace(self, coming=list(self.coming), failures=dict(self.failures))
-
-    @contextlib.contextmanager
-    def doing(self, after: State) -> Iterator[None]:
-        """Leave `after` when the block ends well; when not, it may be so or not."""
-        self.coming = [after]
-        yield
-        self.state, self.coming = after, []
 
 
 @cache

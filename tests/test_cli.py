@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from mmalign.cli import main
 from mmalign.model import new_model, save_model
+from mmalign.store import manifest as manifests
 
 COMMANDS = sorted(main.commands)
 
@@ -207,9 +209,9 @@ def test_two_models_do_not_meet(own_store: Path, run: Path, other_run: Path, sce
 
 def test_a_model_that_moved(own_store: Path, run: Path) -> None:
     for manifest in own_store.glob("manifest-*.json"):
-        values = json.loads(manifest.read_text())
-        values["model"]["source"] = "/gone/run"
-        manifest.write_text(json.dumps(values))
+        held = manifests.parse(manifest.read_bytes())
+        moved = replace(held, model=replace(held.model, source="/gone/run"))
+        manifest.write_bytes(manifests.render(moved))
     said = complaint(1, "search", own_store, "red")
     assert "/gone/run" in said
     assert answer("info", own_store)["model"]["identity"] in said
@@ -267,7 +269,7 @@ def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:
     assert json.loads(as_json.stdout) == {"damaged": [plain.stdout.strip()]}
     shard.unlink()
     assert f"{shard}: missing" in call("verify", own_store).stdout
-    assert f"{shard}: shard cannot be read" in complaint(1, "search", own_store, "red")
+    assert f"{shard}: shard missing" in complaint(1, "search", own_store, "red")
 
 
 def test_places_that_cannot_be_written(run: Path, scenes: Path, tmp_path: Path) -> None:
@@ -313,8 +315,14 @@ def test_index_and_info_print_one_object(own_store: Path) -> None:
 def test_embed_train_and_evaluate_print_one_object(
     run: Path, scenes: Path, own_store: Path, tmp_path: Path
 ) -> None:
-    again = answer("embed", "--model", run, "--data", scenes, "--out", own_store)
+    words = ("embed", "--model", run, "--data", scenes, "--out", own_store)
+    again = answer(*words, "--caption-key", "captions", "--caption-key", "captions_zh")
     assert (again["added"], again["present"], again["failed"], again["rows"]) == (0, 96, 0, 96)
+    # Other captions are a change.
+    again = answer(*words, "--caption-key", "captions_zh", "--precision", "float32")
+    assert (again["added"], again["changed"], again["present"], again["rows"]) == (96, 96, 0, 96)
+    assert again["precision"] == "float32"
+    assert "write i/n with i from 1 to n" in complaint(2, *words, "--shard", "2of3")
     measured = answer("evaluate", "--model", run, "--data", scenes, "--caption-key", "captions_zh")
     assert (measured["images"], measured["skipped"]) == (96, 0)
     assert 0 <= measured["image_retrieval_recall@1"] <= measured["image_retrieval_recall@10"] <= 1

@@ -1,12 +1,16 @@
 """Files are whole or absent whenever the power goes, and an error says which file it is about."""
 
+import contextlib
 import errno
 import inspect
 import io
+import json
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disk import PowerCut, SimulatedDisk, dies_at, fail, fails_at, using
@@ -84,7 +88,7 @@ def test_an_error_names_its_file_and_leaves_nothing(
             assert error.errno == code
             assert str(disk.root) in str(error.filename)
             assert stays or not files.leftovers(disk.root)
-            disk.before = lambda *told: None
+            disk.before = SimulatedDisk.nothing
             WRITES[write](disk.root / "file")
         name = "claimed" if write == "claim" else "file"
         assert content(disk.root / name) == NEW
@@ -169,8 +173,8 @@ def test_a_new_folder_survives_a_power_cut(tmp_path: Path) -> None:
         assert (disk.cut(tmp_path / "left", None).root / "a" / "b" / "c").is_dir()
         # Made by somebody who died before the sync.
         disk.make_folder(disk.root / "d")
-        files.make_folder(disk.root / "d")
-    assert (disk.cut(tmp_path / "left-too", None).root / "d").is_dir()
+        files.make_folder(disk.root / "d" / "e")
+    assert (disk.cut(tmp_path / "left-too", None).root / "d" / "e").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         files.make_folder(tmp_path / "file")
@@ -218,44 +222,127 @@ def test_a_disk_without_sync_of_folders_is_no_error(tmp_path: Path, code: int) -
     assert content(tmp_path / "file") == NEW
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that can be read."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def test_lines_survive_what_happens_to_others(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
-    assert files.read_lines(file) == []
     files.append_lines(file, [{"uri": "a"}, {"uri": "half a surrogate \udcff, 图"}])
     with open(file, "ab") as torn:
         torn.write(b'{"uri": "\xff\n{"uri": "to')
     files.append_lines(file, [{"uri": "b"}])
-    assert [r["uri"] for r in files.read_lines(file)] == ["a", "half a surrogate \udcff, 图", "b"]
+    assert [r["uri"] for r in lines(file)] == ["a", "half a surrogate \udcff, 图", "b"]
 
 
-def test_appended_lines_survive_a_power_cut(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    disk = SimulatedDisk(tmp_path / "disk")
-    file = disk.root / "lines.jsonl"
-    with using(disk):
-        files.append_lines(file, [{"n": 0}])
-        second = disk.count
-        files.append_lines(file, [{"n": 1}] * 40)
-    last = disk.count
-    for number in range(second, last + 1):
-        again = SimulatedDisk(_folder(tmp_path / f"{number}"))
-        again.before = dies_at(number)
-        try:
-            with using(again):
-                files.append_lines(again.root / "lines.jsonl", [{"n": 0}])
-                files.append_lines(again.root / "lines.jsonl", [{"n": 1}] * 40)
-        except PowerCut:
-            pass
-        for seed in range(10):
-            left = again.cut(tmp_path / f"{number}-{seed}", random.Random(seed))
+def test_lines_survive_a_power_cut(tmp_path: Path) -> None:
+    """Appended again after it, all of them; whoever did so may stop anywhere."""
+    for number in count():
+        disk = SimulatedDisk(folder(tmp_path / f"{number}"))
+        file = disk.root / "lines.jsonl"
+        with using(disk):
+            files.append_lines(file, [{"n": 0}])
+            first = disk.count
+            disk.before = dies_at(first + number)
+            with contextlib.suppress(PowerCut):
+                files.append_lines(file, [{"n": 1}] * 400)
+        for seed in range(20):
+            left = disk.cut(tmp_path / f"{number}-{seed}", random.Random(seed))
             with using(left):
                 files.append_lines(left.root / "lines.jsonl", [{"n": 2}])
-            numbers = [r["n"] for r in files.read_lines(left.root / "lines.jsonl")]
+            numbers = [line["n"] for line in lines(left.root / "lines.jsonl")]
             ones = numbers.count(1)
             assert numbers == [0, *[1] * ones, 2]
-            assert ones == 40 or number < last
+            assert ones == 400 or disk.count > first + number
+        if disk.count == first + number:
+            break
+    assert number == first
 
 
-def _folder(path: Path) -> Path:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_lines_are_appended_all_or_none(tmp_path: Path, code: int) -> None:
+    """After an error nothing can be seen that the disk may not have."""
+    for number in count():
+        disk = SimulatedDisk(folder(tmp_path / f"{number}"))
+        file = disk.root / "lines.jsonl"
+        with using(disk):
+            files.append_lines(file, [{"n": 0}])
+            disk.before = fails_at(disk.count + number, code, False)
+            try:
+                files.append_lines(file, [{"n": 1}] * 400)
+            except OSError:
+                seen = [line["n"] for line in lines(file)]
+                # Only the name of the file may not last, and it was synced before.
+                assert seen == [0] or (number == 3 and seen == [0, *[1] * 400])
+            else:
+                break
+            files.append_lines(file, [{"n": 2}])
+        left = disk.cut(tmp_path / f"{number}-left", None).root / "lines.jsonl"
+        assert lines(left) == [*({"n": n} for n in seen), {"n": 2}]
+    assert number == 4
+
+
+def test_lines_that_others_appended_are_made_to_last(tmp_path: Path) -> None:
+    disk = SimulatedDisk(folder(tmp_path / "disk"))
+    file = disk.root / "lines.jsonl"
+    with using(disk):
+        disk.before = dies_at(2)
+        with contextlib.suppress(PowerCut):
+            files.append_lines(file, [{"n": 0}])
+        disk.before = SimulatedDisk.nothing
+        assert lines(file) == [{"n": 0}]
+        files.append_lines(file, [])
+    assert lines(disk.cut(tmp_path / "left", None).root / "lines.jsonl") == [{"n": 0}]
+
+
+def test_a_disk_takes_lines_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raw(io.FileIO):
+        def write(self, content) -> int:  # type: ignore[no-untyped-def]
+            return super().write(bytes(content)[:7])
+
+    monkeypatch.setattr(files.Disk, "append", lambda self, path: Raw(path, "a"))
+    files.append_lines(tmp_path / "file", [{"uri": "picture"}] * 9)
+    assert lines(tmp_path / "file") == [{"uri": "picture"}] * 9
+
+
+def test_who_appends_waits_for_who_rewrites(tmp_path: Path) -> None:
+    """Lines that come while a file is rewritten are in the new one."""
+    file = tmp_path / "lines.jsonl"
+    files.append_lines(file, [{"n": 0}])
+    with ThreadPoolExecutor(1) as pool:
+
+        def change(content: bytes) -> bytes:
+            waiting.append(pool.submit(files.append_lines, file, [{"n": 2}]))
+            assert len(lines(file)) == 1
+            return content + b'{"n": 1}\n'
+
+        waiting: list[Future[None]] = []
+        files.rewrite(file, change)
+        waiting[0].result()
+    assert [line["n"] for line in lines(file)] == [0, 1, 2]
+
+
+def test_without_locks_lines_are_appended_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*told: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    files.append_lines(tmp_path / "file", [{"n": 0}])
+    disk = SimulatedDisk(tmp_path)
+    disk.before = fails_at(1, errno.ENOSPC, False)
+    with using(disk), pytest.raises(OSError, match="space"):
+        files.append_lines(tmp_path / "file", [{"n": 1}])
+    files.append_lines(tmp_path / "file", [{"n": 2}])
+    assert lines(tmp_path / "file") == [{"n": 0}, {"n": 2}]
+
+
+def folder(path: Path) -> Path:
     path.mkdir()
     return path

@@ -11,7 +11,7 @@ from store_samples import CARD, fill, flip, ids_of, row, versions, write_index
 
 from mmalign import open_store
 from mmalign.errors import StoreError
-from mmalign.store import Writer, changes, compact, delete, delete_rows, verify
+from mmalign.store import Writer, changes, compact, delete, delete_rows, garbage, verify
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, UNFINISHED_AGE_S
 
@@ -277,6 +277,25 @@ def test_a_generation_that_was_just_the_newest_is_kept(tmp_path: Path) -> None:
     )
     assert len(np.concatenate(reader.vectors("image"))) == 20
     assert delete_rows(tmp_path, [3], reader.manifest.generation) == 1
+
+
+def test_two_can_collect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(12), rows_per_shard=1)
+    for number in range(3):
+        (tmp_path / "shards" / f"{number:016x}.arrow").write_bytes(b"x")
+    make_old(tmp_path)
+    remove, others = garbage.files.remove, [1, 2]
+
+    def slow_remove(path: Path) -> None:
+        if others:
+            others.pop()
+            compact(tmp_path, rows_per_shard=1)
+        remove(path)
+
+    monkeypatch.setattr(garbage.files, "remove", slow_remove)
+    compact(tmp_path, rows_per_shard=1)
+    assert (len(manifests.generations(tmp_path)), len(list(tmp_path.glob("shards/*")))) == (8, 12)
+    assert verify(tmp_path) == []
 
 
 def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:

@@ -41,11 +41,17 @@ class Names:
 
 
 class Spool:
-    """A list of records in a temporary file, written once and read once; final."""
+    """A list of records in a temporary file; final. Used as a context manager it is closed."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
         self._count = 0
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self._count

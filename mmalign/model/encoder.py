@@ -151,7 +151,8 @@ class Encoder:
             for rows in order_B.split(TEXTS_AT_ONCE)
         ]
         vectors = [self._run(lambda part=part: self.text_vectors(part)) for part in parts]
-        return np.concatenate(vectors)[order_B.argsort().numpy()]
+        whole: Vectors = np.concatenate(vectors)[order_B.argsort().numpy()]
+        return whole
 
     def text_lengths(self, tokens_BT: Tensor) -> Tensor:
         """Tokens that must be read of each text, at least 1; what follows is padding."""

@@ -55,6 +55,8 @@ class Linear8(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(steps_OW, None)
         self.step_O = step_O
         self.zero_O = torch.zeros(self.width, dtype=torch.int32)
+        # Inputs are moved up by ZERO to be unsigned; what that adds to every sum is taken off here.
+        self.moved_O = -ZERO * step_O * steps_OW.sum(dim=1)
         self.bias_O = torch.zeros(self.width) if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, states: Tensor) -> Tensor:
@@ -62,11 +64,12 @@ class Linear8(nn.Module):
         states_RW = states.reshape(-1, states.shape[-1])
         step_R1 = states_RW.abs().amax(dim=1, keepdim=True).div_(LEVELS).clamp_(min=1e-30)
         bytes_RW = (states_RW / step_R1).round_().add_(ZERO).to(torch.uint8)
-        sums_RO = torch.ops.onednn.qlinear_pointwise(
-            bytes_RW, 1.0, ZERO, self.packed, self.step_O, self.zero_O,
-            None, 1.0, 0, torch.float32, "none", [], "",
+        sums_RO: Tensor = torch.ops.onednn.qlinear_pointwise(
+            bytes_RW, 1.0, 0, self.packed, self.step_O, self.zero_O,
+            self.moved_O, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        return torch.addcmul(self.bias_O, sums_RO, step_R1).view(*states.shape[:-1], self.width)
+        sums_RO.mul_(step_R1).add_(self.bias_O)
+        return sums_RO.view(*states.shape[:-1], self.width)
 
 
 class Attention(nn.Module):

@@ -71,7 +71,7 @@ class OpenClipTowers(Towers):
         projection = clip.text_projection
         if isinstance(projection, nn.Linear):
             return projection(pooled_BW)  # type: ignore[no-any-return]
-        return pooled_BW if projection is None else pooled_BW @ projection
+        return pooled_BW if projection is None else pooled_BW @ projection  # type: ignore[no-any-return]
 
 
 def _cuts_texts(clip: Any) -> bool:

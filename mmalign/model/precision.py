@@ -80,7 +80,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
     """Cosine of each pair of unit vectors, shape (B,)."""
-    return np.einsum("bd,bd->b", some_BD, other_BD)
+    products_B: Vectors = np.einsum("bd,bd->b", some_BD, other_BD)
+    return products_B
 
 
 def _same_model(encoder: Encoder, towers: Towers) -> Encoder:

@@ -25,6 +25,7 @@ from mmalign.store.health import verify as verify
 from mmalign.store.manifest import ModelCard as ModelCard
 from mmalign.store.manifest import commit_index as commit_index
 from mmalign.store.reader import Store as Store
+from mmalign.store.reader import open_or_new as open_or_new
 from mmalign.store.reader import open_store as open_store
 from mmalign.store.repair import RepairReport as RepairReport
 from mmalign.store.repair import repair as repair
@@ -45,6 +46,7 @@ __all__ = [
     "compact",
     "delete",
     "delete_rows",
+    "open_or_new",
     "open_store",
     "repair",
     "verify",

@@ -136,6 +136,8 @@ def _require_readable(file: Path) -> None:
     """Refuse to tell garbage from data while a generation cannot say what it needs."""
     try:
         manifests.read(file)
+    except FileNotFoundError:
+        return
     except (ValueError, OSError) as error:
         raise StoreError(f"{file}: unreadable: {error}; run `mmalign repair` first") from None
 

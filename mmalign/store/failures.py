@@ -41,17 +41,21 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
         if before["reason"] != failure["reason"]:
             fresh.append(failure)
             listed[failure["uri"]] = failure
-    if fresh:
+    if fresh or listed:
+        # What is listed already is made to last too: who appended it may have died before.
         files.append_lines(path_of(store), map(_checked, fresh))
     return len(fresh)
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the lines that are as they were written; tell what is wrong with the others."""
+    return _parse(path.read_bytes() if path.exists() else b"")
+
+
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
     good: list[dict[str, Any]] = []
     bad: list[str] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line:
             try:
                 values = json.loads(line)
@@ -63,10 +67,10 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return good, bad
 
 
-def rewrite(path: Path, failures: Iterable[dict[str, Any]]) -> None:
-    """Write the list anew."""
-    lines = (json.dumps(_checked(f), ensure_ascii=False) + "\n" for f in failures)
-    files.write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+def mended(content: bytes) -> bytes:
+    """Return the lines that can be read."""
+    lines = (json.dumps(_checked(f), ensure_ascii=False) + "\n" for f in _parse(content)[0])
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _last_words(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

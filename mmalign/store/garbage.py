@@ -5,7 +5,7 @@ A file that is young may be one that somebody is about to commit, so age counts 
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmalign import files
@@ -24,24 +24,29 @@ def collect(store: Path) -> tuple[list[str], int]:
 
     Every generation must be readable.
     """
-    found = manifests.generations(store)
-    # Who opened a generation while it was the newest has an hour to read from it.
-    old = [f for f, newer in zip(found[1:], found, strict=False) if _age_s(newer) > AGE_S]
-    old = [f for f in old if f not in found[:GENERATIONS]]
-    kept = [manifests.read(file) for file in found if file not in old]
-    removed, freed = [], 0
-    for path in old:
-        freed += _remove(path)
-        removed.append(path)
-    # A generation must not come back after a power cut when its shards do not.
-    files.sync_folder(store)
-    for path in _unnamed(store, kept):
-        # Somebody else may be collecting.
-        with contextlib.suppress(FileNotFoundError):
+    removed: list[str] = []
+    freed = 0
+    # What is gone already somebody else is collecting, who will do it all.
+    with contextlib.suppress(FileNotFoundError):
+        found = manifests.generations(store)
+        old = _old(found)
+        kept = [manifests.read(file) for file in found if file not in old]
+        for path in old:
+            freed += _remove(path)
+            removed.append(path.name)
+        # A generation must not come back after a power cut when its shards do not.
+        files.sync_folder(store)
+        for path in _unnamed(store, kept):
             if _age_s(path) > _least_age_s(path):
                 freed += _remove(path)
-                removed.append(path)
-    return [str(p.relative_to(store)) for p in removed], freed
+                removed.append(str(path.relative_to(store)))
+    return removed, freed
+
+
+def _old(generations: Sequence[Path]) -> list[Path]:
+    """Return the generations that may go; who opened one when it was the newest has an hour."""
+    pairs = zip(generations[GENERATIONS - 1 :], generations[GENERATIONS:], strict=False)
+    return [file for newer, file in pairs if _age_s(newer) > AGE_S]
 
 
 def _unnamed(store: Path, kept: Iterable[manifests.Manifest]) -> list[Path]:

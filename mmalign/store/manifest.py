@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import StoreError
+from mmalign.errors import IdentityError, StoreError
 from mmalign.progress import say
 
 FORMAT = 2
@@ -215,6 +215,8 @@ def commit(store: Path, change: Callable[[Manifest], Manifest], model: ModelCard
         taken = number_of(found[0]) if found else 0
         changed = change(base)
         if changed == base and found and taken == base.generation:
+            # Who made it may have died before it was sure to last.
+            files.sync_folder(store)
             return base
         _require_shards(store, base, changed)
         following = replace(changed, generation=taken + 1)
@@ -234,6 +236,19 @@ def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
     gone = [name for name in sorted(fresh) if not (store / "shards" / name).exists()]
     if gone:
         raise StoreError(f"{store}: {gone[0]} was removed before it was committed; run it again")
+
+
+def require_model(store: Path, held: Manifest, model: ModelCard) -> None:
+    """Refuse a store that holds embeddings of another model.
+
+    Raises:
+        IdentityError: It does.
+    """
+    if held.model.identity != model.identity:
+        raise IdentityError(
+            f"{store} holds embeddings of {held.model.identity}; these are of {model.identity}: "
+            "embed into a new store"
+        )
 
 
 def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:

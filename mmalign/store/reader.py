@@ -20,7 +20,7 @@ from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
 from mmalign.store.ids import Buckets, hashes
-from mmalign.store.manifest import Manifest
+from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import schema
 from mmalign.store.shards import ShardFile, open_shard
 
@@ -178,3 +178,17 @@ def open_store(path: str | Path) -> Store:
         StoreError: There is no store, or it cannot be read.
     """
     return Store(Path(path), manifests.newest(Path(path)))
+
+
+def open_or_new(path: str | Path, model: ModelCard) -> Store:
+    """Open the store of a model, or an empty one where there is none; nothing is written.
+
+    Raises:
+        IdentityError: The store holds embeddings of another model.
+        StoreError: It cannot be read.
+    """
+    if not manifests.generations(Path(path)):
+        return Store(Path(path), Manifest(0, model))
+    store = open_store(path)
+    manifests.require_model(store.path, store.manifest, model)
+    return store

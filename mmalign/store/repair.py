@@ -60,11 +60,13 @@ def repair(path: str | Path) -> RepairReport:
     saved = _saved(store, held, evidence, found.damage)
     lost, indexes = found.within(store / "shards"), found.within(store / "index")
     known = Known(store, held.model.dim)
-    before = held
+    before, listed = held, 0
 
     def change(base: Manifest) -> Manifest:
-        nonlocal before
+        nonlocal before, listed
         before = base
+        # First, so that a repair that is killed loses no row in silence.
+        listed = sum(_list_lost(store, s, held.model.dim) for s in base.shards if s.name in lost)
         good = [_legible(s, evidence) for s in base.shards if s.name not in lost]
         shards = _joined(store, known, good, saved)
         # Without a shard the rows after it have other numbers.
@@ -74,7 +76,6 @@ def repair(path: str | Path) -> RepairReport:
     after = manifests.commit(store, change, held.model)
     dropped = [s for s in before.shards if s.name in lost]
     moved = _mend_failures(store) if found.lines else []
-    listed = sum(_list_lost(store, s, held.model.dim) for s in dropped)
     moved += [
         *_set_aside(store, [f for f in manifests.generations(store) if _names(f, lost, indexes)]),
         *_set_aside(store, [store / "shards" / name for name in sorted(lost)]),
@@ -169,8 +170,12 @@ def _mend_failures(store: Path) -> list[str]:
     listed = failures.path_of(store)
     files.make_folder(store / "damaged")
     copy = store / "damaged" / f"failures-{secrets.token_hex(4)}.jsonl"
-    files.write_bytes(copy, listed.read_bytes())
-    failures.rewrite(listed, failures.read(listed)[0])
+
+    def change(content: bytes) -> bytes:
+        files.write_bytes(copy, content)
+        return failures.mended(content)
+
+    files.rewrite(listed, change)
     return [str(copy.relative_to(store))]
 
 

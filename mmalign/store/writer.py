@@ -5,7 +5,6 @@ from pathlib import Path
 from types import TracebackType
 
 from mmalign import files
-from mmalign.errors import IdentityError
 from mmalign.store import manifest as manifests
 from mmalign.store.ids import Known
 from mmalign.store.manifest import Manifest, ModelCard
@@ -39,11 +38,7 @@ class Writer:
             manifests.commit(store, self._check, model)
 
     def _check(self, held: Manifest) -> Manifest:
-        if held.model.identity != self.model.identity:
-            raise IdentityError(
-                f"{self.store} holds embeddings of {held.model.identity}; these are of "
-                f"{self.model.identity}: embed into a new store"
-            )
+        manifests.require_model(self.store, held, self.model)
         return held
 
     def add(self, row: Row) -> bool:
