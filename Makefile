@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench bench-gpu clean
+.PHONY: help setup demo test test-crash check fix bench bench-gpu clean
 
 help:   ## list the targets
-	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv and install mmalign with everything it needs (about 6 GB)
 
@@ -23,6 +23,9 @@ demo: $(READY)  ## draw scenes, train, embed, index and search them: five minute
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
+	MMALIGN_CRASH=full $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_crash_kills.py
 
 check: $(READY)  ## ruff, mypy strict and the room test; never writes
 	$(BIN)/ruff format --check .

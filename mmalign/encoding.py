@@ -64,7 +64,7 @@ def in_halves(encode: Callable[[Sequence[T]], Vectors], items: Sequence[T]) -> V
     try:
         return encode(items)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error) or len(items) < 2:
+        if not is_out_of_memory(error) or len(items) < 2:
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -85,7 +85,8 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell want of memory from other errors."""
     # torch has a class for a GPU's memory only; on a CPU there are the words.
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)

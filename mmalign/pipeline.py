@@ -25,17 +25,20 @@ from numpy.typing import NDArray
 
 from mmalign import modality
 from mmalign.data import (
+    MAX_PIXELS,
     THUMBNAIL_SIDE,
     Record,
     Skip,
+    decode_on,
     fit_image,
     in_threads,
     open_image,
     read_and_decode,
     stamp,
+    suits_device,
     thumbnail,
 )
-from mmalign.encoding import Texts, in_halves, keep_memory
+from mmalign.encoding import Texts, in_halves, is_out_of_memory, keep_memory
 from mmalign.model import Encoder
 
 Vectors = NDArray[np.float32]
@@ -47,9 +50,11 @@ AHEAD = 3
 
 @dataclass(frozen=True)
 class Item:
-    """A decoded image and what is kept of it."""
+    """An image on its way to the encoder, and what is kept of it."""
 
-    pixels_SS3: NDArray[np.uint8]
+    pixels_SS3: NDArray[np.uint8] | None
+    """Decoded; or None, and `jpeg` is decoded where it is encoded."""
+    jpeg: bytes
     thumbnail: bytes
     checksum: bytes
     """sha256 of the encoded image."""
@@ -89,7 +94,11 @@ class Stage:
 
 
 class Pipeline:
-    """Decodes and encodes records, several at a time; final."""
+    """Decodes and encodes records, several at a time; final.
+
+    With a GPU, plain JPEGs are decoded there. The CPU then decodes them at reduced scale only: for
+    the thumbnail, and because a GPU's decoder may not say that an image is damaged.
+    """
 
     def __init__(self, encoder: Encoder, *, thumbnails: bool) -> None:
         """Take an encoder, and whether a small picture of each image is wanted."""
@@ -97,6 +106,7 @@ class Pipeline:
         self.images = modality.of(encoder)["image"]
         self.texts = Texts(encoder)
         on_cpu = encoder.device.type == "cpu"
+        self.decodes_on_device = not on_cpu
         if on_cpu:
             keep_memory()
         self.threads = torch.get_num_threads()
@@ -152,12 +162,16 @@ class Pipeline:
 
     def _item(self, seen: int, content: bytes) -> Item:
         shape = self.encoder.preprocess
-        image = open_image(content, max(shape.size, THUMBNAIL_SIDE if self.thumbnails else 0))
+        later = self.decodes_on_device and suits_device(content, MAX_PIXELS)
+        side = 1 if later else shape.size
+        image = open_image(content, max(side, THUMBNAIL_SIDE if self.thumbnails else 0))
+        how = (shape.size, shape.resize_mode, shape.interpolation)
         return Item(
-            fit_image(image, shape.size, shape.resize_mode, shape.interpolation),
-            thumbnail(image) if self.thumbnails else b"",
-            hashlib.sha256(content).digest(),
-            seen,
+            pixels_SS3=None if later else fit_image(image, *how),
+            jpeg=content if later else b"",
+            thumbnail=thumbnail(image) if self.thumbnails else b"",
+            checksum=hashlib.sha256(content).digest(),
+            stamp=seen,
         )
 
     def _encode(
@@ -168,11 +182,36 @@ class Pipeline:
         if not good:
             return [], lost
         with self.encoding.working():
-            pixels = [item.pixels_SS3 for _, item in good]
-            images_BD = in_halves(lambda part: self.images.encode(self.images.batch(part)), pixels)
+            images_BD = self._images([item for _, item in good])
             texts = self.texts([record.captions for record, _ in good])
         rows = zip(good, images_BD, texts, strict=True)
         return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
+
+    def _images(self, items: Sequence[Item]) -> Vectors:
+        """Embed images that are decoded, and such that are not yet."""
+        images_BD = np.empty((len(items), self.encoder.dim), np.float32)
+        for encode, rows in (
+            (self._decoded, [i for i, item in enumerate(items) if not item.jpeg]),
+            (self._jpegs, [i for i, item in enumerate(items) if item.jpeg]),
+        ):
+            if rows:
+                images_BD[rows] = in_halves(encode, [items[i] for i in rows])
+        return images_BD
+
+    def _decoded(self, items: Sequence[Item]) -> Vectors:
+        return self.images.encode(self.images.batch([item.pixels_SS3 for item in items]))
+
+    def _jpegs(self, items: Sequence[Item]) -> Vectors:
+        shape, contents = self.encoder.preprocess, [item.jpeg for item in items]
+        how = (shape.size, shape.resize_mode, shape.interpolation)
+        try:
+            pixels_B3SS = decode_on(self.encoder.device, contents, *how)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # The CPU has decoded each of them once already.
+            return self.images.encode(self.images.batch(list(map(self.images.decode, contents))))
+        return self.encoder.encode_pixels(pixels_B3SS)
 
 
 def _alone() -> None:

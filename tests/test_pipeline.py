@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg, write_pairs
+from PIL import Image
 
-from mmalign.data import Record, Skip, in_threads, scan
+from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_image, scan
 from mmalign.data.spool import Names, Spool
 from mmalign.encoding import Texts, in_halves
 from mmalign.model import Encoder, new_model
@@ -37,6 +38,7 @@ def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path)
     assert [s.id for s in lost] == ["p/003.jpg", "p/017.jpg", "p/049.jpg"]
     assert all("damaged" in s.reason for s in lost)
     for encoded in done[::7]:
+        assert encoded.item.pixels_SS3 is not None
         alone = encoder.encode_images(encoded.item.pixels_SS3[None])[0]
         assert np.allclose(encoded.image_D, alone, atol=1e-5)
         assert np.allclose(
@@ -44,6 +46,57 @@ def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path)
         )
         assert encoded.item.thumbnail[:4] == b"RIFF"
     assert pipeline.describe().startswith("busy: ")
+
+
+def test_jpegs_may_be_decoded_where_they_are_encoded(encoder: Encoder, tmp_path: Path) -> None:
+    """The way of a GPU, walked on the CPU; what is no plain JPEG goes the other."""
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02d}.jpg").write_bytes(jpeg(i, (200 + 9 * i, 300 - 5 * i)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(folder / "03.jpg").save(folder / "03.jpg", exif=turned)
+    Image.open(folder / "04.jpg").convert("CMYK").save(folder / "04.jpg")
+    Image.open(folder / "05.jpg").save(folder / "05.png")
+    whole = (folder / "06.jpg").read_bytes()
+    (folder / "06.jpg").write_bytes(whole[: len(whole) // 2])
+    records = scan([str(folder)]).records
+    results = []
+    for device in (False, True):
+        pipeline = Pipeline(encoder, thumbnails=device)
+        pipeline.decodes_on_device = device
+        done = [e for good, _ in pipeline.run(records) for e in good]
+        results.append({e.record.id: e for e in done})
+    plain, on_device = results
+    assert plain.keys() == on_device.keys()
+    assert "p/06.jpg" not in plain
+    waited = {name for name, e in on_device.items() if e.item.jpeg}
+    assert waited == set(on_device) - {"p/03.jpg", "p/04.jpg", "p/05.png"}
+    assert all(plain[n].image_D @ on_device[n].image_D > 0.999 for n in plain)
+
+
+def test_a_device_that_cannot_decode_leaves_it_to_the_cpu(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object) -> torch.Tensor:
+        raise RuntimeError("nvjpeg: not supported")
+
+    monkeypatch.setattr("mmalign.pipeline.decode_on", refuse)
+    records = scan([str(write_pairs(tmp_path / "p", 5))]).records
+    pipeline = Pipeline(encoder, thumbnails=False)
+    pipeline.decodes_on_device = True
+    done = [e for good, _ in pipeline.run(records) for e in good]
+    assert len(done) == 5
+    assert all(e.item.jpeg for e in done)
+
+
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+def test_a_device_fits_images_as_the_cpu_does(mode: str) -> None:
+    content = jpeg(3, (130, 90))
+    ours = fit_image(open_image(content), 48, mode).astype(np.float32)
+    theirs = decode_on(torch.device("cpu"), [content], 48, mode, "bicubic")[0].permute(1, 2, 0)
+    assert np.abs(ours - theirs.numpy()).max() <= 2
 
 
 def bad_keys() -> set[str]:

@@ -7,6 +7,7 @@ folders.py   images in a folder, with same-named .txt or .json beside them
 tars.py      WebDataset tars, local or remote
 tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
 decode.py    bytes -> RGB pixels of a wanted size, with limits
+device.py    JPEGs decoded and resized on a GPU
 pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
 augment.py   random crops, flips and colours of a whole batch at once
 batches.py   which rows make the next batch; working ahead in threads
@@ -24,10 +25,13 @@ from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import report_skips as report_skips
 from mmalign.data.catalog import scan as scan
 from mmalign.data.catalog import stream as stream
+from mmalign.data.decode import MAX_PIXELS as MAX_PIXELS
 from mmalign.data.decode import THUMBNAIL_SIDE as THUMBNAIL_SIDE
 from mmalign.data.decode import fit_image as fit_image
 from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
+from mmalign.data.device import decode_on as decode_on
+from mmalign.data.device import suits_device as suits_device
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
@@ -39,6 +43,7 @@ from mmalign.data.samples import stamp as stamp
 from mmalign.data.spool import Spool as Spool
 
 __all__ = [
+    "MAX_PIXELS",
     "THUMBNAIL_SIDE",
     "Augment",
     "Catalog",
@@ -50,6 +55,7 @@ __all__ = [
     "Skip",
     "Spool",
     "decode_all",
+    "decode_on",
     "decode_stream",
     "expand",
     "fit_image",
@@ -63,5 +69,6 @@ __all__ = [
     "scan",
     "stamp",
     "stream",
+    "suits_device",
     "thumbnail",
 ]

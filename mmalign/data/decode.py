@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -73,9 +74,29 @@ def fit_image(
         interpolation: "bicubic" or "bilinear", antialiased.
         fill: Colour of the padding.
     """
-    width, height = image.size
+    plan = fit(image.width, image.height, size, mode)
+    pixels = _resize(image, plan.width, plan.height, interpolation)
+    if mode != "longest":
+        return pixels[plan.top : plan.top + size, plan.left : plan.left + size]
+    whole = np.full((size, size, 3), fill, dtype=np.uint8)
+    whole[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width] = pixels
+    return whole
+
+
+@dataclass(frozen=True)
+class Fit:
+    """To which size an image is scaled, and where the crop of it, or itself, then begins."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def fit(width: int, height: int, size: int, mode: str) -> Fit:
+    """Plan how an image of some size becomes one of (size, size); see `fit_image`."""
     if mode == "squash":
-        return _resize(image, size, size, interpolation)
+        return Fit(size, size, 0, 0)
     if mode == "shortest":
         if width <= height:
             scaled = (size, int(size * height / width))
@@ -83,17 +104,11 @@ def fit_image(
             scaled = (int(size * width / height), size)
         if scaled[0] * scaled[1] > MAX_PIXELS:
             raise SampleProblem(f"too narrow to scale: {width} x {height}")
-        pixels = _resize(image, *scaled, interpolation)
-        left, top = round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0)
-        return pixels[top : top + size, left : left + size]
+        return Fit(*scaled, round((scaled[0] - size) / 2.0), round((scaled[1] - size) / 2.0))
     if mode == "longest":
         scale = size / max(width, height)
         scaled = (max(1, round(width * scale)), max(1, round(height * scale)))
-        whole = np.full((size, size, 3), fill, dtype=np.uint8)
-        left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
-        inside = _resize(image, *scaled, interpolation)
-        whole[top : top + scaled[1], left : left + scaled[0]] = inside
-        return whole
+        return Fit(*scaled, (size - scaled[0]) // 2, (size - scaled[1]) // 2)
     raise ValueError(f"unknown resize mode {mode!r}")
 
 

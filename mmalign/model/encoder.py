@@ -138,8 +138,12 @@ class Encoder:
         if self.device.type == "cuda":
             # From pinned memory a copy runs beside what the device computes for another thread.
             pixels = pixels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True)
-        return self._run(lambda: self.image_vectors(pixels.permute(0, 3, 1, 2)))
+        return self.encode_pixels(pixels.permute(0, 3, 1, 2))
+
+    def encode_pixels(self, pixels_B3SS: Tensor) -> Vectors:
+        """Embed decoded images (B, 3, S, S), uint8 on any device, to unit vectors (B, D)."""
+        pixels = pixels_B3SS.to(self.device, non_blocking=True)
+        return self._run(lambda: self.image_vectors(pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         """Embed texts to unit vectors (B, D); those of like length are encoded together."""

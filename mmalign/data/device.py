@@ -1,0 +1,68 @@
+"""JPEGs decoded and resized on a GPU, where they would keep the CPU's cores from feeding it.
+
+B images, H height, W width, S side of the result in pixels.
+
+torchvision decodes with nvJPEG on a CUDA device and with libjpeg on a CPU; the resizing is torch's,
+antialiased, and off by a grey level from what `decode.fit_image` gives. What is not a plain JPEG
+goes the way over the CPU.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmalign.data.decode import ORIENTATION, Fit, fit
+
+# torchvision means to hand its decoders over to TorchCodec, whose wheels do not go with all of its
+# versions yet; until then this is the one that comes with every install.
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
+END_OF_IMAGE = b"\xff\xd9"
+
+
+def suits_device(content: bytes, max_pixels: int) -> bool:
+    """Say whether an image is an upright RGB JPEG that has its end; only its header is read."""
+    if not content.startswith(b"\xff\xd8") or END_OF_IMAGE not in content[-64:]:
+        return False
+    try:
+        image = Image.open(io.BytesIO(content))
+        plain = image.format == "JPEG" and image.mode == "RGB"
+        return (
+            plain
+            and image.getexif().get(ORIENTATION, 1) == 1
+            and image.width * image.height <= max_pixels
+        )
+    except Exception:  # decoders raise anything; the way over the CPU says what it is
+        return False
+
+
+def decode_on(
+    device: torch.device, contents: Sequence[bytes], size: int, mode: str, interpolation: str
+) -> Tensor:
+    """Decode JPEGs and resize them to (B, 3, S, S) uint8 on a device; see `decode.fit_image`.
+
+    Raises:
+        RuntimeError: One of them cannot be decoded.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    encoded = [torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents]
+    images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    return torch.stack([_resize(image, size, mode, interpolation) for image in images])
+
+
+def _resize(image_3HW: Tensor, size: int, mode: str, interpolation: str) -> Tensor:
+    height, width = image_3HW.shape[1:]
+    plan: Fit = fit(width, height, size, mode)
+    scaled = F.interpolate(
+        image_3HW[None].float(), (plan.height, plan.width), mode=interpolation, antialias=True
+    )
+    pixels = scaled[0].round_().clamp_(0, 255).to(torch.uint8)
+    if mode != "longest":
+        return pixels[:, plan.top : plan.top + size, plan.left : plan.left + size]
+    right, below = size - plan.width - plan.left, size - plan.height - plan.top
+    return F.pad(pixels, (plan.left, right, plan.top, below))
