@@ -19,6 +19,7 @@ from mmalign.cli_options import json_option as _json
 from mmalign.cli_options import model_option as _model
 from mmalign.cli_options import print_values as _print
 from mmalign.cli_options import store_argument as _store
+from mmalign.cli_options import where_option as _where
 from mmalign.errors import MmalignError, UsageError, nearest
 
 Command = Callable[..., Any]
@@ -232,6 +233,7 @@ def index(store: Path, recall: float, queries: str | None, as_json: bool) -> Non
     "--to", type=click.Choice(["image", "text"]), default="image", show_default=True,
     help="Search among the images or among their captions.",
 )  # fmt: skip
+@_where
 @click.option("--exact", is_flag=True, help="Compare every row, whatever index there is.")
 @click.option("--sheet", metavar="FILE.png", help="Draw the hits as a contact sheet.")
 @click.option("--model", metavar="RUN_OR_NAME", help="The model, if it moved since embedding.")
@@ -242,6 +244,7 @@ def search(
     query: str,
     k: int,
     to: Any,
+    where: str | None,
     exact: bool,
     sheet: str | None,
     model: str | None,
@@ -252,6 +255,7 @@ def search(
     \b
     Example:  mmalign search photos.store "a dog on a beach" --sheet hits.png
               mmalign search photos.store cat.jpg --to text
+              mmalign search photos.store "red" --where "label = 'dress' and price < 20"
     """
     import time
     from dataclasses import asdict
@@ -260,7 +264,7 @@ def search(
 
     searcher = Searcher.open(store, model)
     started = time.perf_counter()
-    hits = searcher.search(query, k, to=to, exact=exact)
+    hits = searcher.search(query, k, to=to, exact=exact, where=where)
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
         from mmalign.sheet import Strip, draw_sheet, tiles_of

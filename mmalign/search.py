@@ -18,6 +18,7 @@ from mmalign.errors import DataError, IdentityError, ModelError, StoreError, Usa
 from mmalign.index import Exact, Index, describe, open_index
 from mmalign.model import Encoder, load_model
 from mmalign.store import Store, open_store
+from mmalign.store.where import where as rows_where
 
 Target = Literal["image", "text"]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -74,7 +75,13 @@ class Searcher:
         return cls(store, encoder)
 
     def search(
-        self, query: str | Path, k: int = 10, *, to: Target = "image", exact: bool = False
+        self,
+        query: str | Path,
+        k: int = 10,
+        *,
+        to: Target = "image",
+        exact: bool = False,
+        where: str | None = None,
     ) -> list[Hit]:
         """Find the k nearest images, or captions, of a text or an image file.
 
@@ -83,8 +90,9 @@ class Searcher:
             k: Results wanted; fewer where the store has fewer.
             to: Search among "image" or "text" vectors.
             exact: Compare every row, whatever index there is.
+            where: Only rows for which this SQL is true, see `store.where`.
         """
-        return self.search_many([query], k, to=to, exact=exact)[0]
+        return self.search_many([query], k, to=to, exact=exact, where=where)[0]
 
     def search_many(
         self,
@@ -93,6 +101,7 @@ class Searcher:
         *,
         to: Target = "image",
         exact: bool = False,
+        where: str | None = None,
     ) -> list[list[Hit]]:
         """Answer several queries at once; see `search`."""
         if k < 1:
@@ -100,7 +109,7 @@ class Searcher:
         if not queries:
             return []
         vectors_MD = np.concatenate([self.encode(query) for query in queries])
-        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k, self._allowed(to))
+        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k, self._allowed(to, where))
         return [
             self._hits(scores_K, rows_K, to)
             for scores_K, rows_K in zip(scores_MK, rows_MK, strict=True)
@@ -145,10 +154,15 @@ class Searcher:
             self._indexes[to, exact] = index
         return self._indexes[to, exact]
 
-    def _allowed(self, to: Target) -> NDArray[np.bool_] | None:
-        """Which vectors may be found: those of rows that are not deleted."""
-        live_N = self.store.live
-        return live_N if live_N is None or to == "image" else live_N[self.store.caption_owners]
+    def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:
+        """Which vectors may be found: those of rows that are not deleted, and of those wanted."""
+        allowed_N = self.store.live
+        if where is not None:
+            allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
+            allowed_N[rows_where(self.store, where)] = True
+        if allowed_N is None or to == "image":
+            return allowed_N
+        return allowed_N[self.store.caption_owners]
 
     def _hits(self, scores_K: NDArray[Any], rows_K: NDArray[Any], to: Target) -> list[Hit]:
         found = rows_K >= 0

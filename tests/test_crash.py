@@ -281,7 +281,8 @@ def test_somebody_else_comes_between(tmp_path: Path, act: str, other: str) -> No
                 break
             with using(life.disk):
                 state = observe(life.path)
-                assert state.rows in ([without] if refused else both)
+                # Of several commits the first ones may have been acknowledged.
+                assert state.rows in ([without, life.ledger.rows] if refused else both)
                 assert_goes_on(life, state)
             if refused and other != "days later":
                 assert "run it again" in str(refused)

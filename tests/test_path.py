@@ -119,6 +119,20 @@ def test_deleted_rows_are_found_no_more(store: Path, tmp_path: Path) -> None:
         Searcher.open(copy).search(caption)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_rows_are_chosen_by_sql(store: Path, exact: bool) -> None:
+    searcher = Searcher.open(store)
+    ids = searcher.store.column("id")
+    wanted = f"id in ('{ids[3]}', '{ids[40]}', '{ids[41]}')"
+    hits = searcher.search("a red circle", k=10, where=wanted, exact=exact)
+    assert {h.id for h in hits} == {ids[3], ids[40], ids[41]}
+    to_text = searcher.search("a red circle", k=96, to="text", where=wanted, exact=exact)
+    assert {h.id for h in to_text} == {ids[3], ids[40], ids[41]}
+    assert searcher.search("a red circle", where="id = 'nobody'") == []
+    with pytest.raises(UsageError, match="captoins.*did you mean 'captions'"):
+        searcher.search("a red circle", where="len(captoins) > 2")
+
+
 def pictures(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for i in range(count):
