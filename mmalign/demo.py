@@ -62,6 +62,8 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
             caption_loss=0.5,
             batch_size=256,
             weight_decay=0.2,
+            # Small pictures of small shapes teach little: at full size from the first step.
+            start_size=1.0,
             augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1, erase=0.0),
         )
         train(config, [str(training)], run)

@@ -1,31 +1,45 @@
-"""A process to be killed: it writes to a store and says each thing that was acknowledged.
+"""A process to be killed: it changes a store and says each thing that was acknowledged.
 
-python crash_worker.py STORE write NAME    commits of a few rows, ids NAME-0, NAME-1, ...
-python crash_worker.py STORE compact       compaction over and over
+python crash_worker.py STORE write NAME     the steps of `steps(NAME)`, a line after each
+python crash_worker.py STORE compact        compaction over and over
+python crash_worker.py STORE embed RUN SRC  forks for each line it reads; says who embeds, and each
+                                            commit's ids; the forks are what is to be killed
 """
 
-import itertools
+import os
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
-from ledger import CARD, row
+from ledger import CARD, Rows, row
 
 from mmalign.errors import StoreError
-from mmalign.store import Writer, compact
+from mmalign.store import Writer, compact, delete
+
+
+def steps(name: str) -> Iterator[tuple[Rows, list[str]]]:
+    """Yield rows to commit, or ids to delete: new ids, replaced ones, and some of them go again."""
+    for turn in count():
+        fresh = {f"{name}-{turn}-{i}": 1 for i in range(turn % 5 + 1)}
+        again = {f"{name}-0-0": turn} if turn % 3 == 2 else {}
+        yield {**fresh, **again}, []
+        if turn % 4 == 3:
+            yield {}, list(fresh)[1:]
 
 
 def write(store: Path, name: str) -> None:
-    """Commit one to five rows at a time; some replace a row of the commit before."""
-    numbers = itertools.count()
+    """Take one step after the other."""
     with Writer(store, CARD) as writer:
-        for turn in itertools.count():
-            ids = [f"{name}-{next(numbers)}" for _ in range(turn % 5 + 1)]
-            for one in ids:
-                writer.add(row(one, 1))
-            if turn % 3 == 2:
-                writer.add(row(f"{name}-0", turn))
+        for number, (rows, gone) in enumerate(steps(name), 1):
+            for one, version in rows.items():
+                writer.add(row(one, version))
+            # Another one writes it too; the last one wins.
+            writer.add(row("everybody's", number))
             writer.commit()
-            print(*ids, flush=True)
+            if gone:
+                delete(store, gone)
+            print(number, flush=True)
 
 
 def compact_on(store: Path) -> None:
@@ -38,6 +52,28 @@ def compact_on(store: Path) -> None:
                 raise
 
 
+def embed_in_forks(store: Path, run: str, source: str) -> None:
+    """Embed in a new process for each line of stdin; what is imported once serves all of them."""
+    from mmalign import embed
+
+    embed.COMMIT_SECONDS = 0.0
+    commit = Writer.commit
+
+    def said(writer: Writer) -> None:
+        names = list(writer._rows)
+        commit(writer)
+        print("has", *names, flush=True)
+
+    Writer.commit = said  # type: ignore[method-assign]
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            print("pid", os.getpid(), flush=True)
+            embed.embed(run, [source], store / line.strip(), precision="float32")
+            os._exit(0)
+        print("ended", os.waitpid(child, 0)[1], flush=True)
+
+
 if __name__ == "__main__":
     place, what, *rest = sys.argv[1:]
-    write(Path(place), rest[0]) if what == "write" else compact_on(Path(place))
+    {"write": write, "compact": compact_on, "embed": embed_in_forks}[what](Path(place), *rest)

@@ -27,9 +27,10 @@ from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
 
 FULL = os.environ.get("MMALIGN_CRASH") == "full"
-POWER_CUTS = 40 if FULL else 2
+POWER_CUTS = 40 if FULL else 1
 CASES: Counter[str] = Counter()
 SINGLE = [name for name in ACTS if name != "damage"]
+SOME = SINGLE if FULL else ["create", "replace", "fail", "compact", "repair"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,9 +99,8 @@ def assert_no_garbage_stays(life: Life) -> None:
     if life.ledger.torn:
         repair(life.path)
     assert verify(life.path) == []
-    for _ in range(2):
-        age(life.path)
-        compact(life.path, ROWS_PER_SHARD)
+    age(life.path)
+    compact(life.path, ROWS_PER_SHARD)
     assert observe(life.path).rows == before.rows
     held = [manifests.read(file) for file in manifests.generations(life.path)]
     shards = {s.name for generation in held for s in generation.shards}
@@ -133,7 +133,7 @@ def test_the_power_goes(tmp_path: Path, act: str) -> None:
     cut(life.disk.count, "end", life.path)
 
 
-@pytest.mark.parametrize("act", SINGLE)
+@pytest.mark.parametrize("act", SOME)
 def test_a_process_dies_and_another_goes_on(tmp_path: Path, act: str) -> None:
     """What the second one is told is done must not stand on what the first had not synced."""
     life = born(tmp_path / "life", act)
@@ -153,7 +153,7 @@ def test_a_process_dies_and_another_goes_on(tmp_path: Path, act: str) -> None:
         ACTS[act](life)
 
 
-@pytest.mark.parametrize("act", SINGLE if FULL else ["create", "delete", "fail"])
+@pytest.mark.parametrize("act", SINGLE if FULL else ["create", "delete"])
 def test_a_process_dies_and_another_does_it_again(tmp_path: Path, act: str) -> None:
     """And then the power goes, whatever the first had not synced."""
     life = born(tmp_path / "life", act)
@@ -182,7 +182,7 @@ def test_a_process_dies_and_another_does_it_again(tmp_path: Path, act: str) -> N
         ACTS[act](life)
 
 
-@pytest.mark.parametrize("act", SINGLE)
+@pytest.mark.parametrize("act", SOME)
 def test_nothing_is_tidied_up_by_the_dead(tmp_path: Path, act: str) -> None:
     """A kill as the code sees it: an exception that comes again at whatever it still tries."""
     base = born(tmp_path / "life", act)
@@ -204,9 +204,11 @@ def test_nothing_is_tidied_up_by_the_dead(tmp_path: Path, act: str) -> None:
     assert number == life.disk.count
 
 
-@pytest.mark.parametrize("stays", [False, True], ids=["once", "from-then-on"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-@pytest.mark.parametrize("act", SINGLE)
+ERRORS = [(errno.ENOSPC, False), (errno.EIO, True), (errno.ENOSPC, True), (errno.EIO, False)]
+
+
+@pytest.mark.parametrize(("code", "stays"), ERRORS if FULL else ERRORS[:2])
+@pytest.mark.parametrize("act", SOME)
 def test_the_disk_refuses(tmp_path: Path, act: str, code: int, stays: bool) -> None:
     """An error that says where; what was promised stands; when the disk is well again, it works."""
     base = born(tmp_path / "life", act)
@@ -260,7 +262,7 @@ PAIRS = [
     # A damaged shard is neither copied nor indexed.
     if act != "create" and (act != "repair" or other in ("write", "delete"))
 ]
-QUICK = [("replace", "write"), ("compact", "write"), ("index", "compact"), ("repair", "write")]
+QUICK = [("replace", "write"), ("compact", "write"), ("index", "compact")]
 
 
 @pytest.mark.parametrize(("act", "other"), PAIRS if FULL else QUICK)

@@ -2,137 +2,142 @@
 
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
-from ledger import observe
+from crash_worker import steps
+from ledger import Rows, observe
 
 from mmalign import open_store
 from mmalign.data.scenes import write_scenes
 from mmalign.embed import embed
-from mmalign.store import repair, verify
+from mmalign.store import verify
 
 FULL = os.environ.get("MMALIGN_CRASH") == "full"
 KILLS = 100 if FULL else 4
-LONGEST_S = 0.25
-TESTS = Path(__file__).parent
+SCENES = 1_000
 
 
 @contextmanager
-def worker(*words: object) -> Iterator[subprocess.Popen[str]]:
+def worker(*words: object, quiet: bool = False) -> Iterator[subprocess.Popen[str]]:
     """Run a worker; it is dead when the block ends."""
-    command = [sys.executable, str(TESTS / "crash_worker.py"), *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, str(Path(__file__).with_name("crash_worker.py")), *map(str, words)]
+    pipe, err = subprocess.PIPE, subprocess.DEVNULL if quiet else None
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True) as process:
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
 
 
-def kill_at_random(process: subprocess.Popen[str], rng: random.Random) -> list[str]:
-    """Wait for its first word, then for a moment; return all the ids it acknowledged."""
+def killed(process: subprocess.Popen[str], after_s: float) -> int:
+    """Kill a writer some time after its first word; return how many steps it acknowledged."""
     assert process.stdout
     first = process.stdout.readline()
-    time.sleep(rng.uniform(0, LONGEST_S))
+    time.sleep(after_s)
     assert process.poll() is None, "it ended by itself"
-    process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read()
+    process.kill()
     # A line that the kill has cut short was not said.
-    lines = [line for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
-    return [name for line in lines for name in line.split()]
+    return (first + process.stdout.read()).count("\n")
 
 
-def assert_holds(store: Path, acknowledged: list[str]) -> None:
-    state = observe(store)
-    assert set(acknowledged) <= set(state.rows)
-    assert verify(store) == []
+def outcomes(name: str, acknowledged: int) -> list[Rows]:
+    """What a writer may leave: its acknowledged steps, and a whole part of the next one."""
+    held: Rows = {}
+    for number, (rows, gone) in enumerate(islice(steps(name), acknowledged + 1)):
+        before = held
+        held = {**before, **rows}
+        after = {one: version for one, version in held.items() if one not in gone}
+        if number == acknowledged:
+            return [before, held, after]
+        held = after
+    return [held]
 
 
 @pytest.mark.parametrize("writers", [1, 2])
-@pytest.mark.parametrize("compacting", [False, True], ids=["", "compacted"])
+@pytest.mark.parametrize("compacting", [False, True], ids=["alone", "compacted"])
 def test_killed_writers_lose_nothing(tmp_path: Path, writers: int, compacting: bool) -> None:
-    rng, store, said = random.Random(writers), tmp_path / "a.store", list[str]()
+    rng, store, promised = random.Random(writers), tmp_path / "a.store", Rows()
+    said = 0
     for kill in range(KILLS // 4):
         names = [f"{kill}.{w}" for w in range(writers)]
-        if compacting and kill:
-            with worker(store, "compact"):
-                said += killed(store, names, rng)
-        else:
-            said += killed(store, names, rng)
-        assert_holds(store, said)
-    assert len(said) >= KILLS // 4
-    print(f"\n{KILLS // 4 * writers} writers killed, {len(said)} rows acknowledged, lost: 0")
-
-
-def killed(store: Path, names: list[str], rng: random.Random) -> list[str]:
-    """Let writers work at once, one for each name, and kill them one after the other."""
-    if len(names) == 1:
-        with worker(store, "write", names[0]) as process:
-            return kill_at_random(process, rng)
-    with worker(store, "write", names[0]) as one, worker(store, "write", names[1]) as other:
-        assert one.stdout
-        select.select([one.stdout], [], [], 30)
-        return kill_at_random(other, rng) + kill_at_random(one, rng)
-
-
-@pytest.mark.skipif(not FULL, reason="part of `make test-crash`: it starts torch a hundred times")
-def test_killed_embeddings_lose_nothing(run: Path, tmp_path: Path) -> None:
-    scenes, store = tmp_path / "many.tar", tmp_path / "s.store"
-    write_scenes(scenes, 3_000, seed=4, tick=lambda: None)
-    code = (
-        "import mmalign.embed as e, sys; e.COMMIT_SECONDS = 0.0\n"
-        "print('begins', flush=True)\n"
-        "e.embed(sys.argv[1], [sys.argv[2]], sys.argv[3], precision='float32')"
-    )
-    rng, rows, kills = random.Random(5), 0, 0
-    for _ in range(KILLS):
-        command = [sys.executable, "-c", code, str(run), str(scenes), str(store)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            assert process.stdout
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 1.0))
-            kills += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        if store.exists() and list(store.glob("manifest-*.json")):
-            ids = open_store(store).column("id")
-            assert len(ids) == len(set(ids)) >= rows
-            assert verify(store) == []
-            rows = len(ids)
-    embed(run, [str(scenes)], store, precision="float32")
-    embed(run, [str(scenes)], tmp_path / "unbroken.store", precision="float32")
-    whole, unbroken = open_store(store), open_store(tmp_path / "unbroken.store")
-    assert sorted(whole.column("id")) == sorted(unbroken.column("id"))
-    print(f"\n{kills} embeddings killed, {rows} rows by then, lost: 0")
+        with ExitStack() as running:
+            if compacting and kill:
+                running.enter_context(worker(store, "compact"))
+            processes = [running.enter_context(worker(store, "write", name)) for name in names]
+            counts = [killed(process, rng.uniform(0, 0.25)) for process in processes]
+        state = observe(store)
+        assert verify(store) == []
+        for name, count in zip(names, counts, strict=True):
+            left = {i: v for i, v in state.rows.items() if i.startswith(f"{name}-")}
+            assert left in outcomes(name, count)
+            promised |= left
+        # Nothing else has changed, whoever was killed in the middle of what.
+        assert state.rows == {**promised, "everybody's": state.rows["everybody's"]}
+        said += sum(counts)
+    print(f"\n{KILLS // 4 * writers:7} writers killed, {said} steps acknowledged, lost: 0")
 
 
 @pytest.mark.skipif(not FULL, reason="part of `make test-crash`")
-def test_a_flipped_bit_in_every_file_is_named(store: Path, tmp_path: Path) -> None:
-    import shutil
+def test_killed_embeddings_lose_nothing(run: Path, tmp_path: Path) -> None:
+    scenes = tmp_path / "many.tar"
+    write_scenes(scenes, SCENES, seed=4, tick=lambda: None)
+    embed(run, [str(scenes)], tmp_path / "unbroken.store", precision="float32")
+    unbroken = vectors(tmp_path / "unbroken.store")
+    assert len(unbroken) == SCENES
+    rng, kills, ended, promised = random.Random(5), 0, 0, set[str]()
+    with worker(tmp_path, "embed", run, scenes, quiet=True) as process:
+        while kills < KILLS:
+            store = tmp_path / f"{ended}.store"
+            status, said = embedding(process, store.name, rng.uniform(0, 1.5))
+            assert status in (0, signal.SIGKILL)
+            promised |= said
+            held = vectors(store) if list(store.glob("manifest-*.json")) else {}
+            assert promised <= set(held)
+            assert all(np.allclose(v, unbroken[name], atol=2e-3) for name, v in held.items())
+            if held:
+                assert verify(store) == []
+            if status == 0:
+                assert set(held) == set(unbroken)
+                ended, promised = ended + 1, set()
+            kills += status == signal.SIGKILL
+    assert ended
+    print(f"\n{kills:7} embeddings killed, of {ended} that ended and one more, lost: 0")
 
-    rng, flips = random.Random(6), 0
-    files = sorted(p.relative_to(store) for p in store.rglob("*") if p.is_file())
-    for file in files:
-        for _ in range(20):
-            copy = tmp_path / "copy.store"
-            shutil.copytree(store, copy)
-            content = bytearray((copy / file).read_bytes())
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            (copy / file).write_bytes(content)
-            assert any(str(copy / file) in line for line in verify(copy))
-            open_store(copy)
-            repair(copy)
-            assert verify(copy) == []
-            shutil.rmtree(copy)
-            flips += 1
-    print(f"\n{flips} bits flipped in {len(files)} files, unnamed: 0")
+
+def embedding(process: subprocess.Popen[str], store: str, after_s: float) -> tuple[int, set[str]]:
+    """Let a process embed and kill it; return how it ended, and the ids it acknowledged."""
+    assert process.stdin
+    assert process.stdout
+    print(store, file=process.stdin, flush=True)
+    told, pid = process.stdout.readline().split()
+    assert told == "pid"
+    time.sleep(after_s)
+    with suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+    said: set[str] = set()
+    for line in iter(process.stdout.readline, ""):
+        first, *words = line.split()
+        if first == "ended":
+            return int(words[0]), said
+        said |= set(words)
+    raise AssertionError("the worker is gone")
+
+
+def vectors(store: Path) -> dict[str, np.ndarray]:
+    """Read the vector of each id, which must be there once."""
+    opened = open_store(store)
+    names = opened.column("id")
+    assert len(names) == len(set(names))
+    return dict(
+        zip(names, np.concatenate([*opened.vectors("image"), np.zeros((0, 128))]), strict=True)
+    )
