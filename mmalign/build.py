@@ -1,7 +1,6 @@
 """`mmalign index`: an index generation over a store, with its recall measured on text queries."""
 
 import secrets
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign import files
 from mmalign.errors import DataError, StoreError, UsageError
 from mmalign.index import build_index, describe, write_description
 from mmalign.model import load_model
@@ -41,12 +41,12 @@ def build(
     started = time.monotonic()
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
-    folder.mkdir(parents=True)
+    files.make_folder(folder)
     try:
         modalities = _build_all(store, folder, recall, queries)
     except BaseException:
         # Ctrl-C included: the old generation goes on serving, and nothing is left behind.
-        shutil.rmtree(folder)
+        files.remove(folder)
         raise
     names = tuple(s.name for s in store.manifest.shards)
     content = {

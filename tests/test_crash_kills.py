@@ -65,7 +65,9 @@ def outcomes(name: str, acknowledged: int) -> list[Rows]:
 
 @pytest.mark.parametrize("writers", [1, 2])
 @pytest.mark.parametrize("compacting", [False, True], ids=["alone", "compacted"])
-def test_killed_writers_lose_nothing(tmp_path: Path, writers: int, compacting: bool) -> None:
+def test_killed_writers_lose_nothing(
+    tmp_path: Path, writers: int, compacting: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng, store, promised = random.Random(writers), tmp_path / "a.store", Rows()
     said = 0
     for kill in range(KILLS // 4):
@@ -84,11 +86,13 @@ def test_killed_writers_lose_nothing(tmp_path: Path, writers: int, compacting: b
         # Nothing else has changed, whoever was killed in the middle of what.
         assert state.rows == {**promised, "everybody's": state.rows["everybody's"]}
         said += sum(counts)
-    print(f"\n{KILLS // 4 * writers:7} writers killed, {said} steps acknowledged, lost: 0")
+    tell(capsys, f"{KILLS // 4 * writers:7} writers killed after {said} acknowledged steps")
 
 
 @pytest.mark.skipif(not FULL, reason="part of `make test-crash`")
-def test_killed_embeddings_lose_nothing(run: Path, tmp_path: Path) -> None:
+def test_killed_embeddings_lose_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scenes = tmp_path / "many.tar"
     write_scenes(scenes, SCENES, seed=4, tick=lambda: None)
     embed(run, [str(scenes)], tmp_path / "unbroken.store", precision="float32")
@@ -111,7 +115,7 @@ def test_killed_embeddings_lose_nothing(run: Path, tmp_path: Path) -> None:
                 ended, promised = ended + 1, set()
             kills += status == signal.SIGKILL
     assert ended
-    print(f"\n{kills:7} embeddings killed, of {ended} that ended and one more, lost: 0")
+    tell(capsys, f"{kills:7} embeddings killed, while {ended} others ended")
 
 
 def embedding(process: subprocess.Popen[str], store: str, after_s: float) -> tuple[int, set[str]]:
@@ -141,3 +145,9 @@ def vectors(store: Path) -> dict[str, np.ndarray]:
     return dict(
         zip(names, np.concatenate([*opened.vectors("image"), np.zeros((0, 128))]), strict=True)
     )
+
+
+def tell(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    if FULL:
+        with capsys.disabled():
+            print(f"\n{line}")

@@ -131,9 +131,14 @@ def test_an_unreadable_generation_falls_back(
     assert len(open_store(tmp_path)) == 10
     assert newest.name in capsys.readouterr().err
     assert any(newest.name in line for line in verify(tmp_path))
+    # Behind a newer generation, what only this one names would be lost.
+    with pytest.raises(StoreError, match=f"{newest.name}: unreadable: .*; run `mmalign repair`"):
+        fill(tmp_path, range(30, 35))
+    repair(tmp_path)
     # The next commit takes a number nobody has had.
     fill(tmp_path, range(30, 35))
     assert len(open_store(tmp_path)) == 15
+    assert newest not in manifests.generations(tmp_path)
 
 
 def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
     nano    2.2M   drawings and icons at 64 px: minutes on two cores. Keeps a 4 x 4 grid of the
                    picture, so that left and above mean something
-    tiny    6.4M   photos: twenty minutes to some hours on a few cores. Its text tower is a bag of
-                   words, which learns faster than a transformer in so short a time (docs/log.md)
+    tiny    6.4M   photos at 96 px: twenty minutes to some hours on a few cores. Its text tower is a
+                   bag of words, which learns faster than a transformer in so short a time
+                   (docs/log.md)
     small  22.8M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a patient CPU
 
 The convolutions are plain 3x3 and their widths multiples of 32 on purpose: on a CPU they train

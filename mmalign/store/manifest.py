@@ -202,16 +202,44 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest:
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
 
 
-def commit(store: Path, change: Callable[[Manifest], Manifest], model: ModelCard) -> Manifest:
+def whole(file: Path) -> Manifest | None:
+    """Read the file of a generation that must not be passed over; None where it is gone.
+
+    Raises:
+        StoreError: It is damaged, or cannot be read.
+    """
+    try:
+        return read(file)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{file}: unreadable: {error}; run `mmalign repair` first") from None
+
+
+def commit(
+    store: Path,
+    change: Callable[[Manifest], Manifest],
+    model: ModelCard,
+    *,
+    over_damage: bool = False,
+) -> Manifest:
     """Make the next generation out of the newest one, whichever that is when the claim succeeds.
 
-    Where nothing changes, the newest generation stays the newest.
+    Where nothing changes, the newest generation stays the newest. What only a damaged generation
+    names would be lost behind a newer one: it is built over by `repair` alone, which looks first.
+
+    Raises:
+        StoreError: The newest generation is damaged, or others were faster again and again.
     """
     for _ in range(TRIES):
         # One listing says both what to build on and which number to claim. Were the folder listed
         # again for the number, a generation made in between would be passed over, and be lost.
         found = generations(store)
-        base = _newest_of(store, found) if found else Manifest(0, model)
+        base: Manifest | None = Manifest(0, model)
+        if found:
+            base = _newest_of(store, found) if over_damage else whole(found[0])
+        if base is None:
+            continue
         taken = number_of(found[0]) if found else 0
         changed = change(base)
         if changed == base and found and taken == base.generation:

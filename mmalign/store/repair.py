@@ -73,7 +73,7 @@ def repair(path: str | Path) -> RepairReport:
         bad = len(good) < len(base.shards) or (base.index and base.index.name in indexes)
         return replace(base, shards=shards, index=None if bad else base.index)
 
-    after = manifests.commit(store, change, held.model)
+    after = manifests.commit(store, change, held.model, over_damage=True)
     dropped = [s for s in before.shards if s.name in lost]
     moved = _mend_failures(store) if found.lines else []
     moved += [

@@ -27,15 +27,13 @@ class Writer:
 
         Raises:
             IdentityError: The store holds embeddings of another model.
+            StoreError: Its newest generation is damaged.
         """
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self._rows: dict[str, Row] = {}
         self._known = Known(store, model.dim)
         files.make_folder(store / "shards")
-        if manifests.generations(store):
-            self._check(manifests.newest(store))
-        else:
-            manifests.commit(store, self._check, model)
+        manifests.commit(store, self._check, model)
 
     def _check(self, held: Manifest) -> Manifest:
         manifests.require_model(self.store, held, self.model)
