@@ -12,14 +12,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmalign.data import Spool, report_skips
-from mmalign.errors import UsageError
+from mmalign.data import Record, Spool, report_skips
+from mmalign.errors import DataError, UsageError
 from mmalign.evaluate import compare
 from mmalign.model import Encoder, Precision, fastest_device, in_precision, load_model
 from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
-from mmalign.store import ModelCard, Row, Writer, add_failures, delete_rows, open_or_new, open_store
-from mmalign.todo import Todo, Wanted, find_todo, meta_json, removed
+from mmalign.store import (
+    ModelCard,
+    Row,
+    Writer,
+    add_failures,
+    delete_rows,
+    meta_json,
+    open_or_new,
+    open_store,
+)
+from mmalign.todo import Todo, Wanted, find_todo, removed
 
 COMMIT_SECONDS = 60.0
 # Samples that are embedded in float32 as well, to say what eight bits cost.
@@ -78,15 +87,16 @@ def embed(
     if drop_removed and part[1] > 1:
         raise UsageError("--drop-removed looks at all samples: run it without --shard")
     path = Path(out)
-    encoder, got = in_precision(load_model(model).on(fastest_device()), precision)
+    plain = load_model(model).on(fastest_device())
+    encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = open_or_new(path, card)
     with Spool() as spool:
         todo = find_todo(store, Wanted(sources, caption_keys, checksum, part), spool)
         present = todo.present
         if got == "int8" and len(spool) >= COMPARED:
-            sample = list(islice(spool, COMPARED))
-            say(f"int8 beside float32: {compare(load_model(model), encoder, sample)}")
+            _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))
+        del plain
         added, seconds = _write(Writer(path, card), encoder, todo, thumbnails)
     gone = removed(store, sources, todo.seen_N) if drop_removed else []
     dropped = delete_rows(path, gone, store.manifest.generation) if gone else 0
@@ -122,6 +132,14 @@ def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tu
     return added, time.monotonic() - started
 
 
+def _say_what_it_costs(plain: Encoder, encoder: Encoder, sample: list[Record]) -> None:
+    try:
+        say(f"int8 beside float32: {compare(plain, encoder, sample)}")
+    except DataError as error:
+        # What cannot be compared may still be embedded: others may be better.
+        say(f"int8 is not compared with float32: {error}")
+
+
 def _row(encoded: Encoded) -> Row:
     record = encoded.record
     return Row(
@@ -130,7 +148,7 @@ def _row(encoded: Encoded) -> Row:
         captions=record.captions,
         image_embedding=encoded.image_D,
         text_embeddings=encoded.texts_CD,
-        meta=meta_json(record),
+        meta=meta_json(record.meta),
         thumbnail=encoded.item.thumbnail,
         stamp=encoded.item.stamp,
         checksum=encoded.item.checksum,

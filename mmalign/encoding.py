@@ -5,10 +5,11 @@ B items of a batch, C captions of one item, D dimensions.
 
 import contextlib
 import ctypes
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class Texts:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        self._encode = InHalves(encoder.encode_texts)
         self._known: OrderedDict[str, Vectors] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,7 +46,7 @@ class Texts:
         missing = [c for c in asked if c not in found]
         for first in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[first : first + TEXTS_AT_ONCE]
-            found |= zip(part, in_halves(self.encoder.encode_texts, part), strict=True)
+            found |= zip(part, self._encode(part), strict=True)
         with self._lock:
             for caption in asked:
                 self._known[caption] = found[caption]
@@ -55,22 +57,36 @@ class Texts:
         return [np.stack([found[c] for c in own]) if own else none for own in captions]
 
 
-def in_halves(encode: Callable[[Sequence[T]], Vectors], items: Sequence[T]) -> Vectors:
-    """Encode a batch; where the memory does not hold it, one half and then the other.
+class InHalves(Generic[T]):
+    """Encodes batches; one that the memory does not hold is halved, as are those after it; final.
 
-    Raises:
-        RuntimeError: There is no memory for a single item.
+    Safe to use from several threads.
     """
-    try:
-        return encode(items)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or len(items) < 2:
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    say(f"out of memory with {len(items)} at once; going on in halves")
-    half = len(items) // 2
-    return np.concatenate([in_halves(encode, items[:half]), in_halves(encode, items[half:])])
+
+    def __init__(self, encode: Callable[[Sequence[T]], Vectors]) -> None:
+        self.encode = encode
+        self.most = sys.maxsize
+
+    def __call__(self, items: Sequence[T]) -> Vectors:
+        """Encode a batch, whole or in parts.
+
+        Raises:
+            RuntimeError: There is no memory for a single item.
+        """
+        most = self.most
+        if len(items) > most:
+            parts = range(0, len(items), most)
+            return np.concatenate([self(items[first : first + most]) for first in parts])
+        try:
+            return self.encode(items)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(items) < 2:
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.most = min(self.most, len(items) // 2)
+        say(f"out of memory with {len(items)} at once; going on with {self.most}")
+        return self(items)
 
 
 def keep_memory() -> None:

@@ -10,7 +10,6 @@ B items of a batch, S side of an image in pixels, D dimensions.
 """
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +37,7 @@ from mmalign.data import (
     suits_device,
     thumbnail,
 )
-from mmalign.encoding import Texts, in_halves, is_out_of_memory, keep_memory
+from mmalign.encoding import InHalves, Texts, is_out_of_memory, keep_memory
 from mmalign.model import Encoder
 
 Vectors = NDArray[np.float32]
@@ -105,6 +104,7 @@ class Pipeline:
         self.encoder, self.thumbnails = encoder, thumbnails
         self.images = modality.of(encoder)["image"]
         self.texts = Texts(encoder)
+        self.decoded, self.jpegs = InHalves(self._decoded), InHalves(self._jpegs)
         on_cpu = encoder.device.type == "cpu"
         self.decodes_on_device = not on_cpu
         if on_cpu:
@@ -137,7 +137,7 @@ class Pipeline:
         batches = iter(lambda: list(islice(decoded, self.batch)), [])
         try:
             for result in in_threads(
-                self._encode, batches, workers, ahead=AHEAD * workers, prepare=_alone
+                self._encode, batches, workers, ahead=AHEAD * workers, prepare=self._apart
             ):
                 with self.writing.working():
                     yield result
@@ -154,10 +154,21 @@ class Pipeline:
         ordered = sorted(shares, key=lambda name: -shares[name])
         return "busy: " + ", ".join(f"{name} {min(1.0, shares[name]):.0%}" for name in ordered)
 
+    def _apart(self) -> None:
+        """Let an encoding thread compute by itself: on a GPU, in a stream of its own."""
+        _alone()
+        if self.encoder.device.type == "cuda":
+            # The weights may still be on their way, in the stream of who loaded them.
+            torch.cuda.synchronize(self.encoder.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self.encoder.device))
+
     def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
         with self.decoding.working():
             # Taken before the image is read: a change in between is then seen the next time.
-            seen = stamp(record) if os.path.exists(record.path) or "://" in record.path else 0
+            try:
+                seen = stamp(record)
+            except OSError:
+                seen = 0  # reading it will say why
             return record, read_and_decode(record, partial(self._item, seen))
 
     def _item(self, seen: int, content: bytes) -> Item:
@@ -191,11 +202,11 @@ class Pipeline:
         """Embed images that are decoded, and such that are not yet."""
         images_BD = np.empty((len(items), self.encoder.dim), np.float32)
         for encode, rows in (
-            (self._decoded, [i for i, item in enumerate(items) if not item.jpeg]),
-            (self._jpegs, [i for i, item in enumerate(items) if item.jpeg]),
+            (self.decoded, [i for i, item in enumerate(items) if not item.jpeg]),
+            (self.jpegs, [i for i, item in enumerate(items) if item.jpeg]),
         ):
             if rows:
-                images_BD[rows] = in_halves(encode, [items[i] for i in rows])
+                images_BD[rows] = encode([items[i] for i in rows])
         return images_BD
 
     def _decoded(self, items: Sequence[Item]) -> Vectors:

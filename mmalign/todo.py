@@ -4,7 +4,6 @@ N rows of the store, deleted ones included.
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,11 +26,11 @@ from mmalign.data import (
     stamp,
     stream,
 )
-from mmalign.store import Store
+from mmalign.store import Store, meta_json
 
 # Samples whose place in the store is looked up at once.
 LOOKED_UP = 1_000
-COMPARED = ("uri", "captions", "meta", "stamp", "checksum")
+COLUMNS = ("uri", "captions", "meta", "stamp", "checksum")
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,6 @@ def removed(store: Store, sources: Sequence[str], seen_N: NDArray[np.bool_]) -> 
     return gone
 
 
-def meta_json(record: Record) -> str:
-    """Return a record's metadata as the store keeps it."""
-    text = json.dumps(record.meta, ensure_ascii=False, default=str)
-    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Yield the items in lists of a size, the last one shorter."""
     rest = iter(items)
@@ -132,7 +124,11 @@ def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _add_lacking(todo: Todo, store: Store, records: Sequence[Record], checksum: bool) -> None:
     """Note what the store does not hold as it is, and what it holds."""
-    rows, records = _held(store, records) if len(store) else ([{} for _ in records], records)
+    if not len(store):
+        for record in records:
+            todo.records.add(record)
+        return
+    rows, records = _held(store, records)
     todo.seen_N[[row["number"] for row in rows if row]] = True
     pairs = list(zip(records, rows, strict=True))
     workers = modality.decode_workers()
@@ -154,7 +150,7 @@ def _changed(record: Record, row: dict[str, Any], checksum: bool) -> bool:
         # It cannot be read: let the embedding say so.
         return True
     words = (row["captions"], row["meta"])
-    return words != (list(record.captions), meta_json(record)) or content != row["checksum"]
+    return words != (list(record.captions), meta_json(record.meta)) or content != row["checksum"]
 
 
 def _held(store: Store, records: Sequence[Record]) -> tuple[list[dict[str, Any]], list[Record]]:
@@ -164,7 +160,7 @@ def _held(store: Store, records: Sequence[Record]) -> tuple[list[dict[str, Any]]
     for _ in range(2):
         numbers = store.find([r.id for r in named])
         there = np.flatnonzero(numbers >= 0)
-        for i, row in zip(there.tolist(), store.rows(numbers[there], COMPARED), strict=True):
+        for i, row in zip(there.tolist(), store.rows(numbers[there], COLUMNS), strict=True):
             if row["uri"] == named[i].uri:
                 found[i] = {**row, "number": int(numbers[i])}
             else:

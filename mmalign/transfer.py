@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mmalign import files
 from mmalign.errors import IdentityError, StoreError, UsageError
 from mmalign.progress import bar, say
-from mmalign.store import ModelCard, Row, Store, Writer, add_failures, open_store
+from mmalign.store import ModelCard, Row, Store, Writer, add_failures, meta_json, open_store
 from mmalign.store.ids import hashes
 from mmalign.store.layouts import write_dataset, write_parquet
 from mmalign.store.parts import Part, find_parts, read_part, read_records, write_parts
@@ -313,9 +313,7 @@ class _Intake:
         captions = entry.captions[: len(text_1D)]
         rest = [c for c in entry.captions[len(text_1D) :] if c]
         meta = {**entry.meta, "captions_without_vector": rest} if rest else entry.meta
-        words = json.dumps(meta, ensure_ascii=False, default=str)
-        # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
-        words = words.encode("utf-8", "backslashreplace").decode()
+        words = meta_json(meta)
         self.writer.add(Row(name, entry.uri, tuple(captions), image_D, text_1D, words))
         self.added += 1
         self.renamed += name != entry.id

@@ -136,7 +136,7 @@ def test_rows_are_chosen_by_sql(store: Path, exact: bool) -> None:
 def pictures(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for i in range(count):
-        Image.new("RGB", (40, 40), (40 * i, 200 - 30 * i, 9 * i)).save(folder / f"{i}.png")
+        Image.new("RGB", (40, 40), (40 * i % 256, (200 - 30 * i) % 256, 9 * i)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"colour {i}")
     return folder
 
@@ -192,6 +192,24 @@ def test_parts_make_up_the_whole(run: Path, tmp_path: Path) -> None:
         embed(run, [str(folder)], out, part=(4, 3))
     with pytest.raises(UsageError, match="without --shard"):
         embed(run, [str(folder)], out, part=(1, 3), drop_removed=True)
+
+
+def test_eight_bits_tell_what_they_cost(
+    run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("mmalign.embed.COMPARED", 20)
+    report = embed(run, [str(scenes)], tmp_path / "s.store", precision="int8")
+    assert (report.added, report.precision) == (96, "int8")
+    assert "int8 beside float32: cosine of images" in capsys.readouterr().err
+    # Where the first samples are all bad, the others are embedded all the same.
+    folder = pictures(tmp_path / "f", 25)
+    for i in range(25):
+        (folder / f"a{i:02d}.jpg").write_bytes(b"no image")
+        (folder / f"{i}.png").rename(folder / f"z{i}.png")
+    report = embed(run, [str(folder)], tmp_path / "t.store", precision="int8")
+    assert (report.added, report.failed) == (25, 50)
+    assert "int8 is not compared with float32: none of 20" in capsys.readouterr().err
 
 
 def test_a_failure_that_is_mended_is_resolved(run: Path, tmp_path: Path) -> None:

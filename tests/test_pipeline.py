@@ -11,7 +11,8 @@ from PIL import Image
 
 from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_image, scan
 from mmalign.data.spool import Names, Spool
-from mmalign.encoding import Texts, in_halves
+from mmalign.encoding import InHalves, Texts
+from mmalign.errors import DataError
 from mmalign.model import Encoder, new_model
 from mmalign.pipeline import Pipeline
 
@@ -146,9 +147,15 @@ def test_out_of_memory_halves_the_batch(
             raise error
         return np.array(items, np.float32)[:, None]
 
-    assert in_halves(encode, list(range(9)))[:, 0].tolist() == list(range(9))
-    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    halving = InHalves(encode)
+    assert halving(list(range(9)))[:, 0].tolist() == list(range(9))
+    assert sizes == [9, 4, 2, 2, 2, 2, 1]
     assert "out of memory with 9 at once" in capsys.readouterr().err
+    # What was too much once is not tried again.
+    sizes.clear()
+    assert halving(list(range(5)))[:, 0].tolist() == list(range(5))
+    assert sizes == [2, 2, 1]
+    assert capsys.readouterr().err == ""
 
 
 def test_other_errors_and_a_single_item_are_not_tried_again() -> None:
@@ -156,13 +163,13 @@ def test_other_errors_and_a_single_item_are_not_tried_again() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_halves(fails, [1, 2])
+        InHalves(fails)([1, 2])
 
     def full(items: object) -> np.ndarray:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        in_halves(full, [1])
+        InHalves(full)([1])
 
 
 def test_an_error_of_the_encoder_surfaces(
@@ -221,6 +228,16 @@ def test_a_spool_gives_back_what_it_took() -> None:
     assert next(iter(spool)) == record(0)
     assert [r.id for r in spool] == [f"s/{i}" for i in range(1000)]
     spool.close()
+
+
+def test_names_are_forgotten_when_a_scan_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Names] = []
+    monkeypatch.setattr(Names, "close", lambda names: closed.append(names))
+    with pytest.raises(DataError, match="no such file"):
+        scan([str(write_pairs(tmp_path / "p", 2)), str(tmp_path / "gone")])
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

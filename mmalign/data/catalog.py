@@ -4,6 +4,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,13 +68,11 @@ def scan(
 
 def stream(sources: Sequence[str], caption_keys: Sequence[str]) -> Iterator[Record | Skip]:
     """Yield what `scan` lists, one by one: memory does not grow with the number of samples."""
-    names = Names()
-    with bar("scan", unit="samples") as progress:
+    with closing(Names()) as names, bar("scan", unit="samples") as progress:
         for place in expand(sources):
             for found in map(_printable, _scan_one(place, caption_keys)):
                 progress.update()
                 yield found if isinstance(found, Skip) else names.unique(found)
-    names.close()
 
 
 def expand(sources: Sequence[str]) -> list[str]:

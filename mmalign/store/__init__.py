@@ -30,6 +30,7 @@ from mmalign.store.reader import open_store as open_store
 from mmalign.store.repair import RepairReport as RepairReport
 from mmalign.store.repair import repair as repair
 from mmalign.store.schema import Row as Row
+from mmalign.store.schema import meta_json as meta_json
 from mmalign.store.writer import ROWS_PER_SHARD as ROWS_PER_SHARD
 from mmalign.store.writer import Writer as Writer
 
@@ -46,6 +47,7 @@ __all__ = [
     "compact",
     "delete",
     "delete_rows",
+    "meta_json",
     "open_or_new",
     "open_store",
     "repair",

@@ -3,6 +3,7 @@
 D dimensions. An image has one embedding; its captions have one each, so the text column is a list.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,13 @@ class Row:
     """64-bit hash of what was known of the source without reading the image; 0 is unknown."""
     checksum: bytes = UNKNOWN
     """SHA-256 of the encoded image; 32 zero bytes are unknown."""
+
+
+def meta_json(meta: dict[str, Any]) -> str:
+    """Return what a source said of a sample as a row keeps it."""
+    text = json.dumps(meta, ensure_ascii=False, default=str)
+    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def schema(dim: int) -> pa.Schema:
