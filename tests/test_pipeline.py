@@ -234,7 +234,13 @@ def test_names_are_forgotten_when_a_scan_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[Names] = []
-    monkeypatch.setattr(Names, "close", lambda names: closed.append(names))
+    close = Names.close
+
+    def note(names: Names) -> None:
+        closed.append(names)
+        close(names)
+
+    monkeypatch.setattr(Names, "close", note)
     with pytest.raises(DataError, match="no such file"):
         scan([str(write_pairs(tmp_path / "p", 2)), str(tmp_path / "gone")])
     assert len(closed) == 1
