@@ -136,7 +136,9 @@ def test_rows_are_chosen_by_sql(store: Path, exact: bool) -> None:
 def pictures(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for i in range(count):
-        Image.new("RGB", (40, 40), (40 * i % 256, (200 - 30 * i) % 256, 9 * i)).save(folder / f"{i}.png")
+        Image.new("RGB", (40, 40), (40 * i % 256, (200 - 30 * i) % 256, 9 * i)).save(
+            folder / f"{i}.png"
+        )
         (folder / f"{i}.txt").write_text(f"colour {i}")
     return folder
 
