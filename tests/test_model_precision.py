@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from mmalign.errors import UsageError
-from mmalign.model import Encoder, cosines, in_precision, int8, new_model, openclip, precision
+from mmalign.model import (
+    Encoder,
+    cosines,
+    in_precision,
+    int8,
+    lean,
+    new_model,
+    openclip,
+    precision,
+)
 
 CAPTIONS = ["a dog", "two dogs run on a beach", "一只狗在海滩上奔跑", "!", "", "a dog !"]
 
@@ -115,3 +124,91 @@ def test_eight_bits_without_support_are_refused(
     monkeypatch.setattr(int8, "available", lambda: False)
     with pytest.raises(UsageError, match="int8 needs a CPU"):
         in_precision(clip, "int8")
+
+
+def test_the_last_block_for_one_token_is_exact(
+    clip: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert clip.towers.pools_images
+    tokens = clip.tokenizer(CAPTIONS)
+    images = torch.randn(3, 3, clip.preprocess.size, clip.preprocess.size)
+    with torch.no_grad():
+        wanted = clip.towers.clip.encode_image(images)  # type: ignore[union-attr,operator]
+        assert torch.allclose(clip.towers.image_features(images), wanted, atol=1e-5)
+        wanted = clip.towers.clip.encode_text(tokens)  # type: ignore[union-attr,operator]
+        assert torch.allclose(clip.towers.text_features(tokens), wanted, atol=1e-5)
+        monkeypatch.setattr(clip.towers, "pools_images", False)
+        wanted = clip.towers.clip.encode_image(images)  # type: ignore[union-attr,operator]
+        assert torch.equal(clip.towers.image_features(images), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "short", "off"),
+    [(torch.float32, 100, 1e-5), (torch.bfloat16, 100, 0.02), (torch.bfloat16, 0, 0.02)],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_in_the_open_is_the_same(
+    batch_first: bool, dtype: torch.dtype, short: int, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "SHORT", short)
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
+    nn.init.normal_(plain.in_proj_bias)
+    ours = lean.Attention(plain, dtype)
+    states = torch.randn(3, 7, 64)
+    states = states if batch_first else states.transpose(0, 1)
+    query = states[:, :1] if batch_first else states[:1]
+    causal = torch.full((7, 7), -torch.inf).triu(1)
+    unseen = torch.arange(7) > torch.tensor([[2], [6], [0]])
+    with torch.no_grad():
+        for first, masks in (
+            (states, {}),
+            (states, {"attn_mask": causal}),
+            (query, {"key_padding_mask": unseen}),
+        ):
+            wanted, _ = plain(first, states, states, need_weights=False, **masks)
+            found, _ = ours(first, states, states, **masks)
+            assert torch.allclose(found, wanted, atol=off)
+    with pytest.raises(ValueError, match="whose values are its keys"):
+        ours(states, states, query)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_patches_are_the_convolution_of_normalised_pixels(bias: bool) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 24, 8, 8, bias=bias)
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    # Three columns and rows are left over, as the convolution leaves them.
+    pixels_B3SS = torch.randint(0, 256, (2, 3, 35, 35), dtype=torch.uint8)
+    images = (pixels_B3SS / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    patches = lean.Patches(convolution, mean, std)
+    with torch.no_grad():
+        wanted = convolution(images)
+        assert torch.allclose(patches(pixels_B3SS), wanted, atol=1e-5)
+        int8.quantize(patches)
+        assert isinstance(patches.product, nn.Linear), "too small to pay"
+        patches.product = int8.Linear8(patches.product)  # type: ignore[assignment]
+        assert (patches(pixels_B3SS) - wanted).abs().max() < 0.02
+
+
+def test_only_convolutions_without_overlap_become_patches() -> None:
+    assert lean.Patches.fits(nn.Conv2d(3, 8, 4, 4))
+    for other in (
+        nn.Conv2d(3, 8, 4, 2),
+        nn.Conv2d(3, 8, 4, 4, padding=1),
+        nn.Conv2d(3, 8, 4, 4, dilation=2),
+        nn.Conv2d(4, 8, 4, 4),
+        nn.Conv2d(3, 8, (4, 2), (4, 2)),
+        nn.Identity(),
+    ):
+        assert not lean.Patches.fits(other)
+
+
+def test_a_model_for_encoding_takes_pixels_as_they_are(clip: Encoder) -> None:
+    for wanted in ("bfloat16", "int8"):
+        fast, _ = in_precision(clip, wanted)  # type: ignore[arg-type]
+        assert fast.towers.takes_pixels
+        assert not clip.towers.takes_pixels
+        assert nn.Conv2d not in map(type, fast.towers.modules())

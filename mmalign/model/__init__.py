@@ -6,6 +6,7 @@ presets.py      nano, tiny, small: which towers, how large, for which machine
 tokenizer.py    byte-level BPE trained on captions
 openclip.py     the only file that imports open_clip
 precision.py    float32, bfloat16 or eight bits to encode in
+lean.py         the layers of a transformer in fewer steps, for encoding on a CPU
 int8.py         linear layers in eight bits
 checkpoint.py   run folders: weights as safetensors, everything else as text
 """

@@ -45,6 +45,15 @@ class Towers(nn.Module, ABC):
     cuts_texts: bool = True
     """Whether padding behind a text can be left out without a change of its features."""
 
+    takes_pixels: bool = False
+    """Whether images come with their pixels as they are, in place of normalised."""
+
+    def take_pixels(self, preprocess: Preprocess) -> None:
+        """Make normalisation a part of the first layer, for encoding only, where that is possible.
+
+        `image_features` then takes bytes, and `takes_pixels` says so.
+        """
+
     @abstractmethod
     def image_features(self, images_B3SS: Tensor) -> Tensor:
         """Map normalised images to features (B, D), of any length."""
@@ -123,6 +132,8 @@ class Encoder:
 
     def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:
         """Embed pixels in [0, 255], shape (B, 3, S, S), to unit vectors (B, D); differentiable."""
+        if self.towers.takes_pixels:
+            return F.normalize(self.towers.image_features(pixels_B3SS).float(), dim=-1)
         mean = torch.tensor(self.preprocess.mean, device=pixels_B3SS.device).view(3, 1, 1)
         std = torch.tensor(self.preprocess.std, device=pixels_B3SS.device).view(3, 1, 1)
         images = (pixels_B3SS.float() / 255 - mean) / std

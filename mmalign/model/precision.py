@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.errors import UsageError
-from mmalign.model import int8
+from mmalign.model import int8, lean
 from mmalign.model.encoder import Encoder, Towers, Vectors
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
@@ -34,11 +34,12 @@ class CastTowers(Towers):
         super().__init__()
         self.towers = towers.to(dtype)
         self.dtype = dtype
-        self.cuts_texts = towers.cuts_texts
+        self.cuts_texts, self.takes_pixels = towers.cuts_texts, towers.takes_pixels
 
     def image_features(self, images_B3SS: Tensor) -> Tensor:
         """See `Towers`."""
-        return self.towers.image_features(images_B3SS.to(self.dtype))
+        images = images_B3SS if self.takes_pixels else images_B3SS.to(self.dtype)
+        return self.towers.image_features(images)
 
     def text_features(self, tokens_BT: Tensor) -> Tensor:
         """See `Towers`."""
@@ -59,14 +60,13 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     if precision == "int8":
         if encoder.device.type != "cpu" or not int8.available():
             raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
-        towers = copy.deepcopy(encoder.towers).eval()
+        towers = _lean(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
         int8.quantize(towers)
         return _same_model(encoder, towers), "int8"
     if precision == "float32" or (precision == "auto" and not has_bfloat16(encoder.device)):
         encoder.towers.eval()
         return encoder, "float32"
-    towers = CastTowers(copy.deepcopy(encoder.towers), torch.bfloat16).eval()
-    candidate = _same_model(encoder, towers)
+    candidate = _same_model(encoder, CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16))
     if precision == "auto" and not _better(candidate, encoder):
         encoder.towers.eval()
         return encoder, "float32"
@@ -82,6 +82,15 @@ def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
     """Cosine of each pair of unit vectors, shape (B,)."""
     products_B: Vectors = np.einsum("bd,bd->b", some_BD, other_BD)
     return products_B
+
+
+def _lean(encoder: Encoder, dtype: torch.dtype) -> Towers:
+    """Copy the towers, to encode; on a CPU in the form that takes it the fewest steps."""
+    towers = copy.deepcopy(encoder.towers).eval()
+    if encoder.device.type == "cpu":
+        towers.take_pixels(encoder.preprocess)
+        lean.expose_attention(towers, dtype)
+    return towers
 
 
 def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
