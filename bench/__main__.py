@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("arithmetic", "embed", "loss", "ranks", "store", "topk", "train")
+NAMES = ("arithmetic", "embed", "index", "loss", "ranks", "standin", "store", "topk", "train")
 
 
 def main() -> None:

@@ -15,11 +15,12 @@ LOOK_SECONDS = 0.25
 RISE = 1.01
 
 
-def run(command: list[str], threads: int) -> dict[str, float]:
+def run(command: list[str], threads: int, private: bool = False) -> dict[str, float]:
     """Run a command with so many threads for torch; `process_s` and `peak_mib`.
 
     Memory that several processes share counts once. To tell costs the kernel 20 ms a gigabyte, so
-    it is asked only when the sum with everything counted for each process reaches a new high.
+    it is asked only when the sum with everything counted for each process reaches a new high. With
+    `private`, pages of files do not count, which the system takes back when it needs them.
     The program ends with the command's last words if that fails.
     """
     count = str(threads)
@@ -31,8 +32,10 @@ def run(command: list[str], threads: int) -> dict[str, float]:
             start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            plain = memory_bytes(process.pid, "status", "VmRSS:")
-            if plain > RISE * high:
+            plain = memory_bytes(process.pid, "status", "RssAnon:" if private else "VmRSS:")
+            if private:
+                peak = max(peak, plain)
+            elif plain > RISE * high:
                 high = plain
                 peak = max(peak, memory_bytes(process.pid, "smaps_rollup", "Pss:"))
             time.sleep(LOOK_SECONDS)

@@ -1,9 +1,14 @@
-"""Vectors in, row numbers and scores out: exact search, and an IVF index above 50,000 rows.
+"""Vectors in, row numbers and scores out: exact search, and an index that keeps a promised recall.
 
-    spec.py      which index, with which parameters; how one is chosen
-    exact.py     every row compared; the truth that recall is measured against
-    ivf.py       inverted lists; the only file that imports faiss
-    folder.py    an index on disk: build, measure, open
+    spec.py          what an index is, and the designs to choose from
+    exact.py         every row compared; the truth that recall is measured against
+    rows.py          stored vectors, wherever their shards lie
+    lists.py         which list of an IVF a vector belongs to, as its queries see it
+    approximate.py   candidates from FAISS, scored exactly; the only file that imports faiss
+    measure.py       recall, latency and the parameters that give them
+    plan.py          which design is built: rounds on samples, then all rows
+    report.py        what was tried, as a table
+    folder.py        an index on disk: build, open
 
 Installed as `mmalign.index`. It knows neither stores nor models: it is given vectors.
 """
@@ -14,18 +19,20 @@ from mmalign.index.folder import build_index as build_index
 from mmalign.index.folder import describe as describe
 from mmalign.index.folder import open_index as open_index
 from mmalign.index.folder import write_description as write_description
+from mmalign.index.plan import Queries as Queries
+from mmalign.index.report import table as table
+from mmalign.index.rows import Rows as Rows
 from mmalign.index.spec import Index as Index
-from mmalign.index.spec import Spec as Spec
-from mmalign.index.spec import choose as choose
 
 __all__ = [
     "Exact",
     "Extended",
     "Index",
-    "Spec",
+    "Queries",
+    "Rows",
     "build_index",
-    "choose",
     "describe",
     "open_index",
+    "table",
     "write_description",
 ]

@@ -11,6 +11,7 @@ import torch
 
 from mmalign import kernels
 from mmalign.errors import VectorError
+from mmalign.index.rows import Rows
 from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
 
 # Memory-mapped vectors are read-only, and nothing here writes to them.
@@ -21,6 +22,8 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 # takes as long as a few hundred searches, which are then half again as fast, or three times if
 # several are asked at once.
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
+# Up to so many rows that a filter leaves are sooner compared than looked for in an index.
+FEW_ROWS = 1 << 14
 
 
 class Exact(Index):
@@ -40,7 +43,7 @@ class Exact(Index):
         self.corpus: kernels.Corpus | None = None
 
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
         if not self.rows:
@@ -66,18 +69,21 @@ class Exact(Index):
 class Extended(Index):
     """An index joined with exact search over the rows added since it was built; final."""
 
-    def __init__(self, index: Index, shards: Shards) -> None:
-        """`shards` are all vectors of the store, of which `index` covers the first rows."""
+    def __init__(self, index: Index, vectors: Rows) -> None:
+        """`vectors` are all of the store, of which `index` covers the first rows."""
         self.index = index
-        self.tail = Exact(shards, first_row=index.rows)
-        self.rows = index.rows + self.tail.rows
+        self.vectors = vectors
+        self.tail = Exact(vectors.shards, first_row=index.rows)
+        self.rows = vectors.total
 
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
+        if allow_N is not None and np.count_nonzero(allow_N) <= FEW_ROWS:
+            return self._among(np.flatnonzero(allow_N), queries_MD, k)
         inside_N = None if allow_N is None else allow_N[: self.index.rows]
-        scores, rows = self.index.search(queries_MD, k, inside_N)
+        scores, rows = self.index.search(queries_MD, k, inside_N, asked=asked)
         if self.tail.rows:
             tail_scores, tail_rows = self.tail.search(queries_MD, k, allow_N)
             scores = np.concatenate([scores, tail_scores], axis=1)
@@ -86,3 +92,15 @@ class Extended(Index):
             scores = np.take_along_axis(scores, order, axis=1)
             rows = np.take_along_axis(rows, order, axis=1)
         return scores, rows
+
+    def _among(self, rows_N: Ints, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
+        """Compare a few rows, one by one."""
+        scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
+        rows_MK = np.full((len(queries_MD), k), -1, np.int64)
+        width = min(k, len(rows_N))
+        if width:
+            queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
+            vectors = torch.from_numpy(self.vectors.gather(rows_N))
+            scores, places = kernels.topk(queries, vectors, width)
+            scores_MK[:, :width], rows_MK[:, :width] = scores.numpy(), rows_N[places.numpy()]
+        return scores_MK, rows_MK

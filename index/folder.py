@@ -1,55 +1,68 @@
-"""An index on disk: for each modality a spec, its measured recall, and a FAISS file if need be.
+"""An index on disk: for each modality what was chosen, why, and a FAISS file if need be.
 
-index.json     what was built, from which rows, and how well it finds them
-image.faiss    only where the image vectors got an IVF index
+index.json     what was built, from which rows, what was tried, and how well it finds
+image.faiss    only where the image vectors got a FAISS index
 text.faiss     likewise
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmalign import files
 from mmalign.errors import StoreError
-from mmalign.index import ivf
+from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
-from mmalign.index.spec import Floats, Index, Shards, Spec, choose, neighbour_recall
+from mmalign.index.plan import Queries, plan
+from mmalign.index.rows import Rows
+from mmalign.index.spec import Bools, Index, Point, Shards
 
-K = 10
+FORMAT = 2
 
 
 def build_index(
-    folder: Path, modality: str, shards: Shards, *, dim: int, queries_MD: Floats, recall: float
+    folder: Path,
+    modality: str,
+    shards: Shards,
+    *,
+    asked: Mapping[str, Queries],
+    recall: float,
+    memory: float,
+    live_N: Bools | None = None,
 ) -> dict[str, Any]:
-    """Build, tune and write the index of one modality; return its part of index.json.
+    """Choose, build and write the index of one modality; return its part of index.json.
 
     Args:
         folder: An existing folder for the FAISS file.
         modality: "image" or "text": what the vectors are of.
         shards: The vectors, each (rows, D) float16.
-        dim: Dimensions.
-        queries_MD: Queries of the other modality; half of them tune, the other half measure.
-        recall: Share of the true ten nearest neighbours to be found, between 0 and 1.
+        asked: Queries by their modality; the first one decides the choice.
+        recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
+        memory: Bytes that the index may hold.
+        live_N: Which rows are not deleted; None where all are live.
     """
-    rows = sum(len(s) for s in shards)
-    spec = choose(rows, dim)
-    description: dict[str, Any] = {"recall_wanted": recall, "queries": 0}
-    if spec.kind == "exact":
-        return description | {"spec": asdict(spec), "recall": 1.0}
-    index = ivf.build(shards, spec)
-    half = len(queries_MD) // 2
-    if half:
-        true = Exact(shards).search(queries_MD, K)[1]
-        index = ivf.tune(index, queries_MD[:half], true[:half], recall)
-        found = index.search(queries_MD[half:], K)[1]
-        measured: float | None = neighbour_recall(found, true[half:])
-        description["queries"] = len(queries_MD) - half
-    else:
-        # Nothing to measure with: look into a tenth of the lists and claim nothing.
-        index, measured = ivf.Ivf(index.index, max(1, spec.lists // 10)), None
-    ivf.save(index, folder / f"{modality}.faiss")
-    return description | {"spec": asdict(ivf.with_probes(spec, index)), "recall": measured}
+    vectors = Rows(shards, live_N)
+    made = plan(vectors, asked, recall, memory)
+    exact = made.index is None
+    if not exact:
+        approximate.save(made.index, folder / f"{modality}.faiss")
+    promised = made.kept[0] if made.kept else None
+    return {
+        "kind": made.design.kind,
+        "name": made.design.name(vectors.live, vectors.dim),
+        "rows": vectors.total,
+        "held": vectors.live,
+        "dim": vectors.dim,
+        "recall_wanted": recall,
+        "memory": memory,
+        "recall": 1.0 if exact else promised and promised.recall,
+        "queries": promised.queries if promised else 0,
+        "points": {name: [asdict(p) for p in points] for name, points in made.points.items()},
+        "measured": [asdict(t) for t in made.kept],
+        "tried": [asdict(t) for t in made.tried],
+    }
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -64,16 +77,32 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     """Open the index of one modality over the store's vectors; rows it does not cover are exact.
 
     A folder of None means exact search.
+
+    Raises:
+        StoreError: The index is damaged, or not of these vectors.
     """
     if folder is None:
         return Exact(shards)
-    spec = Spec(**describe(folder)["modalities"][modality]["spec"])
-    if spec.kind == "exact":
+    content = describe(folder)
+    part = content["modalities"].get(modality)
+    if content["format"] != FORMAT or part is None or part["kind"] == "exact":
         return Exact(shards)
-    return Extended(ivf.load(folder / f"{modality}.faiss", spec), shards)
+    file = folder / f"{modality}.faiss"
+    if file.exists() and file.stat().st_size != content["bytes"][file.name]:
+        raise StoreError(f"{file}: its size is not what was written")
+    vectors = Rows(shards)
+    if vectors.total < part["rows"]:
+        raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
+    points = {name: [Point(**p) for p in points] for name, points in part["points"].items()}
+    loaded = approximate.load(file, part["held"], vectors.dim)
+    return Extended(approximate.Approximate(loaded, vectors, points, part["rows"]), vectors)
 
 
 def write_description(folder: Path, content: dict[str, Any]) -> None:
-    """Write index.json with the hashes of the files beside it; it makes the folder an index."""
-    hashes = {p.name: files.sha256(p) for p in sorted(folder.glob("*.faiss"))}
-    files.write_json(folder / "index.json", {"format": 1, **content, "sha256": hashes})
+    """Write index.json, with sizes and hashes of the files beside it; then it is an index."""
+    written = sorted(folder.glob("*.faiss"))
+    sizes = {p.name: p.stat().st_size for p in written}
+    hashes = {p.name: files.sha256(p) for p in written}
+    files.write_json(
+        folder / "index.json", {"format": FORMAT, **content, "bytes": sizes, "sha256": hashes}
+    )

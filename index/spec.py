@@ -1,10 +1,10 @@
-"""What an index is, and which one a set of vectors gets.
+"""What an index is, and which designs there are to choose from.
 
 N rows, M queries, D dimensions, K neighbours.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Shards = Sequence[Halves]
 
-EXACT_ROWS = 50_000
-"""Below this, comparing every row takes milliseconds and misses nothing."""
+KS = (10, 100)
+"""Numbers of neighbours that search parameters are tuned for."""
 
 
 class Index(ABC):
@@ -28,44 +28,81 @@ class Index(ABC):
 
     @abstractmethod
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
         """Return scores (M, K), best first, and rows (M, K); row -1 where there are fewer.
 
-        Rows that are False in `allow_N` are not found.
+        Args:
+            queries_MD: Queries of unit norm.
+            k: Neighbours per query.
+            allow_N: Rows that are False are not found.
+            asked: Modality of the queries, as each has search parameters of its own.
         """
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Kind and parameters of an index."""
+class Point:
+    """Search parameters for k neighbours."""
 
-    kind: Literal["exact", "ivf"]
-    rows: int
-    dim: int
-    lists: int = 0
-    """Inverted lists."""
-    nprobe: int = 0
-    """Lists that a search looks into."""
+    k: int
+    breadth: int
+    """How much of the index a query looks at: lists of an IVF, efSearch of a graph."""
+    candidates: int
+    """Rows that FAISS hands over to be scored exactly."""
 
-
-def choose(rows: int, dim: int) -> Spec:
-    """Exact search below 50,000 rows, else IVF with about 4 sqrt(N) lists.
-
-    >>> choose(1_000, 512).kind, choose(200_000, 512).lists
-    ('exact', 2048)
-    """
-    if rows < EXACT_ROWS:
-        return Spec("exact", rows, dim)
-    lists = 1 << round(float(np.log2(4 * np.sqrt(rows))))
-    return Spec("ivf", rows, dim, lists=lists, nprobe=1)
+    def at(self, k: int) -> "Point":
+        """Return parameters for more neighbours than these were tuned for."""
+        grown = max(1.0, k / self.k)
+        return Point(k, round(self.breadth * grown**0.5), round(self.candidates * grown))
 
 
-def neighbour_recall(found_MK: Ints, true_MK: Ints) -> float:
-    """Share of the true nearest neighbours that an approximate search found.
+@dataclass(frozen=True)
+class Design:
+    """A kind of index before it has a size."""
 
-    >>> neighbour_recall(np.array([[1, 2]]), np.array([[2, 3]]))
-    0.5
-    """
-    both = (found_MK[:, :, None] == true_MK[:, None, :]) & (true_MK[:, None, :] >= 0)
-    return float(both.any(axis=1).sum() / max((true_MK >= 0).sum(), 1))
+    kind: Literal["exact", "ivf", "hnsw"]
+    code: str = ""
+    """How FAISS keeps a vector, by its name in FAISS's factory."""
+    density: int = 0
+    """Lists of an IVF for each square root of the number of rows."""
+    metric: Literal["vectors", "queries"] = "vectors"
+    """Whose spread tells how far a vector lies from the centre of a list, see `lists.py`."""
+    links: int = 0
+    """Neighbours of a node in a graph."""
+
+    def lists(self, rows: int) -> int:
+        """Inverted lists for so many rows: a power of two."""
+        return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
+
+    def factory(self, rows: int, dim: int) -> str:
+        """Name of the index for FAISS's factory."""
+        code = self.code.replace("/2", str(dim // 2)).replace("/4", str(dim // 4))
+        if self.kind == "hnsw":
+            return f"HNSW{self.links},{code}"
+        return f"RR{dim},IVF{self.lists(rows)},{code}"
+
+    def name(self, rows: int, dim: int) -> str:
+        """What people read: the factory's name, and whose metric formed the lists."""
+        if self.kind == "exact":
+            return "exact"
+        return self.factory(rows, dim) + (" by queries" if self.metric == "queries" else "")
+
+    def bytes_per_vector(self, rows: int, dim: int) -> float:
+        """Memory of the index for each row, about."""
+        coded: float = CODES[self.code](dim) + ID_BYTES
+        if self.kind == "hnsw":
+            return coded + 4 * 2 * self.links * 1.04 + 8
+        return coded + 4 * dim * (self.lists(rows) + dim) / rows
+
+
+ID_BYTES = 8
+# Bytes of a code. PQ/2x4 has four bits for every two dimensions, and rows are packed by 32.
+CODES: dict[str, Callable[[int], float]] = {
+    "SQ8": lambda dim: dim,
+    "SQfp16": lambda dim: 2 * dim,
+    "RaBitQfs1": lambda dim: dim / 8 + 8,
+    "RaBitQfs2": lambda dim: dim / 4 + 24,
+    "RaBitQfs4": lambda dim: dim / 2 + 24,
+    "PQ/2x4fsr": lambda dim: dim / 4,
+    "PQ/4x4fsr": lambda dim: dim / 8,
+}

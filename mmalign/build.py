@@ -1,7 +1,9 @@
 """`mmalign index`: an index generation over a store, with its recall measured on text queries."""
 
+import re
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import DataError, StoreError, UsageError
-from mmalign.index import build_index, describe, write_description
+from mmalign.errors import DataError, IdentityError, StoreError, UsageError
+from mmalign.index import Queries, Rows, build_index, describe, table, write_description
 from mmalign.model import load_model
 from mmalign.progress import say
 from mmalign.store import Store, commit_index, open_store
 
-MAX_QUERIES = 2_000
+# Queries drawn from the store: so many measure, the others tune and tell how they are spread.
+HELD, DRAWN = 1_000, 8_000
 OTHER = {"image": "text", "text": "image"}
+UNITS = {
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def build(
-    path: str | Path, *, recall: float = 0.95, queries: str | Path | None = None
+    path: str | Path,
+    *,
+    recall: float = 0.95,
+    memory: str | float = "2GB",
+    queries: str | Path | None = None,
 ) -> dict[str, Any]:
     """Build an index over the image and the caption vectors of a store and make it current.
 
     Args:
         path: The store.
         recall: Share of the true neighbours that a search must find, above 0 and at most 1.
-        queries: A file with one text query a line to measure image search with; by default the
+        memory: What the index may hold, in bytes or with a unit ("300MB", "2GB"); the store's own
+            vectors, which stay on the disk, are not counted.
+        queries: A file with one text query a line to choose and to measure with; by default the
             store's own captions.
 
     Returns:
@@ -35,94 +54,130 @@ def build(
     """
     if not 0 < recall <= 1:
         raise UsageError(f"--recall {recall} must be above 0 and at most 1")
+    budget = memory_bytes(memory)
     store = open_store(path)
     if not len(store):
-        raise StoreError(f"{path}: the store has no rows yet: run `mmalign embed` first")
+        what = "rows left" if store.manifest.physical_rows else "rows yet"
+        raise StoreError(f"{path}: the store has no {what}: run `mmalign embed` first")
     started = time.monotonic()
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
     files.make_folder(folder)
     try:
-        modalities = _build_all(store, folder, recall, queries)
+        modalities = _build_all(store, folder, recall, budget, queries)
+        shard_names = tuple(s.name for s in store.manifest.shards)
+        content = {
+            "name": name,
+            "model": store.manifest.model.identity,
+            "generation": store.manifest.generation,
+            "rows": len(store),
+            "shards": list(shard_names),
+            "seconds": round(time.monotonic() - started, 3),
+            "modalities": modalities,
+        }
+        write_description(folder, content)
+        commit_index(store.path, name, shard_names)
     except BaseException:
         # Ctrl-C included: the old generation goes on serving, and nothing is left behind.
         files.remove(folder)
         raise
-    names = tuple(s.name for s in store.manifest.shards)
-    content = {
-        "name": name,
-        "model": store.manifest.model.identity,
-        "rows": len(store),
-        "shards": list(names),
-        "seconds": round(time.monotonic() - started, 3),
-        "modalities": modalities,
-    }
-    write_description(folder, content)
-    commit_index(store.path, name, names)
     for modality, part in modalities.items():
-        say(f"{modality}: {_in_words(part)}")
+        _report(modality, part)
     return describe(folder)
 
 
+def memory_bytes(text: str | float) -> float:
+    """Read an amount of memory.
+
+    >>> memory_bytes("300MB"), memory_bytes("1.5 GiB")
+    (300000000.0, 1610612736.0)
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", str(text).strip().lower())
+    try:
+        assert found
+        amount = float(found[1]) * UNITS[found[2].upper() or "B"]
+    except (AssertionError, KeyError, ValueError):
+        raise UsageError(f"--memory {text}: write an amount such as 300MB or 2GB") from None
+    if amount <= 0:
+        raise UsageError(f"--memory {text} must be above 0")
+    return amount
+
+
 def _build_all(
-    store: Store, folder: Path, recall: float, queries: str | Path | None
+    store: Store, folder: Path, recall: float, memory: float, queries: str | Path | None
 ) -> dict[str, Any]:
-    """Build an index for each modality that has vectors."""
+    """Build an index for each modality that has vectors; they share the memory by their numbers."""
+    counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER}
+    live = {"image": store.live, "text": _live_captions(store)}
+    drawn = {name: _sample(store, name, live[name]) for name in OTHER}
+    own_words = None if queries is None else _query_file(store, queries)
     modalities: dict[str, Any] = {}
-    for modality, other in OTHER.items():
-        shards = store.vectors(modality)
-        if not sum(len(s) for s in shards):
+    for name, other in OTHER.items():
+        if not counts[name]:
             continue
-        asked = _query_file(store, queries) if queries and modality == "image" else None
-        vectors = _sample(store, other) if asked is None else asked
-        modalities[modality] = build_index(
-            folder,
-            modality,
-            shards,
-            dim=store.manifest.model.dim,
-            queries_MD=vectors,
-            recall=recall,
-        )
+        asked = {other: drawn[other]}
+        if name == "image":
+            if own_words is not None:
+                asked = {other: own_words}
+            asked["image"] = replace(drawn["image"], stored=True)
+        modalities[name] = build_index(
+            folder, name, store.vectors(name), asked=asked, recall=recall,
+            memory=memory * counts[name] / sum(counts.values()), live_N=live[name],
+        )  # fmt: skip
     return modalities
 
 
-def _in_words(part: dict[str, Any]) -> str:
-    spec = part["spec"]
-    if spec["kind"] == "exact":
-        return f"exact search over {spec['rows']} vectors, nothing to miss"
-    measured = (
-        f"recall@10 {part['recall']:.3f} on {part['queries']} held-out queries"
-        if part["recall"] is not None
-        else "recall not measured, as there are no queries"
-    )
-    return f"{spec['lists']} lists over {spec['rows']} vectors, {spec['nprobe']} probed; {measured}"
+def _live_captions(store: Store) -> NDArray[np.bool_] | None:
+    return None if store.live is None else store.live[store.caption_owners]
 
 
-def _sample(store: Store, modality: str) -> NDArray[np.float32]:
-    """Draw vectors of one modality to serve as queries for the other."""
-    shards = store.vectors(modality)
-    total = sum(len(s) for s in shards)
-    rows = np.random.default_rng(0).permutation(total)[:MAX_QUERIES]
-    parts, first = [np.zeros((0, store.manifest.model.dim), np.float32)], 0
-    for shard in shards:
-        inside = rows[(rows >= first) & (rows < first + len(shard))] - first
-        parts.append(shard[inside].astype(np.float32))
-        first += len(shard)
-    drawn = np.concatenate(parts)
-    return drawn[np.random.default_rng(1).permutation(len(drawn))]
+def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
+    """Draw vectors of one modality to serve as queries."""
+    vectors = Rows(store.vectors(modality), live_N)
+    if not vectors.live:
+        none = np.zeros((0, store.manifest.model.dim), np.float32)
+        return Queries(none, none)
+    rows = np.random.default_rng(1).permutation(vectors.draw(DRAWN + HELD, seed=0))
+    return _split(vectors.gather(rows).astype(np.float32))
 
 
-def _query_file(store: Store, queries: str | Path) -> NDArray[np.float32]:
+def _split(queries_MD: NDArray[np.float32]) -> Queries:
+    """Equal queries are one: none may tune and measure both."""
+    first = np.sort(np.unique(queries_MD, axis=0, return_index=True)[1])
+    queries_MD = queries_MD[first]
+    held = min(HELD, len(queries_MD) // 2)
+    return Queries(queries_MD[held:], queries_MD[:held])
+
+
+def _report(modality: str, part: dict[str, Any]) -> None:
+    if part["tried"]:
+        say(f"\n{modality}: tried on samples\n{table(part['tried'])}\n")
+    if part["measured"]:
+        say(f"{modality}: measured on held-out queries\n{table(part['measured'])}")
+    if part["kind"] == "exact":
+        say(f"{modality}: exact search over {part['held']} vectors, nothing to miss")
+    elif part["recall"] is None:
+        say(f"{modality}: {part['name']}; recall not measured, as there are no queries")
+
+
+def _query_file(store: Store, queries: str | Path) -> Queries:
     try:
         lines = [q.strip() for q in Path(queries).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise DataError(f"{queries}: queries must be UTF-8 text, one a line") from None
     except OSError as error:
         raise DataError(f"{queries}: queries cannot be read: {error.strerror}") from None
-    lines = [q for q in lines if q]
+    lines = list(dict.fromkeys(q for q in lines if q))
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")
     encoder = load_model(store.manifest.model.source)
-    return np.concatenate(
-        [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
+    if encoder.identity != store.manifest.model.identity:
+        raise IdentityError(
+            f"{store.path} holds embeddings of {store.manifest.model.identity}, "
+            f"the model is {encoder.identity}"
+        )
+    return _split(
+        np.concatenate(
+            [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
+        )
     )

@@ -210,17 +210,20 @@ def embed(
 @main.command()
 @_store
 @click.option("--recall", default=0.95, show_default=True, help="Share of true neighbours to find.")
+@click.option("--memory", default="2GB", show_default=True, help="What the index may hold.")
 @click.option("--queries", metavar="FILE", help="Text queries to measure with, one a line.")
 @_json
-def index(store: Path, recall: float, queries: str | None, as_json: bool) -> None:
-    """Build an index over a store and measure its recall on text queries.
+def index(store: Path, recall: float, memory: str, queries: str | None, as_json: bool) -> None:
+    """Build an index over a store that finds what it promises, measured on text queries.
+
+    Which kind of index is chosen by trying them on the store's own captions, or on FILE's queries.
 
     \b
-    Example:  mmalign index photos.store --recall 0.95
+    Example:  mmalign index photos.store --recall 0.95 --memory 300MB
     """
     from mmalign.build import build
 
-    report = build(store, recall=recall, queries=queries)
+    report = build(store, recall=recall, memory=memory, queries=queries)
     if as_json:
         _print(report, as_json)
 

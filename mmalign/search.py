@@ -17,6 +17,7 @@ from mmalign import modality
 from mmalign.errors import DataError, IdentityError, ModelError, StoreError, UsageError
 from mmalign.index import Exact, Index, describe, open_index
 from mmalign.model import Encoder, load_model
+from mmalign.progress import say
 from mmalign.store import Store, open_store
 from mmalign.store.where import where as rows_where
 
@@ -108,12 +109,14 @@ class Searcher:
             raise UsageError(f"k={k} must be at least 1")
         if not queries:
             return []
-        vectors_MD = np.concatenate([self.encode(query) for query in queries])
-        scores_MK, rows_MK = self._index(to, exact).search(vectors_MD, k, self._allowed(to, where))
-        return [
-            self._hits(scores_K, rows_K, to)
-            for scores_K, rows_K in zip(scores_MK, rows_MK, strict=True)
-        ]
+        index, allowed_N = self._index(to, exact), self._allowed(to, where)
+        hits: dict[int, list[Hit]] = {}
+        for asked, numbers in _by_modality(queries).items():
+            vectors_MD = np.concatenate([self.encode(queries[number]) for number in numbers])
+            found = index.search(vectors_MD, k, allowed_N, asked=asked)
+            for number, scores_K, rows_K in zip(numbers, *found, strict=True):
+                hits[number] = self._hits(scores_K, rows_K, to)
+        return [hits[number] for number in range(len(queries))]
 
     def encode(self, query: str | Path) -> NDArray[np.float32]:
         """Embed one query to a (1, D) unit vector."""
@@ -136,12 +139,8 @@ class Searcher:
         if folder is None:
             return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
         part = describe(folder)["modalities"]["image"]
-        return {
-            "kind": part["spec"]["kind"],
-            "rows": part["spec"]["rows"],
-            "recall": part["recall"],
-            "name": folder.name,
-        }
+        kept = {key: part[key] for key in ("kind", "rows", "recall")}
+        return {**kept, "design": part["name"], "name": folder.name}
 
     def _index(self, to: Target, exact: bool) -> Index:
         if (to, exact) not in self._indexes:
@@ -149,9 +148,12 @@ class Searcher:
             if not len(self.store) or not sum(len(s) for s in shards):
                 what = "rows" if to == "image" else "captions"
                 raise StoreError(f"{self.store.path}: the store has no {what} to search")
-            folder = self.store.index_folder
-            index = Exact(shards) if exact else open_index(folder, to, shards)
-            self._indexes[to, exact] = index
+            try:
+                folder = None if exact else self.store.index_folder
+                self._indexes[to, exact] = open_index(folder, to, shards)
+            except StoreError as error:
+                say(f"warning: {error}; every row is compared (`mmalign repair`)")
+                self._indexes[to, exact] = Exact(shards)
         return self._indexes[to, exact]
 
     def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:
@@ -182,6 +184,14 @@ class Searcher:
                 Hit(rank, row["id"], float(score), row["uri"], captions, int(owner), caption)
             )
         return hits
+
+
+def _by_modality(queries: Sequence[str | Path]) -> dict[str, list[int]]:
+    """Numbers of the queries of each modality, as each has search parameters of its own."""
+    numbers: dict[str, list[int]] = {}
+    for number, query in enumerate(queries):
+        numbers.setdefault("image" if is_image(query) else "text", []).append(number)
+    return numbers
 
 
 def is_image(query: str | Path) -> bool:

@@ -1,25 +1,32 @@
-"""Indexes: exact search is exact, IVF keeps its promise on held-out queries, new rows are found."""
+"""Indexes: exact search is exact, the planner keeps its promise, change is seen at once."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, VectorError
 from mmalign.index import (
     Exact,
     Extended,
     Index,
-    Spec,
+    Queries,
+    Rows,
+    approximate,
     build_index,
-    choose,
-    ivf,
     open_index,
+    table,
     write_description,
 )
-from mmalign.index.spec import neighbour_recall
+from mmalign.index.approximate import Approximate
+from mmalign.index.lists import Lists, query_metric
+from mmalign.index.measure import interval, neighbour_recall, places
+from mmalign.index.plan import DESIGNS, aim, plan
+from mmalign.index.spec import Design, Point
 
-DIM = 16
+DIM = 32
+IVF = Design("ivf", "PQ/2x4fsr", density=1)
 
 
 def vectors(count: int, seed: int = 0) -> np.ndarray:
@@ -31,17 +38,38 @@ def vectors(count: int, seed: int = 0) -> np.ndarray:
     return drawn.astype(np.float16)
 
 
-def test_the_choice_follows_the_rows() -> None:
-    assert choose(49_999, 512).kind == "exact"
-    assert choose(50_000, 512) == Spec("ivf", 50_000, 512, lists=1024, nprobe=1)
+def texts(count: int, seed: int = 1) -> np.ndarray:
+    """Queries that lie elsewhere: shifted, and spread in a few directions only."""
+    rng = np.random.default_rng(seed)
+    drawn = vectors(count, seed).astype(np.float32)
+    drawn = (
+        0.6 * drawn + 0.5 * np.eye(DIM)[0] + rng.normal(size=(count, DIM)) * 0.9 ** np.arange(DIM)
+    )
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+
+def truth(stored: np.ndarray, queries: np.ndarray, k: int, allow: Any = None) -> np.ndarray:
+    """Row numbers of the k best, by sorting all."""
+    scores = queries.astype(np.float64) @ stored.astype(np.float64).T
+    if allow is not None:
+        scores[:, ~allow] = -np.inf
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def small_index(stored: np.ndarray, design: Design = IVF, live: Any = None) -> Approximate:
+    """An index that looks at everything: what it misses is missed by the code alone."""
+    rows = Rows([stored[:70], stored[70:]], live)
+    lists = approximate.cluster(rows, design, texts(500)) if design.kind == "ivf" else None
+    built = approximate.build(rows, design, lists)
+    return Approximate(built, rows, {"text": [Point(10, 10_000, 300)]}, rows.total)
 
 
 def test_exact_counts_on_from_shard_to_shard() -> None:
     whole = vectors(100)
-    scores, rows = Exact([whole[:30], whole[30:]]).search(whole[[5, 60]].astype(np.float32), 3)
-    truth = whole.astype(np.float64) @ whole[[5, 60]].astype(np.float64).T
+    queries = whole[[5, 60]].astype(np.float32)
+    scores, rows = Exact([whole[:30], whole[30:]]).search(queries, 3)
     assert rows[:, 0].tolist() == [5, 60]
-    assert np.array_equal(rows, np.argsort(-truth.T, axis=1)[:, :3])
+    assert np.array_equal(rows, truth(whole, queries, 3))
     assert np.allclose(scores[:, 0], 1, atol=1e-3)
 
 
@@ -66,91 +94,223 @@ def test_fewer_rows_than_asked_for() -> None:
     assert Exact([vectors(3)]).search(vectors(1).astype(np.float32), 10)[1].shape == (1, 3)
 
 
+def test_rows_are_gathered_from_shards_anywhere() -> None:
+    whole = vectors(1_000)
+    # Copies lie apart, and one starts in the middle of a buffer.
+    shards = [whole[:10].copy(), whole[:0], vectors(400)[7:].copy()[3:], whole[300:].copy()]
+    joined = np.concatenate(shards)
+    rows = Rows(shards)
+    asked = np.random.default_rng(0).integers(len(joined), size=500)
+    assert np.array_equal(rows.gather(asked), joined[asked])
+    assert rows.gather(np.zeros(0, np.int64)).shape == (0, DIM)
+    for bad in (-1, len(joined)):
+        with pytest.raises(IndexError, match="rows 0 to"):
+            rows.gather(np.array([bad]))
+
+
+def test_dead_rows_are_passed_over() -> None:
+    live = np.random.default_rng(0).random(400) < 0.5
+    rows = Rows([vectors(150), vectors(250, seed=1)], live)
+    numbers = np.concatenate([n for n, _ in rows.blocks()])
+    assert np.array_equal(numbers, np.flatnonzero(live))
+    assert live[rows.draw(50, seed=1)].all()
+    assert rows.thinned(20, seed=2).live == 20
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
+def test_a_bad_vector_is_named(bad: float) -> None:
+    stored = vectors(300)
+    stored[123] = bad
+    with pytest.raises(VectorError, match="vector of row 123"):
+        approximate.build(Rows([stored]), Design("hnsw", "SQ8", links=8))
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda d: f"{d.code}-{d.metric}")
+def test_every_design_finds_neighbours_with_exact_scores(design: Design) -> None:
+    stored, queries = vectors(500), texts(20)
+    scores, found = small_index(stored, design).search(queries, 10)
+    true = truth(stored, queries, 10)
+    assert neighbour_recall(found, true).mean() > 0.97
+    exact = np.einsum("mkd,md->mk", stored[found].astype(np.float64), queries.astype(np.float64))
+    assert np.array_equal(scores, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda d: f"{d.code}-{d.metric}")
+def test_only_allowed_and_live_rows_are_found(design: Design) -> None:
+    stored, queries = vectors(500), texts(20)
+    rng = np.random.default_rng(0)
+    live, allow = rng.random(500) < 0.8, rng.random(500) < 0.4
+    index = small_index(stored, design, live)
+    assert index.held == live.sum()
+    for allowed in (live, live & allow):
+        found = index.search(queries, 10, allowed)[1]
+        assert allowed[found].all()
+        assert neighbour_recall(found, truth(stored, queries, 10, allowed)).mean() > 0.95
+
+
+def test_lists_by_queries_hold_each_row_once_under_its_nearest_centre() -> None:
+    stored = vectors(800)
+    rows = Rows([stored])
+    lists = approximate.cluster(rows, Design("ivf", "PQ/2x4fsr", 1, metric="queries"), texts(900))
+    assert lists.metric_DD is not None
+    gap = stored.astype(np.float64)[:, None] - lists.centres_LD
+    far = np.einsum("nld,de,nle->nl", gap, lists.metric_DD, gap)
+    chosen = lists.of(stored.astype(np.float32))
+    best = far[np.arange(800), chosen]
+    assert (best <= far.min(axis=1) + 1e-4).all()
+    built = approximate.build(rows, Design("ivf", "PQ/2x4fsr", 1, metric="queries"), lists)
+    found = Approximate(built, rows, {"text": [Point(800, 10_000, 800)]}, 800).search(
+        texts(1), 800
+    )[1]
+    assert sorted(found[0].tolist()) == list(range(800))
+
+
+def test_the_metric_of_queries_weighs_their_directions() -> None:
+    queries = np.random.default_rng(0).normal(size=(4_000, 3)) * [3, 1, 0]
+    metric, root = query_metric(queries.astype(np.float32))
+    assert metric[0, 0] > 2 * metric[1, 1] > 2 * metric[2, 2] > 0
+    assert np.allclose(root @ root, metric, atol=1e-4)
+    plain = Lists(np.eye(3, dtype=np.float32))
+    assert plain.of(np.array([[0.1, 0.9, 0.2]], np.float32)).tolist() == [1]
+
+
+def test_what_is_measured_is_what_is_meant() -> None:
+    found, true = np.array([[1, 2, 3], [4, 5, -1]]), np.array([[3, 9, 1], [5, -1, -1]])
+    assert neighbour_recall(found, true).tolist() == [2 / 3, 1]
+    assert places(np.array([[7, 3, 5, -1]]), np.array([[5, 8, 7]])).tolist() == [[2, 4, 0]]
+    shares = np.array([0.0, 1.0] * 200)
+    low, high = interval(shares)
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20)
+    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20)
+    assert interval(np.ones(100)) == (pytest.approx(0.985), 1.0)
+    assert 0.95 < aim(0.95, 5_000) < aim(0.95, 500) <= 0.96
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, dict[str, Any]]:
+    """An index over many rows, chosen and tuned; a fifth of the rows is dead."""
     folder = tmp_path_factory.mktemp("index")
-    stored = vectors(60_000)
-    queries = vectors(400, seed=1).astype(np.float32)
-    part = build_index(
-        folder, "image", [stored[:25_000], stored[25_000:]], dim=DIM, queries_MD=queries, recall=0.9
-    )
+    stored = vectors(40_000)
+    live = np.random.default_rng(5).random(len(stored)) < 0.8
+    asked = {
+        "text": Queries(texts(1_500), texts(500, seed=2)),
+        "image": Queries(stored[:600].astype(np.float32), stored[600:800].astype(np.float32), True),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmalign.index.plan.EXACT_ROWS", 1_000)
+        patch.setattr("mmalign.index.plan.ROUNDS", (2_000, 8_000))
+        part = build_index(
+            folder, "image", [stored[:15_000], stored[15_000:]],
+            asked=asked, recall=0.9, memory=4e6, live_N=live,
+        )  # fmt: skip
     write_description(folder, {"modalities": {"image": part}})
-    assert part["spec"]["kind"] == "ivf"
-    assert part["queries"] == 200
-    assert part["recall"] >= 0.87
-    return folder, stored
+    return folder, np.where(live[:, None], stored, np.float16(0)), part
 
 
-def test_ivf_finds_what_it_promised(built: tuple[Path, np.ndarray]) -> None:
-    folder, stored = built
-    index = open_index(folder, "image", [stored])
-    queries = vectors(300, seed=2).astype(np.float32)
-    true = Exact([stored]).search(queries, 10)[1]
-    scores, found = index.search(queries, 10)
-    assert neighbour_recall(found, true) >= 0.87
-    assert (np.diff(scores, axis=1) <= 0).all()
+def test_the_planner_keeps_its_promise(built: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
+    folder, stored, part = built
+    live = (stored != 0).any(axis=1)
+    assert part["kind"] == "ivf"
+    assert part["held"] == live.sum()
+    assert (folder / "image.faiss").stat().st_size <= 4e6
+    assert {(t["asked"], t["point"]["k"]) for t in part["measured"]} == {
+        (asked, k) for asked in ("text", "image") for k in (10, 100)
+    }
+    for trial in part["measured"]:
+        assert 0.89 <= trial["low"] <= trial["recall"] <= trial["high"] <= 1
+        assert trial["high"] - trial["low"] < 0.05
+    assert len({t["design"] for t in part["tried"]}) >= 4
+    assert part["measured"][0]["design"] in table(part["measured"])
+    index = open_index(folder, "image", [stored[:1], stored[1:]])
+    for asked, queries in (("text", texts(300, seed=3)), ("image", vectors(300, seed=4))):
+        wanted = queries.astype(np.float32)
+        for k in (10, 60, 300):
+            found = index.search(wanted, k, live, asked=asked)[1]
+            assert neighbour_recall(found, truth(stored, wanted, k, live)).mean() >= 0.88
 
 
-def test_rows_added_after_the_build_are_found(built: tuple[Path, np.ndarray]) -> None:
-    folder, stored = built
-    later = vectors(50, seed=3)
+def test_change_is_seen_at_once(built: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
+    """Rows that came later are found, rows that went are not, and recall holds."""
+    folder, stored, _ = built
+    later = vectors(8_000, seed=6)
+    whole = np.concatenate([stored, later])
+    live = (whole != 0).any(axis=1)
+    live[np.random.default_rng(7).random(len(whole)) < 0.2] = False
     index = open_index(folder, "image", [stored, later])
     assert isinstance(index, Extended)
-    assert index.rows == 60_050
-    _, rows = index.search(later.astype(np.float32), 1)
-    assert (rows[:, 0] == 60_000 + np.arange(50)).mean() > 0.9
+    assert index.rows == len(whole)
+    queries = texts(200, seed=8)
+    found = index.search(queries, 10, live)[1]
+    assert live[found].all()
+    assert (found >= len(stored)).any()
+    assert neighbour_recall(found, truth(whole, queries, 10, live)).mean() >= 0.88
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_damaged_index_is_named(
-    built: tuple[Path, np.ndarray], tmp_path: Path, damage: str
+@pytest.mark.parametrize("share", [0.5, 0.05, 0.005, 0])
+def test_filters_keep_the_recall(
+    built: tuple[Path, np.ndarray, dict[str, Any]], share: float
 ) -> None:
-    folder, stored = built
-    description = (folder / "index.json").read_bytes()
-    (tmp_path / "index.json").write_bytes(description)
+    folder, stored, _ = built
+    live = (stored != 0).any(axis=1)
+    allow = live & (np.random.default_rng(9).random(len(stored)) < share)
+    queries = texts(100, seed=10)
+    found = open_index(folder, "image", [stored]).search(queries, 10, allow)[1]
+    assert found.shape == (100, 10)
+    if not share:
+        assert (found == -1).all()
+        return
+    assert allow[found].all()
+    assert neighbour_recall(found, truth(stored, queries, 10, allow)).mean() >= 0.88
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_a_damaged_index_is_named(
+    built: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, damage: str
+) -> None:
+    folder, stored, _ = built
+    (tmp_path / "index.json").write_bytes((folder / "index.json").read_bytes())
+    content = (folder / "image.faiss").read_bytes()
     if damage == "cut":
-        (tmp_path / "image.faiss").write_bytes((folder / "image.faiss").read_bytes()[:1000])
+        (tmp_path / "image.faiss").write_bytes(content[:1000])
+    if damage == "other":
+        (tmp_path / "image.faiss").write_bytes(bytes(len(content)))
     with pytest.raises(StoreError, match=r"image\.faiss"):
         open_index(tmp_path, "image", [stored])
 
 
-def test_an_index_of_other_vectors_is_refused(built: tuple[Path, np.ndarray]) -> None:
-    folder, _ = built
-    with pytest.raises(StoreError, match="60000 vectors where 5"):
-        ivf.load(folder / "image.faiss", Spec("ivf", 5, DIM, 10, 1))
+def test_an_index_of_other_vectors_is_refused(
+    built: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    folder, stored, _ = built
+    with pytest.raises(StoreError, match="covers 40000 rows of a store of 5"):
+        open_index(folder, "image", [stored[:5]])
+
+
+def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"text": Queries(texts(100), texts(100))}
+    made = plan(Rows([vectors(60_000)]), asked, 0.9, memory=100_000)
+    assert made.design.kind == "exact"
+    assert (
+        "no index of 60,000 vectors fits 0 MB, so every row will be compared"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_index_without_queries_claims_nothing(tmp_path: Path) -> None:
     stored = vectors(50_000)
-    none = np.zeros((0, DIM), np.float32)
-    part = build_index(tmp_path, "image", [stored], dim=DIM, queries_MD=none, recall=0.9)
+    part = build_index(tmp_path, "image", [stored], asked={}, recall=0.9, memory=1e9)
+    write_description(tmp_path, {"modalities": {"image": part}})
     assert part["recall"] is None
-    assert part["spec"]["nprobe"] > 1
+    found = open_index(tmp_path, "image", [stored]).search(stored[:50].astype(np.float32), 1)[1]
+    assert (found[:, 0] == np.arange(50)).mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["exact", "ivf", "extended"])
-def test_rows_that_are_not_allowed_are_not_found(kind: str) -> None:
-    whole = vectors(400)
-    queries = whole[:5].astype(np.float32)
-    allow = np.random.default_rng(0).random(400) < 0.3
-    allow[:5] = False
-    covered = whole[:300] if kind == "extended" else whole
-    index: Index = Exact([whole])
-    if kind != "exact":
-        spec = Spec("ivf", len(covered), DIM, lists=4, nprobe=4)
-        index = ivf.build([covered], spec)
-    if kind == "extended":
-        index = Extended(index, [whole])
-    scores, rows = index.search(queries, 400, allow)
-    found = rows >= 0
-    assert (found.sum(axis=1) == allow.sum()).all()
-    assert allow[rows[found]].all()
-    truth = np.where(allow, queries.astype(np.float64) @ whole.astype(np.float64).T, -9)
-    best = np.sort(truth, axis=1)[:, ::-1][:, : allow.sum()]
-    assert np.allclose(scores[found].reshape(5, -1), best, atol=2e-3)
+def test_few_rows_are_compared_one_by_one(tmp_path: Path) -> None:
+    part = build_index(tmp_path, "image", [vectors(900)], asked={}, recall=0.9, memory=1e9)
+    assert (part["kind"], part["recall"], part["held"]) == ("exact", 1.0, 900)
 
 
 def test_nothing_allowed_is_nothing_found() -> None:
-    index = Extended(ivf.build([vectors(100)], Spec("ivf", 100, DIM, 4, 4)), [vectors(120)])
-    rows = index.search(vectors(2).astype(np.float32), 5, np.zeros(120, np.bool_))[1]
+    index: Index = Extended(small_index(vectors(100)), Rows([vectors(120)]))
+    rows = index.search(texts(2), 5, np.zeros(120, np.bool_))[1]
     assert (rows == -1).all()

@@ -22,7 +22,7 @@ ORDER: list[set[str]] = [
     {"mmalign.cli"},
 ]
 DOORS = {
-    "faiss": {"mmalign.index.ivf"},
+    "faiss": {"mmalign.index.approximate"},
     "open_clip": {"mmalign.model.openclip"},
     "timm": set(),
     "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmalign.errors import VectorError
 from mmalign.kernels import blocked, checks, losses, reference
 from mmalign.kernels.cached import backward_in_parts
+from mmalign.kernels.candidates import best_candidates
 from mmalign.kernels.codes import can_code
 from mmalign.kernels.exact import TopkImpl, choose_topk, prepare, topk
 from mmalign.kernels.screens import Corpus
@@ -25,6 +26,7 @@ __all__ = [
     "LossImpl",
     "TopkImpl",
     "backward_in_parts",
+    "best_candidates",
     "can_code",
     "choose_loss",
     "choose_topk",

@@ -1,0 +1,257 @@
+"""Recall, speed, memory and build time of the index, beside those of others, at equal memory.
+
+    python -m bench index --work DIR [--rows 1000000] [--recall 0.9 0.95 0.99] \
+        [--memory 4GB 1GB 300MB] [--threads 1 2] [--others PYTHON] [--methods hnswlib usearch ...]
+    python -m bench index --work DIR --grow 100000 300000 1000000 3000000
+
+Rows are drawn by `bench/standin.py`, or come from files (`--vectors images.npy texts.npy`, float16
+and float32, say those of a real store). Half of the held-out queries come as texts, half as images;
+the truth is exact search. Ours chooses and builds an index for every recall and memory, with two
+threads, in a process of its own that sees no more texts than a store would give it; then held-out
+queries measure it, many at once and one at a time. Others (PYTHON is that of an environment with
+what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
+every row is one point of a curve. Rows go to bench/results/index.csv, the curves to index.png
+beside it. `--grow` builds ours at several sizes and prints the exponents of build time and QPS.
+
+DIR keeps vectors, truths and what others built, as that takes longest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import measure, processes
+from bench.standin import StandIn
+from mmalign.build import memory_bytes
+from mmalign.index import Exact, Queries, Rows, build_index, open_index, write_description
+from mmalign.index.approximate import set_threads
+from mmalign.index.measure import interval, neighbour_recall
+
+KS, SHARD_ROWS = (10, 100), 10_000
+TUNING, HELD = 8_000, 1_000
+METHODS = ("autofaiss", "faiss-hnsw32", "faiss-ivf-flat", "hnswlib", "usearch")
+BUILD_THREADS = 2
+ALONE = 300
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is asked for."""
+    given = _parse(arguments)
+    if given.one:
+        _ours(**json.loads(given.one))
+        return
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.grow:
+        _grow(given)
+        return
+    data = _data(given.work, given.rows, given.vectors)
+    for memory in given.memory:
+        for recall in given.recall:
+            for row in _in_process(data, recall, memory, given.threads):
+                measure.append("index", row)
+    for method in given.methods if given.others else ():
+        for memory in given.memory:
+            for row in _others(given.others, method, data, memory, given.threads):
+                measure.append("index", row)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench index")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--vectors", type=Path, nargs=2)
+    parser.add_argument("--recall", type=float, nargs="*", default=[0.9, 0.95, 0.99])
+    parser.add_argument("--memory", nargs="*", default=["4GB", "1GB", "300MB"])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--others")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--grow", type=int, nargs="*")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _data(work: Path, rows: int, vectors: list[Path] | None) -> dict[str, Any]:
+    """Draw vectors and queries, find the truth, and keep them in files; return their names."""
+    folder = work / (f"standin-{rows}" if vectors is None else vectors[0].stem)
+    names = {n: str(folder / f"{n}.npy") for n in ("images", "tuning", "text", "image")}
+    names |= {f"{n}-truth": str(folder / f"{n}-truth.npy") for n in ("text", "image")}
+    if all(Path(n).exists() for n in names.values()):
+        return names
+    folder.mkdir(exist_ok=True)
+    if vectors is None:
+        world = StandIn(rows)
+        images = np.lib.format.open_memmap(names["images"], "w+", np.float16, (rows, world.dim))
+        world.images(images)
+        texts = world.texts(TUNING + HELD)[0]
+        held_out = world.held_out(HELD)
+    else:
+        images = np.load(vectors[0], mmap_mode="r")
+        texts = np.load(vectors[1])
+        np.random.default_rng(0).shuffle(texts)
+        held = np.random.default_rng(1).choice(len(images), HELD, replace=False)
+        held_out = images[held].astype(np.float32)
+        images = np.delete(images, held, axis=0)
+        np.save(names["images"], images)
+    np.save(names["text"], texts[:HELD])
+    np.save(names["tuning"], texts[HELD:])
+    np.save(names["image"], held_out)
+    torch.set_num_threads(BUILD_THREADS)
+    for kind in ("text", "image"):
+        true = Exact([images]).search(np.load(names[kind]), KS[-1])[1]
+        np.save(names[f"{kind}-truth"], true)
+    return names
+
+
+def _in_process(data: dict[str, Any], recall: float, memory: str, threads: list[int]) -> list[Any]:
+    """Build and measure ours in a process of its own."""
+    words = {"data": data, "recall": recall, "memory": memory_bytes(memory), "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [
+            sys.executable,
+            "-m",
+            "bench",
+            "index",
+            "--one",
+            json.dumps({**words, "out": str(out)}),
+        ]
+        peak = processes.run(command, BUILD_THREADS, private=True)
+        found = json.loads(out.read_text())
+    return [
+        {"method": "mmalign", "memory": memory, "wanted": recall, **row,
+         "peak_mib": round(peak["peak_mib"])}
+        for row in found
+    ]  # fmt: skip
+
+
+def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int], out: str) -> None:
+    """Choose, build, write, open and measure an index; its rows go to a file."""
+    _use(BUILD_THREADS)
+    images = np.load(data["images"], mmap_mode="r")
+    shards = [images[i : i + SHARD_ROWS] for i in range(0, len(images), SHARD_ROWS)]
+    tuning = np.load(data["tuning"])
+    stored = Rows(shards)
+    drawn = np.random.default_rng(1).permutation(stored.draw(2 * HELD, seed=0))
+    tune, held = np.split(stored.gather(drawn).astype(np.float32), 2)
+    asked = {
+        "text": Queries(tuning[HELD:], tuning[:HELD]),
+        "image": Queries(tune, held, stored=True),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        part = build_index(folder, "image", shards, asked=asked, recall=recall, memory=memory)
+        build_s = time.perf_counter() - started
+        write_description(folder, {"modalities": {"image": part}})
+        size = sum(p.stat().st_size for p in folder.glob("*.faiss"))
+        started = time.perf_counter()
+        index = open_index(folder, "image", shards)
+        open_ms = 1000 * (time.perf_counter() - started)
+        common = {
+            "design": part["name"], "build_s": round(build_s, 1), "open_ms": round(open_ms, 2),
+            "bytes_per_vector": round(size / len(images), 1),
+        }  # fmt: skip
+        rows = []
+        for count in threads:
+            _use(count)
+            for kind in ("text", "image"):
+                queries, true = np.load(data[kind]), np.load(data[f"{kind}-truth"])
+                for k in KS:
+                    rows.append(
+                        {**common, "asked": kind, "k": k, "search_threads": count}
+                        | _speed(
+                            lambda q, k=k, kind=kind: index.search(q, k, asked=kind)[1],
+                            queries,
+                            true[:, :k],
+                        )
+                    )
+        Path(out).write_text(json.dumps(rows))
+
+
+def _others(python: str, method: str, data: dict[str, Any], memory: str, threads: list[int]) -> Any:
+    """Let another library build once and be measured for every kind of query and thread count."""
+    worker = Path(__file__).with_name("index_baselines.py")
+    for count in threads:
+        for kind in ("text", "image"):
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "rows.jsonl"
+                words = {
+                    "--images": data["images"], "--queries": data[kind],
+                    "--truth": data[f"{kind}-truth"], "--memory": memory, "--threads": str(count),
+                    "--cache": str(Path(data["images"]).parent / "others"), "--out": str(out),
+                }  # fmt: skip
+                environment = os.environ | {"OMP_NUM_THREADS": str(BUILD_THREADS)}
+                subprocess.run(
+                    [python, str(worker), method, *(x for pair in words.items() for x in pair)],
+                    check=True, env=environment,
+                )  # fmt: skip
+                for line in out.read_text().splitlines():
+                    yield from _rows_of(json.loads(line), kind, memory)
+
+
+def _rows_of(point: dict[str, Any], kind: str, memory: str) -> list[dict[str, Any]]:
+    """One row for each k, with the columns of ours."""
+    if "refused" in point:
+        return []
+    return [
+        {
+            "method": point["method"], "memory": memory, "wanted": "",
+            "design": f"{point['kind']} {point['point']}",
+            "build_s": point["build_s"], "open_ms": "",
+            "bytes_per_vector": point["bytes_per_vector"], "asked": kind, "k": k,
+            "search_threads": point["threads"], "recall": point[f"recall_{k}"], "low": "",
+            "high": "", "qps": point[f"qps_{k}"], "p50_ms": point[f"p50_ms_{k}"],
+            "p99_ms": point[f"p99_ms_{k}"],
+            "peak_mib": round(point["build_peak_bytes"] / 2**20),
+        }
+        for k in KS
+    ]  # fmt: skip
+
+
+def _grow(given: argparse.Namespace) -> None:
+    """Build ours at several sizes: time, memory, QPS, and how they grow with the rows."""
+    found = []
+    for rows in given.grow:
+        data = _data(given.work, rows, None)
+        for row in _in_process(data, given.recall[0], given.memory[0], [1]):
+            measure.append("index-growth", {"rows": rows, **row})
+            if (row["asked"], row["k"]) == ("text", KS[0]):
+                found.append((rows, row["build_s"], row["qps"]))
+    sizes, builds, speeds = np.log(np.array(found)).T
+    for name, values in (("build time", builds), ("QPS", speeds)):
+        print(f"{name} grows with the rows to the power of {np.polyfit(sizes, values, 1)[0]:.2f}")
+
+
+def _speed(search: Any, queries: Any, true_MK: Any) -> dict[str, Any]:
+    """Recall with its interval, QPS of many queries at once, milliseconds of one alone."""
+    search(queries[:20])
+    started = time.perf_counter()
+    found = search(queries)
+    seconds = time.perf_counter() - started
+    shares = neighbour_recall(found, true_MK)
+    alone = []
+    for number in range(ALONE):
+        started = time.perf_counter()
+        search(queries[number : number + 1])
+        alone.append(1000 * (time.perf_counter() - started))
+    low, high = interval(shares)
+    return {
+        "recall": round(float(shares.mean()), 4), "low": round(low, 4), "high": round(high, 4),
+        "qps": round(len(queries) / seconds, 1),
+        "p50_ms": round(float(np.quantile(alone, 0.5)), 3),
+        "p99_ms": round(float(np.quantile(alone, 0.99)), 3),
+    }  # fmt: skip
+
+
+def _use(threads: int) -> None:
+    torch.set_num_threads(threads)
+    set_threads(threads)

@@ -1,0 +1,278 @@
+"""FAISS finds candidates, the stored vectors score them; the only file that imports faiss.
+
+N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
+"""
+
+# The stubs that FAISS brings lag behind it.
+# mypy: disable-error-code="attr-defined, call-arg, arg-type, assignment, no-any-return"
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmalign import files, kernels
+from mmalign.errors import StoreError
+from mmalign.index.lists import Lists, query_metric
+from mmalign.index.rows import Rows
+from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
+from mmalign.progress import bar
+
+TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 40, 8
+BUILD_BREADTH, MOST_BREADTH = 40, 2_000
+# Candidates gathered at once: so many numbers in float16.
+GATHERED = 1 << 23
+
+
+class Approximate(Index):
+    """A FAISS index with the vectors it was built from; final.
+
+    It may be asked by several threads at once: parameters travel with the call.
+    """
+
+    def __init__(
+        self, faiss_index: Any, vectors: Rows, points: Mapping[str, Sequence[Point]], rows: int
+    ) -> None:
+        """Join them.
+
+        Args:
+            faiss_index: Its ids are the numbers of rows.
+            vectors: At least the rows of the index.
+            points: Search parameters by modality of the query, for ascending k.
+            rows: Rows that the index covers, dead ones included.
+        """
+        self.faiss = faiss_index
+        self.vectors = vectors
+        self.points = points
+        self.rows = rows
+        self.held = int(faiss_index.ntotal)
+
+    def search(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
+    ) -> tuple[Floats, Ints]:
+        """See `Index.search`."""
+        return self.search_at(queries_MD, self.point(k, asked), allow_N)
+
+    def search_at(
+        self, queries_MD: Floats, point: Point, allow_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
+        """Search with parameters of one's own."""
+        queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
+        rows_MR = self.candidates(queries_MD, point, allow_N)
+        return self.scored(queries_MD, rows_MR, point.k)
+
+    @property
+    def breadest(self) -> int:
+        """Breadth at which the whole index is looked at (IVF), or about that (graph)."""
+        core = _core(self.faiss)
+        return int(core.nlist) if isinstance(core, faiss.IndexIVF) else min(self.held, MOST_BREADTH)
+
+    def point(self, k: int, asked: str) -> Point:
+        """Parameters tuned for at least k neighbours, or as many more as k asks for."""
+        points = self.points.get(asked) or next(iter(self.points.values()))
+        return next((p for p in points if p.k >= k), points[-1]).at(k)
+
+    def candidates(self, queries_MD: Floats, point: Point, allow_N: Bools | None = None) -> Ints:
+        """Rows worth an exact score, shape (M, R), most hopeful first; -1 where there are fewer."""
+        breadth = point.breadth
+        words: dict[str, Any] = {}
+        if allow_N is not None and np.count_nonzero(allow_N) < self.held:
+            # What is left lies farther off than the neighbours that the breadth was tuned for.
+            breadth = round(breadth / max(allow_N.mean(), 1e-9) ** 0.5)
+            bits = np.packbits(allow_N, bitorder="little")
+            words["sel"] = faiss.IDSelectorBitmap(bits)
+        parameters = _parameters(self.faiss, breadth, words)
+        wanted = min(point.candidates, self.held)
+        return self.faiss.search(queries_MD, wanted, params=parameters)[1]
+
+    def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
+        """Score candidates exactly and keep the k best."""
+        at_once = max(1, GATHERED // max(1, rows_MR.shape[1] * self.vectors.dim))
+        parts = []
+        for first in range(0, len(queries_MD), at_once):
+            rows = rows_MR[first : first + at_once]
+            vectors = self.vectors.gather(np.maximum(rows, 0).ravel())
+            parts.append(
+                kernels.best_candidates(
+                    torch.from_numpy(queries_MD[first : first + at_once]),
+                    torch.from_numpy(vectors).view(*rows.shape, -1),
+                    torch.from_numpy(rows),
+                    k,
+                )
+            )
+        scores, found = zip(*parts, strict=True)
+        return torch.cat(scores).numpy(), torch.cat(found).numpy()
+
+
+def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int = 0) -> Any:
+    """Build a FAISS index over the live rows; ids are their numbers.
+
+    Args:
+        vectors: Read in blocks.
+        design: Kind and code.
+        lists: Those of an IVF; see `cluster`.
+        seed: Of the training sample.
+
+    Raises:
+        VectorError: A vector holds NaN or infinity, or is zero.
+    """
+    factory = design.factory(vectors.live, vectors.dim)
+    index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    sample = vectors.gather(vectors.draw(TRAINING_ROWS // 2, seed)).astype(np.float32)
+    if design.kind == "hnsw":
+        index.hnsw.efConstruction = BUILD_BREADTH
+        index.train(sample)
+        index = faiss.IndexIDMap(index)
+    else:
+        lists = lists or cluster(vectors, design, seed=seed)
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        rotation.init(seed)
+        # A quantizer that has its centres is not trained again.
+        _core(index).quantizer.add(rotation.apply(lists.centres_LD))
+        index.train(sample)
+        if lists.metric_DD is not None:
+            _file(index, rotation, vectors, lists)
+            return index
+    del sample
+    with bar("index", vectors.live, "vectors") as progress:
+        for numbers_B, block_BD in vectors.blocks():
+            index.add_with_ids(block_BD, numbers_B)
+            progress.update(len(numbers_B))
+    return index
+
+
+def _file(index: Any, rotation: Any, vectors: Rows, lists: Lists) -> None:
+    """File every vector under its list; FAISS itself would take the nearest centre.
+
+    Codes wait in a file until all of a list are known: fast-scan packs 32 rows into a block.
+    """
+    core = _core(index)
+    width = core.code_size
+    numbers = np.zeros(vectors.live, np.int64)
+    owner = np.zeros(vectors.live, np.int64)
+    with tempfile.TemporaryFile() as file, bar("index", vectors.live, "vectors") as progress:
+        codes = np.memmap(file, np.uint8, "w+", shape=(vectors.live, width))
+        first = 0
+        for numbers_B, block_BD in vectors.blocks():
+            part = slice(first, first + len(numbers_B))
+            numbers[part], owner[part] = numbers_B, lists.of(block_BD)
+            coded = np.empty((len(numbers_B), width), np.uint8)
+            rotated = rotation.apply(block_BD)
+            core.encode_vectors(
+                len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(owner[part]),
+                faiss.swig_ptr(coded),
+            )  # fmt: skip
+            codes[part] = coded
+            first = part.stop
+            progress.update(len(numbers_B))
+        order = np.argsort(owner, kind="stable")
+        ends = np.cumsum(np.bincount(owner, minlength=core.nlist))
+        for number, rows in enumerate(np.split(order, ends[:-1])):
+            if len(rows):
+                _append(core, number, numbers[rows], codes[rows])
+    core.ntotal = index.ntotal = len(numbers)
+
+
+def _append(core: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
+    """Put rows into an empty list."""
+    packer = faiss.downcast_InvertedLists(core.invlists).packer
+    blocks = -(-len(ids) // packer.nvec)
+    flat = np.zeros((blocks * packer.nvec, codes.shape[1]), np.uint8)
+    flat[: len(codes)] = codes
+    packed = np.zeros((blocks, packer.block_size), np.uint8)
+    for i in range(blocks):
+        packer.pack_all(faiss.swig_ptr(flat[i * packer.nvec :]), faiss.swig_ptr(packed[i]))
+    core.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
+
+
+def cluster(
+    vectors: Rows, design: Design, queries_MD: Floats | None = None, seed: int = 0
+) -> Lists:
+    """Find the lists of an IVF by k-means on a random sample.
+
+    Args:
+        vectors: What is to be filed.
+        design: How many lists, and in which metric.
+        queries_MD: For the metric of queries.
+        seed: Of the sample.
+    """
+    count = design.lists(vectors.live)
+    rows = vectors.draw(min(TRAINING_ROWS, ROWS_PER_LIST * count), seed)
+    sample = vectors.gather(rows).astype(np.float32)
+    metric = None
+    run = faiss.Clustering(vectors.dim, count)
+    run.niter, run.seed, run.spherical = ROUNDS, seed, True
+    nearest = faiss.IndexFlatIP(vectors.dim)
+    if design.metric == "queries" and queries_MD is not None:
+        metric, root = query_metric(queries_MD)
+        sample = sample @ root
+        run.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
+    # FAISS warns on stderr of fewer rows than it likes; whether they suffice is measured here.
+    run.min_points_per_centroid, run.max_points_per_centroid = 1, ROWS_PER_LIST
+    run.train(sample, nearest)
+    centres = faiss.vector_to_array(run.centroids).reshape(count, vectors.dim)
+    if metric is not None:
+        centres = np.linalg.solve(root, centres.T).T.astype(np.float32)
+    return Lists(np.ascontiguousarray(centres), metric)
+
+
+def size(index: Any) -> int:
+    """Bytes of the index, as it is written."""
+    count = 0
+
+    def add(part: bytes) -> None:
+        nonlocal count
+        count += len(part)
+
+    faiss.write_index(index, faiss.PyCallbackIOWriter(add, 1 << 20))
+    return count
+
+
+def save(index: Any, path: Path) -> None:
+    """Write the FAISS file, whole or not at all."""
+    files.write_through(path, lambda name: faiss.write_index(index, name))
+
+
+def load(path: Path, held: int, dim: int) -> Any:
+    """Open a FAISS file by memory-mapping it.
+
+    Raises:
+        StoreError: It cannot be read, or is not the one that was described.
+    """
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        reason = str(error).rsplit("Error:", 1)[-1].strip()
+        raise StoreError(f"{path}: index cannot be read: {reason}") from None
+    if index.ntotal != held or index.d != dim:
+        raise StoreError(f"{path}: holds {index.ntotal} vectors where {held} are named")
+    return index
+
+
+def set_threads(count: int) -> None:
+    """Let FAISS use so many threads; it and torch may count differently."""
+    faiss.omp_set_num_threads(count)
+
+
+def _core(index: Any) -> Any:
+    """The IVF or the graph inside a rotation or a map of ids."""
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
+def _parameters(index: Any, breadth: int, words: dict[str, Any]) -> Any:
+    """Search parameters in the shape that an index wants."""
+    core = _core(index)
+    if isinstance(core, faiss.IndexIVF):
+        inner = faiss.SearchParametersIVF(nprobe=min(breadth, core.nlist), **words)
+    else:
+        inner = faiss.SearchParametersHNSW(efSearch=breadth, **words)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    return inner

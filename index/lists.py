@@ -1,0 +1,54 @@
+"""The lists of an IVF: which centre a vector belongs to, seen with the eyes of the queries.
+
+N rows, M queries, D dimensions, L lists, B rows of a block.
+
+A query q looks for vectors x with a large q·x, and meets a list by its centre c: what it then
+misses by is q·(x - c). Over all queries its mean square is (x - c)' S (x - c), where S is the
+covariance of the queries. Text queries spread in other directions than images do, so the nearest
+centre in their metric is another one. The root of S works better than S itself, whose small
+directions say little when only some thousand queries are known (docs/log.md).
+
+Source: the loss that takes the queries into account is that of Guo et al. 2020, "Accelerating
+Large-Scale Inference with Anisotropic Vector Quantization"; learning it from queries, Tepper et al.
+2023, "LeanVec" (its out-of-distribution form).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmalign.index.spec import Floats, Ints
+
+RIDGE = 0.1
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Centres of lists, and the metric that they were found in; final."""
+
+    centres_LD: Floats
+    metric_DD: Floats | None = None
+    """None is the plain Euclidean one."""
+
+    def of(self, vectors_BD: Floats) -> Ints:
+        """Return the list of each vector, shape (B,)."""
+        centres_LD = torch.from_numpy(self.centres_LD)
+        seen_LD = centres_LD
+        if self.metric_DD is not None:
+            seen_LD = centres_LD @ torch.from_numpy(self.metric_DD)
+        # Of the squared distance |x|² - 2 x·c + |c|², the first part is the same for all centres.
+        half_L = (seen_LD * centres_LD).sum(dim=1) / 2
+        nearness_BL = torch.addmm(-half_L, torch.from_numpy(vectors_BD), seen_LD.T)
+        return nearness_BL.argmax(dim=1).numpy()
+
+
+def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
+    """Return the metric of queries, shape (D, D), and its root, which maps vectors into it."""
+    spread_DD = np.cov(queries_MD, rowvar=False)
+    values_D, axes_DD = np.linalg.eigh(spread_DD)
+    values_D = values_D.clip(0) + RIDGE * values_D.mean()
+    values_D /= values_D.mean()
+    metric_DD = (axes_DD * values_D**0.5) @ axes_DD.T
+    root_DD = (axes_DD * values_D**0.25) @ axes_DD.T
+    return metric_DD.astype(np.float32), root_DD.astype(np.float32)

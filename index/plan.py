@@ -1,0 +1,227 @@
+"""Which index keeps the promise: chosen by measurement, on a few rows first, then on all.
+
+N rows, M queries, D dimensions, K neighbours.
+
+Every design that fits the memory is built over a sample of the rows, tuned until it finds the
+wanted share of true neighbours of real queries, and timed; the fastest go on to a larger sample,
+and the best is built over all rows. Nothing is assumed of the data: text queries lie elsewhere than
+the images they look for, and what finds neighbours of images may miss theirs.
+
+Source: successive halving, Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
+Hyperparameter Optimization".
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from mmalign.index import approximate
+from mmalign.index.approximate import Approximate, cluster
+from mmalign.index.exact import Exact
+from mmalign.index.lists import Lists
+from mmalign.index.measure import Trial, measure, tune
+from mmalign.index.rows import Rows
+from mmalign.index.spec import KS, Design, Floats, Ints, Point
+from mmalign.progress import say
+
+EXACT_ROWS = 50_000
+"""Below this, comparing every row takes milliseconds and misses nothing."""
+DESIGNS = (
+    Design("ivf", "PQ/2x4fsr", density=2),
+    Design("ivf", "PQ/2x4fsr", density=2, metric="queries"),
+    Design("ivf", "PQ/4x4fsr", density=2),
+    Design("ivf", "PQ/4x4fsr", density=2, metric="queries"),
+    Design("ivf", "RaBitQfs1", density=2),
+    Design("ivf", "RaBitQfs2", density=2),
+    Design("hnsw", "SQ8", links=32),
+    Design("hnsw", "SQfp16", links=32),
+)
+DENSITIES = (1, 4)
+"""Of lists, tried as well for the best of the first round."""
+BLIND = Design("ivf", "PQ/2x4fsr", density=2)
+"""What is built where there are no queries to choose with."""
+# Rows of the rounds, queries that tune in them (as many measure), and the share that stays.
+ROUNDS, ROUND_QUERIES, KEPT = (1 << 16, 1 << 18), 300, 0.3
+TUNING = 1_000
+"""Queries that tune over all rows."""
+# The recall to tune for lies so many standard errors above the promise, but not farther off.
+ERRORS, MARGIN = 3.0, 0.01
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of one modality: some tune, the others measure what was tuned; final."""
+
+    tune_MD: Floats
+    held_MD: Floats
+    stored: bool = False
+    """They are vectors of the index itself; each then finds itself, which counts for nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A design, built and tuned; final."""
+
+    design: Design
+    index: Any = None
+    """FAISS's; None where every row is compared."""
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    """Search parameters by modality of the query, for ascending k."""
+    kept: list[Trial] = field(default_factory=list)
+    """What is promised: measured over all rows, on queries that tuned nothing."""
+    tried: list[Trial] = field(default_factory=list)
+    """What the rounds measured."""
+
+
+def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: float) -> Plan:
+    """Choose, build and tune an index.
+
+    Args:
+        vectors: What will be searched.
+        asked: Queries by their modality; the first one decides the choice.
+        recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
+        memory: Bytes that the index may hold, stored vectors not counted.
+    """
+    if vectors.live < EXACT_ROWS or recall == 1:
+        return Plan(Design("exact"))
+    fitting = [d for d in DESIGNS if _bytes(d, vectors) <= memory]
+    if not fitting:
+        least = min(_bytes(d, vectors) for d in DESIGNS)
+        say(
+            f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.0f} MB, so every row will "
+            f"be compared; {least / 1e6:,.0f} MB are enough for one"
+        )
+        return Plan(Design("exact"))
+    asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
+    if not asked:
+        # Nothing to measure with: look into an eighth of the lists and claim nothing.
+        breadth = BLIND.lists(vectors.live) // 8
+        points = [Point(k, breadth, 20 * k) for k in KS]
+        return Plan(BLIND, approximate.build(vectors, BLIND), {"text": points})
+    main = next(iter(asked))
+    designs, tried = _rounds(fitting, vectors, main, asked[main], recall)
+    for design in designs:
+        built = _build_and_tune(design, vectors, asked, recall)
+        if built is not None:
+            return replace(built, tried=tried)
+    say(f"no index within {memory / 1e6:,.0f} MB finds {recall:.1%}, so every row is compared")
+    return Plan(Design("exact"), tried=tried)
+
+
+def aim(recall: float, queries: int) -> float:
+    """Recall to reach on queries that tune, so that others find the promised share too.
+
+    >>> round(aim(0.95, 1000), 4), aim(1.0, 10)
+    (0.96, 1.0)
+    """
+    error = (recall * (1 - recall) / max(queries, 1) / 4) ** 0.5
+    return float(recall + min(ERRORS * error, MARGIN, (1 - recall) / 2))
+
+
+def _bytes(design: Design, vectors: Rows) -> float:
+    return vectors.live * design.bytes_per_vector(vectors.live, vectors.dim)
+
+
+def _rounds(
+    designs: list[Design], vectors: Rows, main: str, queries: Queries, recall: float
+) -> tuple[list[Design], list[Trial]]:
+    """Play designs against each other on samples; return those left, best first, and all trials."""
+    tried: list[Trial] = []
+    for number, rows in enumerate(ROUNDS):
+        if rows > vectors.live / 2:
+            break
+        game = _Game(vectors.thinned(rows, seed=rows), main, queries, recall)
+        say(f"trying {len(designs)} designs on {rows:,} of {vectors.live:,} vectors")
+        played = []
+        for design in designs:
+            trial = game.play(design)
+            if trial is not None:
+                tried.append(trial)
+                played.append((trial.p50_ms, design))
+        played.sort(key=itemgetter(0))
+        designs = [design for _, design in played[: max(1, round(KEPT * len(played)))]]
+        if number == 0 and designs and designs[0].kind == "ivf":
+            designs += [replace(designs[0], density=density) for density in DENSITIES]
+    return designs, tried
+
+
+class _Game:
+    """One round: designs are built over the same sample and asked the same queries; final."""
+
+    def __init__(self, sample: Rows, main: str, queries: Queries, recall: float) -> None:
+        self.sample, self.main, self.recall = sample, main, recall
+        self.queries = queries.tune_MD
+        self.tuning = queries.tune_MD[:ROUND_QUERIES]
+        self.others = queries.tune_MD[ROUND_QUERIES : 2 * ROUND_QUERIES]
+        self.true_MK = truth(sample, self.queries[: 2 * ROUND_QUERIES], KS[0])
+        self.lists: dict[tuple[int, str], Lists] = {}
+
+    def play(self, design: Design) -> Trial | None:
+        """Build, tune and time one design; None where it does not reach the recall."""
+        started = time.perf_counter()
+        key = (design.density, design.metric)
+        if design.kind == "ivf" and key not in self.lists:
+            self.lists[key] = cluster(self.sample, design, self.queries)
+        built = approximate.build(self.sample, design, self.lists.get(key))
+        build_s = time.perf_counter() - started
+        index = Approximate(built, self.sample, {}, self.sample.total)
+        true_MK = self.true_MK[: len(self.tuning)]
+        point = tune(index, self.tuning, true_MK, KS[0], self.recall)
+        if point is None:
+            return None
+        return measure(
+            index, self.others, self.true_MK[len(self.tuning) :], point,
+            **_known(design, self.sample, self.main, built, build_s),
+        )  # fmt: skip
+
+
+def _build_and_tune(
+    design: Design, vectors: Rows, asked: Mapping[str, Queries], recall: float
+) -> Plan | None:
+    """Build over all rows and tune for every kind of query; None where the first falls short."""
+    started = time.perf_counter()
+    lists = None
+    if design.kind == "ivf":
+        lists = cluster(vectors, design, next(iter(asked.values())).tune_MD)
+    built = approximate.build(vectors, design, lists)
+    build_s = time.perf_counter() - started
+    index = Approximate(built, vectors, {}, vectors.total)
+    points: dict[str, list[Point]] = {}
+    kept: list[Trial] = []
+    for name, queries in asked.items():
+        tuning, held = queries.tune_MD[:TUNING], queries.held_MD
+        # The nearest neighbour of a stored vector is itself.
+        own = int(queries.stored)
+        true_MK = truth(vectors, np.concatenate([tuning, held]), KS[-1] + own)[:, own:]
+        points[name] = []
+        for k in KS:
+            point = tune(index, tuning, true_MK[: len(tuning)], k, aim(recall, len(tuning)))
+            if point is None:
+                return None
+            points[name].append(point)
+            kept.append(
+                measure(
+                    index, held, true_MK[len(tuning) :], point, own=own,
+                    **_known(design, vectors, name, built, build_s),
+                )
+            )  # fmt: skip
+    return Plan(design, built, points, kept)
+
+
+def _known(design: Design, vectors: Rows, asked: str, built: Any, build_s: float) -> dict[str, Any]:
+    return {
+        "design": design.name(vectors.live, vectors.dim),
+        "rows": vectors.live,
+        "asked": asked,
+        "bytes_per_vector": approximate.size(built) / vectors.live,
+        "build_s": build_s,
+    }
+
+
+def truth(vectors: Rows, queries_MD: Floats, k: int) -> Ints:
+    """The true neighbours among the live rows, shape (M, K)."""
+    return Exact(vectors.shards).search(queries_MD, k, vectors.live_N)[1]

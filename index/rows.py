@@ -1,0 +1,120 @@
+"""The vectors that an index is built over and scored with, wherever their shards lie.
+
+N rows, P row numbers, D dimensions.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmalign.errors import VectorError
+from mmalign.index.spec import Bools, Floats, Halves, Ints, Shards
+
+BLOCK_ROWS = 1 << 14
+
+
+class Rows:
+    """Shards of float16 vectors, numbered on from one to the next; final.
+
+    Some may be dead: they keep their numbers, and are passed over.
+    """
+
+    def __init__(self, shards: Shards, live_N: Bools | None = None) -> None:
+        """Take shards, each (rows, D) with rows that lie whole in memory or in a memory map.
+
+        Args:
+            shards: They must not be changed or unmapped while this lives.
+            live_N: Which rows are not dead; None where all live.
+        """
+        self.shards = [s for s in shards if len(s)]
+        self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
+        self.total = int(self.ends[-1]) if self.shards else 0
+        self.live_N = live_N
+        self.live = self.total if live_N is None else int(np.count_nonzero(live_N))
+        self._firsts = self.ends - np.array([len(s) for s in self.shards], dtype=np.int64)
+        if self.shards:
+            self._view, self._starts, self._step = _one_view(self.shards)
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return int(self.shards[0].shape[1])
+
+    def thinned(self, count: int, seed: int) -> "Rows":
+        """Return these with only so many live rows, drawn at random."""
+        kept_N = np.zeros(self.total, np.bool_)
+        kept_N[self.draw(count, seed)] = True
+        return Rows(self.shards, kept_N)
+
+    def draw(self, count: int, seed: int) -> Ints:
+        """Draw numbers of live rows at random, without repetition; ascending."""
+        numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)
+        drawn = np.random.default_rng(seed).choice(
+            len(numbers), size=min(count, len(numbers)), replace=False
+        )
+        return np.sort(numbers[drawn])
+
+    def gather(self, rows_P: Ints) -> Halves:
+        """Copy the vectors of some rows, shape (P, D)."""
+        if not len(rows_P):
+            return np.zeros((0, self.dim if self.shards else 0), np.float16)
+        if not 0 <= rows_P.min() <= rows_P.max() < self.total:
+            raise IndexError(f"there are rows 0 to {self.total - 1}")
+        shard_P = np.searchsorted(self.ends, rows_P, side="right")
+        places_P = self._starts[shard_P] + (rows_P - self._firsts[shard_P]) * self._step
+        return self._view[places_P]
+
+    def blocks(self) -> Iterator[tuple[Ints, Floats]]:
+        """Yield numbers and float32 vectors of live rows, some thousands at a time.
+
+        Raises:
+            VectorError: A vector holds NaN or infinity, or is zero.
+        """
+        first = 0
+        for shard in self.shards:
+            for start in range(0, len(shard), BLOCK_ROWS):
+                block = shard[start : start + BLOCK_ROWS]
+                numbers = np.arange(first + start, first + start + len(block))
+                if self.live_N is not None:
+                    kept = self.live_N[numbers]
+                    numbers, block = numbers[kept], block[kept]
+                if len(numbers):
+                    yield numbers, _checked(block.astype(np.float32), numbers)
+            first += len(shard)
+
+
+def _checked(block_BD: Floats, numbers_B: Ints) -> Floats:
+    length_B = np.einsum("bd,bd->b", block_BD, block_BD)
+    bad_B = ~(np.isfinite(length_B) & (length_B > 0))
+    if bad_B.any():
+        row = int(numbers_B[bad_B][0])
+        raise VectorError(f"the vector of row {row} is zero, infinite or not a number")
+    return block_BD
+
+
+def _one_view(shards: Shards) -> tuple[Halves, Ints, int]:
+    """See all shards as one array, so that one copy gathers rows of any.
+
+    Shards lie anywhere in memory, but all at distances that a small unit divides. So they are rows
+    of one array that starts at the lowest and has a row at each unit; rows overlap, and what lies
+    between shards is never read.
+
+    Returns:
+        The array, and for each shard the place of its first row and the step to the next.
+    """
+    width = shards[0].shape[1]
+    row_bytes = 2 * width
+    if any(s.dtype != np.float16 or s.strides != (row_bytes, 2) for s in shards):
+        raise VectorError("shards must be float16, whole rows one after another")
+    starts = np.array([s.ctypes.data for s in shards], dtype=np.int64)
+    lowest = int(starts.min())
+    unit = math.gcd(row_bytes, *[int(start) - lowest for start in starts])
+    end = max(int(start) + s.nbytes for start, s in zip(starts, shards, strict=True))
+    view = np.lib.stride_tricks.as_strided(
+        shards[int(starts.argmin())],
+        shape=((end - lowest - row_bytes) // unit + 1, width),
+        strides=(unit, 2),
+        writeable=False,
+    )
+    return view, (starts - lowest) // unit, row_bytes // unit
