@@ -17,12 +17,14 @@ DIR keeps vectors, truths and what others built, as that takes longest.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ TUNING, HELD = 8_000, 1_000
 METHODS = ("autofaiss", "faiss-hnsw32", "faiss-ivf-flat", "hnswlib", "usearch")
 BUILD_THREADS = 2
 ALONE = 300
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+MARKS = {"4GB": "-", "1GB": "--", "300MB": ":"}
 
 
 def main(arguments: list[str]) -> None:
@@ -62,6 +66,7 @@ def main(arguments: list[str]) -> None:
         for memory in given.memory:
             for row in _others(given.others, method, data, memory, given.threads):
                 measure.append("index", row)
+    _draw(given.threads[0])
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -215,6 +220,46 @@ def _rows_of(point: dict[str, Any], kind: str, memory: str) -> list[dict[str, An
         }
         for k in KS
     ]  # fmt: skip
+
+
+def _draw(threads: int) -> None:
+    """Draw QPS over recall from all rows of results/index.csv: a picture for each kind of query."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    results = measure.ROOT / "bench" / "results"
+    with open(results / "index.csv", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if int(r["search_threads"]) == threads]
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, layout="constrained")
+    methods = sorted({r["method"] for r in rows})
+    for axis, (kind, k) in zip(axes.flat, product(("text", "image"), KS), strict=True):
+        for (method, memory), curve in _curves(rows, kind, k).items():
+            colour = COLOURS[methods.index(method) % len(COLOURS)]
+            ours, style = method == "mmalign", MARKS.get(memory, "-")
+            axis.plot(
+                *zip(*curve, strict=True), style, color="black" if ours else colour, marker="o",
+                markersize=4, linewidth=2 if ours else 1.2, label=f"{method}, {memory}",
+            )  # fmt: skip
+        axis.set(yscale="log", xlim=(0.8, 1.0), title=f"{kind} queries, {k} neighbours")
+        axis.grid(visible=True, which="both", alpha=0.25)
+        for target in (0.9, 0.95, 0.99):
+            axis.axvline(target, color="grey", linewidth=0.6, linestyle=":")
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("recall on held-out queries")
+    figure.supylabel(f"queries a second, {threads} thread{'s' * (threads > 1)}, many at once")
+    figure.savefig(results / "index.png", dpi=110)
+
+
+def _curves(rows: list[dict[str, str]], kind: str, k: int) -> dict[tuple[str, str], Any]:
+    """Points (recall, QPS) of each method and memory, by recall."""
+    curves: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        if (row["asked"], row["k"]) == (kind, str(k)):
+            key = (row["method"], row["memory"])
+            curves.setdefault(key, []).append((float(row["recall"]), float(row["qps"])))
+    return {key: sorted(points) for key, points in curves.items()}
 
 
 def _grow(given: argparse.Namespace) -> None:

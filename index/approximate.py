@@ -23,7 +23,9 @@ from mmalign.index.rows import Rows
 from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
 from mmalign.progress import bar
 
+# K-means for lists: rows at most and for each list, and rounds. Codes have 16 centres: few rows do.
 TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 40, 8
+CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
 # Candidates gathered at once: so many numbers in float16.
 GATHERED = 1 << 23
@@ -55,7 +57,11 @@ class Approximate(Index):
     def search(
         self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
-        """See `Index.search`."""
+        """See `Index.search`.
+
+        Raises:
+            StoreError: The index is damaged.
+        """
         return self.search_at(queries_MD, self.point(k, asked), allow_N)
 
     def search_at(
@@ -88,7 +94,13 @@ class Approximate(Index):
             words["sel"] = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.faiss, breadth, words)
         wanted = min(point.candidates, self.held)
-        return self.faiss.search(queries_MD, wanted, params=parameters)[1]
+        try:
+            rows_MR = self.faiss.search(queries_MD, wanted, params=parameters)[1]
+        except (RuntimeError, MemoryError) as error:
+            raise StoreError(f"the index cannot be searched: {_reason(error)}") from None
+        if len(rows_MR) and not -1 <= rows_MR.min() <= rows_MR.max() < self.rows:
+            raise StoreError(f"the index names rows beyond the {self.rows} that it covers")
+        return rows_MR
 
     def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
         """Score candidates exactly and keep the k best."""
@@ -123,7 +135,7 @@ def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int =
     """
     factory = design.factory(vectors.live, vectors.dim)
     index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
-    sample = vectors.gather(vectors.draw(TRAINING_ROWS // 2, seed)).astype(np.float32)
+    sample = vectors.gather(vectors.draw(CODE_ROWS, seed)).astype(np.float32)
     if design.kind == "hnsw":
         index.hnsw.efConstruction = BUILD_BREADTH
         index.train(sample)
@@ -132,8 +144,11 @@ def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int =
         lists = lists or cluster(vectors, design, seed=seed)
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.init(seed)
+        core = _core(index)
         # A quantizer that has its centres is not trained again.
-        _core(index).quantizer.add(rotation.apply(lists.centres_LD))
+        core.quantizer.add(rotation.apply(lists.centres_LD))
+        if isinstance(core, faiss.IndexIVFPQFastScan):
+            core.pq.cp.min_points_per_centroid = 1  # see `cluster`
         index.train(sample)
         if lists.metric_DD is not None:
             _file(index, rotation, vectors, lists)
@@ -246,12 +261,16 @@ def load(path: Path, held: int, dim: int) -> Any:
     """
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        reason = str(error).rsplit("Error:", 1)[-1].strip()
-        raise StoreError(f"{path}: index cannot be read: {reason}") from None
+    except (RuntimeError, MemoryError) as error:
+        raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
     if index.ntotal != held or index.d != dim:
         raise StoreError(f"{path}: holds {index.ntotal} vectors where {held} are named")
     return index
+
+
+def _reason(error: Exception) -> str:
+    """What FAISS says, without the places in its sources."""
+    return str(error).rsplit("Error:", 1)[-1].strip()
 
 
 def set_threads(count: int) -> None:

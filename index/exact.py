@@ -29,9 +29,15 @@ FEW_ROWS = 1 << 14
 class Exact(Index):
     """Compares every row; final. The meaning of all other indexes."""
 
-    def __init__(self, shards: Shards, first_row: int = 0) -> None:
-        """Search rows `first_row` and on of the shards' vectors, each (rows, D) float16."""
+    def __init__(
+        self, shards: Shards, first_row: int = 0, coded_bytes: float = CODED_BYTES
+    ) -> None:
+        """Search rows `first_row` and on of the shards' vectors, each (rows, D) float16.
+
+        Up to `coded_bytes` of memory may be taken to answer many queries faster.
+        """
         self.first_row = first_row
+        self.coded_bytes = coded_bytes
         self.shards = []
         for shard in shards:
             kept = shard[max(0, first_row) :]
@@ -60,7 +66,7 @@ class Exact(Index):
         return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
 
     def _code(self) -> None:
-        if kernels.can_code() and self.rows * self.shards[0].shape[1] <= CODED_BYTES:
+        if kernels.can_code() and self.rows * self.shards[0].shape[1] <= self.coded_bytes:
             # A row that prepare refuses is no reason to fail: what it does to a search, that says.
             with contextlib.suppress(VectorError):
                 self.corpus = kernels.prepare(self.shards, with_codes=True)

@@ -21,6 +21,8 @@ import torch
 from mmalign.index.spec import Floats, Ints
 
 RIDGE = 0.1
+# Vectors that are compared with all centres at once.
+AT_ONCE = 2_048
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Lists:
             seen_LD = centres_LD @ torch.from_numpy(self.metric_DD)
         # Of the squared distance |x|² - 2 x·c + |c|², the first part is the same for all centres.
         half_L = (seen_LD * centres_LD).sum(dim=1) / 2
-        nearness_BL = torch.addmm(-half_L, torch.from_numpy(vectors_BD), seen_LD.T)
-        return nearness_BL.argmax(dim=1).numpy()
+        parts = [
+            torch.addmm(-half_L, part_BD, seen_LD.T).argmax(dim=1)
+            for part_BD in torch.from_numpy(vectors_BD).split(AT_ONCE)
+        ]
+        return torch.cat(parts).numpy()
 
 
 def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:

@@ -104,8 +104,9 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         return Plan(BLIND, approximate.build(vectors, BLIND), {"text": points})
     main = next(iter(asked))
     designs, tried = _rounds(fitting, vectors, main, asked[main], recall)
+    true = _truths(vectors, asked, memory)
     for design in designs:
-        built = _build_and_tune(design, vectors, asked, recall)
+        built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:
             return replace(built, tried=tried)
     say(f"no index within {memory / 1e6:,.0f} MB finds {recall:.1%}, so every row is compared")
@@ -157,7 +158,7 @@ class _Game:
         self.queries = queries.tune_MD
         self.tuning = queries.tune_MD[:ROUND_QUERIES]
         self.others = queries.tune_MD[ROUND_QUERIES : 2 * ROUND_QUERIES]
-        self.true_MK = truth(sample, self.queries[: 2 * ROUND_QUERIES], KS[0])
+        self.true_MK = truth(sample, self.queries[: 2 * ROUND_QUERIES], KS[0], 0)
         self.lists: dict[tuple[int, str], Lists] = {}
 
     def play(self, design: Design) -> Trial | None:
@@ -180,9 +181,13 @@ class _Game:
 
 
 def _build_and_tune(
-    design: Design, vectors: Rows, asked: Mapping[str, Queries], recall: float
+    design: Design,
+    vectors: Rows,
+    asked: Mapping[str, Queries],
+    true: Mapping[str, Ints],
+    recall: float,
 ) -> Plan | None:
-    """Build over all rows and tune for every kind of query; None where the first falls short."""
+    """Build over all rows and tune for every kind of query; None where one falls short."""
     started = time.perf_counter()
     lists = None
     if design.kind == "ivf":
@@ -193,23 +198,30 @@ def _build_and_tune(
     points: dict[str, list[Point]] = {}
     kept: list[Trial] = []
     for name, queries in asked.items():
-        tuning, held = queries.tune_MD[:TUNING], queries.held_MD
-        # The nearest neighbour of a stored vector is itself.
-        own = int(queries.stored)
-        true_MK = truth(vectors, np.concatenate([tuning, held]), KS[-1] + own)[:, own:]
+        tuning = queries.tune_MD[:TUNING]
+        tuning_MK, held_MK = np.split(true[name], [len(tuning)])
         points[name] = []
         for k in KS:
-            point = tune(index, tuning, true_MK[: len(tuning)], k, aim(recall, len(tuning)))
+            point = tune(index, tuning, tuning_MK, k, aim(recall, len(tuning)))
             if point is None:
                 return None
             points[name].append(point)
+            known = _known(design, vectors, name, built, build_s)
             kept.append(
-                measure(
-                    index, held, true_MK[len(tuning) :], point, own=own,
-                    **_known(design, vectors, name, built, build_s),
-                )
-            )  # fmt: skip
+                measure(index, queries.held_MD, held_MK, point, own=int(queries.stored), **known)
+            )
     return Plan(design, built, points, kept)
+
+
+def _truths(vectors: Rows, asked: Mapping[str, Queries], memory: float) -> dict[str, Ints]:
+    """True neighbours of the queries that tune and of those held out, by modality."""
+    found = {}
+    for name, queries in asked.items():
+        every = np.concatenate([queries.tune_MD[:TUNING], queries.held_MD])
+        # The nearest neighbour of a stored vector is itself.
+        own = int(queries.stored)
+        found[name] = truth(vectors, every, KS[-1] + own, memory)[:, own:]
+    return found
 
 
 def _known(design: Design, vectors: Rows, asked: str, built: Any, build_s: float) -> dict[str, Any]:
@@ -222,6 +234,7 @@ def _known(design: Design, vectors: Rows, asked: str, built: Any, build_s: float
     }
 
 
-def truth(vectors: Rows, queries_MD: Floats, k: int) -> Ints:
+def truth(vectors: Rows, queries_MD: Floats, k: int, memory: float) -> Ints:
     """The true neighbours among the live rows, shape (M, K)."""
-    return Exact(vectors.shards).search(queries_MD, k, vectors.live_N)[1]
+    exact = Exact(vectors.shards, coded_bytes=memory)
+    return exact.search(queries_MD, k, vectors.live_N)[1]

@@ -41,6 +41,15 @@ class Hit:
     """The caption that was found, where captions were searched."""
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """Among which vectors to search, and how."""
+
+    to: Target
+    exact: bool
+    allowed_N: NDArray[np.bool_] | None
+
+
 class Searcher:
     """A store and the model it was made with, ready for queries; final.
 
@@ -109,11 +118,11 @@ class Searcher:
             raise UsageError(f"k={k} must be at least 1")
         if not queries:
             return []
-        index, allowed_N = self._index(to, exact), self._allowed(to, where)
+        goal = _Goal(to, exact, self._allowed(to, where))
         hits: dict[int, list[Hit]] = {}
         for asked, numbers in _by_modality(queries).items():
             vectors_MD = np.concatenate([self.encode(queries[number]) for number in numbers])
-            found = index.search(vectors_MD, k, allowed_N, asked=asked)
+            found = self._find(vectors_MD, k, asked, goal)
             for number, scores_K, rows_K in zip(numbers, *found, strict=True):
                 hits[number] = self._hits(scores_K, rows_K, to)
         return [hits[number] for number in range(len(queries))]
@@ -142,19 +151,27 @@ class Searcher:
         kept = {key: part[key] for key in ("kind", "rows", "recall")}
         return {**kept, "design": part["name"], "name": folder.name}
 
-    def _index(self, to: Target, exact: bool) -> Index:
-        if (to, exact) not in self._indexes:
-            shards = self.store.vectors(to)
-            if not len(self.store) or not sum(len(s) for s in shards):
-                what = "rows" if to == "image" else "captions"
-                raise StoreError(f"{self.store.path}: the store has no {what} to search")
-            try:
+    def _find(
+        self, vectors_MD: NDArray[np.float32], k: int, asked: Target, goal: _Goal
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Search by the index; where that is damaged, say so and compare every row from then on."""
+        to, exact, allowed_N = goal.to, goal.exact, goal.allowed_N
+        shards = self.store.vectors(to)
+        if not len(self.store) or not sum(len(s) for s in shards):
+            what = "rows" if to == "image" else "captions"
+            raise StoreError(f"{self.store.path}: the store has no {what} to search")
+        key = (to, exact)
+        try:
+            if key not in self._indexes:
                 folder = None if exact else self.store.index_folder
-                self._indexes[to, exact] = open_index(folder, to, shards)
-            except StoreError as error:
-                say(f"warning: {error}; every row is compared (`mmalign repair`)")
-                self._indexes[to, exact] = Exact(shards)
-        return self._indexes[to, exact]
+                self._indexes[key] = open_index(folder, to, shards)
+            return self._indexes[key].search(vectors_MD, k, allowed_N, asked=asked)
+        except StoreError as error:
+            if exact:
+                raise
+            say(f"warning: {self.store.path}: {error}; every row is compared (`mmalign repair`)")
+            self._indexes[key] = Exact(shards)
+            return self._indexes[key].search(vectors_MD, k, allowed_N, asked=asked)
 
     def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:
         """Which vectors may be found: those of rows that are not deleted, and of those wanted."""
@@ -186,9 +203,9 @@ class Searcher:
         return hits
 
 
-def _by_modality(queries: Sequence[str | Path]) -> dict[str, list[int]]:
+def _by_modality(queries: Sequence[str | Path]) -> dict[Target, list[int]]:
     """Numbers of the queries of each modality, as each has search parameters of its own."""
-    numbers: dict[str, list[int]] = {}
+    numbers: dict[Target, list[int]] = {}
     for number, query in enumerate(queries):
         numbers.setdefault("image" if is_image(query) else "text", []).append(number)
     return numbers

@@ -111,6 +111,8 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
         (["train", "--out", "y"], "Missing option '--data'"),
         (["index", "x.store", "--recall", "most"], "'most' is not a valid float"),
         (["index", "x.store", "--recall", "1.5"], "--recall 1.5 must be above 0 and at most 1"),
+        (["index", "x.store", "--memory", "much"], "--memory much: write an amount such as 300MB"),
+        (["index", "x.store", "--memory", "0GB"], "--memory 0GB must be above 0"),
         (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "no class name in it"),
     ],
 )

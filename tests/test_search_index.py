@@ -1,0 +1,118 @@
+"""A store with an index: searched in all directions, changed, damaged, built again."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from mmalign import Searcher, open_store
+from mmalign.build import build
+from mmalign.errors import StoreError
+from mmalign.store import delete, verify
+
+
+@pytest.fixture(scope="module")
+def built(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the store with an index of FAISS, however few its rows."""
+    copy = tmp_path_factory.mktemp("index") / "indexed.store"
+    shutil.copytree(store, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
+        parts = build(copy, recall=0.8, memory="10MB")["modalities"]
+    assert parts["image"]["kind"] != "exact"
+    assert {t["asked"] for t in parts["image"]["measured"]} == {"text", "image"}
+    assert {t["asked"] for t in parts["text"]["measured"]} == {"image"}
+    return copy
+
+
+@pytest.fixture
+def indexed(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That store, for one test alone."""
+    monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
+    return Path(shutil.copytree(built, tmp_path / "indexed.store"))
+
+
+def test_an_index_answers_with_exact_scores(indexed: Path, scenes: Path, tmp_path: Path) -> None:
+    searcher = Searcher.open(indexed)
+    image = tmp_path / "query.png"
+    with tarfile.open(scenes) as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+        image.write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+    queries = ["a red circle", image, "two blue squares"]
+    for to in ("image", "text"):
+        found = searcher.search_many(queries, 5, to=to)
+        true = searcher.search_many(queries, 96, to=to, exact=True)
+        for hits, every in zip(found, true, strict=True):
+            scores = {(h.row, h.caption): h.score for h in every}
+            assert len(hits) == 5
+            assert all(scores.get((h.row, h.caption), h.score) == h.score for h in hits)
+        # The image itself, or its captions' owner among the nearest.
+    assert searcher.search(image)[0].score > 0.999
+    assert searcher.describe_index()["kind"] != "exact"
+
+
+def test_deleted_rows_leave_an_index_and_it_folds_them_in(indexed: Path) -> None:
+    gone = [h.id for h in Searcher.open(indexed).search("a red circle", k=20)]
+    delete(indexed, gone)
+    assert not set(gone) & {h.id for h in Searcher.open(indexed).search("a red circle", k=96)}
+    assert build(indexed, recall=0.8)["modalities"]["image"]["held"] == 76
+    assert len(Searcher.open(indexed).search("a red circle", k=96)) == 76
+    delete(indexed, open_store(indexed).column("id"))
+    with pytest.raises(StoreError, match="no rows left"):
+        build(indexed)
+    assert open_store(indexed).manifest.index is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_index_is_said_and_every_row_is_compared(
+    indexed: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = [h.id for h in Searcher.open(indexed).search("a red circle", exact=True)]
+    (file,) = indexed.glob("index/*/image.faiss")
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:500])
+    elif damage == "flipped":
+        content[0] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    capsys.readouterr()
+    searcher = Searcher.open(indexed)
+    assert [h.id for h in searcher.search("a red circle")] == expected
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "image.faiss" in said
+    assert "every row is compared (`mmalign repair`)" in said
+    searcher.search("a red circle")
+    assert capsys.readouterr().err == ""
+    assert any("image.faiss" in str(name) for name in verify(indexed))
+
+
+def test_an_index_that_names_rows_beyond_is_not_believed(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a flipped bit among the ids, which opening does not notice."""
+    searcher = Searcher.open(indexed)
+    expected = [h.id for h in searcher.search("a red circle", exact=True)]
+    assert searcher.search("a red circle", k=3)
+    extended = searcher._indexes["image", False]
+    monkeypatch.setattr(extended.index, "rows", 3)  # type: ignore[attr-defined]
+    assert [h.id for h in searcher.search("a red circle")] == expected
+    assert "names rows beyond the 3" in capsys.readouterr().err
+
+
+def test_an_interrupted_build_leaves_the_old_index(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_store(indexed).manifest.index
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmalign.index.plan.tune", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(indexed)
+    assert open_store(indexed).manifest.index == before
+    assert len(list((indexed / "index").iterdir())) == 1
