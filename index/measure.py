@@ -81,23 +81,26 @@ def places(rows_MR: Ints, true_MK: Ints) -> Ints:
 
 def tune(
     index: Approximate, queries_MD: Floats, true_MK: Ints, k: int, wanted: float
-) -> Point | None:
+) -> tuple[Point, bool]:
     """Find the fastest parameters that find the wanted share of the k nearest neighbours.
 
     A breadth needs the more candidates the fewer of the neighbours it has among the first ones; one
     search tells how many. What then is fastest is timed, one query at a time.
 
     Returns:
-        None where even the whole index does not find them, as its codes are too coarse.
+        The parameters, and True; or those that find most, and False, where even the whole index
+        does not find enough, as its codes are too coarse.
     """
-    best, worse = None, 0
-    fastest = np.inf
+    best: Point | None = None
+    widest = Point(k, 1, k)
+    fastest, worse = np.inf, 0
     for breadth in breadths(index.breadest):
         deepest = min(DEEPEST * k, index.held, MOST_CANDIDATES)
         rows_MR = index.candidates(queries_MD, Point(k, breadth, deepest))
         places_MK = places(rows_MR, true_MK[:, :k])
         enough = [c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted]
         if not enough:
+            widest = Point(k, breadth, deepest)
             continue
         point = Point(k, breadth, enough[0])
         seconds = seconds_each(index, queries_MD[:TIMED], point)
@@ -107,7 +110,7 @@ def tune(
             worse += 1
         if worse == WORSE or enough[0] == k:
             break
-    return best
+    return best or widest, best is not None
 
 
 def breadths(most: int) -> list[int]:

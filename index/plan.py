@@ -11,10 +11,11 @@ Source: successive halving, Jamieson and Talwalkar 2016, "Non-stochastic Best Ar
 Hyperparameter Optimization".
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,6 @@ DESIGNS = (
 )
 DENSITIES = (1, 4)
 """Of lists, tried as well for the best of the first round."""
-BLIND = Design("ivf", "PQ/2x4fsr", density=2)
-"""What is built where there are no queries to choose with."""
 # Rows of the rounds, queries that tune in them (as many measure), and the share that stays.
 ROUNDS, ROUND_QUERIES, KEPT = (1 << 16, 1 << 18), 300, 0.3
 TUNING = 1_000
@@ -99,17 +98,24 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
     if not asked:
         # Nothing to measure with: look into an eighth of the lists and claim nothing.
-        breadth = BLIND.lists(vectors.live) // 8
-        points = [Point(k, breadth, 20 * k) for k in KS]
-        return Plan(BLIND, approximate.build(vectors, BLIND), {"text": points})
+        blind = fitting[0]
+        points = [Point(k, blind.lists(vectors.live) // 8, 20 * k) for k in KS]
+        return Plan(blind, approximate.build(vectors, blind), {"text": points})
     main = next(iter(asked))
-    designs, tried = _rounds(fitting, vectors, main, asked[main], recall)
+    designs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
+    if not designs:
+        near = max(tried, key=attrgetter("recall"))
+        say(
+            f"no index within {memory / 1e6:,.0f} MB finds {recall:.1%}, so every row will be "
+            f"compared; the nearest is {near.design} with {near.recall:.1%}"
+        )
+        return Plan(Design("exact"), tried=tried)
     true = _truths(vectors, asked, memory)
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:
             return replace(built, tried=tried)
-    say(f"no index within {memory / 1e6:,.0f} MB finds {recall:.1%}, so every row is compared")
+    say(f"over all rows none of them finds {recall:.1%}, so every row is compared")
     return Plan(Design("exact"), tried=tried)
 
 
@@ -128,7 +134,13 @@ def _bytes(design: Design, vectors: Rows) -> float:
 
 
 def _rounds(
-    designs: list[Design], vectors: Rows, main: str, queries: Queries, recall: float
+    designs: list[Design],
+    vectors: Rows,
+    main: str,
+    queries: Queries,
+    *,
+    recall: float,
+    memory: float,
 ) -> tuple[list[Design], list[Trial]]:
     """Play designs against each other on samples; return those left, best first, and all trials."""
     tried: list[Trial] = []
@@ -139,14 +151,15 @@ def _rounds(
         say(f"trying {len(designs)} designs on {rows:,} of {vectors.live:,} vectors")
         played = []
         for design in designs:
-            trial = game.play(design)
-            if trial is not None:
-                tried.append(trial)
+            trial, reached = game.play(design)
+            tried.append(trial)
+            if reached:
                 played.append((trial.p50_ms, design))
         played.sort(key=itemgetter(0))
-        designs = [design for _, design in played[: max(1, round(KEPT * len(played)))]]
+        designs = [design for _, design in played[: math.ceil(KEPT * len(played))]]
         if number == 0 and designs and designs[0].kind == "ivf":
-            designs += [replace(designs[0], density=density) for density in DENSITIES]
+            variants = [replace(designs[0], density=density) for density in DENSITIES]
+            designs += [design for design in variants if _bytes(design, vectors) <= memory]
     return designs, tried
 
 
@@ -161,8 +174,8 @@ class _Game:
         self.true_MK = truth(sample, self.queries[: 2 * ROUND_QUERIES], KS[0], 0)
         self.lists: dict[tuple[int, str], Lists] = {}
 
-    def play(self, design: Design) -> Trial | None:
-        """Build, tune and time one design; None where it does not reach the recall."""
+    def play(self, design: Design) -> tuple[Trial, bool]:
+        """Build, tune and time one design; say whether it reached the recall while tuning."""
         started = time.perf_counter()
         key = (design.density, design.metric)
         if design.kind == "ivf" and key not in self.lists:
@@ -171,13 +184,10 @@ class _Game:
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
         true_MK = self.true_MK[: len(self.tuning)]
-        point = tune(index, self.tuning, true_MK, KS[0], self.recall)
-        if point is None:
-            return None
-        return measure(
-            index, self.others, self.true_MK[len(self.tuning) :], point,
-            **_known(design, self.sample, self.main, built, build_s),
-        )  # fmt: skip
+        point, reached = tune(index, self.tuning, true_MK, KS[0], self.recall)
+        known = _known(design, self.sample, self.main, built, build_s)
+        trial = measure(index, self.others, self.true_MK[len(self.tuning) :], point, **known)
+        return trial, reached
 
 
 def _build_and_tune(
@@ -202,8 +212,8 @@ def _build_and_tune(
         tuning_MK, held_MK = np.split(true[name], [len(tuning)])
         points[name] = []
         for k in KS:
-            point = tune(index, tuning, tuning_MK, k, aim(recall, len(tuning)))
-            if point is None:
+            point, reached = tune(index, tuning, tuning_MK, k, aim(recall, len(tuning)))
+            if not reached:
                 return None
             points[name].append(point)
             known = _known(design, vectors, name, built, build_s)
