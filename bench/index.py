@@ -157,7 +157,7 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
         part = build_index(folder, "image", shards, asked=asked, recall=recall, memory=memory)
         build_s = time.perf_counter() - started
         write_description(folder, {"modalities": {"image": part}})
-        size = sum(p.stat().st_size for p in folder.glob("*.faiss"))
+        size = sum(p.stat().st_size for p in folder.glob("image.*"))
         started = time.perf_counter()
         index = open_index(folder, "image", shards)
         open_ms = 1000 * (time.perf_counter() - started)

@@ -5,6 +5,7 @@
     rows.py          stored vectors, wherever their shards lie
     lists.py         which list of an IVF a vector belongs to, as its queries see it
     approximate.py   candidates from FAISS, scored exactly; the only file that imports faiss
+    mapped.py        lists that stay in a file, so that opening reads none of them
     measure.py       recall, latency and the parameters that give them
     plan.py          which design is built: rounds on samples, then all rows
     report.py        what was tried, as a table

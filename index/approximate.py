@@ -7,7 +7,7 @@ N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
 # mypy: disable-error-code="attr-defined, call-arg, arg-type, assignment, no-any-return"
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mmalign import files, kernels
 from mmalign.errors import StoreError
+from mmalign.index import mapped
 from mmalign.index.lists import Lists, query_metric
 from mmalign.index.rows import Rows
 from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
@@ -249,8 +250,44 @@ def size(index: Any) -> int:
 
 
 def save(index: Any, path: Path) -> None:
-    """Write the FAISS file, whole or not at all."""
-    files.write_through(path, lambda name: faiss.write_index(index, name))
+    """Write the FAISS file, whole or not at all; the lists of an IVF into one of their own."""
+    core = _core(index)
+    if not isinstance(core, faiss.IndexIVF):
+        files.write_through(path, lambda name: faiss.write_index(index, name))
+        return
+    lists = faiss.downcast_InvertedLists(core.invlists)
+    where: list[tuple[int, int]] = []
+    files.write_through(lists_of(path), lambda name: where.extend(_write_lists(lists, name)))
+    core.own_invlists, core.invlists = False, None
+    writer = faiss.VectorIOWriter()
+    faiss.write_index(index, writer)
+    core.invlists, core.own_invlists = lists, True
+    # Its last word says that there are no lists; the table of those in the file takes its place.
+    head = faiss.vector_to_array(writer.data).tobytes()[: -len(mapped.NONE)]
+    table = mapped.table(where, core.code_size)
+    place = mapped.place(lists_of(path).name, lists_of(path).stat().st_size)
+    files.write_bytes(path, head + table + place)
+
+
+def lists_of(path: Path) -> Path:
+    """Name of the file with the lists of an index."""
+    return path.with_suffix(".lists")
+
+
+def _write_lists(lists: Any, name: str) -> Iterator[tuple[int, int]]:
+    """Write packed codes and ids, list after list; yield rows of each, and its room."""
+    with open(name, "wb") as file:
+        for number in range(lists.nlist):
+            rows = lists.list_size(number)
+            blocks = -(-rows // lists.n_per_block)
+            room = blocks * lists.n_per_block
+            ids = np.full(room, -1, np.int64)
+            if rows:
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size)
+                ids[:rows] = faiss.rev_swig_ptr(lists.get_ids(number), rows)
+                file.write(codes.tobytes())
+                file.write(ids.tobytes())
+            yield rows, room
 
 
 def load(path: Path, held: int, dim: int) -> Any:
@@ -260,8 +297,15 @@ def load(path: Path, held: int, dim: int) -> Any:
         StoreError: It cannot be read, or is not the one that was described.
     """
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except (RuntimeError, MemoryError) as error:
+        if lists_of(path).exists():
+            lists = lists_of(path)
+            content = mapped.moved(path.read_bytes(), lists.name, str(lists), lists.stat().st_size)
+            index = faiss.deserialize_index(
+                np.frombuffer(content, np.uint8), faiss.IO_FLAG_READ_ONLY
+            )
+        else:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
     if index.ntotal != held or index.d != dim:
         raise StoreError(f"{path}: holds {index.ntotal} vectors where {held} are named")

@@ -2,7 +2,8 @@
 
 index.json     what was built, from which rows, what was tried, and how well it finds
 image.faiss    only where the image vectors got a FAISS index
-text.faiss     likewise
+image.lists    the lists of an IVF, which are mapped and not read
+text.*         likewise
 """
 
 import json
@@ -88,8 +89,10 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     if content["format"] != FORMAT or part is None or part["kind"] == "exact":
         return Exact(shards)
     file = folder / f"{modality}.faiss"
-    if file.exists() and file.stat().st_size != content["bytes"][file.name]:
-        raise StoreError(f"{file}: its size is not what was written")
+    for name, size in content["bytes"].items():
+        beside = folder / name
+        if beside.stem == modality and not (beside.exists() and beside.stat().st_size == size):
+            raise StoreError(f"{beside}: missing, or its size is not what was written")
     vectors = Rows(shards)
     if vectors.total < part["rows"]:
         raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
@@ -100,7 +103,7 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
 
 def write_description(folder: Path, content: dict[str, Any]) -> None:
     """Write index.json, with sizes and hashes of the files beside it; then it is an index."""
-    written = sorted(folder.glob("*.faiss"))
+    written = sorted(p for p in folder.iterdir() if p.name != "index.json")
     sizes = {p.name: p.stat().st_size for p in written}
     hashes = {p.name: files.sha256(p) for p in written}
     files.write_json(
