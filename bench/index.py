@@ -3,6 +3,7 @@
     python -m bench index --work DIR [--rows 1000000] [--recall 0.9 0.95 0.99] \
         [--memory 4GB 1GB 300MB] [--threads 1 2] [--others PYTHON] [--methods hnswlib usearch ...]
     python -m bench index --work DIR --grow 100000 300000 1000000 3000000
+    python -m bench index --work DIR --change [--rows 300000]
 
 Rows are drawn by `bench/standin.py`, or come from files (`--vectors images.npy texts.npy`, float16
 and float32, say those of a real store). Half of the held-out queries come as texts, half as images;
@@ -12,6 +13,9 @@ queries measure it, many at once and one at a time. Others (PYTHON is that of an
 what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
 every row is one point of a curve. Rows go to bench/results/index.csv, the curves to index.png
 beside it. `--grow` builds ours at several sizes and prints the exponents of build time and QPS.
+`--change` builds over five sixths of the rows, and measures text queries under filters that leave
+a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
+others deleted, as they are searched before the index is built again. Rows of index-change.csv.
 
 DIR keeps vectors, truths and what others built, as that takes longest.
 """
@@ -58,6 +62,9 @@ def main(arguments: list[str]) -> None:
         _grow(given)
         return
     data = _data(given.work, given.rows, given.vectors)
+    if given.change:
+        _change(data, given.recall[0], memory_bytes(given.memory[0]))
+        return
     for memory in given.memory:
         for recall in given.recall:
             for row in _in_process(data, recall, memory, given.threads):
@@ -80,6 +87,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--others")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--grow", type=int, nargs="*")
+    parser.add_argument("--change", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -220,6 +228,43 @@ def _rows_of(point: dict[str, Any], kind: str, memory: str) -> list[dict[str, An
         }
         for k in KS
     ]  # fmt: skip
+
+
+def _change(data: dict[str, Any], recall: float, memory: float) -> None:
+    """Build over some rows; measure filters, then rows that came and went since."""
+    _use(BUILD_THREADS)
+    images = np.load(data["images"], mmap_mode="r")
+    shards = [images[i : i + SHARD_ROWS] for i in range(0, len(images), SHARD_ROWS)]
+    covered = len(shards) * 5 // 6
+    tuning, queries = np.load(data["tuning"]), np.load(data["text"])
+    asked = {"text": Queries(tuning[HELD:], tuning[:HELD])}
+    draw = np.random.default_rng(0).random(len(images))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        part = build_index(
+            folder, "image", shards[:covered], asked=asked, recall=recall, memory=memory
+        )
+        write_description(folder, {"modalities": {"image": part}})
+        built = open_index(folder, "image", shards[:covered])
+        grown = open_index(folder, "image", shards)
+        cases = [(f"filter {share:.1%}", built, draw < share) for share in (1, 0.5, 0.05, 0.005)]
+        cases.append(("a fifth deleted, a fifth added", grown, draw < 0.8))
+        for case, index, allowed in cases:
+            allow = allowed[: index.rows].copy()
+            if index is grown:
+                allow[built.rows :] = True
+            held = shards if index is grown else shards[:covered]
+            for count in (1, BUILD_THREADS):
+                _use(count)
+                true = Exact(held).search(queries, KS[0], allow)[1]
+                row = _speed(lambda q, i=index, a=allow: i.search(q, KS[0], a)[1], queries, true)
+                common = {
+                    "case": case,
+                    "rows": index.rows,
+                    "design": part["name"],
+                    "wanted": recall,
+                }
+                measure.append("index-change", {**common, "search_threads": count, **row})
 
 
 def _draw(threads: int) -> None:

@@ -122,7 +122,14 @@ class Approximate(Index):
         return torch.cat(scores).numpy(), torch.cat(found).numpy()
 
 
-def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int = 0) -> Any:
+def build(
+    vectors: Rows,
+    design: Design,
+    lists: Lists | None = None,
+    *,
+    seed: int = 0,
+    shown: bool = True,
+) -> Any:
     """Build a FAISS index over the live rows; ids are their numbers.
 
     Args:
@@ -130,6 +137,7 @@ def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int =
         design: Kind and code.
         lists: Those of an IVF; see `cluster`.
         seed: Of the training sample.
+        shown: Whether a bar tells how far it is.
 
     Raises:
         VectorError: A vector holds NaN or infinity, or is zero.
@@ -152,17 +160,17 @@ def build(vectors: Rows, design: Design, lists: Lists | None = None, seed: int =
             core.pq.cp.min_points_per_centroid = 1  # see `cluster`
         index.train(sample)
         if lists.metric_DD is not None:
-            _file(index, rotation, vectors, lists)
+            _file(index, rotation, vectors, lists, shown)
             return index
     del sample
-    with bar("index", vectors.live, "vectors") as progress:
+    with bar("index", vectors.live, "vectors", shown=shown) as progress:
         for numbers_B, block_BD in vectors.blocks():
             index.add_with_ids(block_BD, numbers_B)
             progress.update(len(numbers_B))
     return index
 
 
-def _file(index: Any, rotation: Any, vectors: Rows, lists: Lists) -> None:
+def _file(index: Any, rotation: Any, vectors: Rows, lists: Lists, shown: bool) -> None:
     """File every vector under its list; FAISS itself would take the nearest centre.
 
     Codes wait in a file until all of a list are known: fast-scan packs 32 rows into a block.
@@ -171,7 +179,10 @@ def _file(index: Any, rotation: Any, vectors: Rows, lists: Lists) -> None:
     width = core.code_size
     numbers = np.zeros(vectors.live, np.int64)
     owner = np.zeros(vectors.live, np.int64)
-    with tempfile.TemporaryFile() as file, bar("index", vectors.live, "vectors") as progress:
+    with (
+        tempfile.TemporaryFile() as file,
+        bar("index", vectors.live, "vectors", shown=shown) as progress,
+    ):
         codes = np.memmap(file, np.uint8, "w+", shape=(vectors.live, width))
         first = 0
         for numbers_B, block_BD in vectors.blocks():

@@ -27,7 +27,7 @@ from mmalign.index.lists import Lists
 from mmalign.index.measure import Trial, measure, tune
 from mmalign.index.rows import Rows
 from mmalign.index.spec import KS, Design, Floats, Ints, Point
-from mmalign.progress import say
+from mmalign.progress import over, say
 
 EXACT_ROWS = 50_000
 """Below this, comparing every row takes milliseconds and misses nothing."""
@@ -148,9 +148,8 @@ def _rounds(
         if rows > vectors.live / 2:
             break
         game = _Game(vectors.thinned(rows, seed=rows), main, queries, recall)
-        say(f"trying {len(designs)} designs on {rows:,} of {vectors.live:,} vectors")
         played = []
-        for design in designs:
+        for design in over(f"try {rows:,}", designs, len(designs), "designs"):
             trial, reached = game.play(design)
             tried.append(trial)
             if reached:
@@ -180,7 +179,7 @@ class _Game:
         key = (design.density, design.metric)
         if design.kind == "ivf" and key not in self.lists:
             self.lists[key] = cluster(self.sample, design, self.queries)
-        built = approximate.build(self.sample, design, self.lists.get(key))
+        built = approximate.build(self.sample, design, self.lists.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
         true_MK = self.true_MK[: len(self.tuning)]

@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def bar(label: str, total: int | None = None, unit: str = "images", form: str | None = None) -> Any:
+def bar(
+    label: str,
+    total: int | None = None,
+    unit: str = "images",
+    form: str | None = None,
+    *,
+    shown: bool = True,
+) -> Any:
     """Return a tqdm bar (use it as a context manager; `.update(n)`, `.set_postfix_str(text)`)."""
     from tqdm import tqdm
 
@@ -15,7 +22,7 @@ def bar(label: str, total: int | None = None, unit: str = "images", form: str | 
     pace = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total, desc=f"{label:<10}", unit=f" {unit}", mininterval=pace, file=sys.stderr,
-        dynamic_ncols=True, bar_format=form,
+        dynamic_ncols=True, bar_format=form, disable=not shown,
     )  # fmt: skip
 
 
