@@ -56,6 +56,11 @@ class Recipe:
     Centres and deviations have variances that fall off along the same axes, which lie at random. A
     text is the sum of the direction of all texts, what it says of its image (the rarer axes more
     than their share) and what it says that the image does not show.
+
+    The numbers were fitted by Gauss-Newton steps on 200,000 of a million rows (20 neighbours there
+    are 100 in the million), to the eight recalls of `PUBLISHED_RECALL`, the four medians of
+    `PUBLISHED` and a mean cosine of about a third between a text and its image, and checked with
+    all rows: see the command. `mean`, `branches` and `aligned` were set by hand.
     """
 
     mean: float = 0.5

@@ -8,7 +8,7 @@ import pytest
 from bench import standin
 from bench.standin import StandIn
 
-ROWS = 30_000
+ROWS = 20_000
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,11 @@ def figures(images: standin.Halves, queries: standin.Floats) -> tuple[float, flo
 
 def test_statistics(world: StandIn, images: standin.Halves) -> None:
     # The published figures hold for a million rows, where the hundredth neighbour is nearer;
-    # these were measured for 30,000 when the recipe was fitted.
+    # these were measured for 20,000 when the recipe was fitted.
     image, text = figures(images, world.held_out(500)), figures(images, world.texts(500)[0])
     print(f"local dimension, relative contrast: image {image}, text {text}")
-    assert image == (pytest.approx(9.3, rel=0.1), pytest.approx(1.65, rel=0.03))
-    assert text == (pytest.approx(64, rel=0.1), pytest.approx(1.145, rel=0.01))
+    assert image == (pytest.approx(10.6, rel=0.1), pytest.approx(1.57, rel=0.03))
+    assert text == (pytest.approx(52, rel=0.1), pytest.approx(1.15, rel=0.01))
 
 
 def test_texts_are_harder_for_an_inverted_file(world: StandIn, images: standin.Halves) -> None:
@@ -62,7 +62,7 @@ def test_equal_arguments_give_equal_vectors(images: standin.Halves, tmp_path: Pa
 
 
 def test_captions_tell_of_their_rows(world: StandIn, images: standin.Halves) -> None:
-    numbers = [20_000, 3, 29_999, 8_191, 8_192]
+    numbers = [15_000, 3, 19_999, 8_191, 8_192]
     captions = world.captions(numbers)
     np.testing.assert_allclose(np.linalg.norm(captions, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(captions[[3, 1]], world.captions([8_191, 3]), atol=1e-6)
@@ -72,10 +72,9 @@ def test_captions_tell_of_their_rows(world: StandIn, images: standin.Halves) -> 
     scores = texts @ images.astype(np.float32).T
     own = scores[np.arange(500), told]
     assert np.mean(own) > 0.3 > np.mean(scores) + 0.1
-    # A text finds its image among the best, and seldom first.
+    # Most texts find their image first among so few, and not all do.
     rank = (scores > own[:, None]).sum(axis=1)
-    assert np.median(rank) < 50
-    assert np.mean(rank == 0) < 0.5
+    assert 0.4 < np.mean(rank == 0) < 0.8
 
 
 def test_held_out_images_are_not_among_the_rows(world: StandIn, images: standin.Halves) -> None:
