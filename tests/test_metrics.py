@@ -3,7 +3,7 @@
 import numpy as np
 
 from mmalign.evaluate import retrieval
-from mmalign.index.spec import neighbour_recall
+from mmalign.index.measure import neighbour_recall
 from mmalign.metrics import accuracy, recall_at
 
 
@@ -26,7 +26,7 @@ def test_retrieval_by_hand() -> None:
 
 
 def test_neighbour_recall_ignores_padding() -> None:
-    assert neighbour_recall(np.array([[4, -1]]), np.array([[4, -1]])) == 1.0
+    assert neighbour_recall(np.array([[4, -1]]), np.array([[4, -1]])).tolist() == [1.0]
 
 
 def test_mean_per_class_recall_weighs_classes_alike() -> None:
