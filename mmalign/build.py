@@ -76,11 +76,12 @@ def build(
             "modalities": modalities,
         }
         write_description(folder, content)
-        commit_index(store.path, name, shard_names)
     except BaseException:
         # Ctrl-C included: the old generation goes on serving, and nothing is left behind.
         files.remove(folder)
         raise
+    # A commit that fails may have happened all the same: from here on nothing is removed.
+    commit_index(store.path, name, shard_names)
     for modality, part in modalities.items():
         _report(modality, part)
     return describe(folder)
