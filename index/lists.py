@@ -50,9 +50,11 @@ class Lists:
 
 def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
     """Return the metric of queries, shape (D, D), and its root, which maps vectors into it."""
-    spread_DD = np.cov(queries_MD, rowvar=False)
+    spread_DD = np.cov(queries_MD, rowvar=False, bias=True)
     values_D, axes_DD = np.linalg.eigh(spread_DD)
-    values_D = values_D.clip(0) + RIDGE * values_D.mean()
+    values_D = values_D.clip(0)
+    # A single query tells of no direction: all count alike.
+    values_D += RIDGE * values_D.mean() if values_D.any() else 1.0
     values_D /= values_D.mean()
     metric_DD = (axes_DD * values_D**0.5) @ axes_DD.T
     root_DD = (axes_DD * values_D**0.25) @ axes_DD.T

@@ -145,7 +145,8 @@ def _rounds(
     """Play designs against each other on samples; return those left, best first, and all trials."""
     tried: list[Trial] = []
     for number, rows in enumerate(ROUNDS):
-        if rows > vectors.live / 2:
+        # The first is played in any case: nothing else tells the designs apart.
+        if number and rows > vectors.live / 2:
             break
         game = _Game(vectors.thinned(rows, seed=rows), main, queries, recall)
         played = []
@@ -168,9 +169,11 @@ class _Game:
     def __init__(self, sample: Rows, main: str, queries: Queries, recall: float) -> None:
         self.sample, self.main, self.recall = sample, main, recall
         self.queries = queries.tune_MD
-        self.tuning = queries.tune_MD[:ROUND_QUERIES]
-        self.others = queries.tune_MD[ROUND_QUERIES : 2 * ROUND_QUERIES]
-        self.true_MK = truth(sample, self.queries[: 2 * ROUND_QUERIES], KS[0], 0)
+        # Two halves where there are few; a single query does both.
+        count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
+        self.tuning, self.others = self.queries[:count], self.queries[-count:]
+        both_MD = np.concatenate([self.tuning, self.others])
+        self.true_MK = truth(sample, both_MD, KS[0], 0)
         self.lists: dict[tuple[int, str], Lists] = {}
 
     def play(self, design: Design) -> tuple[Trial, bool]:
@@ -184,7 +187,7 @@ class _Game:
         index = Approximate(built, self.sample, {}, self.sample.total)
         true_MK = self.true_MK[: len(self.tuning)]
         point, reached = tune(index, self.tuning, true_MK, KS[0], self.recall)
-        known = _known(design, self.sample, self.main, built, build_s)
+        known = _known(design, self.sample, built, build_s) | {"asked": self.main}
         trial = measure(index, self.others, self.true_MK[len(self.tuning) :], point, **known)
         return trial, reached
 
@@ -204,6 +207,7 @@ def _build_and_tune(
     built = approximate.build(vectors, design, lists)
     build_s = time.perf_counter() - started
     index = Approximate(built, vectors, {}, vectors.total)
+    known = _known(design, vectors, built, build_s)
     points: dict[str, list[Point]] = {}
     kept: list[Trial] = []
     for name, queries in asked.items():
@@ -215,9 +219,9 @@ def _build_and_tune(
             if not reached:
                 return None
             points[name].append(point)
-            known = _known(design, vectors, name, built, build_s)
+            own = int(queries.stored)
             kept.append(
-                measure(index, queries.held_MD, held_MK, point, own=int(queries.stored), **known)
+                measure(index, queries.held_MD, held_MK, point, own=own, asked=name, **known)
             )
     return Plan(design, built, points, kept)
 
@@ -233,11 +237,10 @@ def _truths(vectors: Rows, asked: Mapping[str, Queries], memory: float) -> dict[
     return found
 
 
-def _known(design: Design, vectors: Rows, asked: str, built: Any, build_s: float) -> dict[str, Any]:
+def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[str, Any]:
     return {
         "design": design.name(vectors.live, vectors.dim),
         "rows": vectors.live,
-        "asked": asked,
         "bytes_per_vector": approximate.size(built) / vectors.live,
         "build_s": build_s,
     }

@@ -314,6 +314,16 @@ def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFi
     )
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_few_queries_are_enough_to_choose(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 500)
+    asked = {"text": Queries(texts(count + 1)[:count], texts(1, seed=2))}
+    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e6)
+    assert made.tried
+    assert made.index is not None
+    assert {t.queries for t in made.kept} == {1}
+
+
 def test_an_index_without_queries_claims_nothing(tmp_path: Path) -> None:
     stored = vectors(50_000)
     part = build_index(tmp_path, "image", [stored], asked={}, recall=0.9, memory=1e9)
