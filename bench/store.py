@@ -36,6 +36,7 @@ CHUNK = 10_000
 FOUND = 100_000
 READ = 1_000
 SMALL = 1_000
+LARGE = 50_000
 
 Vectors = NDArray[np.float32]
 
@@ -75,6 +76,13 @@ def write_npy(vectors: Vectors, path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_npy_files(vectors: Vectors, path: Path) -> None:
+    """As many arrays as a store has shards."""
+    path.mkdir()
+    for first in range(0, len(vectors), CHUNK):
+        write_npy(vectors[first : first + CHUNK], path / f"{first:09d}.npy")
+
+
 def write_parquet(vectors: Vectors, path: Path, **settings: Any) -> None:
     """One table of ids and lists of numbers."""
     flat = pa.array(vectors.astype(np.float16).reshape(-1))
@@ -104,6 +112,11 @@ def read_npy(path: Path) -> int:
     return touched([np.load(path, mmap_mode="r")])
 
 
+def read_npy_files(path: Path) -> int:
+    """Each mapped."""
+    return touched([np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))])
+
+
 def read_parquet(path: Path) -> int:
     """Decoded into memory."""
     lists = parquet.read_table(path, columns=["vector"])["vector"]
@@ -114,7 +127,12 @@ Write = Callable[[Vectors, Path], None]
 Read = Callable[[Path], int]
 FORMATS: dict[str, tuple[Write, Read]] = {
     "mmalign store": (write_store, read_store),
+    f"mmalign store, {LARGE:,} rows a shard": (
+        partial(write_store, rows_per_shard=LARGE),
+        read_store,
+    ),
     "npy": (write_npy, read_npy),
+    "npy, a file a shard": (write_npy_files, read_npy_files),
     "parquet": (write_parquet, read_parquet),
     "parquet, plain": (
         partial(write_parquet, compression="none", use_dictionary=False),
@@ -154,6 +172,11 @@ def finding(path: Path, rows: int) -> dict[str, tuple[int, Callable[[], object]]
     }
 
 
+def shards(path: Path) -> int:
+    """How many files hold the vectors."""
+    return sum(f.suffix in (".arrow", ".npy") for f in path.rglob("*")) if path.is_dir() else 1
+
+
 def report(what: str, timing: dict[str, float], shape: tuple[int, int], **rest: Any) -> None:
     """Write a row; `rest` has `shards`, and `bytes` or `items` that were dealt with."""
     row: dict[str, Any] = {"what": what, "rows": shape[0], "dim": shape[1]}
@@ -177,18 +200,18 @@ def main(words: list[str]) -> None:
     vectors = unit_vectors(options.rows, options.dim)
     shape, size = vectors.shape, 2 * vectors.size
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder, shards = Path(name), -(-options.rows // CHUNK)
+        folder = Path(name)
         for what, timing in write_all(vectors, folder, options.rounds).items():
-            report(f"write {what}", timing, shape, bytes=size, shards=shards)
+            report(f"write {what}", timing, shape, bytes=size, shards=shards(folder / what))
         tasks = {n: partial(read, folder / n) for n, (_write, read) in FORMATS.items()}
         if len({task() for task in tasks.values()}) > 1:
             sys.exit("the formats do not hold the same vectors")
         for what, timing in measure.in_turn(tasks, options.rounds).items():
-            report(f"read {what}", timing, shape, bytes=size, shards=shards)
+            report(f"read {what}", timing, shape, bytes=size, shards=shards(folder / what))
         ways = finding(folder / "mmalign store", options.rows)
         timings = measure.in_turn({n: way for n, (_, way) in ways.items()}, options.rounds)
         for what, timing in timings.items():
-            report(what, timing, shape, items=ways[what][0], shards=shards)
+            report(what, timing, shape, items=ways[what][0], shards=-(-options.rows // CHUNK))
         small(vectors, folder / "small", options)
 
 

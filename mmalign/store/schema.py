@@ -6,6 +6,7 @@ D dimensions. An image has one embedding; its captions have one each, so the tex
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ def meta_json(meta: dict[str, Any]) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@lru_cache
 def schema(dim: int) -> pa.Schema:
     """Return the Arrow schema of a shard with embeddings of `dim` dimensions."""
     vector = pa.list_(pa.float16(), dim)
