@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from mmalign.errors import VectorError
 from mmalign.index.spec import Bools, Floats, Halves, Ints, Shards
@@ -56,14 +57,14 @@ class Rows:
         return np.sort(numbers[drawn])
 
     def gather(self, rows_P: Ints) -> Halves:
-        """Copy the vectors of some rows, shape (P, D)."""
+        """Copy the vectors of some rows, shape (P, D), with as many threads as torch has."""
         if not len(rows_P):
             return np.zeros((0, self.dim if self.shards else 0), np.float16)
         if not 0 <= rows_P.min() <= rows_P.max() < self.total:
             raise IndexError(f"there are rows 0 to {self.total - 1}")
         shard_P = np.searchsorted(self.ends, rows_P, side="right")
         places_P = self._starts[shard_P] + (rows_P - self._firsts[shard_P]) * self._step
-        return self._view[places_P]
+        return torch.from_numpy(self._view).index_select(0, torch.from_numpy(places_P)).numpy()
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
         """Yield numbers and float32 vectors of live rows, some thousands at a time.
@@ -105,8 +106,10 @@ def _one_view(shards: Shards) -> tuple[Halves, Ints, int]:
     """
     width = shards[0].shape[1]
     row_bytes = 2 * width
-    if any(s.dtype != np.float16 or s.strides != (row_bytes, 2) for s in shards):
-        raise VectorError("shards must be float16, whole rows one after another")
+    if any(
+        s.dtype != np.float16 or s.strides != (row_bytes, 2) or not s.flags.aligned for s in shards
+    ):
+        raise VectorError("shards must be aligned float16, whole rows one after another")
     starts = np.array([s.ctypes.data for s in shards], dtype=np.int64)
     lowest = int(starts.min())
     unit = math.gcd(row_bytes, *[int(start) - lowest for start in starts])

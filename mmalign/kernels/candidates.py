@@ -43,7 +43,7 @@ def best_candidates(
     width = min(k, candidates)
     if not width:
         return scores_MK, found_MK
-    at_once = max(1, AT_ONCE // max(1, vectors_MRD[0].numel())) if count else 1
+    at_once = max(1, AT_ONCE // ((width + SPARE) * queries_MD.shape[-1]))
     for first in range(0, count, at_once):
         part = slice(first, first + at_once)
         best, rows = _best(queries_MD[part].float(), vectors_MRD[part], rows_MR[part], width)
