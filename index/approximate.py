@@ -29,7 +29,7 @@ TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 40, 8
 CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
 # Candidates gathered at once: so many numbers in float16.
-GATHERED = 1 << 23
+GATHERED = 1 << 21
 
 
 class Approximate(Index):
