@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import files, kernels
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
 from mmalign.index.lists import Lists, query_metric
 from mmalign.index.rows import Rows
@@ -25,7 +25,7 @@ from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
 from mmalign.progress import bar
 
 # K-means for lists: rows at most and for each list, and rounds. Codes have 16 centres: few rows do.
-TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 40, 8
+TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 32, 8
 CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
 # Candidates gathered at once: so many numbers in float16.
@@ -86,11 +86,15 @@ class Approximate(Index):
 
     def candidates(self, queries_MD: Floats, point: Point, allow_N: Bools | None = None) -> Ints:
         """Rows worth an exact score, shape (M, R), most hopeful first; -1 where there are fewer."""
+        if queries_MD.ndim != 2 or queries_MD.shape[1] != self.vectors.dim:
+            shape = f"(queries, {self.vectors.dim})"
+            raise VectorError(f"queries must have shape {shape}, not {queries_MD.shape}")
         breadth = point.breadth
         words: dict[str, Any] = {}
-        if allow_N is not None and np.count_nonzero(allow_N) < self.held:
+        allowed = self.held if allow_N is None else np.count_nonzero(allow_N)
+        if allow_N is not None and allowed < self.held:
             # What is left lies farther off than the neighbours that the breadth was tuned for.
-            breadth = round(breadth / max(allow_N.mean(), 1e-9) ** 0.5)
+            breadth = round(breadth * (len(allow_N) / max(allowed, 1)) ** 0.5)
             bits = np.packbits(allow_N, bitorder="little")
             words["sel"] = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.faiss, breadth, words)

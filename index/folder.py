@@ -85,8 +85,11 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     if folder is None:
         return Exact(shards)
     content = describe(folder)
+    if content["format"] != FORMAT:
+        other = f"index of format {content['format']}, this mmalign reads {FORMAT}"
+        raise StoreError(f"{folder}: {other}: run `mmalign index` again")
     part = content["modalities"].get(modality)
-    if content["format"] != FORMAT or part is None or part["kind"] == "exact":
+    if part is None or part["kind"] == "exact":
         return Exact(shards)
     file = folder / f"{modality}.faiss"
     for name, size in content["bytes"].items():

@@ -340,6 +340,24 @@ def test_few_rows_are_compared_one_by_one(tmp_path: Path) -> None:
     assert (part["kind"], part["recall"], part["held"]) == ("exact", 1.0, 900)
 
 
+@pytest.mark.parametrize("shape", [(2, DIM - 1), (DIM,)])
+def test_queries_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    stored = vectors(100)
+    queries = np.ones(shape, np.float32)
+    for index in (Exact([stored]), small_index(stored)):
+        with pytest.raises(VectorError):
+            index.search(queries, 3)
+
+
+def test_an_index_of_another_format_is_refused(
+    built: tuple[Path, np.ndarray, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, stored, _ = built
+    monkeypatch.setattr("mmalign.index.folder.FORMAT", 9)
+    with pytest.raises(StoreError, match="format 2, this mmalign reads 9: run `mmalign index`"):
+        open_index(folder, "image", [stored])
+
+
 def test_nothing_allowed_is_nothing_found() -> None:
     index: Index = Extended(small_index(vectors(100)), Rows([vectors(120)]))
     rows = index.search(texts(2), 5, np.zeros(120, np.bool_))[1]
