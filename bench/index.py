@@ -280,7 +280,7 @@ def _draw(threads: int) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, layout="constrained")
     methods = sorted({r["method"] for r in rows})
     for axis, (kind, k) in zip(axes.flat, product(("text", "image"), KS), strict=True):
-        for (method, memory), curve in _curves(rows, kind, k).items():
+        for (method, memory), curve in sorted(_curves(rows, kind, k).items(), reverse=True):
             colour = COLOURS[methods.index(method) % len(COLOURS)]
             ours, style = method == "mmalign", MARKS.get(memory, "-")
             axis.plot(
