@@ -115,7 +115,9 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:
             return replace(built, tried=tried)
-    say(f"over all rows none of them finds {recall:.1%}, so every row is compared")
+        name = design.name(vectors.live, vectors.dim)
+        say(f"{name} does not find {recall:.1%} over all rows")
+    say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
     return Plan(Design("exact"), tried=tried)
 
 
@@ -142,8 +144,14 @@ def _rounds(
     recall: float,
     memory: float,
 ) -> tuple[list[Design], list[Trial]]:
-    """Play designs against each other on samples; return those left, best first, and all trials."""
+    """Play designs against each other on samples.
+
+    Returns:
+        Those that reached the recall, best first, those of the last round before the others: what
+        wins on a sample may fall short over all rows. And all trials.
+    """
     tried: list[Trial] = []
+    ranked: list[Design] = []
     for number, rows in enumerate(ROUNDS):
         # The first is played in any case: nothing else tells the designs apart.
         if number and rows > vectors.live / 2:
@@ -156,11 +164,13 @@ def _rounds(
             if reached:
                 played.append((trial.p50_ms, design))
         played.sort(key=itemgetter(0))
-        designs = [design for _, design in played[: math.ceil(KEPT * len(played))]]
+        reached_it = [design for _, design in played]
+        ranked = reached_it + [design for design in ranked if design not in reached_it]
+        designs = reached_it[: math.ceil(KEPT * len(played))]
         if number == 0 and designs and designs[0].kind == "ivf":
             variants = [replace(designs[0], density=density) for density in DENSITIES]
             designs += [design for design in variants if _bytes(design, vectors) <= memory]
-    return designs, tried
+    return ranked, tried
 
 
 class _Game:

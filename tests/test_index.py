@@ -20,6 +20,7 @@ from mmalign.index import (
     table,
     write_description,
 )
+from mmalign.index import plan as planner
 from mmalign.index.approximate import Approximate
 from mmalign.index.lists import Lists, query_metric
 from mmalign.index.measure import interval, neighbour_recall, places
@@ -324,6 +325,25 @@ def test_a_few_queries_are_enough_to_choose(count: int, monkeypatch: pytest.Monk
     assert made.tried
     assert made.index is not None
     assert {t.queries for t in made.kept} == {1}
+
+
+def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built_for_real, given = planner._build_and_tune, []
+
+    def fall_short_twice(design: Design, *rest: Any) -> Any:
+        given.append(design)
+        return None if len(given) < 3 else built_for_real(design, *rest)
+
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "_build_and_tune", fall_short_twice)
+    asked = {"text": Queries(texts(40), texts(20, seed=2))}
+    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e7)
+    assert made.index is not None
+    assert made.design == given[2]
+    assert len(set(given)) == 3
+    assert capsys.readouterr().err.count("does not find 50.0% over all rows") == 2
 
 
 def test_an_index_without_queries_claims_nothing(tmp_path: Path) -> None:
