@@ -208,10 +208,11 @@ def main(words: list[str]) -> None:
             sys.exit("the formats do not hold the same vectors")
         for what, timing in measure.in_turn(tasks, options.rounds).items():
             report(f"read {what}", timing, shape, bytes=size, shards=shards(folder / what))
-        ways = finding(folder / "mmalign store", options.rows)
+        store = folder / "mmalign store"
+        ways = finding(store, options.rows)
         timings = measure.in_turn({n: way for n, (_, way) in ways.items()}, options.rounds)
         for what, timing in timings.items():
-            report(what, timing, shape, items=ways[what][0], shards=-(-options.rows // CHUNK))
+            report(what, timing, shape, items=ways[what][0], shards=shards(store))
         small(vectors, folder / "small", options)
 
 

@@ -106,6 +106,9 @@ def test_open_clip_models_agree_with_open_clip(tmp_path: Path, small_clip: str) 
     assert again.identity == encoder.identity
     assert again.preprocess == encoder.preprocess
     assert again.preprocess.resize_mode == "shortest"
+    # Weights that are loaded are not drawn before: none may be left as memory happened to be.
+    for name, weight in clip.state_dict().items():
+        assert torch.equal(encoder.towers.state_dict()[f"clip.{name}"], weight)
 
 
 def test_nothing_is_unpickled(tmp_path: Path, small_clip: str) -> None:

@@ -202,7 +202,7 @@ def blank(name: str) -> Any:
 
 
 class _NotDrawn(TorchFunctionMode):
-    """No random weights where others are loaded over them; for ViT-B/32 they take 2 s; final."""
+    """No random weights where others are loaded over them (0.3 to 0.8 s of ViT-B/32); final."""
 
     def __torch_function__(
         self,
@@ -211,7 +211,7 @@ class _NotDrawn(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Leave a tensor as it is where it would be filled with random numbers."""
+        """Leave a tensor as it is where random numbers would fill it."""
         if func in (Tensor.uniform_, Tensor.normal_):
             return args[0]
         return func(*args, **(kwargs or {}))
