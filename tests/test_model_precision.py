@@ -94,6 +94,42 @@ def test_eight_bits_replace_every_large_layer(clip: Encoder) -> None:
     assert large == []
 
 
+def test_packed_weights_give_the_same(clip: Encoder) -> None:
+    if not precision.has_bfloat16(clip.device):
+        pytest.skip("no bfloat16 products here")
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = nn.Linear(96, 80, bias=bias).bfloat16()
+        packed = lean.PackedLinear(layer)
+        for shape in ((1, 96), (3, 50, 96), (1000, 96)):
+            states = torch.randn(shape).bfloat16()
+            with torch.inference_mode():
+                wanted = layer(states)
+                assert packed(states).shape == wanted.shape
+                assert torch.allclose(packed(states), wanted, rtol=0.01, atol=0.01)
+    fast, _ = in_precision(clip, "bfloat16")
+    assert nn.Linear not in map(type, fast.towers.modules())
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "int8"])
+def test_a_model_that_reads_padding_is_encoded_in_other_precisions(
+    wanted: precision.Precision, small_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "WORTH", 1)
+    torch.manual_seed(0)
+    encoder = openclip.load(small_clip, None)
+    encoder.towers = openclip.OpenClipTowers(encoder.towers.clip)  # type: ignore[arg-type]
+    encoder.towers.cuts_texts = encoder.towers.pools_images = False
+    fast, _ = in_precision(encoder, wanted)
+    assert cosines(fast.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)).min() > 0.995
+
+
+def test_attention_that_stays_keeps_its_layers() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    lean.replace_linear(nn.Sequential(attention), 1, int8.Linear8)
+    assert isinstance(attention.out_proj, nn.Linear)
+
+
 def test_one_large_token_does_not_coarsen_the_others() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32)

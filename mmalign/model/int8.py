@@ -13,6 +13,8 @@ Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Trans
 import torch
 from torch import Tensor, nn
 
+from mmalign.model import lean
+
 LEVELS, ZERO = 127, 128
 # Below so many weights, rounding costs more than it saves.
 WORTH = 1 << 16
@@ -24,19 +26,15 @@ def available() -> bool:
 
 
 def quantize(module: nn.Module) -> None:
-    """Replace the linear layers of a network that is only used to encode; it is changed in place.
-
-    PyTorch's own attention hides two of its layers: `lean.expose_attention` comes first.
-    """
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and child.weight.numel() >= WORTH:
-            setattr(module, name, Linear8(child))
-        else:
-            quantize(child)
+    """Replace the large linear layers of a network that is only used to encode, in place."""
+    lean.replace_linear(module, WORTH, Linear8)
 
 
 class Linear8(nn.Module):
     """A linear layer with weights and inputs in eight bits; final."""
+
+    int8_original_dtype = torch.float32
+    """By this name open_clip asks what a layer without float weights takes."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -4,16 +4,19 @@ B items, T tokens, W width, H heads, S side of an image in pixels, P side of a p
 (patches of all images), O width of the output.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mmalign.model.int8 import Linear8
 
 # Up to so many tokens all weights of a head fit a core's cache, and plain products in bfloat16 are
 # faster than the kernel that never holds them: 0.15 ms an image and layer (50 tokens, 12 heads) in
 # place of 0.27. In float32 they are not (0.29 and 0.21).
 SHORT = 128
+# A usual number of rows, for which the layout of packed weights is chosen; it fits any number.
+ROWS = 800
 # Half of the range of a pixel: taken off, what is left is exact in bfloat16 and in eight bits.
 MIDDLE = 128
 
@@ -30,6 +33,39 @@ def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, Attention(child, dtype))
         else:
             expose_attention(child, dtype)
+
+
+def replace_linear(module: nn.Module, least: int, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace the linear layers of a network that is only used to encode; it is changed in place.
+
+    Args:
+        module: The network. PyTorch's own attention, which reads its layers' weights itself, is
+            left as it is: `expose_attention` comes first.
+        least: Layers of fewer weights are left, too.
+        make: A layer that computes the same.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear) and child.weight.numel() >= least:
+            setattr(module, name, make(child))
+        elif not isinstance(child, nn.MultiheadAttention):
+            replace_linear(child, least, make)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie as oneDNN's product reads them; final.
+
+    `nn.Linear` lays them out anew at each call. For bfloat16 on a CPU that multiplies it.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        self.bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map (..., W) to (..., O)."""
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(states, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
@@ -119,7 +155,7 @@ class Patches(nn.Module):
         product = nn.Linear(3 * self.side**2, len(bias_O))
         product.weight = nn.Parameter((weight_OPP3 / (255 * spread_3)).flatten(1))
         product.bias = nn.Parameter(bias_O)
-        self.product: nn.Linear | Linear8 = product
+        self.product: Any = product
 
     @staticmethod
     def fits(layer: object) -> bool:
@@ -141,7 +177,8 @@ class Patches(nn.Module):
         bytes_BSS3 = pixels_B3SS.permute(0, 2, 3, 1)[:, :whole, :whole]
         grid = bytes_BSS3.unflatten(2, (across, self.side)).unflatten(1, (across, self.side))
         rows_RW = grid.transpose(2, 3).reshape(-1, 3 * self.side**2)
-        if isinstance(self.product, Linear8):
+        maps_RO: Tensor
+        if hasattr(self.product, "of_bytes"):
             maps_RO = self.product.of_bytes(rows_RW)
         else:
             maps_RO = self.product(rows_RW.to(self.product.weight.dtype).sub_(MIDDLE))

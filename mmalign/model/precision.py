@@ -66,7 +66,10 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     if precision == "float32" or (precision == "auto" and not has_bfloat16(encoder.device)):
         encoder.towers.eval()
         return encoder, "float32"
-    candidate = _same_model(encoder, CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16))
+    cast = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
+    if encoder.device.type == "cpu" and has_bfloat16(encoder.device):
+        lean.replace_linear(cast, 1, lean.PackedLinear)
+    candidate = _same_model(encoder, cast)
     if precision == "auto" and not _better(candidate, encoder):
         encoder.towers.eval()
         return encoder, "float32"
