@@ -1,5 +1,7 @@
 """Encoding in other arithmetics: near float32, of one identity, and never by accident."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -108,25 +110,38 @@ def test_packed_weights_give_the_same(clip: Encoder) -> None:
                 assert packed(states).shape == wanted.shape
                 assert torch.allclose(packed(states), wanted, rtol=0.01, atol=0.01)
     fast, _ = in_precision(clip, "bfloat16")
-    assert nn.Linear not in map(type, fast.towers.modules())
+    kinds = [type(m) for m in fast.towers.modules()]
+    assert nn.Linear not in kinds
+    assert lean.PackedLinear in kinds
 
 
 @pytest.mark.parametrize("wanted", ["bfloat16", "int8"])
-def test_a_model_that_reads_padding_is_encoded_in_other_precisions(
+def test_texts_with_padding_and_a_last_layer_are_encoded_in_other_precisions(
     wanted: precision.Precision, small_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "WORTH", 1)
     torch.manual_seed(0)
     encoder = openclip.load(small_clip, None)
-    encoder.towers = openclip.OpenClipTowers(encoder.towers.clip)  # type: ignore[arg-type]
-    encoder.towers.cuts_texts = encoder.towers.pools_images = False
-    fast, _ = in_precision(encoder, wanted)
-    assert cosines(fast.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)).min() > 0.995
+    # As SigLIP's: a last layer with a bias, of which open_clip asks the class.
+    network: Any = encoder.towers.clip
+    width, dim = network.text_projection.shape
+    del network.text_projection
+    network.text_projection = nn.Linear(width, dim)
+    encoder.towers = openclip.OpenClipTowers(network)
+    for cut in (True, False):
+        encoder.towers.cuts_texts = cut
+        fast, _ = in_precision(encoder, wanted)
+        assert cosines(fast.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)).min() > 0.995
 
 
-def test_attention_that_stays_keeps_its_layers() -> None:
+def test_layers_whose_weights_others_read_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "WORTH", 1)
     attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
-    lean.replace_linear(nn.Sequential(attention), 1, int8.Linear8)
+    owner = nn.ModuleDict({"layer": nn.Linear(8, 8), "attention": attention})
+    lean.pack(owner)
+    assert isinstance(owner["layer"], nn.Linear)
+    int8.quantize(owner)
+    assert isinstance(owner["layer"], int8.Linear8)
     assert isinstance(attention.out_proj, nn.Linear)
 
 

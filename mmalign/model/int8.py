@@ -13,8 +13,6 @@ Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Trans
 import torch
 from torch import Tensor, nn
 
-from mmalign.model import lean
-
 LEVELS, ZERO = 127, 128
 # Below so many weights, rounding costs more than it saves.
 WORTH = 1 << 16
@@ -26,8 +24,17 @@ def available() -> bool:
 
 
 def quantize(module: nn.Module) -> None:
-    """Replace the large linear layers of a network that is only used to encode, in place."""
-    lean.replace_linear(module, WORTH, Linear8)
+    """Replace the large linear layers of a network that is only used to encode, in place.
+
+    Attention of PyTorch reads its layers' weights itself and is left: `lean.expose_attention` comes
+    first. So is open_clip's last layer for texts, which is asked for its class.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            if child.weight.numel() >= WORTH and name != "text_projection":
+                setattr(module, name, Linear8(child))
+        elif not isinstance(child, nn.MultiheadAttention):
+            quantize(child)
 
 
 class Linear8(nn.Module):

@@ -4,7 +4,6 @@ B items, T tokens, W width, H heads, S side of an image in pixels, P side of a p
 (patches of all images), O width of the output.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,20 +34,17 @@ def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
             expose_attention(child, dtype)
 
 
-def replace_linear(module: nn.Module, least: int, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replace the linear layers of a network that is only used to encode; it is changed in place.
+def pack(module: nn.Module) -> None:
+    """Lay out bfloat16 weights for oneDNN, in place, in a network that is only used to encode.
 
-    Args:
-        module: The network. PyTorch's own attention, which reads its layers' weights itself, is
-            left as it is: `expose_attention` comes first.
-        least: Layers of fewer weights are left, too.
-        make: A layer that computes the same.
+    Only layers whose owner is known to call them and no more: some attentions of timm hand the
+    weights of their layers on, and those are no longer of a kind that others can read.
     """
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and child.weight.numel() >= least:
-            setattr(module, name, make(child))
-        elif not isinstance(child, nn.MultiheadAttention):
-            replace_linear(child, least, make)
+    for owner in list(module.modules()):
+        if isinstance(owner, (nn.Sequential, Attention, Patches)):
+            for name, layer in list(owner.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(owner, name, PackedLinear(layer))
 
 
 class PackedLinear(nn.Module):

@@ -68,7 +68,7 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
         return encoder, "float32"
     cast = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
     if encoder.device.type == "cpu" and has_bfloat16(encoder.device):
-        lean.replace_linear(cast, 1, lean.PackedLinear)
+        lean.pack(cast)
     candidate = _same_model(encoder, cast)
     if precision == "auto" and not _better(candidate, encoder):
         encoder.towers.eval()
