@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -67,8 +68,8 @@ class Images:
         return np.concatenate(parts)
 
 
-class Baseline:
-    """A library's index.
+class Baseline(ABC):
+    """A library's index; abstract.
 
     Each has `kind` (what is built, part of the file's name), `expected_bytes` (about what it will
     hold), `build(path)`, `load(path)`, `aim(point)` (set its parameter, and name it) and
@@ -85,9 +86,9 @@ class Baseline:
         self.options, self.images = options, images
         self.choose(options.m, images.rows, images.dim)
 
+    @abstractmethod
     def choose(self, m: int | None, rows: int, dim: int) -> None:
         """Set `kind` and `expected_bytes`."""
-        raise NotImplementedError
 
 
 class Hnswlib(Baseline):

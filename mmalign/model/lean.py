@@ -4,11 +4,11 @@ B items, T tokens, W width, H heads, S side of an image in pixels, P side of a p
 (patches of all images), O width of the output.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmalign.model.int8 import Linear8
 
 # Up to so many tokens all weights of a head fit a core's cache, and plain products in bfloat16 are
 # faster than the kernel that never holds them: 0.15 ms an image and layer (50 tokens, 12 heads) in
@@ -151,7 +151,7 @@ class Patches(nn.Module):
         product = nn.Linear(3 * self.side**2, len(bias_O))
         product.weight = nn.Parameter((weight_OPP3 / (255 * spread_3)).flatten(1))
         product.bias = nn.Parameter(bias_O)
-        self.product: Any = product
+        self.product: nn.Linear | PackedLinear | Linear8 = product
 
     @staticmethod
     def fits(layer: object) -> bool:
@@ -173,8 +173,7 @@ class Patches(nn.Module):
         bytes_BSS3 = pixels_B3SS.permute(0, 2, 3, 1)[:, :whole, :whole]
         grid = bytes_BSS3.unflatten(2, (across, self.side)).unflatten(1, (across, self.side))
         rows_RW = grid.transpose(2, 3).reshape(-1, 3 * self.side**2)
-        maps_RO: Tensor
-        if hasattr(self.product, "of_bytes"):
+        if isinstance(self.product, Linear8):
             maps_RO = self.product.of_bytes(rows_RW)
         else:
             maps_RO = self.product(rows_RW.to(self.product.weight.dtype).sub_(MIDDLE))
