@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from operator import length_hint
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ from mmalign.data import (
 from mmalign.encoding import InHalves, Texts, is_out_of_memory, keep_memory
 from mmalign.model import Encoder
 
+T = TypeVar("T")
 Vectors = NDArray[np.float32]
 # Small batches stay in a core's cache; a GPU wants large ones.
 CPU_BATCH, GPU_BATCH = 16, 256
@@ -134,7 +137,7 @@ class Pipeline:
             ahead=max(4 * self.decoding.workers, self.batch),
             prepare=_alone,
         )
-        batches = iter(lambda: list(islice(decoded, self.batch)), [])
+        batches = self._batches(decoded, length_hint(records))
         try:
             for result in in_threads(
                 self._encode, batches, workers, ahead=AHEAD * workers, prepare=self._apart
@@ -161,6 +164,21 @@ class Pipeline:
             # The weights may still be on their way, in the stream of who loaded them.
             torch.cuda.synchronize(self.encoder.device)
             torch.cuda.set_stream(torch.cuda.Stream(self.encoder.device))
+
+    def _batches(self, decoded: Iterator[T], count: int) -> Iterator[list[T]]:
+        """Full batches; smaller ones at the end, so that no encoder waits long for another's last.
+
+        Args:
+            decoded: What is to be encoded.
+            count: How much that is; 0 where it is not known.
+        """
+        left, size = count, self.batch
+        while batch := list(islice(decoded, size)):
+            yield batch
+            left -= len(batch)
+            if count:
+                share = left // (2 * self.encoding.workers)
+                size = min(self.batch, max(self.batch // 4, share))
 
     def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
         with self.decoding.working():

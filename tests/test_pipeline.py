@@ -1,6 +1,7 @@
 """Overlapped encoding: order kept, losses named, texts once, memory bounded."""
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path)
         )
         assert encoded.item.thumbnail[:4] == b"RIFF"
     assert pipeline.describe().startswith("busy: ")
+
+
+def test_batches_shrink_at_an_end_that_is_known(encoder: Encoder, tmp_path: Path) -> None:
+    """An encoder would else wait for the last whole batch of another."""
+    records = scan([str(write_pairs(tmp_path / "p", 90))]).records
+
+    def sizes(records: Iterable[Record]) -> list[int]:
+        pipeline = Pipeline(encoder, thumbnails=False)
+        pipeline.encoding.workers = 2
+        return [len(good) for good, _ in pipeline.run(records)]
+
+    assert sizes(records) == [16, 16, 14, 11, 8, 6, 4, 4, 4, 4, 3]
+    assert sizes(iter(records[:10])) == [10]
+    assert sizes(record for record in records) == [16, 16, 16, 16, 16, 10]
 
 
 def test_jpegs_may_be_decoded_where_they_are_encoded(encoder: Encoder, tmp_path: Path) -> None:
