@@ -30,6 +30,8 @@ CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
 # Candidates gathered at once: so many numbers in float16.
 GATHERED = 1 << 21
+# Candidates that FAISS is asked for at once: it holds several times as much for them.
+HANDED = 1 << 18
 
 
 class Approximate(Index):
@@ -99,10 +101,15 @@ class Approximate(Index):
             words["sel"] = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.faiss, breadth, words)
         wanted = min(point.candidates, self.held)
+        at_once = max(1, HANDED // max(1, wanted))
         try:
-            rows_MR = self.faiss.search(queries_MD, wanted, params=parameters)[1]
+            parts = [
+                self.faiss.search(queries_MD[first : first + at_once], wanted, params=parameters)[1]
+                for first in range(0, max(1, len(queries_MD)), at_once)
+            ]
         except (RuntimeError, MemoryError) as error:
             raise StoreError(f"the index cannot be searched: {_reason(error)}") from None
+        rows_MR = np.concatenate(parts)
         if len(rows_MR) and not -1 <= rows_MR.min() <= rows_MR.max() < self.rows:
             raise StoreError(f"the index names rows beyond the {self.rows} that it covers")
         return rows_MR
@@ -110,10 +117,13 @@ class Approximate(Index):
     def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
         """Score candidates exactly and keep the k best."""
         at_once = max(1, GATHERED // max(1, rows_MR.shape[1] * self.vectors.dim))
+        # One buffer for all: blocks that come and go leave holes that nothing else fits.
+        held = min(at_once, len(queries_MD)) * rows_MR.shape[1]
+        buffer_PD = torch.empty(held, self.vectors.dim, dtype=torch.float16)
         parts = []
         for first in range(0, len(queries_MD), at_once):
             rows = rows_MR[first : first + at_once]
-            vectors = self.vectors.gather(np.maximum(rows, 0).ravel())
+            vectors = self.vectors.gather(np.maximum(rows, 0).ravel(), buffer_PD)
             parts.append(
                 kernels.best_candidates(
                     torch.from_numpy(queries_MD[first : first + at_once]),

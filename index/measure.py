@@ -4,6 +4,7 @@ M queries, K neighbours, R candidates.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ STEP = 1.3
 WORSE = 2
 # Queries that are timed alone: while tuning, and at the end.
 TIMED, ALONE = 64, 300
+# Queries that one index answers before it is the turn of the next.
+TURN = 50
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def tune(
             widest = Point(k, breadth, deepest)
             continue
         point = Point(k, breadth, enough[0])
-        seconds = seconds_each(index, queries_MD[:TIMED], point)
+        seconds = float(np.median(times(index, queries_MD[:TIMED], point)))
         if seconds < fastest:
             best, fastest, worse = point, seconds, 0
         else:
@@ -129,11 +132,6 @@ def depths(k: int, deepest: int) -> list[int]:
     return [s for s in steps if s < deepest] + [deepest]
 
 
-def seconds_each(index: Approximate, queries_MD: Floats, point: Point) -> float:
-    """Median time of one query, alone."""
-    return float(np.median(times(index, queries_MD, point)))
-
-
 def times(index: Approximate, queries_MD: Floats, point: Point) -> Floats:
     """Seconds that each query takes, one at a time, shape (M,)."""
     index.search_at(queries_MD[:1], point)
@@ -145,11 +143,24 @@ def times(index: Approximate, queries_MD: Floats, point: Point) -> Floats:
     return np.array(out)
 
 
+def in_turns(contestants: Sequence[tuple[Approximate, Point]], queries_MD: Floats) -> list[Floats]:
+    """Seconds that each query takes each contestant, one at a time.
+
+    They take turns, so that whatever else the machine does slows all of them alike.
+    """
+    parts: list[list[Floats]] = [[] for _ in contestants]
+    for first in range(0, len(queries_MD), TURN):
+        for (index, point), own in zip(contestants, parts, strict=True):
+            own.append(times(index, queries_MD[first : first + TURN], point))
+    return [np.concatenate(own) for own in parts]
+
+
 def measure(
     index: Approximate,
     queries_MD: Floats,
     true_MK: Ints,
     point: Point,
+    seconds_M: Floats,
     *,
     own: int = 0,
     **known: Any,
@@ -161,6 +172,7 @@ def measure(
         queries_MD: The queries.
         true_MK: Their true neighbours, at least as many as the point is for.
         point: Parameters of the search.
+        seconds_M: What `times` or `in_turns` say of some of the queries.
         own: Rows that each query finds beside them and that are none: itself, if it is stored.
         known: The rest of a `Trial`.
     """
@@ -170,15 +182,14 @@ def measure(
     batch_s = time.perf_counter() - started
     shares_M = neighbour_recall(found_MK, true_MK[:, : point.k])
     low, high = interval(shares_M)
-    ms = 1_000 * times(index, queries_MD[:ALONE], point)
     return Trial(
         point=point,
         queries=len(queries_MD),
         recall=float(shares_M.mean()),
         low=low,
         high=high,
-        p50_ms=float(np.quantile(ms, 0.5)),
-        p99_ms=float(np.quantile(ms, 0.99)),
+        p50_ms=1_000 * float(np.quantile(seconds_M, 0.5)),
+        p99_ms=1_000 * float(np.quantile(seconds_M, 0.99)),
         qps=len(queries_MD) / batch_s,
         **known,
     )

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from mmalign import heap
 from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
 from mmalign.index.lists import Lists
-from mmalign.index.measure import Trial, measure, tune
+from mmalign.index.measure import ALONE, Trial, in_turns, measure, times, tune
 from mmalign.index.rows import Rows
 from mmalign.index.spec import KS, Design, Floats, Ints, Point
 from mmalign.progress import over, say
@@ -33,20 +34,22 @@ EXACT_ROWS = 50_000
 """Below this, comparing every row takes milliseconds and misses nothing."""
 DESIGNS = (
     Design("ivf", "PQ/2x4fsr", density=1),
-    Design("ivf", "PQ/2x4fsr", density=1, metric="queries"),
     Design("ivf", "PQ/4x4fsr", density=1),
-    Design("ivf", "PQ/4x4fsr", density=1, metric="queries"),
     Design("ivf", "RaBitQfs1", density=1),
     Design("ivf", "RaBitQfs2", density=1),
     Design("hnsw", "SQ8", links=32),
-    Design("hnsw", "SQfp16", links=32),
 )
-DENSITIES = (2,)
-"""Of lists, tried as well for the best of the first round."""
-# Rows of the rounds, queries that tune in them (as many measure), and the share that stays.
-ROUNDS, ROUND_QUERIES, KEPT = (1 << 16, 1 << 18), 300, 0.3
-TUNING = 1_000
-"""Queries that tune over all rows."""
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "ivf": ({"density": 2}, {"metric": "queries"}),
+    "hnsw": ({"code": "SQfp16"},),
+}
+"""By kind: what is tried as well of the best of the first round."""
+# Rows of the rounds, queries that tune in them (as many measure), and who goes on to the next one:
+# this share, of those that are not so many times slower than the best.
+ROUNDS, ROUND_QUERIES, KEPT, SLOWER = (1 << 14, 1 << 16), 300, 0.3, 1.5
+# Queries that tune over all rows. The modalities by which no design is chosen tune and measure with
+# a quarter of their queries, as exact truth for each takes longest.
+TUNING, QUARTER = 1_000, 4
 # The recall to tune for lies so many standard errors above the promise, but not farther off.
 ERRORS, MARGIN = 3.0, 0.01
 
@@ -59,6 +62,11 @@ class Queries:
     held_MD: Floats
     stored: bool = False
     """They are vectors of the index itself; each then finds itself, which counts for nothing."""
+
+    def fewer(self, part: int) -> "Queries":
+        """Return at most as many as tune over all rows, or a part of these."""
+        tune_MD = self.tune_MD[: TUNING // part]
+        return replace(self, tune_MD=tune_MD, held_MD=self.held_MD[: -(-len(self.held_MD) // part)])
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,10 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
             f"compared; the nearest is {near.design} with {near.recall:.1%}"
         )
         return Plan(Design("exact"), tried=tried)
+    heap.give_back()
+    asked = {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
     true = _truths(vectors, asked, memory)
+    heap.give_back()
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:
@@ -153,22 +164,22 @@ def _rounds(
     tried: list[Trial] = []
     ranked: list[Design] = []
     for number, rows in enumerate(ROUNDS):
-        # The first is played in any case: nothing else tells the designs apart.
-        if number and rows > vectors.live / 2:
-            break
-        game = _Game(vectors.thinned(rows, seed=rows), main, queries, recall)
-        played = []
+        sample = Rows([vectors.gather(vectors.draw(rows, seed=rows))])
+        game = _Game(sample, main, queries, recall)
         for design in over(f"try {rows:,}", designs, len(designs), "designs"):
-            trial, reached = game.play(design)
-            tried.append(trial)
-            if reached:
-                played.append((trial.p50_ms, design))
-        played.sort(key=itemgetter(0))
-        reached_it = [design for _, design in played]
-        ranked = reached_it + [design for design in ranked if design not in reached_it]
-        designs = reached_it[: math.ceil(KEPT * len(played))]
-        if number == 0 and designs and designs[0].kind == "ivf":
-            variants = [replace(designs[0], density=density) for density in DENSITIES]
+            game.enter(design)
+        played = game.results()
+        tried += [trial for _, trial, _ in played]
+        reached = [(trial.p50_ms, design) for design, trial, enough in played if enough]
+        reached.sort(key=itemgetter(0))
+        winners = [design for _, design in reached]
+        ranked = winners + [design for design in ranked if design not in winners]
+        if not winners or rows >= vectors.live:
+            break
+        near = [design for ms, design in reached if ms <= SLOWER * reached[0][0]]
+        designs = near[: math.ceil(KEPT * len(played))]
+        if number == 0:
+            variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
             designs += [design for design in variants if _bytes(design, vectors) <= memory]
     return ranked, tried
 
@@ -177,17 +188,20 @@ class _Game:
     """One round: designs are built over the same sample and asked the same queries; final."""
 
     def __init__(self, sample: Rows, main: str, queries: Queries, recall: float) -> None:
-        self.sample, self.main, self.recall = sample, main, recall
+        self.sample = sample
+        self.main, self.recall = main, recall
         self.queries = queries.tune_MD
         # Two halves where there are few; a single query does both.
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
         self.tuning, self.others = self.queries[:count], self.queries[-count:]
         both_MD = np.concatenate([self.tuning, self.others])
-        self.true_MK = truth(sample, both_MD, KS[0], 0)
+        true_MK = truth(self.sample, both_MD, KS[0], 0)
+        self.tuning_MK, self.others_MK = np.split(true_MK, [count])
         self.lists: dict[tuple[int, str], Lists] = {}
+        self.entered: list[tuple[Design, Approximate, Point, bool, dict[str, Any]]] = []
 
-    def play(self, design: Design) -> tuple[Trial, bool]:
-        """Build, tune and time one design; say whether it reached the recall while tuning."""
+    def enter(self, design: Design) -> None:
+        """Build and tune a design."""
         started = time.perf_counter()
         key = (design.density, design.metric)
         if design.kind == "ivf" and key not in self.lists:
@@ -195,11 +209,20 @@ class _Game:
         built = approximate.build(self.sample, design, self.lists.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
-        true_MK = self.true_MK[: len(self.tuning)]
-        point, reached = tune(index, self.tuning, true_MK, KS[0], self.recall)
+        point, reached = tune(index, self.tuning, self.tuning_MK, KS[0], self.recall)
         known = _known(design, self.sample, built, build_s) | {"asked": self.main}
-        trial = measure(index, self.others, self.true_MK[len(self.tuning) :], point, **known)
-        return trial, reached
+        self.entered.append((design, index, point, reached, known))
+
+    def results(self) -> list[tuple[Design, Trial, bool]]:
+        """Measure all in turns; say of each whether it reached the recall while tuning."""
+        contestants = [(index, point) for _, index, point, _, _ in self.entered]
+        timed = in_turns(contestants, self.others)
+        found = []
+        for entry, seconds_M in zip(self.entered, timed, strict=True):
+            design, index, point, reached, known = entry
+            trial = measure(index, self.others, self.others_MK, point, seconds_M, **known)
+            found.append((design, trial, reached))
+        return found
 
 
 def _build_and_tune(
@@ -221,30 +244,31 @@ def _build_and_tune(
     points: dict[str, list[Point]] = {}
     kept: list[Trial] = []
     for name, queries in asked.items():
-        tuning = queries.tune_MD[:TUNING]
-        tuning_MK, held_MK = np.split(true[name], [len(tuning)])
+        tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
-            point, reached = tune(index, tuning, tuning_MK, k, aim(recall, len(tuning)))
+            wanted = aim(recall, len(queries.tune_MD))
+            point, reached = tune(index, queries.tune_MD, tuning_MK, k, wanted)
             if not reached:
                 return None
             points[name].append(point)
             own = int(queries.stored)
-            kept.append(
-                measure(index, queries.held_MD, held_MK, point, own=own, asked=name, **known)
-            )
+            seconds_M = times(index, queries.held_MD[:ALONE], point)
+            words = known | {"asked": name, "own": own}
+            kept.append(measure(index, queries.held_MD, held_MK, point, seconds_M, **words))
     return Plan(design, built, points, kept)
 
 
 def _truths(vectors: Rows, asked: Mapping[str, Queries], memory: float) -> dict[str, Ints]:
     """True neighbours of the queries that tune and of those held out, by modality."""
-    found = {}
-    for name, queries in asked.items():
-        every = np.concatenate([queries.tune_MD[:TUNING], queries.held_MD])
-        # The nearest neighbour of a stored vector is itself.
-        own = int(queries.stored)
-        found[name] = truth(vectors, every, KS[-1] + own, memory)[:, own:]
-    return found
+    every = [q_MD for queries in asked.values() for q_MD in (queries.tune_MD, queries.held_MD)]
+    # The nearest neighbour of a stored vector is itself.
+    true_MK = truth(vectors, np.concatenate(every), KS[-1] + 1, memory)
+    ends = np.cumsum([len(q.tune_MD) + len(q.held_MD) for q in asked.values()])
+    return {
+        name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
+        for (name, queries), part_MK in zip(asked.items(), np.split(true_MK, ends), strict=False)
+    }
 
 
 def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[str, Any]:

@@ -42,12 +42,6 @@ class Rows:
         """Number of dimensions."""
         return int(self.shards[0].shape[1])
 
-    def thinned(self, count: int, seed: int) -> "Rows":
-        """Return these with only so many live rows, drawn at random."""
-        kept_N = np.zeros(self.total, np.bool_)
-        kept_N[self.draw(count, seed)] = True
-        return Rows(self.shards, kept_N)
-
     def draw(self, count: int, seed: int) -> Ints:
         """Draw numbers of live rows at random, without repetition; ascending."""
         numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)
@@ -56,15 +50,21 @@ class Rows:
         )
         return np.sort(numbers[drawn])
 
-    def gather(self, rows_P: Ints) -> Halves:
-        """Copy the vectors of some rows, shape (P, D), with as many threads as torch has."""
+    def gather(self, rows_P: Ints, out: torch.Tensor | None = None) -> Halves:
+        """Copy the vectors of some rows, shape (P, D), with as many threads as torch has.
+
+        They go to the start of `out` (P or more, D), if that is given.
+        """
         if not len(rows_P):
             return np.zeros((0, self.dim if self.shards else 0), np.float16)
         if not 0 <= rows_P.min() <= rows_P.max() < self.total:
             raise IndexError(f"there are rows 0 to {self.total - 1}")
         shard_P = np.searchsorted(self.ends, rows_P, side="right")
         places_P = self._starts[shard_P] + (rows_P - self._firsts[shard_P]) * self._step
-        return torch.from_numpy(self._view).index_select(0, torch.from_numpy(places_P)).numpy()
+        out = torch.empty(len(rows_P), self.dim, dtype=torch.float16) if out is None else out
+        found_PD, places = out[: len(rows_P)], torch.from_numpy(places_P)
+        torch.index_select(torch.from_numpy(self._view), 0, places, out=found_PD)
+        return found_PD.numpy()
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
         """Yield numbers and float32 vectors of live rows, some thousands at a time.

@@ -3,8 +3,6 @@
 B items of a batch, C captions of one item, D dimensions.
 """
 
-import contextlib
-import ctypes
 import sys
 import threading
 from collections import OrderedDict
@@ -22,8 +20,6 @@ T = TypeVar("T")
 Vectors = NDArray[np.float32]
 TEXTS_AT_ONCE = 256
 CACHED_TEXTS = 20_000
-# From malloc.h of glibc.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 class Texts:
@@ -87,18 +83,6 @@ class InHalves(Generic[T]):
         self.most = min(self.most, len(items) // 2)
         say(f"out of memory with {len(items)} at once; going on with {self.most}")
         return self(items)
-
-
-def keep_memory() -> None:
-    """Let the C library keep what is freed, where it can be told so.
-
-    By default it hands large blocks back to the system, which clears them page by page when they
-    are asked for again; on a CPU that took a fifth of the time of encoding in eight bits.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -39,7 +39,8 @@ from mmalign.data import (
     suits_device,
     thumbnail,
 )
-from mmalign.encoding import InHalves, Texts, is_out_of_memory, keep_memory
+from mmalign.encoding import InHalves, Texts, is_out_of_memory
+from mmalign.heap import keep_memory
 from mmalign.model import Encoder
 
 T = TypeVar("T")

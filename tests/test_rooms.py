@@ -9,7 +9,7 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
     {"mmalign.errors"},
-    {"mmalign.files", "mmalign.config", "mmalign.progress", "mmalign.cli_options"},
+    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress", "mmalign.cli_options"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {"mmalign.modality", "mmalign.optimization", "mmalign.runlog", "mmalign.words"},

@@ -57,12 +57,9 @@ def _best(
     """The k best of a few queries: found in float32, scored and put in order in float64."""
     count, candidates = rows_MR.shape
     # One after the other: torch is slow at products of many small matrices.
-    rough_MR = torch.stack(
-        [
-            vectors_RD.float() @ query_D
-            for vectors_RD, query_D in zip(vectors_MRD, queries_MD, strict=True)
-        ]
-    )
+    rough_MR, wide_RD = torch.empty(count, candidates), torch.empty(vectors_MRD.shape[1:])
+    for rough_R, vectors_RD, query_D in zip(rough_MR, vectors_MRD, queries_MD, strict=True):
+        torch.mv(wide_RD.copy_(vectors_RD), query_D, out=rough_R)
     rough_MR.masked_fill_(rows_MR < 0, -torch.inf)
     hopeful_MH = rough_MR.topk(min(k + SPARE, candidates), dim=1, sorted=False).indices
     rows_MH = rows_MR.gather(1, hopeful_MH)

@@ -1,0 +1,105 @@
+"""The planner: rounds on samples, fair timings, and what it says of what cannot be had."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_index import texts, vectors
+
+from mmalign.index import Queries, Rows
+from mmalign.index import plan as planner
+from mmalign.index.measure import TURN, in_turns
+from mmalign.index.plan import DESIGNS, plan
+from mmalign.index.spec import Design, Point
+
+
+class Index:
+    """Remembers who was asked."""
+
+    def __init__(self, name: str, asked: list[tuple[str, int]]) -> None:
+        self.name, self.asked = name, asked
+
+    def search_at(self, queries_MD: np.ndarray, point: Point) -> None:
+        """Answer nothing."""
+        assert len(queries_MD) == 1
+        self.asked.append((self.name, point.k))
+
+
+def test_contestants_take_turns() -> None:
+    asked: list[tuple[str, int]] = []
+    one, other = Index("one", asked), Index("other", asked)
+    queries = np.zeros((TURN + 20, 4), np.float32)
+    seconds = in_turns([(one, Point(1, 1, 1)), (other, Point(2, 1, 1))], queries)  # type: ignore[list-item]
+    assert [len(s) for s in seconds] == [TURN + 20, TURN + 20]
+    # One search more at the start of each turn warms up.
+    expected = [("one", 1)] * (TURN + 1) + [("other", 2)] * (TURN + 1)
+    assert asked == expected + [("one", 1)] * 21 + [("other", 2)] * 21
+
+
+def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings are made up: the third design is the best, the second needs less than half more."""
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "ROUNDS", (500, 1_000))
+    milliseconds = {DESIGNS[0]: 9.0, DESIGNS[1]: 1.4, DESIGNS[2]: 1.0, DESIGNS[3]: 1.6}
+    rounds: list[list[Design]] = []
+
+    class Timed(planner._Game):
+        def results(self) -> Any:
+            rounds.append([entry[0] for entry in self.entered])
+            monkeypatch.setattr(
+                planner,
+                "in_turns",
+                lambda found, queries: [
+                    np.full(3, milliseconds.get(design, 5.0) / 1000) for design in rounds[-1]
+                ],
+            )
+            return super().results()
+
+    monkeypatch.setattr(planner, "_Game", Timed)
+    asked = {"text": Queries(texts(200), texts(100, seed=2))}
+    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e7)
+    best = DESIGNS[2]
+    assert rounds[0] == list(DESIGNS)
+    assert rounds[1][:2] == [best, DESIGNS[1]]
+    assert [(d.density, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
+    assert made.design == best
+    assert len(made.tried) == len(rounds[0]) + len(rounds[1])
+
+
+def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"text": Queries(texts(100), texts(100))}
+    made = plan(Rows([vectors(60_000)]), asked, 0.9, memory=100_000)
+    assert made.design.kind == "exact"
+    assert (
+        "no index of 60,000 vectors fits 0 MB, so every row will be compared"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_few_queries_are_enough_to_choose(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 500)
+    asked = {"text": Queries(texts(count + 1)[:count], texts(1, seed=2))}
+    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e6)
+    assert made.tried
+    assert made.index is not None
+    assert {t.queries for t in made.kept} == {1}
+
+
+def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built_for_real, given = planner._build_and_tune, []
+
+    def fall_short_twice(design: Design, *rest: Any) -> Any:
+        given.append(design)
+        return None if len(given) < 3 else built_for_real(design, *rest)
+
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "_build_and_tune", fall_short_twice)
+    asked = {"text": Queries(texts(40), texts(20, seed=2))}
+    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e7)
+    assert made.index is not None
+    assert made.design == given[2]
+    assert len(set(given)) == 3
+    assert capsys.readouterr().err.count("does not find 50.0% over all rows") == 2
