@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mmalign import load_model
 from mmalign.errors import InstallError, ModelError
@@ -109,6 +110,15 @@ def test_open_clip_models_agree_with_open_clip(tmp_path: Path, small_clip: str) 
     # Weights that are loaded are not drawn before: none may be left as memory happened to be.
     for name, weight in clip.state_dict().items():
         assert torch.equal(encoder.towers.state_dict()[f"clip.{name}"], weight)
+
+
+def test_layers_whose_weights_will_be_loaded_draw_none() -> None:
+    generator = torch.get_rng_state()
+    with openclip._NotDrawn():
+        layers = [nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.Embedding(4, 4)]
+        layers.append(nn.MultiheadAttention(4, 2))
+        nn.init.trunc_normal_(layers[0].weight)
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_nothing_is_unpickled(tmp_path: Path, small_clip: str) -> None:

@@ -24,6 +24,19 @@ TORCH_MISMATCH = (
     "`pip install --force-reinstall torch torchvision "
     "--index-url https://download.pytorch.org/whl/cpu`"
 )
+# What fills a tensor with random numbers. Of calls inside a function that it has seen, a mode of
+# torch hears nothing, so those of `nn.init` are named as well.
+RANDOM = {
+    Tensor.uniform_,
+    Tensor.normal_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.trunc_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.kaiming_normal_,
+    nn.init.xavier_uniform_,
+    nn.init.xavier_normal_,
+}
 
 
 def module() -> Any:
@@ -212,9 +225,10 @@ class _NotDrawn(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Leave a tensor as it is where random numbers would fill it."""
-        if func in (Tensor.uniform_, Tensor.normal_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        words = kwargs or {}
+        if func in RANDOM:
+            return args[0] if args else words["tensor"]
+        return func(*args, **words)
 
 
 def wrap(clip: Any, name: str, source: str = "") -> Encoder:
