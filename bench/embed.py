@@ -50,9 +50,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench import clip_retrieval, measure, processes
 from mmalign import modality
-from mmalign.data import Record, read_image, scan
+from mmalign.data import Record, in_threads, read_image, scan
 from mmalign.embed import embed
+from mmalign.heap import keep_memory
 from mmalign.model import Precision, in_precision, load_model, openclip
+from mmalign.pipeline import CPU_BATCH
 from mmalign.store import open_store
 
 BATCH = 64
@@ -175,19 +177,23 @@ def embed_seconds(task: Task, kind: str, store: str, **settings: Any) -> tuple[f
 
 
 def encoder_alone(task: Task, precision: Precision = "auto") -> Made:
-    """Our encoder on batches that are ready."""
+    """Our encoder on batches that are ready, as many at once as the pipeline has encoders."""
     encoder, got = in_precision(load_model(task.encoder), precision)
     kinds = modality.of(encoder)
     if task.kind == "texts":
         keys, way = task.texts(), kinds["text"]
-        batches = [way.batch(keys)]
+        batches, encoders, threads = [way.batch(keys)], 1, torch.get_num_threads()
     else:
         records, way = task.images(), kinds["image"]
         keys, items = [key(r.id) for r in records], [way.decode(read_image(r)) for r in records]
-        batches = [way.batch(items[first : first + BATCH]) for first in range(0, len(items), BATCH)]
-    way.encode(batches[0][:BATCH])
+        firsts = range(0, len(items), CPU_BATCH)
+        batches = [way.batch(items[first : first + CPU_BATCH]) for first in firsts]
+        encoders, threads = torch.get_num_threads(), 1
+        keep_memory()
+    way.encode(batches[0][:CPU_BATCH])
     started = time.perf_counter()
-    vectors = [way.encode(batch) for batch in batches]
+    alone = partial(torch.set_num_threads, threads)
+    vectors = list(in_threads(way.encode, batches, encoders, ahead=len(batches), prepare=alone))
     return keys, np.concatenate(vectors), time.perf_counter() - started, got
 
 
@@ -348,7 +354,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=5000, help="0: leave that out")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="ways that hold this, and the reference")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="these, and the reference")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -370,7 +376,8 @@ def main(words: list[str]) -> None:
     if options.clip_retrieval:
         names += [f"{THEIRS}{settings}" for settings in options.theirs]
         note = clip_retrieval.versions(options.clip_retrieval)
-    names = [n for n in names if n == REFERENCE or options.only in n]
+    if options.only:
+        names = [n for n in names if n == REFERENCE or n in options.only]
     runs: dict[str, dict[str, Any]] = {n: {"images": [], "texts": []} for n in names}
     with tempfile.TemporaryDirectory() as folder:
         write_sources(options, Path(folder))

@@ -247,8 +247,10 @@ def _build_and_tune(
         tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
-            wanted = aim(recall, len(queries.tune_MD))
-            point, reached = tune(index, queries.tune_MD, tuning_MK, k, wanted)
+            # Fewer queries tell as much by more neighbours of each.
+            tuning = queries.tune_MD[: TUNING if k == KS[0] else ROUND_QUERIES]
+            wanted = aim(recall, len(tuning))
+            point, reached = tune(index, tuning, tuning_MK[: len(tuning)], k, wanted)
             if not reached:
                 return None
             points[name].append(point)
