@@ -240,6 +240,7 @@ WAYS: dict[str, Callable[[Task], Made]] = {
     "mmalign embed, float32": partial(ours, precision="float32"),
     "encoder alone, int8": partial(encoder_alone, precision="int8"),
     "mmalign embed, int8": partial(ours, precision="int8"),
+    "mmalign embed, int8, no thumbnails": partial(ours, precision="int8", thumbnails=False),
 }
 ENCODER = {
     name: name.replace("mmalign embed", "encoder alone").replace(", no thumbnails", "")
