@@ -3,7 +3,18 @@
 import importlib
 import sys
 
-NAMES = ("arithmetic", "embed", "index", "loss", "ranks", "standin", "store", "topk", "train")
+NAMES = (
+    "arithmetic",
+    "embed",
+    "engines",
+    "index",
+    "loss",
+    "ranks",
+    "standin",
+    "store",
+    "topk",
+    "train",
+)
 
 
 def main() -> None:
