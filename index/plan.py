@@ -283,6 +283,6 @@ def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[st
 
 
 def truth(vectors: Rows, queries_MD: Floats, k: int, memory: float) -> Ints:
-    """The true neighbours among the live rows, shape (M, K)."""
-    exact = Exact(vectors.shards, coded_bytes=memory)
+    """The true neighbours among the live rows, shape (M, K), within half of the memory or so."""
+    exact = Exact(vectors.shards, coded_bytes=memory / 2)
     return exact.search(queries_MD, k, vectors.live_N)[1]
