@@ -12,7 +12,7 @@ threads, in a process of its own that sees no more texts than a store would give
 queries measure it, many at once and one at a time. Others (PYTHON is that of an environment with
 what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
 every row is one point of a curve. Rows go to bench/results/index.csv, the curves to index.png
-beside it. `--grow` builds ours at several sizes and prints the exponents of build time and QPS.
+beside it (index-real.* with `--vectors`). `--grow` builds ours at several sizes and prints the exponents of build time and QPS.
 `--change` builds over five sixths of the rows, and measures text queries under filters that leave
 a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
 others deleted, as they are searched before the index is built again. Rows of index-change.csv.
@@ -65,15 +65,16 @@ def main(arguments: list[str]) -> None:
     if given.change:
         _change(data, given.recall[0], memory_bytes(given.memory[0]))
         return
+    name = "index-real" if given.vectors else "index"
     for memory in given.memory:
         for recall in given.recall:
             for row in _in_process(data, recall, memory, given.threads):
-                measure.append("index", row)
+                measure.append(name, row)
     for method in given.methods if given.others else ():
         for memory in given.memory:
             for row in _others(given.others, method, data, memory, given.threads):
-                measure.append("index", row)
-    _draw(given.threads[0])
+                measure.append(name, row)
+    _draw(name, given.threads[0])
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -267,15 +268,15 @@ def _change(data: dict[str, Any], recall: float, memory: float) -> None:
                 measure.append("index-change", {**common, "search_threads": count, **row})
 
 
-def _draw(threads: int) -> None:
-    """Draw QPS over recall from all rows of results/index.csv: a picture for each kind of query."""
+def _draw(name: str, threads: int) -> None:
+    """Draw QPS over recall from all rows of a file: a picture for each kind of query."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     results = measure.ROOT / "bench" / "results"
-    with open(results / "index.csv", encoding="utf-8") as file:
+    with open(results / f"{name}.csv", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if int(r["search_threads"]) == threads]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, layout="constrained")
     methods = sorted({r["method"] for r in rows})
@@ -294,7 +295,7 @@ def _draw(threads: int) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("recall on held-out queries")
     figure.supylabel(f"queries a second, {threads} thread{'s' * (threads > 1)}, many at once")
-    figure.savefig(results / "index.png", dpi=110)
+    figure.savefig(results / f"{name}.png", dpi=110)
 
 
 def _curves(rows: list[dict[str, str]], kind: str, k: int) -> dict[tuple[str, str], Any]:
