@@ -12,7 +12,8 @@ threads, in a process of its own that sees no more texts than a store would give
 queries measure it, many at once and one at a time. Others (PYTHON is that of an environment with
 what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
 every row is one point of a curve. Rows go to bench/results/index.csv, the curves to index.png
-beside it (index-real.* with `--vectors`). `--grow` builds ours at several sizes and prints the exponents of build time and QPS.
+beside it (index-real.* with `--vectors`). `--grow` builds ours at several sizes and prints the
+exponents of build time and QPS.
 `--change` builds over five sixths of the rows, and measures text queries under filters that leave
 a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
 others deleted, as they are searched before the index is built again. Rows of index-change.csv.
