@@ -103,6 +103,7 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
             f"be compared; {least / 1e6:,.0f} MB are enough for one"
         )
         return Plan(Design("exact"))
+    heap.keep_little()
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
     if not asked:
         # Nothing to measure with: look into an eighth of the lists and claim nothing.

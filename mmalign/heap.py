@@ -20,6 +20,16 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def keep_little() -> None:
+    """Hand blocks of a megabyte and more back as they are freed, so that they leave no holes.
+
+    For work that must stay within a memory. Left alone, the C library does so only until the first
+    of them is freed; an index at a recall of .99 was then built in 1,048 MiB in place of 577.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        _library().mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def give_back() -> None:
     """Hand what is free back to the system, holes included: between stages of unlike needs."""
     with contextlib.suppress(OSError, AttributeError):
