@@ -120,8 +120,7 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         )
         return Plan(Design("exact"), tried=tried)
     heap.give_back()
-    asked = {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
-    true = _truths(vectors, asked, memory)
+    true = _truths(vectors, _fewer(asked), memory)
     heap.give_back()
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
@@ -233,7 +232,10 @@ def _build_and_tune(
     true: Mapping[str, Ints],
     recall: float,
 ) -> Plan | None:
-    """Build over all rows and tune for every kind of query; None where one falls short."""
+    """Build over all rows and tune for every kind of query; None where one falls short.
+
+    What the lists learn of the queries they learn of all; fewer tune and measure.
+    """
     started = time.perf_counter()
     lists = None
     if design.kind == "ivf":
@@ -244,7 +246,7 @@ def _build_and_tune(
     known = _known(design, vectors, built, build_s)
     points: dict[str, list[Point]] = {}
     kept: list[Trial] = []
-    for name, queries in asked.items():
+    for name, queries in _fewer(asked).items():
         tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
@@ -260,6 +262,12 @@ def _build_and_tune(
             words = known | {"asked": name, "own": own}
             kept.append(measure(index, queries.held_MD, held_MK, point, seconds_M, **words))
     return Plan(design, built, points, kept)
+
+
+def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
+    """As many queries as tune and measure over all rows; the first modality has the most."""
+    main = next(iter(asked))
+    return {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
 
 
 def _truths(vectors: Rows, asked: Mapping[str, Queries], memory: float) -> dict[str, Ints]:

@@ -66,6 +66,35 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
 
 
+def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "ROUNDS", (500,))
+    monkeypatch.setattr(planner, "TUNING", 40)
+    clustered, tuned = planner.cluster, planner.tune
+    learned, counts = [], []
+
+    def cluster(rows: Rows, design: Design, queries_MD: np.ndarray) -> Any:
+        learned.append(len(queries_MD))
+        return clustered(rows, design, queries_MD)
+
+    def tune(index: Any, queries_MD: np.ndarray, *rest: Any) -> Any:
+        counts.append(len(queries_MD))
+        return tuned(index, queries_MD, *rest)
+
+    monkeypatch.setattr(planner, "cluster", cluster)
+    monkeypatch.setattr(planner, "tune", tune)
+    stored = vectors(2_000)
+    asked = {
+        "text": Queries(texts(200), texts(100, seed=2)),
+        "image": Queries(stored[:80].astype(np.float32), stored[80:160].astype(np.float32), True),
+    }
+    made = plan(Rows([stored]), asked, 0.5, memory=4e5)
+    assert made.design.kind == "ivf"
+    assert set(learned) == {200}
+    assert counts[-4:] == [40, 40, 10, 10]
+    assert [t.queries for t in made.kept] == [100, 100, 20, 20]
+
+
 def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"text": Queries(texts(100), texts(100))}
     made = plan(Rows([vectors(60_000)]), asked, 0.9, memory=100_000)
