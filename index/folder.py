@@ -7,6 +7,7 @@ text.*         likewise
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,10 @@ from mmalign.index.plan import Queries, plan
 from mmalign.index.rows import Rows
 from mmalign.index.spec import Bools, Index, Point, Shards
 
-FORMAT = 2
+FORMAT = 3
+# So much of a FAISS file is checked whenever it is opened. It holds the sizes that FAISS believes,
+# of which a wrong one can keep a search busy for ever, and all of an IVF but its lists.
+HEAD_BYTES = 1 << 22
 
 
 def build_index(
@@ -96,6 +100,8 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
         beside = folder / name
         if beside.stem == modality and not (beside.exists() and beside.stat().st_size == size):
             raise StoreError(f"{beside}: missing, or its size is not what was written")
+    if _head(file) != content["heads"][file.name]:
+        raise StoreError(f"{file}: damaged: its first bytes are not what was written")
     vectors = Rows(shards)
     if vectors.total < part["rows"]:
         raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
@@ -109,6 +115,12 @@ def write_description(folder: Path, content: dict[str, Any]) -> None:
     written = sorted(p for p in folder.iterdir() if p.name != "index.json")
     sizes = {p.name: p.stat().st_size for p in written}
     hashes = {p.name: files.sha256(p) for p in written}
-    files.write_json(
-        folder / "index.json", {"format": FORMAT, **content, "bytes": sizes, "sha256": hashes}
-    )
+    heads = {p.name: _head(p) for p in written if p.suffix == ".faiss"}
+    checks = {"bytes": sizes, "sha256": hashes, "heads": heads}
+    files.write_json(folder / "index.json", {"format": FORMAT, **content, **checks})
+
+
+def _head(file: Path) -> int:
+    """Checksum of the start of a file."""
+    with open(file, "rb") as content:
+        return zlib.crc32(content.read(HEAD_BYTES))

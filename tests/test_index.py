@@ -274,7 +274,7 @@ def test_filters_keep_the_recall(
 
 
 @pytest.mark.parametrize("name", ["image.faiss", "image.lists"])
-@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "other", "flipped"])
 def test_a_damaged_index_is_named(
     built: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, damage: str, name: str
 ) -> None:
@@ -282,9 +282,11 @@ def test_a_damaged_index_is_named(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     content = (folder / name).read_bytes()
     (tmp_path / name).unlink()
+    flipped = content[:77] + bytes([content[77] ^ 64]) + content[78:]
+    damaged = {"cut": content[:1000], "other": bytes(len(content)), "flipped": flipped}
     if damage != "missing":
-        (tmp_path / name).write_bytes(content[:1000] if damage == "cut" else bytes(len(content)))
-    if (damage, name) == ("other", "image.lists"):
+        (tmp_path / name).write_bytes(damaged[damage])
+    if damage in {"other", "flipped"} and name == "image.lists":
         # Nothing but a hash can tell, and what is found is scored by the store's own vectors.
         found = open_index(tmp_path, "image", [stored]).search(texts(3), 5)[1]
         assert (found < len(stored)).all()
@@ -341,7 +343,7 @@ def test_an_index_of_another_format_is_refused(
 ) -> None:
     folder, stored, _ = built
     monkeypatch.setattr("mmalign.index.folder.FORMAT", 9)
-    with pytest.raises(StoreError, match="format 2, this mmalign reads 9: run `mmalign index`"):
+    with pytest.raises(StoreError, match="format 3, this mmalign reads 9: run `mmalign index`"):
         open_index(folder, "image", [stored])
 
 
