@@ -12,6 +12,8 @@ from mmalign.errors import VectorError
 SPARE = 6
 # Numbers widened at once, so that they stay in the cache of a CPU.
 AT_ONCE = 1 << 18
+# Up to so many numbers, float64 for all takes less time than to choose the hopeful ones.
+FEW = 1 << 15
 
 
 def best_candidates(
@@ -38,9 +40,11 @@ def best_candidates(
     if vectors_MRD.shape != (count, candidates, queries_MD.shape[-1]) or len(queries_MD) != count:
         shapes = [tuple(x.shape) for x in (queries_MD, vectors_MRD, rows_MR)]
         raise VectorError(f"queries, candidates and rows do not fit: {shapes}")
+    width = min(k, candidates)
+    if vectors_MRD.numel() <= FEW and width == k:
+        return _best(queries_MD.float(), vectors_MRD, rows_MR, k)
     scores_MK = torch.full((count, k), -torch.inf)
     found_MK = torch.full((count, k), -1, dtype=torch.int64)
-    width = min(k, candidates)
     if not width:
         return scores_MK, found_MK
     at_once = max(1, AT_ONCE // ((width + SPARE) * queries_MD.shape[-1]))
@@ -54,20 +58,28 @@ def best_candidates(
 def _best(
     queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best of a few queries: found in float32, scored and put in order in float64."""
+    """The k best of a few queries, scored and put in order in float64."""
+    if rows_MR.shape[1] > k + SPARE and vectors_MRD.numel() > FEW:
+        vectors_MRD, rows_MR = _hopeful(queries_MD, vectors_MRD, rows_MR, k + SPARE)
+    exact_MRD = vectors_MRD.float().double().mul_(queries_MD.double()[:, None])
+    scores_MR = exact_MRD.sum(dim=2).float().masked_fill_(rows_MR < 0, -torch.inf)
+    # By score, and what is equal by row: two sorts, of which the last counts most.
+    rows_MR, order_MR = rows_MR.sort(dim=1)
+    scores_MR, by_score_MR = scores_MR.gather(1, order_MR).sort(dim=1, descending=True, stable=True)
+    return scores_MR[:, :k], rows_MR.gather(1, by_score_MR)[:, :k]
+
+
+def _hopeful(
+    queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """The candidates of each query that have the best scores in float32: vectors and rows."""
     count, candidates = rows_MR.shape
     # One after the other: torch is slow at products of many small matrices.
     rough_MR, wide_RD = torch.empty(count, candidates), torch.empty(vectors_MRD.shape[1:])
     for rough_R, vectors_RD, query_D in zip(rough_MR, vectors_MRD, queries_MD, strict=True):
         torch.mv(wide_RD.copy_(vectors_RD), query_D, out=rough_R)
     rough_MR.masked_fill_(rows_MR < 0, -torch.inf)
-    hopeful_MH = rough_MR.topk(min(k + SPARE, candidates), dim=1, sorted=False).indices
-    rows_MH = rows_MR.gather(1, hopeful_MH)
+    hopeful_MH = rough_MR.topk(most, dim=1, sorted=False).indices
     flat = (hopeful_MH + candidates * torch.arange(count)[:, None]).flatten()
-    exact_PD = vectors_MRD.flatten(0, 1).index_select(0, flat).float().double()
-    exact_MHD = exact_PD.view(*hopeful_MH.shape, -1).mul_(queries_MD.double()[:, None])
-    scores_MH = exact_MHD.sum(dim=2).float().masked_fill_(rows_MH < 0, -torch.inf)
-    # By score, and what is equal by row: two sorts, of which the last counts most.
-    rows_MH, order_MH = rows_MH.sort(dim=1)
-    scores_MH, by_score_MH = scores_MH.gather(1, order_MH).sort(dim=1, descending=True, stable=True)
-    return scores_MH[:, :k], rows_MH.gather(1, by_score_MH)[:, :k]
+    vectors_PD = vectors_MRD.flatten(0, 1).index_select(0, flat)
+    return vectors_PD.view(*hopeful_MH.shape, -1), rows_MR.gather(1, hopeful_MH)
