@@ -3,9 +3,11 @@
 M queries, K neighbours, R candidates.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from mmalign.index.spec import Floats, Ints, Point
 
 # Candidates that a sweep looks at: so many times the neighbours wanted, and never more than that.
 DEEPEST, MOST_CANDIDATES = 40, 2_000
-STEP = 1.3
+DEEPER = 1.3
+# Breadths are doubled until one is enough; from the half of it they grow in steps.
+NARROWEST, STEP = 4, 2**0.25
 # A sweep ends when so many steps in a row were slower than the best.
 WORSE = 2
 # Queries that are timed alone: while tuning, and at the end.
@@ -94,41 +98,51 @@ def tune(
         The parameters, and True; or those that find most, and False, where even the whole index
         does not find enough, as its codes are too coarse.
     """
-    best: Point | None = None
-    widest = Point(k, 1, k)
-    fastest, worse = np.inf, 0
-    for breadth in breadths(index.breadest):
-        deepest = min(DEEPEST * k, index.held, MOST_CANDIDATES)
+    deepest = min(DEEPEST * k, index.held, MOST_CANDIDATES)
+
+    @cache
+    def sufficient(breadth: int) -> Point | None:
+        """With the fewest candidates that hold the wanted share."""
         rows_MR = index.candidates(queries_MD, Point(k, breadth, deepest))
         places_MK = places(rows_MR, true_MK[:, :k])
-        enough = [c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted]
-        if not enough:
-            widest = Point(k, breadth, deepest)
+        enough = (c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted)
+        return next((Point(k, breadth, c) for c in enough), None)
+
+    most = index.breadest
+    enough = next((b for b in breadths(NARROWEST, most, 2) if sufficient(b)), None)
+    if enough is None:
+        return Point(k, most, deepest), False
+    best: Point | None = None
+    fastest, worse = np.inf, 0
+    for breadth in breadths(max(NARROWEST, enough // 2), most, STEP):
+        point = sufficient(breadth)
+        if point is None:
             continue
-        point = Point(k, breadth, enough[0])
         seconds = float(np.median(times(index, queries_MD[:TIMED], point)))
         if seconds < fastest:
             best, fastest, worse = point, seconds, 0
         else:
             worse += 1
-        if worse == WORSE or enough[0] == k:
+        if worse == WORSE or point.candidates == k:
             break
-    return best or widest, best is not None
+    assert best
+    return best, True
 
 
-def breadths(most: int) -> list[int]:
-    """Breadths worth trying, each 1.3 times the one before.
+def breadths(least: int, most: int, step: float) -> list[int]:
+    """Breadths worth trying, each so many times the one before.
 
-    >>> breadths(20)
-    [4, 5, 7, 9, 11, 15, 19, 20]
+    >>> breadths(4, 20, 1.3), breadths(4, 3, 2)
+    ([4, 5, 7, 9, 11, 15, 19, 20], [3])
     """
-    steps = [round(4 * STEP**i) for i in range(40)]
+    count = 1 + max(0, math.ceil(math.log(most / least, step)))
+    steps = dict.fromkeys(round(least * step**i) for i in range(count))
     return [s for s in steps if s < most] + [most]
 
 
 def depths(k: int, deepest: int) -> list[int]:
     """Numbers of candidates worth trying for k neighbours."""
-    steps = [round(k * STEP**i) for i in range(20)]
+    steps = [round(k * DEEPER**i) for i in range(20)]
     return [s for s in steps if s < deepest] + [deepest]
 
 

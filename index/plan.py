@@ -120,7 +120,7 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         )
         return Plan(Design("exact"), tried=tried)
     heap.give_back()
-    true = _truths(vectors, _fewer(asked), memory)
+    true = _truths(vectors, _fewer(asked))
     heap.give_back()
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
@@ -195,7 +195,7 @@ class _Game:
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
         self.tuning, self.others = self.queries[:count], self.queries[-count:]
         both_MD = np.concatenate([self.tuning, self.others])
-        true_MK = truth(self.sample, both_MD, KS[0], 0)
+        true_MK = truth(self.sample, both_MD, KS[0])
         self.tuning_MK, self.others_MK = np.split(true_MK, [count])
         self.lists: dict[tuple[int, str], Lists] = {}
         self.entered: list[tuple[Design, Approximate, Point, bool, dict[str, Any]]] = []
@@ -270,11 +270,11 @@ def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
     return {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
 
 
-def _truths(vectors: Rows, asked: Mapping[str, Queries], memory: float) -> dict[str, Ints]:
+def _truths(vectors: Rows, asked: Mapping[str, Queries]) -> dict[str, Ints]:
     """True neighbours of the queries that tune and of those held out, by modality."""
     every = [q_MD for queries in asked.values() for q_MD in (queries.tune_MD, queries.held_MD)]
     # The nearest neighbour of a stored vector is itself.
-    true_MK = truth(vectors, np.concatenate(every), KS[-1] + 1, memory)
+    true_MK = truth(vectors, np.concatenate(every), KS[-1] + 1)
     ends = np.cumsum([len(q.tune_MD) + len(q.held_MD) for q in asked.values()])
     return {
         name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
@@ -291,7 +291,8 @@ def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[st
     }
 
 
-def truth(vectors: Rows, queries_MD: Floats, k: int, memory: float) -> Ints:
-    """The true neighbours among the live rows, shape (M, K), within half of the memory or so."""
-    exact = Exact(vectors.shards, coded_bytes=memory / 2)
+def truth(vectors: Rows, queries_MD: Floats, k: int) -> Ints:
+    """The true neighbours among the live rows, shape (M, K)."""
+    # Once only: coding the rows would take longer than it saves.
+    exact = Exact(vectors.shards, coded_bytes=0)
     return exact.search(queries_MD, k, vectors.live_N)[1]

@@ -15,7 +15,7 @@ from mmalign.errors import VectorError
 from mmalign.kernels import exact, screens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["reference", "single", "half", "int8", "triton"]
+IMPLS = ["reference", "single", "half", "bfloat16", "int8", "triton"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_numbers_of_queries_and_neighbours(impl: str, queries: int, k: int) -> N
     assert search(asked, vectors, k, impl) == full_sort(asked, vectors, k)
 
 
-@pytest.mark.parametrize("impl", ["reference", "single", "half", "int8"])
+@pytest.mark.parametrize("impl", ["reference", "single", "half", "bfloat16", "int8"])
 @pytest.mark.parametrize("dim", [1, 5, 20, 48, 64, 100, 192])
 @pytest.mark.parametrize("queries", [1, 9])
 def test_widths_that_fit_no_register(impl: str, dim: int, queries: int) -> None:
@@ -133,7 +133,7 @@ def test_only_allowed_rows_are_found(impl: str, share: float) -> None:
     assert found == full_sort(queries, vectors, 9, allow)
 
 
-@pytest.mark.parametrize("impl", ["single", "half", "int8"])
+@pytest.mark.parametrize("impl", ["single", "half", "bfloat16", "int8"])
 def test_thinning_out_loses_nothing(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for hardly any waiting pair, and queries in several lots."""
     monkeypatch.setattr(exact, "PENDING", 8)
@@ -152,7 +152,7 @@ def test_lengths_other_than_one() -> None:
         assert search(queries, given, 10, impl) == full_sort(queries, given, 10), impl
 
 
-@pytest.mark.parametrize("screen", ["single", "half", "int8"])
+@pytest.mark.parametrize("screen", ["single", "half", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_no_error_exceeds_its_bound(screen: str, dtype: torch.dtype, count: int) -> None:
@@ -167,7 +167,7 @@ def test_no_error_exceeds_its_bound(screen: str, dtype: torch.dtype, count: int)
     queries[0], queries[1] = vectors[7].float(), torch.ones(64) / 8
     queries = queries[:count]
     corpus = kernels.prepare(vectors, with_codes=screen == "int8")
-    make = {"single": screens.single, "half": screens.half, "int8": screens.int8}[screen]
+    make = exact._SCREENS[screen]
     seen = 0
     for block in make(queries, corpus, None):
         truth = vectors[block.rows_B].double() @ queries.double().T
@@ -177,7 +177,7 @@ def test_no_error_exceeds_its_bound(screen: str, dtype: torch.dtype, count: int)
         )
         wrong = (unit * block.scores_BM.double() + offset - truth).abs()
         assert (wrong <= error).all()
-        assert (error < {"single": 1e-4, "half": 2e-3, "int8": 0.2}[screen]).all()
+        assert (error < {"single": 1e-4, "half": 2e-3, "bfloat16": 0.02, "int8": 0.2}[screen]).all()
         seen += len(block.rows_B)
     assert seen == 500
 
@@ -208,6 +208,8 @@ def test_auto_says_what_it_picks() -> None:
     assert kernels.choose_topk(query, plain) == "half"
     assert kernels.choose_topk(query, coded) == "int8"
     assert kernels.choose_topk(many, plain) == "single"
+    brief = "bfloat16" if screens.has_bfloat16() else "single"
+    assert kernels.choose_topk(unit(200, 16).float(), plain) == brief
     assert kernels.choose_topk(many, coded) == "int8"
     assert kernels.choose_topk(many, coded, allow) == "single"
     assert kernels.choose_topk(query, kernels.prepare(vectors.float())) == "single"

@@ -20,18 +20,27 @@ from torch import Tensor
 from mmalign.errors import VectorError
 from mmalign.kernels import checks, codes, reference, screens
 from mmalign.kernels.codes import GROUP
-from mmalign.kernels.rescore import best_pairs, exact_scores
-from mmalign.kernels.screens import Block, Corpus
+from mmalign.kernels.rescore import best_pairs, by_query, exact_scores
+from mmalign.kernels.screens import Block, Corpus, has_bfloat16
 
-TopkImpl = Literal["auto", "reference", "single", "half", "int8", "triton"]
-_IMPLS = ("auto", "reference", "single", "half", "int8", "triton")
-# Pairs that wait for their exact score before they are thinned out.
-PENDING = 1 << 17
-# Exact scores are made whenever so many times more rows have been seen: of so many pairs beyond k.
+TopkImpl = Literal["auto", "reference", "single", "half", "bfloat16", "int8", "triton"]
+_SCREENS: dict[str, screens.Screen] = {
+    "single": screens.single,
+    "half": screens.half,
+    "bfloat16": screens.bfloat16,
+    "int8": screens.int8,
+}
+_IMPLS = ("auto", "reference", "triton", *_SCREENS)
+# Pairs that wait until they are thinned out: so many in all, or for each of the k of a query. Where
+# so many for each are left, bounds are wide, and the most hopeful ones get exact scores.
+PENDING, WAITING, CROWDED = 1 << 17, 8, 5
+# They are also thinned out whenever so many times more rows have been seen. Exact scores are made
+# of so many pairs beyond k first.
 GROWTH, SPARE = 4, 6
-QUERIES_AT_ONCE = 256
-# Reading float16 once for each query beats widening it to float32 up to so many queries.
-HALF_QUERIES = 8
+QUERIES_AT_ONCE = 1024
+# Reading float16 once for each query beats widening it to float32 up to so many queries, and
+# bfloat16 beats float32 from so many on, where the processor knows it.
+HALF_QUERIES, BRIEF_QUERIES = 8, 128
 FEW_ALLOWED = 0.1
 WIDE_ROWS = 64
 
@@ -60,8 +69,8 @@ def topk(
         allow: Boolean (N,); rows that are False cannot be found. Fewer than k allowed rows leave
             a score of -inf and row -1 at the end.
         impl: "reference" compares in float64; the others screen first: "single" in float32, on any
-            device; "half" in float16 and "int8" by the codes of a prepared corpus, on a CPU;
-            "triton" on a GPU. "auto" is what `choose_topk` says.
+            device; "half" in float16, "bfloat16" in that, and "int8" by the codes of a prepared
+            corpus, on a CPU; "triton" on a GPU. "auto" is what `choose_topk` says.
 
     Returns:
         scores (M, K) float32, best first, and rows (M, K) int64. Equal scores come in row order.
@@ -101,7 +110,9 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
     few = allow is not None and allow.float().mean() < FEW_ALLOWED
     if corpus.codes is not None and not few:
         return "int8"
-    return "half" if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus) else "single"
+    if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus):
+        return "half"
+    return "bfloat16" if len(queries_MD) >= BRIEF_QUERIES and has_bfloat16() else "single"
 
 
 def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) -> Corpus:
@@ -141,7 +152,7 @@ def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
         problem = f"queries_MD is on {queries_MD.device}, not on a CPU"
     if problem:
         raise VectorError(f"impl={chosen!r} does not work here: {problem}")
-    return {"single": screens.single, "half": screens.half, "int8": screens.int8}[chosen]
+    return _SCREENS[chosen]
 
 
 def _refuses_half(corpus: Corpus) -> str | None:
@@ -165,17 +176,18 @@ class _Found:
         # What a score must reach to count: a lower bound of the k-th best so far.
         self.bar_M = torch.full(shape[:1], -torch.inf, device=device)
         self.waiting: list[_Pairs] = []
-        self.count = self.seen = self.settled = 0
+        self.count = self.seen = self.thinned = 0
+        self.room = max(PENDING, WAITING * len(queries_MD) * k)
 
     def add(self, block: Block) -> None:
         """Keep the rows of a block whose upper bounds reach the bar."""
         groups_XGM = _grouped(block.scores_BM)
-        best_XM = _best_of_groups(groups_XGM)
+        best_XM = _best_of_groups(groups_XGM).float()
         if best_XM[:, 0].isnan().any():
             first, last = int(block.rows_B[0]), int(block.rows_B[-1])
             raise VectorError(f"vectors_ND holds NaN in rows {first} to {last}")
         best_XM = torch.addcmul(block.offset_XM, block.unit_XM, best_XM)
-        if not self.settled and self.k <= len(best_XM):
+        if not self.thinned and self.k <= len(best_XM):
             low_M = (best_XM - block.error_XM).topk(self.k, dim=0).values[-1]
             self.bar_M = torch.maximum(self.bar_M, low_M)
         hot_XM = (best_XM + block.error_XM >= self.bar_M) & (best_XM > -torch.inf)
@@ -189,66 +201,85 @@ class _Found:
         kept_HG = (upper_HG >= self.bar_M[query_H, None]) & (scores_HG > -torch.inf)
         hot_P, place_P = kept_HG.nonzero(as_tuple=True)
         rows_P = block.rows_B[group_H[hot_P] * GROUP + place_P]
-        self.waiting.append(_Pairs(query_H[hot_P], rows_P, upper_HG[kept_HG]))
+        upper_P = upper_HG[kept_HG]
+        self.waiting.append(_Pairs(query_H[hot_P], rows_P, upper_P, upper_P - 2 * error_H[hot_P]))
         self.count += len(rows_P)
-        if self.count > PENDING or self.seen >= GROWTH * self.settled:
-            self._settle(self.k + SPARE)
-            if self.count > PENDING:  # many vectors are nearly alike
-                self._settle(None)
+        if self.count > self.room or self.seen >= GROWTH * self.thinned:
+            self._thin()
+            if self.count > CROWDED * len(self.bar_M) * self.k:  # the bounds are wide
+                self._settle_hopeful()
+            if self.count > self.room:  # many vectors are nearly alike
+                self._settle(self._together())
 
-    def _settle(self, most: int | None) -> None:
-        """Score the most hopeful pairs of each query exactly, raise the bar, and drop what fails.
-
-        One exact score is worth more than many bounds: most of what waits need never be scored.
-        """
+    def _together(self) -> "_Pairs":
+        """All that waits and still reaches the bar."""
         pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.waiting, strict=True)))
-        pairs = pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])
-        chosen, rest = pairs, None
-        if most is not None:
-            first_P = pairs.places() < most
-            chosen, rest = pairs.of(first_P), pairs.of(~first_P)
-        scores_P = exact_scores(self.queries_MD, self.corpus, chosen.query_P, chosen.rows_P)
+        return pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])
+
+    def _thin(self) -> None:
+        """Raise the bar to the k-th best lower bound, and drop what fails."""
+        self.thinned = self.seen
+        pairs = self._together()
+        order, places_P = pairs.ranked(pairs.lower_P)
+        last_P = order[places_P == self.k - 1]
+        query_P = pairs.query_P[last_P]
+        self.bar_M[query_P] = torch.maximum(self.bar_M[query_P], pairs.lower_P[last_P])
+        self.waiting = [pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])]
+        self.count = len(self.waiting[0].rows_P)
+
+    def _settle(self, pairs: "_Pairs") -> None:
+        """Score pairs exactly, and raise the bar."""
+        self.waiting, self.count = [], 0
+        scores_P = exact_scores(self.queries_MD, self.corpus, pairs.query_P, pairs.rows_P)
         old_P = torch.arange(len(self.rows_MK), device=scores_P.device).repeat_interleave(self.k)
         self.scores_MK, self.rows_MK = best_pairs(
-            torch.cat([old_P, chosen.query_P]),
-            torch.cat([self.rows_MK.flatten(), chosen.rows_P]),
+            torch.cat([old_P, pairs.query_P]),
+            torch.cat([self.rows_MK.flatten(), pairs.rows_P]),
             torch.cat([self.scores_MK.flatten(), scores_P]),
             (len(self.rows_MK), self.k),
         )
         # One step of float32 below the k-th score: a bar that its equals still pass.
         floor_M = torch.nextafter(self.scores_MK[:, -1], self.bar_M.new_tensor(-torch.inf))
         self.bar_M = torch.maximum(self.bar_M, floor_M)
-        self.waiting, self.count, self.settled = [], 0, self.seen
-        if rest is not None:
-            self.waiting = [rest.of(rest.upper_P >= self.bar_M[rest.query_P])]
-            self.count = len(self.waiting[0].rows_P)
+
+    def _settle_hopeful(self) -> None:
+        """Score the most hopeful pairs of each query exactly.
+
+        One exact score is worth more than many bounds: most of what waits need never be scored.
+        """
+        pairs = self._together()
+        order, places_P = pairs.ranked(pairs.upper_P)
+        first_P = places_P < self.k + SPARE
+        self._settle(pairs.of(order[first_P]))
+        self.waiting = [pairs.of(order[~first_P])]
+        self.waiting = [self._together()]
+        self.count = len(self.waiting[0].rows_P)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The k best, exactly."""
         if self.waiting:
-            self._settle(self.k + SPARE)
-            self._settle(None)
+            self._settle_hopeful()
+            self._settle(self._together())
         return self.scores_MK, self.rows_MK
 
 
 class _Pairs(NamedTuple):
-    """Pairs that may be among the best, with upper bounds of their scores."""
+    """Pairs that may be among the best, with bounds of their scores."""
 
     query_P: Tensor
     rows_P: Tensor
     upper_P: Tensor
+    lower_P: Tensor
 
     def of(self, kept_P: Tensor) -> "_Pairs":
-        return _Pairs(self.query_P[kept_P], self.rows_P[kept_P], self.upper_P[kept_P])
+        return _Pairs(*(part[kept_P] for part in self))
 
-    def places(self) -> Tensor:
-        """Where each pair stands among those of its query, the highest bound first."""
-        order = self.upper_P.argsort(descending=True)
-        order = order[self.query_P[order].argsort(stable=True)]
+    def ranked(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Sort by query, the largest values first; return the order, and places in each query."""
+        order = by_query(self.query_P, values_P)
         query_P = self.query_P[order]
         places = torch.arange(len(order), device=order.device)
-        places = places - torch.searchsorted(query_P, query_P)
-        return torch.empty_like(places).scatter_(0, order, places)
+        return order, places - torch.searchsorted(query_P, query_P)
 
 
 def _grouped(scores_BM: Tensor) -> Tensor:

@@ -8,38 +8,43 @@ from torch import Tensor
 
 from mmalign.kernels.screens import Corpus
 
-# Pairs scored at once, so that their vectors stay in the cache of a CPU, or fill a GPU.
-CPU_PAIRS, GPU_PAIRS = 1 << 9, 1 << 17
-LINED_UP = 32
+# Pairs whose vectors are brought together at once: some megabytes on a CPU, or what fills a GPU.
+CPU_PAIRS, GPU_PAIRS = 1 << 15, 1 << 17
 
 
 def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Tensor) -> Tensor:
     """Inner products with float64 queries, rounded to float32."""
     scores_P = torch.empty(len(rows_P), device=rows_P.device)
+    if not len(rows_P):
+        return scores_P
     on_cpu = rows_P.device.type == "cpu"
-    for first, shard in corpus.numbered():
-        inside = ((rows_P >= first) & (rows_P < first + len(shard))).nonzero()[:, 0]
-        # A CPU multiplies many vectors of one query at a time, if there are many; a GPU any.
-        lined_up = on_cpu and len(inside) > LINED_UP * len(queries_MD)
-        at_once = CPU_PAIRS if on_cpu else GPU_PAIRS
-        lots = _by_query(query_P, inside) if lined_up else inside.split(at_once)
-        for lot in lots:
-            vectors_PD = shard[(rows_P[lot] - first).to(shard.device)].to(rows_P.device).double()
-            if lined_up:
-                scores_P[lot] = (vectors_PD @ queries_MD[query_P[lot[0]]]).float()
-            else:
-                scores_P[lot] = (vectors_PD * queries_MD[query_P[lot]]).sum(dim=1).float()
+    for lot in query_P.argsort(stable=True).split(CPU_PAIRS if on_cpu else GPU_PAIRS):
+        vectors_PD = _gathered(corpus, rows_P[lot])
+        if on_cpu:
+            # A CPU is fastest with all vectors of one query.
+            owners, counts = query_P[lot].unique_consecutive(return_counts=True)
+            parts = zip(owners.tolist(), vectors_PD.split(counts.tolist()), strict=True)
+            scores_P[lot] = torch.cat([_wide(v_PD) @ queries_MD[m] for m, v_PD in parts]).float()
+        else:
+            scores_P[lot] = (_wide(vectors_PD) * queries_MD[query_P[lot]]).sum(dim=1).float()
     return scores_P
 
 
-def _by_query(query_P: Tensor, chosen: Tensor) -> list[Tensor]:
-    """Split pairs into lots of one query."""
-    order = query_P[chosen].argsort(stable=True)
-    _, counts = query_P[chosen].unique(return_counts=True)
-    lots: list[Tensor] = []
-    for lot in chosen[order].split(counts.tolist()):
-        lots.extend(lot.split(CPU_PAIRS))
-    return lots
+def _gathered(corpus: Corpus, rows_P: Tensor) -> Tensor:
+    """The vectors of some rows, wherever their shards lie, shape (P, D)."""
+    dtype = max(corpus.dtypes, key=lambda d: d.itemsize)
+    vectors_PD = torch.empty(len(rows_P), corpus.width, dtype=dtype, device=rows_P.device)
+    for first, shard in corpus.numbered():
+        places = ((rows_P >= first) & (rows_P < first + len(shard))).nonzero()[:, 0]
+        if len(places):
+            chosen = shard.index_select(0, (rows_P[places] - first).to(shard.device))
+            vectors_PD[places] = chosen.to(vectors_PD)
+    return vectors_PD
+
+
+def _wide(vectors_PD: Tensor) -> Tensor:
+    """In float64; torch is slow at the way from float16 that leaves out float32."""
+    return (vectors_PD if vectors_PD.dtype == torch.float64 else vectors_PD.float()).double()
 
 
 def best_pairs(
@@ -48,8 +53,17 @@ def best_pairs(
     """The k best pairs of each query: by score, then by row; the filling of empty places last."""
     count, k = shape
     order = rows_P.argsort(stable=True)
-    order = order[scores_P[order].argsort(descending=True, stable=True)]
-    order = order[query_P[order].argsort(stable=True)]
+    order = order[by_query(query_P[order], scores_P[order])]
     starts_M = torch.searchsorted(query_P[order], torch.arange(count, device=order.device))
     chosen_MK = order[starts_M[:, None] + torch.arange(k, device=order.device)]
     return scores_P[chosen_MK], rows_P[chosen_MK]
+
+
+def by_query(query_P: Tensor, values_P: Tensor) -> Tensor:
+    """Order pairs by query, the largest float32 values first; equal ones stay as they are.
+
+    One sort of whole numbers, which torch does ten times as fast as two that would sort floats.
+    """
+    bits_P = (values_P + 0.0).view(torch.int32)  # -0.0 equals 0.0
+    ascending_P = torch.where(bits_P < 0, bits_P ^ 0x7FFFFFFF, bits_P)
+    return ((query_P << 32) - ascending_P).argsort(stable=True)
