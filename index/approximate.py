@@ -24,7 +24,8 @@ from mmalign.index.rows import Rows
 from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
 from mmalign.progress import bar
 
-# K-means for lists: rows at most and for each list, and rounds. Codes have 16 centres: few rows do.
+# K-means for lists: rows at most and for each list, and rounds. Codes get as many rounds; they have
+# 16 centres, so few rows do.
 TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 32, 8
 CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
@@ -171,7 +172,7 @@ def build(
         # A quantizer that has its centres is not trained again.
         core.quantizer.add(rotation.apply(lists.centres_LD))
         if isinstance(core, faiss.IndexIVFPQFastScan):
-            core.pq.cp.min_points_per_centroid = 1  # see `cluster`
+            core.pq.cp.min_points_per_centroid, core.pq.cp.niter = 1, ROUNDS  # see `cluster`
         index.train(sample)
         if lists.metric_DD is not None:
             _file(index, rotation, vectors, lists, shown)

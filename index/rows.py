@@ -81,7 +81,8 @@ class Rows:
                     kept = self.live_N[numbers]
                     numbers, block = numbers[kept], block[kept]
                 if len(numbers):
-                    yield numbers, _checked(block.astype(np.float32), numbers)
+                    # torch widens with all threads.
+                    yield numbers, _checked(torch.from_numpy(block).float().numpy(), numbers)
             first += len(shard)
 
 
