@@ -134,9 +134,14 @@ def test_only_allowed_rows_are_found(impl: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("impl", ["single", "half", "bfloat16", "int8"])
-def test_thinning_out_loses_nothing(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("crowded", [0, 1, 1_000])
+def test_thinning_out_loses_nothing(
+    impl: str, crowded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With room for hardly any waiting pair, and queries in several lots."""
     monkeypatch.setattr(exact, "PENDING", 8)
+    monkeypatch.setattr(exact, "WAITING", min(crowded, 1))
+    monkeypatch.setattr(exact, "CROWDED", crowded)
     monkeypatch.setattr(exact, "QUERIES_AT_ONCE", 3)
     vectors, queries = unit(1000, 16).half(), unit(8, 16, seed=8).float()
     vectors[500:520] = vectors[3]
