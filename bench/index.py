@@ -47,7 +47,8 @@ KS, SHARD_ROWS = (10, 100), 10_000
 TUNING, HELD = 8_000, 1_000
 METHODS = ("autofaiss", "faiss-hnsw32", "faiss-ivf-flat", "hnswlib", "usearch")
 BUILD_THREADS = 2
-ALONE = 300
+# Queries that are timed alone; all together are asked so many times, and the better time counts.
+ALONE, ROUNDS = 300, 2
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 MARKS = {"4GB": "-", "1GB": "--", "300MB": ":"}
 
@@ -326,9 +327,11 @@ def _grow(given: argparse.Namespace) -> None:
 def _speed(search: Any, queries: Any, true_MK: Any) -> dict[str, Any]:
     """Recall with its interval, QPS of many queries at once, milliseconds of one alone."""
     search(queries[:20])
-    started = time.perf_counter()
-    found = search(queries)
-    seconds = time.perf_counter() - started
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        found = search(queries)
+        seconds.append(time.perf_counter() - started)
     shares = neighbour_recall(found, true_MK)
     alone = []
     for number in range(ALONE):
@@ -338,7 +341,7 @@ def _speed(search: Any, queries: Any, true_MK: Any) -> dict[str, Any]:
     low, high = interval(shares)
     return {
         "recall": round(float(shares.mean()), 4), "low": round(low, 4), "high": round(high, 4),
-        "qps": round(len(queries) / seconds, 1),
+        "qps": round(len(queries) / min(seconds), 1),
         "p50_ms": round(float(np.quantile(alone, 0.5)), 3),
         "p99_ms": round(float(np.quantile(alone, 0.99)), 3),
     }  # fmt: skip

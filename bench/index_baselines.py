@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 20_000
-ROUNDS, ALONE = 1, 200
+ROUNDS, ALONE = 2, 200
 REFUSED = 3
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
