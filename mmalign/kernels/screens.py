@@ -22,7 +22,6 @@ CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
 # Where fewer rows of a block are allowed, they are gathered instead of masked.
 GATHERED = 0.25
-_WIDE_BRIEF = (torch.float32, torch.bfloat16)
 BRIEF, HALF, SINGLE = 2.0**-8, 2.0**-11, 2.0**-24
 HALF_RANGE = 60_000.0
 ROUNDOFF = {"highest": SINGLE, "high": HALF, "medium": BRIEF}
@@ -146,7 +145,8 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
     share = sum_error(corpus.width, SINGLE)
     rounded_MD = queries_MD.bfloat16()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
-    wide, brief = (queries_MD.new_empty(high, corpus.width, dtype=t) for t in _WIDE_BRIEF)
+    wide = queries_MD.new_empty(high, corpus.width)
+    brief = queries_MD.new_empty(high, corpus.width, dtype=torch.bfloat16)
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
         # By way of float32: torch is slow from float16 to bfloat16.
         wide_BD = wide[: len(block_BD)].copy_(block_BD)
