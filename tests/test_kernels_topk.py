@@ -103,6 +103,15 @@ def test_shards_are_numbered_on(impl: str, sizes: list[int]) -> None:
     assert found == full_sort(queries, vectors, 5)
 
 
+@pytest.mark.parametrize("impl", ["reference", "single", "bfloat16", "int8"])
+def test_shards_of_several_types_lose_no_digit(impl: str) -> None:
+    halves, briefs = unit(200, 16).half(), unit(200, 16, seed=15).bfloat16()
+    briefs[7] = torch.linspace(1e-9, 1e-7, 16).bfloat16()  # too small for float16
+    queries = unit(4, 16, seed=3).float()
+    found = search(queries, [halves, briefs], 400, impl)
+    assert found == full_sort(queries, torch.cat([halves.float(), briefs.float()]), 400)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_are_broken_by_row(impl: str) -> None:
     vectors = stored(torch.ones(300, 16) / 4, impl)

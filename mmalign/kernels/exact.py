@@ -224,6 +224,10 @@ class _Found:
         last_P = order[places_P == self.k - 1]
         query_P = pairs.query_P[last_P]
         self.bar_M[query_P] = torch.maximum(self.bar_M[query_P], pairs.lower_P[last_P])
+        self._keep(pairs)
+
+    def _keep(self, pairs: "_Pairs") -> None:
+        """Let those wait that reach the bar."""
         self.waiting = [pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])]
         self.count = len(self.waiting[0].rows_P)
 
@@ -251,9 +255,7 @@ class _Found:
         order, places_P = pairs.ranked(pairs.upper_P)
         first_P = places_P < self.k + SPARE
         self._settle(pairs.of(order[first_P]))
-        self.waiting = [pairs.of(order[~first_P])]
-        self.waiting = [self._together()]
-        self.count = len(self.waiting[0].rows_P)
+        self._keep(pairs.of(order[~first_P]))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The k best, exactly."""

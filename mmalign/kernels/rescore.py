@@ -3,6 +3,8 @@
 M queries, D dimensions, K neighbours, P pairs of a query and a stored vector.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Te
 
 def _gathered(corpus: Corpus, rows_P: Tensor) -> Tensor:
     """The vectors of some rows, wherever their shards lie, shape (P, D)."""
-    dtype = max(corpus.dtypes, key=lambda d: d.itemsize)
+    dtype = reduce(torch.promote_types, corpus.dtypes)
     vectors_PD = torch.empty(len(rows_P), corpus.width, dtype=dtype, device=rows_P.device)
     for first, shard in corpus.numbered():
         places = ((rows_P >= first) & (rows_P < first + len(shard))).nonzero()[:, 0]
