@@ -11,8 +11,9 @@ the truth is exact search. Ours chooses and builds an index for every recall and
 threads, in a process of its own that sees no more texts than a store would give it; then held-out
 queries measure it, many at once and one at a time. Others (PYTHON is that of an environment with
 what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
-every row is one point of a curve. Rows go to bench/results/index.csv, the curves to index.png
-beside it (index-real.* with `--vectors`). `--grow` builds ours at several sizes and prints the
+every row is one point of a curve. Rows go to bench/results/index.csv, the curves to a picture
+beside it for each instruction set (index-avx512.png), as machines with other ones do not compare;
+with `--vectors` to index-real*. `--grow` builds ours at several sizes and prints the
 exponents of build time and QPS.
 `--change` builds over five sixths of the rows, and measures text queries under filters that leave
 a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
@@ -45,11 +46,17 @@ from mmalign.index.measure import interval, neighbour_recall
 
 KS, SHARD_ROWS = (10, 100), 10_000
 TUNING, HELD = 8_000, 1_000
-METHODS = ("autofaiss", "faiss-hnsw32", "faiss-ivf-flat", "hnswlib", "usearch")
 BUILD_THREADS = 2
 # Queries that are timed alone; all together are asked so many times, and the better time counts.
 ALONE, ROUNDS = 300, 2
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+COLOURS = {
+    "autofaiss": "tab:blue",
+    "faiss-hnsw32": "tab:orange",
+    "faiss-ivf-flat": "tab:green",
+    "hnswlib": "tab:red",
+    "usearch": "tab:brown",
+}
+METHODS = tuple(COLOURS)
 MARKS = {"4GB": "-", "1GB": "--", "300MB": ":"}
 
 
@@ -271,24 +278,29 @@ def _change(data: dict[str, Any], recall: float, memory: float) -> None:
 
 
 def _draw(name: str, threads: int) -> None:
-    """Draw QPS over recall from all rows of a file: a picture for each kind of query."""
+    """Draw QPS over recall from all rows of a file: a picture for each instruction set."""
+    results = measure.ROOT / "bench" / "results"
+    with open(results / f"{name}.csv", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if int(r["search_threads"]) == threads]
+    for simd in sorted({r["simd"] for r in rows}):
+        own = [r for r in rows if r["simd"] == simd]
+        _draw_curves(results / f"{name}-{simd.lower()}.png", own, f"{simd}, {threads} thread(s)")
+
+
+def _draw_curves(path: Path, rows: list[dict[str, str]], where: str) -> None:
+    """Draw a field for each kind of query and number of neighbours."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    results = measure.ROOT / "bench" / "results"
-    with open(results / f"{name}.csv", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if int(r["search_threads"]) == threads]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, layout="constrained")
-    methods = sorted({r["method"] for r in rows})
     for axis, (kind, k) in zip(axes.flat, product(("text", "image"), KS), strict=True):
         for (method, memory), curve in sorted(_curves(rows, kind, k).items(), reverse=True):
-            colour = COLOURS[methods.index(method) % len(COLOURS)]
-            ours, style = method == "mmalign", MARKS.get(memory, "-")
             axis.plot(
-                *zip(*curve, strict=True), style, color="black" if ours else colour, marker="o",
-                markersize=4, linewidth=2 if ours else 1.2, label=f"{method}, {memory}",
+                *zip(*curve, strict=True), MARKS.get(memory, "-"), marker="o", markersize=4,
+                color=COLOURS.get(method, "black"), linewidth=2 if method == "mmalign" else 1.2,
+                label=f"{method}, {memory}",
             )  # fmt: skip
         axis.set(yscale="log", xlim=(0.8, 1.0), title=f"{kind} queries, {k} neighbours")
         axis.grid(visible=True, which="both", alpha=0.25)
@@ -296,8 +308,9 @@ def _draw(name: str, threads: int) -> None:
             axis.axvline(target, color="grey", linewidth=0.6, linestyle=":")
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("recall on held-out queries")
-    figure.supylabel(f"queries a second, {threads} thread{'s' * (threads > 1)}, many at once")
-    figure.savefig(results / f"{name}.png", dpi=110)
+    figure.supylabel(f"queries a second, many at once; {where}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _curves(rows: list[dict[str, str]], kind: str, k: int) -> dict[tuple[str, str], Any]:
