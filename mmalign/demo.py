@@ -3,6 +3,7 @@
 draw -> train -> embed -> index -> search in two languages -> evaluate -> sheet and report
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from mmalign.train import TrainConfig, train
 
 LANGUAGES = {"english": "captions", "chinese": "captions_zh"}
 HELD_OUT_SCENES = 1_000
+# Training goes by the clock. With fewer passes over the scenes than these, recall is far from what
+# it could be.
+FEW_PASSES = 4
 # Held-out scenes to look for, by (row, number of the caption: English first, then Chinese).
 LOOKED_FOR = ((7, 0), (8, 4), (21, 1), (34, 7), (50, 2), (61, 6))
 
@@ -66,7 +70,7 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
             start_size=1.0,
             augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1, erase=0.0),
         )
-        train(config, [str(training)], run)
+        passes = train(config, [str(training)], run)["epoch"]
     with _timed("embed", seconds):
         embed(run, [str(held_out)], store, caption_keys=keys)
     with _timed("index", seconds):
@@ -78,9 +82,15 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
         }
     with _timed("search", seconds):
         _sheet(Searcher.open(store), folder / "sheet.png", recalls)
-    report = {"recall": recalls, "seconds": seconds, "scenes": scenes, "minutes": minutes}
+    report = {
+        "recall": recalls,
+        "seconds": seconds,
+        "scenes": scenes,
+        "minutes": minutes,
+        "passes": round(passes, 2),
+    }
     files.write_json(folder / "report.json", report)
-    _summary(folder, recalls, sum(seconds.values()))
+    _summary(folder, report)
     return report
 
 
@@ -111,11 +121,19 @@ def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -
     draw_sheet(strips, path, "Words find pictures", note)
 
 
-def _summary(folder: Path, recalls: dict[str, dict[str, Any]], seconds: float) -> None:
-    say(f"\n1,000 scenes never seen in training, in two languages ({seconds / 60:.1f} min):")
-    for language, report in recalls.items():
+def _summary(folder: Path, report: dict[str, Any]) -> None:
+    took = sum(report["seconds"].values()) / 60
+    say(f"\n1,000 scenes never seen in training, in two languages ({took:.1f} min):")
+    for language, recalls in report["recall"].items():
         for name, kind in (("text->image", "image"), ("image->text", "text")):
-            values = " / ".join(f"{report[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in KS)
+            values = " / ".join(f"{recalls[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in KS)
             say(f"  {language:8} {name}  recall@1/5/10  {values}")
+    minutes, passes = report["minutes"], report["passes"]
+    if passes < FEW_PASSES:
+        longer = math.ceil(minutes * FEW_PASSES / max(passes, 0.1))
+        say(
+            f"in {minutes:g} minutes of training each scene was seen only {passes:.1f} times, as "
+            f"this machine is slow or busy: more is found with --minutes {longer}"
+        )
     say(f"\nlook at  {folder / 'sheet.png'}")
     say(f'and try  mmalign search {folder / "scenes.store"} "two large red stars" --sheet hits.png')

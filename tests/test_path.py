@@ -17,7 +17,7 @@ from PIL import Image
 from mmalign import Searcher, load_model, open_store
 from mmalign.build import build
 from mmalign.data.scenes import sample, write_scenes
-from mmalign.demo import demo
+from mmalign.demo import FEW_PASSES, demo
 from mmalign.embed import embed
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.evaluate import evaluate
@@ -25,13 +25,16 @@ from mmalign.model import new_model, save_model
 from mmalign.store import delete
 
 
-def test_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
+def test_demo_leaves_everything_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = demo(tmp_path / "demo", scenes=300, minutes=0.2)
     names = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {"run", "scenes.store", "sheet.png", "report.json"} <= names
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
     assert report["recall"]["chinese"]["images"] == 1000
     assert report["recall"]["english"]["captions"] == 4000
+    assert ("was seen only" in capsys.readouterr().err) == (report["passes"] < FEW_PASSES)
     with Image.open(tmp_path / "demo" / "sheet.png") as sheet:
         assert sheet.width > 800
     store = open_store(tmp_path / "demo" / "scenes.store")
