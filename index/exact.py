@@ -18,6 +18,7 @@ from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
+# Whoever asks twice is likely to ask again, so norms are then bounded once and for all.
 # After so many queries, one byte for each number is held in memory, up to so many of them: coding
 # takes as long as a few hundred searches, which are then half again as fast, or three times if
 # several are asked at once.
@@ -45,7 +46,7 @@ class Exact(Index):
             if len(kept):
                 self.shards.append(torch.from_numpy(kept))
         self.rows = sum(len(s) for s in self.shards)
-        self.asked = 0
+        self.asked, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None
 
     def search(
@@ -56,8 +57,10 @@ class Exact(Index):
             raise VectorError("there are no vectors to search")
         queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
         before, self.asked = self.asked, self.asked + len(queries)
-        if before <= CODED_AFTER < self.asked:
-            self._code()
+        if before <= CODED_AFTER < self.asked and self._can_code():
+            self._prepare(with_codes=True)
+        elif before and not self.prepared:
+            self._prepare(with_codes=False)
         allow = None if allow_N is None else torch.from_numpy(allow_N[self.first_row :])
         scores, rows = kernels.topk(
             queries, self.corpus or self.shards, min(k, self.rows), allow=allow
@@ -65,11 +68,14 @@ class Exact(Index):
         found = rows.numpy()
         return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
 
-    def _code(self) -> None:
-        if kernels.can_code() and self.rows * self.shards[0].shape[1] <= self.coded_bytes:
-            # A row that prepare refuses is no reason to fail: what it does to a search, that says.
-            with contextlib.suppress(VectorError):
-                self.corpus = kernels.prepare(self.shards, with_codes=True)
+    def _can_code(self) -> bool:
+        return kernels.can_code() and self.rows * self.shards[0].shape[1] <= self.coded_bytes
+
+    def _prepare(self, *, with_codes: bool) -> None:
+        self.prepared = True
+        # A row that prepare refuses is no reason to fail: what it does to a search, that says.
+        with contextlib.suppress(VectorError):
+            self.corpus = kernels.prepare(self.shards, with_codes=with_codes)
 
 
 class Extended(Index):

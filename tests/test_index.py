@@ -80,6 +80,20 @@ def test_exact_counts_on_from_shard_to_shard() -> None:
     assert np.allclose(scores[:, 0], 1, atol=1e-3)
 
 
+def test_norms_are_bounded_when_asked_again() -> None:
+    """The second search looks at all norms, and later ones at none; the answers are the same."""
+    queries = vectors(2, seed=2).astype(np.float32)
+    index = Exact([vectors(4000), vectors(200, seed=1)])
+    first = index.search(queries, 7)
+    assert index.corpus is None
+    second = index.search(queries, 7)
+    assert index.corpus is not None
+    assert index.corpus.longest is not None
+    assert index.corpus.codes is None
+    for again in (second, index.search(queries, 7)):
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers, before and after the vectors were coded; a bad row codes nothing."""
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 4)

@@ -216,8 +216,8 @@ def test_torch_may_round_products(setting: str) -> None:
 
 
 def test_auto_says_what_it_picks() -> None:
-    vectors, query = unit(300, 16).half(), unit(1, 16).float()
-    many, allow = unit(20, 16).float(), torch.arange(300) < 9
+    vectors, query = unit(3000, 16).half(), unit(1, 16).float()
+    many, allow = unit(20, 16).float(), torch.arange(3000) < 90
     coded, plain = (kernels.prepare(vectors, with_codes=codes) for codes in (True, False))
     assert kernels.choose_topk(query, plain) == "half"
     assert kernels.choose_topk(query, coded) == "int8"
@@ -227,6 +227,9 @@ def test_auto_says_what_it_picks() -> None:
     assert kernels.choose_topk(many, coded) == "int8"
     assert kernels.choose_topk(many, coded, allow) == "single"
     assert kernels.choose_topk(query, kernels.prepare(vectors.float())) == "single"
+    few = kernels.prepare(vectors[:300], with_codes=True)
+    assert kernels.choose_topk(query, few) == "reference"
+    assert kernels.choose_topk(unit(200, 16).float(), few) == "int8"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -42,6 +42,8 @@ QUERIES_AT_ONCE = 1024
 # bfloat16 beats float32 from so many on, where the processor knows it.
 HALF_QUERIES, BRIEF_QUERIES = 8, 128
 FEW_ALLOWED = 0.1
+# Of so few rows and scores, float64 for all takes less time than the bookkeeping of a screen.
+FEW_ROWS, FEW_SCORES = 2048, 1 << 14
 WIDE_ROWS = 64
 
 _log = logging.getLogger("mmalign.kernels")
@@ -107,6 +109,8 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
     if queries_MD.is_cuda:
         kernels = checks.triton_module("triton_topk")
         return "triton" if kernels and not kernels.refuses(queries_MD, corpus) else "single"
+    if corpus.rows <= FEW_ROWS and len(queries_MD) * corpus.rows <= FEW_SCORES:
+        return "reference"
     few = allow is not None and allow.float().mean() < FEW_ALLOWED
     if corpus.codes is not None and not few:
         return "int8"

@@ -19,6 +19,7 @@ from mmalign.kernels.codes import GROUP, Codes, code_queries, sum_error
 
 # Blocks of vectors and of scores that stay in the cache of a CPU, or fill a GPU.
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
+CACHED_BYTES = 1 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
 # Where fewer rows of a block are allowed, they are gathered instead of masked.
 GATHERED = 0.25
@@ -122,9 +123,7 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
     rounded_MD = queries_MD.half()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
-        longest = corpus.longest
-        if longest is None:
-            longest = float(torch.linalg.vector_norm(block_BD.float(), dim=1).max())
+        longest = corpus.longest or _longest(block_BD)
         if longest * norms_M.max() < HALF_RANGE:
             scores_BM = torch.stack([block_BD @ query_D for query_D in rounded_MD], dim=1).float()
         else:
@@ -158,6 +157,14 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
         error_M = lost * norms_M + longest * (1 + BRIEF) * (lost_M + norms_M * share)
         error_M += BRIEF * scores_BM.abs().max()
         yield _block(rows_B, _mask(scores_BM, allowed_B), 1.01 * error_M)
+
+
+def _longest(block_BD: Tensor) -> float:
+    """The largest norm; widened in pieces that stay in the cache."""
+    pieces = block_BD.split(max(1, CACHED_BYTES // 4 // block_BD.shape[1]))
+    wide = torch.empty(pieces[0].shape)
+    norms = [torch.linalg.vector_norm(wide[: len(p)].copy_(p), dim=1).max() for p in pieces]
+    return float(torch.stack(norms).max())
 
 
 @cache
