@@ -122,18 +122,30 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     rounded_MD = queries_MD.half()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
+    # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
+    share_M = lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF)
+    # Scores of short shards wait for each other: a block costs more than to score a thousand rows.
+    waiting: list[tuple[Tensor, Tensor, float]] = []
+    count = 0
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
         longest = corpus.longest or _longest(block_BD)
         if longest * norms_M.max() < HALF_RANGE:
             scores_BM = torch.stack([block_BD @ query_D for query_D in rounded_MD], dim=1).float()
         else:
             scores_BM = block_BD.float() @ queries_MD.T
-        # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
-        error_M = (
-            longest * (lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF))
-            + 2.0**-24
-        )
-        yield _block(rows_B, _mask(scores_BM, allowed_B), error_M)
+        waiting.append((rows_B, _mask(scores_BM, allowed_B), longest))
+        count += len(rows_B)
+        if count >= high:
+            yield _joined(waiting, share_M)
+            waiting, count = [], 0
+    if waiting:
+        yield _joined(waiting, share_M)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, float]], share_M: Tensor) -> Block:
+    """One block of several; the longest of all vectors bounds the errors."""
+    rows, scores, norms = zip(*parts, strict=True)
+    return _block(torch.cat(rows), torch.cat(scores), max(norms) * share_M + 2.0**-24)
 
 
 def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
