@@ -97,7 +97,7 @@ def topk(
     parts = []
     for part_MD in queries_MD.split(QUERIES_AT_ONCE):
         found = _Found(part_MD, corpus, k)
-        for block in screen(part_MD, corpus, allow):
+        for block in screens.joined(screen(part_MD, corpus, allow), len(part_MD)):
             found.add(block)
         parts.append(found.result())
     scores, rows = zip(*parts, strict=True)

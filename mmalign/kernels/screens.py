@@ -90,6 +90,34 @@ def _block(
     return Block(rows_B, scores_BM, *spread)
 
 
+def joined(blocks: Iterator[Block], queries: int) -> Iterator[Block]:
+    """Put short blocks together: to look through one costs as much as to score a thousand rows."""
+    high = min(MAX_ROWS, CPU_BYTES // 4 // queries)
+    waiting: list[Block] = []
+    count = 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block.rows_B)
+        if count >= high:
+            yield _together(waiting)
+            waiting, count = [], 0
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(blocks: list[Block]) -> Block:
+    if len(blocks) == 1:
+        return blocks[0]
+    rows, scores = [], []
+    for block in blocks:
+        # No group holds rows of two blocks: the last row fills its group, as one not allowed.
+        short = -len(block.rows_B) % GROUP
+        rows += [block.rows_B, block.rows_B[-1:].expand(short)]
+        scores.append(torch.nn.functional.pad(block.scores_BM, (0, 0, 0, short), value=-torch.inf))
+    parts = ((b.error_XM, b.unit_XM, b.offset_XM) for b in blocks)
+    return Block(torch.cat(rows), torch.cat(scores), *map(torch.cat, zip(*parts, strict=True)))
+
+
 Screen = Callable[[Tensor, Corpus, Tensor | None], Iterator[Block]]
 
 
@@ -124,28 +152,13 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
     # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
     share_M = lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF)
-    # Scores of short shards wait for each other: a block costs more than to score a thousand rows.
-    waiting: list[tuple[Tensor, Tensor, float]] = []
-    count = 0
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
         longest = corpus.longest or _longest(block_BD)
         if longest * norms_M.max() < HALF_RANGE:
             scores_BM = torch.stack([block_BD @ query_D for query_D in rounded_MD], dim=1).float()
         else:
             scores_BM = block_BD.float() @ queries_MD.T
-        waiting.append((rows_B, _mask(scores_BM, allowed_B), longest))
-        count += len(rows_B)
-        if count >= high:
-            yield _joined(waiting, share_M)
-            waiting, count = [], 0
-    if waiting:
-        yield _joined(waiting, share_M)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor, float]], share_M: Tensor) -> Block:
-    """One block of several; the longest of all vectors bounds the errors."""
-    rows, scores, norms = zip(*parts, strict=True)
-    return _block(torch.cat(rows), torch.cat(scores), max(norms) * share_M + 2.0**-24)
+        yield _block(rows_B, _mask(scores_BM, allowed_B), longest * share_M + 2.0**-24)
 
 
 def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
