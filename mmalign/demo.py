@@ -82,13 +82,8 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
         }
     with _timed("search", seconds):
         _sheet(Searcher.open(store), folder / "sheet.png", recalls)
-    report = {
-        "recall": recalls,
-        "seconds": seconds,
-        "scenes": scenes,
-        "minutes": minutes,
-        "passes": round(passes, 2),
-    }
+    report = {"recall": recalls, "seconds": seconds, "scenes": scenes, "minutes": minutes}
+    report["passes"] = round(passes, 2)
     files.write_json(folder / "report.json", report)
     _summary(folder, report)
     return report
@@ -133,7 +128,8 @@ def _summary(folder: Path, report: dict[str, Any]) -> None:
         longer = math.ceil(minutes * FEW_PASSES / max(passes, 0.1))
         say(
             f"in {minutes:g} minutes of training each scene was seen only {passes:.1f} times, as "
-            f"this machine is slow or busy: more is found with --minutes {longer}"
+            "this machine is slow or busy; more is found by\n"
+            f"         mmalign demo --minutes {longer} --out {folder}-longer"
         )
     say(f"\nlook at  {folder / 'sheet.png'}")
     say(f'and try  mmalign search {folder / "scenes.store"} "two large red stars" --sheet hits.png')

@@ -1,10 +1,12 @@
-"""Linear layers in eight bits, for encoding on a CPU with VNNI or AMX.
+"""Linear layers in eight bits, for encoding on a CPU; it pays with VNNI or AMX.
 
 R rows (tokens of all items), W width of the input, O width of the output, B items, T tokens.
 
 Weights are rounded once, with a step for each output; activations as they come, with a step for
 each token, so that one token with large numbers does not coarsen the others. Sums are whole
 numbers; what is between the layers stays float32. Convolutions, norms and softmax are untouched.
+A processor without VNNI adds pairs of products in 16 bits. There weights have seven bits, as
+2 * 255 * 63 fits and 2 * 255 * 127 does not: it would be cut off, and nobody told.
 
 Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale"
 (its vector-wise quantization).
@@ -13,7 +15,7 @@ Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Trans
 import torch
 from torch import Tensor, nn
 
-LEVELS, ZERO = 127, 128
+LEVELS, NARROW_LEVELS, ZERO = 127, 63, 128
 # Below so many weights, rounding costs more than it saves.
 WORTH = 1 << 16
 
@@ -21,6 +23,12 @@ WORTH = 1 << 16
 def available() -> bool:
     """Say whether this build of torch can multiply bytes."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def weight_levels() -> int:
+    """Steps of a weight on each side of zero whose sums this processor keeps whole."""
+    known = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return LEVELS if known() else NARROW_LEVELS
 
 
 def quantize(module: nn.Module) -> None:
@@ -47,7 +55,7 @@ class Linear8(nn.Module):
         super().__init__()
         weight_OW = layer.weight.detach().float()
         self.width = len(weight_OW)
-        step_O = (weight_OW.abs().amax(dim=1) / LEVELS).clamp(min=1e-30)
+        step_O = (weight_OW.abs().amax(dim=1) / weight_levels()).clamp(min=1e-30)
         steps_OW = (weight_OW / step_O[:, None]).round_().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(steps_OW, None)
         self.step_O = step_O
