@@ -106,7 +106,8 @@ class StandIn:
         def fill(block: int) -> None:
             first = block * BLOCK
             count = min(BLOCK, self.rows - first)
-            made[first : first + count] = self._vectors(self._latents(ROWS, 0, block)[:count])
+            # Of a whole block always: a product of another height may differ in its last digits.
+            made[first : first + count] = self._vectors(self._latents(ROWS, 0, block))[:count]
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(fill, range(-(-self.rows // BLOCK))))

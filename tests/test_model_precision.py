@@ -151,7 +151,7 @@ def test_one_large_token_does_not_coarsen_the_others() -> None:
     states = torch.randn(10, 64)
     states[3] *= 1000
     off = (int8.Linear8(layer)(states) - layer(states)).abs().amax(dim=1)
-    assert off[3] < 20
+    assert off[3] < 10 * int8.LEVELS / int8.weight_levels()
     assert off[torch.arange(10) != 3].max() < 0.05
 
 
@@ -167,8 +167,9 @@ def test_the_largest_sums_are_whole_on_any_processor() -> None:
 def test_auto_takes_bfloat16_only_where_it_gains(
     clip: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not precision.has_bfloat16(clip.device):
+        monkeypatch.setattr(lean, "pack", lambda towers: None)  # such a processor cannot
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
-    monkeypatch.setattr(lean, "pack", lambda towers: None)  # a processor without it cannot
     seconds = iter([1.0, 0.5, 1.0, 0.95])
     monkeypatch.setattr(precision, "_seconds", lambda run: next(seconds))
     assert in_precision(clip, "auto")[1] == "bfloat16"
