@@ -12,9 +12,9 @@ threads, in a process of its own that sees no more texts than a store would give
 queries measure it, many at once and one at a time. Others (PYTHON is that of an environment with
 what `bench/index-baselines.txt` names) build what fits the memory and sweep their parameter; so
 every row is one point of a curve. Rows go to bench/results/index.csv, the curves to a picture
-beside it for each instruction set (index-avx512.png), as machines with other ones do not compare;
-with `--vectors` to index-real*. `--grow` builds ours at several sizes and prints the
-exponents of build time and QPS.
+beside it for each kind of processor (index-amd-epyc-avx512.png), as others do not compare; with
+`--vectors` to index-real*. `--grow` builds ours at several sizes and prints the exponents of build
+time and QPS.
 `--change` builds over five sixths of the rows, and measures text queries under filters that leave
 a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
 others deleted, as they are searched before the index is built again. Rows of index-change.csv.
@@ -26,6 +26,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -278,13 +279,17 @@ def _change(data: dict[str, Any], recall: float, memory: float) -> None:
 
 
 def _draw(name: str, threads: int) -> None:
-    """Draw QPS over recall from all rows of a file: a picture for each instruction set."""
+    """Draw QPS over recall from all rows of a file: a picture for each kind of processor."""
     results = measure.ROOT / "bench" / "results"
     with open(results / f"{name}.csv", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if int(r["search_threads"]) == threads]
-    for simd in sorted({r["simd"] for r in rows}):
-        own = [r for r in rows if r["simd"] == simd]
-        _draw_curves(results / f"{name}-{simd.lower()}.png", own, f"{simd}, {threads} thread(s)")
+    machines: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        cpu = row["cpu"].replace("(R)", "").removesuffix(" Processor")
+        machines.setdefault(f"{cpu}, {row['simd']}", []).append(row)
+    for machine, own in machines.items():
+        mark = re.sub("[^a-z0-9]+", "-", machine.lower())
+        _draw_curves(results / f"{name}-{mark}.png", own, f"{machine}, {threads} thread(s)")
 
 
 def _draw_curves(path: Path, rows: list[dict[str, str]], where: str) -> None:
