@@ -22,8 +22,6 @@ DEEPER = 1.3
 NARROWEST, STEP = 4, 2**0.25
 # A sweep ends when so many steps in a row were slower than the best.
 WORSE = 2
-# Neighbours that tell about which breadth is enough.
-SOME = 2_000
 # Queries that are timed alone: while tuning, and at the end.
 TIMED, ALONE = 64, 300
 # Queries that one index answers before it is the turn of the next.
@@ -94,8 +92,7 @@ def tune(
     """Find the fastest parameters that find the wanted share of the k nearest neighbours.
 
     A breadth needs the more candidates the fewer of the neighbours it has among the first ones; one
-    search tells how many. What then is fastest is timed, one query at a time. Some of the queries
-    tell about which breadth that is, all of them how many candidates it needs.
+    search tells how many. What then is fastest is timed, one query at a time.
 
     Returns:
         The parameters, and True; or those that find most, and False, where even the whole index
@@ -104,30 +101,32 @@ def tune(
     deepest = min(DEEPEST * k, index.held, MOST_CANDIDATES)
 
     @cache
-    def sufficient(breadth: int, count: int) -> Point | None:
-        """With the fewest candidates that hold the wanted share for so many queries."""
-        rows_MR = index.candidates(queries_MD[:count], Point(k, breadth, deepest))
-        places_MK = places(rows_MR, true_MK[:count, :k])
+    def sufficient(breadth: int) -> Point | None:
+        """With the fewest candidates that hold the wanted share."""
+        rows_MR = index.candidates(queries_MD, Point(k, breadth, deepest))
+        places_MK = places(rows_MR, true_MK[:, :k])
         enough = (c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted)
         return next((Point(k, breadth, c) for c in enough), None)
 
-    some, most = max(SOME // k, TIMED), index.breadest
-    enough = next((b for b in breadths(NARROWEST, most, 2) if sufficient(b, some)), most)
-    best, fastest, worse = most, np.inf, 0
+    most = index.breadest
+    enough = next((b for b in breadths(NARROWEST, most, 2) if sufficient(b)), None)
+    if enough is None:
+        return Point(k, most, deepest), False
+    best: Point | None = None
+    fastest, worse = np.inf, 0
     for breadth in breadths(max(NARROWEST, enough // 2), most, STEP):
-        point = sufficient(breadth, some)
+        point = sufficient(breadth)
         if point is None:
             continue
         seconds = float(np.median(times(index, queries_MD[:TIMED], point)))
         if seconds < fastest:
-            best, fastest, worse = breadth, seconds, 0
+            best, fastest, worse = point, seconds, 0
         else:
             worse += 1
         if worse == WORSE or point.candidates == k:
             break
-    found = (sufficient(b, len(queries_MD)) for b in breadths(best, most, STEP))
-    point = next((p for p in found if p), None)
-    return (point, True) if point else (Point(k, most, deepest), False)
+    assert best
+    return best, True
 
 
 def breadths(least: int, most: int, step: float) -> list[int]:
