@@ -1,6 +1,7 @@
 """Indexes: exact search is exact, the planner keeps its promise, change is seen at once."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,13 @@ def test_a_bad_vector_is_named(bad: float) -> None:
     stored[123] = bad
     with pytest.raises(VectorError, match="vector of row 123"):
         approximate.build(Rows([stored]), Design("hnsw", "SQ8", links=8))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_while_rows_are_filed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approximate.tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b", 0))
+    with pytest.raises(OSError, match="No space left"):
+        small_index(vectors(2_000))
 
 
 @pytest.mark.parametrize("design", EVERY, ids=lambda d: f"{d.code}-{d.metric}")
