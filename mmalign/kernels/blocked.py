@@ -38,13 +38,17 @@ class Problem:
 
     @property
     def own(self) -> slice:
-        """The columns that belong to the rows."""
-        return slice(self.first, self.first + len(self.image_BD))
+        """The columns that belong to all rows."""
+        return self.owned(slice(0, len(self.image_BD)))
 
     def meeting(self, rows: slice, columns: slice) -> slice:
         """Those of some rows whose own column is among some columns."""
         start = max(rows.start, columns.start - self.first)
         return slice(start, max(start, min(rows.stop, columns.stop - self.first)))
+
+    def owned(self, rows: slice) -> slice:
+        """The columns that belong to some rows."""
+        return slice(rows.start + self.first, rows.stop + self.first)
 
 
 def accumulator(matrix: Tensor) -> torch.dtype:
@@ -53,12 +57,16 @@ def accumulator(matrix: Tensor) -> torch.dtype:
 
 
 def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of the logits along rows (B) and down columns (N), and the own logits (B)."""
+    """Log-sum-exp of the logits along rows (B) and down columns (N), and the own logits (B).
+
+    The first two are float64. Own powers join their sums there: what a pair that is nearly learned
+    still misses is all there is of its gradient, and would be lost in the rounding of float32.
+    """
     shift = _shift(problem)
-    nothing = -torch.inf if shift is None else 0.0
-    rows_B = problem.scale.new_full((len(problem.image_BD),), nothing)
-    columns_N = problem.scale.new_full((len(problem.text_ND),), nothing)
-    own_B = torch.empty_like(rows_B)
+    nothing, dtype = (-torch.inf, problem.scale.dtype) if shift is None else (0.0, torch.float64)
+    rows_B = problem.scale.new_full((len(problem.image_BD),), nothing, dtype=dtype)
+    columns_N = problem.scale.new_full((len(problem.text_ND),), nothing, dtype=dtype)
+    own_B = problem.scale.new_empty(len(rows_B))
     for rows, columns, logits_RC in _logits(problem):
         met = problem.meeting(rows, columns)
         own_B[met] = _own(problem, logits_RC, rows, columns)
@@ -67,10 +75,15 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
                 torch.logaddexp(sums, torch.logsumexp(logits_RC, dim), out=sums)
         else:
             powers_RC = _less(logits_RC, shift).exp_()
+            own = _own(problem, powers_RC, rows, columns)
+            own_powers = own.to(torch.float64, copy=True)
+            own.zero_()
             rows_B[rows] += powers_RC.sum(1)
             columns_N[columns] += powers_RC.sum(0)
-    if shift is None:
-        return rows_B, columns_N, own_B
+            rows_B[met] += own_powers
+            columns_N[problem.owned(met)] += own_powers
+    if shift is None:  # another process may have one, and all must send the same type
+        return rows_B.double(), columns_N.double(), own_B
     return rows_B.log_().add_(shift), columns_N.log_().add_(shift), own_B
 
 
@@ -90,15 +103,20 @@ def infonce_gradients(
     products = _Products(problem, wants_image, wants_text)
     if shift is not None:
         rows_B, columns_N = (shift - rows_B).exp(), (shift - columns_N).exp()
+    brief_B, brief_N = rows_B.to(problem.scale.dtype), columns_N.to(problem.scale.dtype)
     for rows, columns, logits_RC in _logits(problem):
         if shift is None:
-            weights_RC = (logits_RC - rows_B[rows, None]).exp_()
-            weights_RC += logits_RC.sub_(columns_N[columns]).exp_()
+            weights_RC = (logits_RC - brief_B[rows, None]).exp_()
+            weights_RC += logits_RC.sub_(brief_N[columns]).exp_()
+            _own(problem, weights_RC, rows, columns).sub_(2)
         else:
             # One exponential serves both directions.
             weights_RC = _less(logits_RC, shift).exp_()
-            weights_RC *= rows_B[rows, None] + columns_N[columns]
-        _own(problem, weights_RC, rows, columns).sub_(2)
+            own = _own(problem, weights_RC, rows, columns)
+            met = problem.meeting(rows, columns)
+            own_weights = own * (rows_B[met] + columns_N[problem.owned(met)]) - 2
+            weights_RC *= brief_B[rows, None] + brief_N[columns]
+            own.copy_(own_weights)
         products.add(rows, columns, weights_RC.mul_(0.5))
     return products.image_BD, products.text_ND
 

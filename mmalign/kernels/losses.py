@@ -73,7 +73,7 @@ class _InfoNCE(torch.autograd.Function):
             terms_B = (rows_B + columns_N[problem.own]) / 2 - own_B
         ctx.problem, ctx.passes, ctx.ranks = problem, passes, ranks
         ctx.save_for_backward(image_BD, text_BD, logit_scale, rows_B, columns_N)
-        return _sum(terms_B.sum(), ranks) / len(problem.text_ND)
+        return (_sum(terms_B.sum(), ranks) / len(problem.text_ND)).to(accumulator(image_BD))
 
     @staticmethod
     @once_differentiable
