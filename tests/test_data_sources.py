@@ -25,6 +25,7 @@ from data_samples import (
 )
 
 from mmalign.data import Catalog, Skip, decode_stream, read_image, report_skips, scan
+from mmalign.data.samples import Lost
 from mmalign.errors import DataError
 
 
@@ -323,8 +324,8 @@ def test_without_captions_wanted_their_images_stay(tmp_path: Path) -> None:
     assert read_image(twice) == jpeg(31)
 
 
-def skips_of(count: int, kept: bool = False) -> list[Skip]:
-    return [Skip(f"s/{i}", f"/s/{i}", f"not an image: starts with {i}", kept) for i in range(count)]
+def skips_of(count: int, lost: Lost = "sample") -> list[Skip]:
+    return [Skip(f"s/{i}", f"/s/{i}", f"not an image: starts with {i}", lost) for i in range(count)]
 
 
 def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +336,7 @@ def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) 
     assert quiet.err.startswith("1 of 100 samples skipped (1 not an image); listed in skipped.")
     assert loud.err.startswith("warning: 2 of 100 samples skipped (2 not an image)")
     assert quiet.out == loud.out == ""
-    report_skips(skips_of(50, kept=True), 100)
+    report_skips(skips_of(50, lost="captions"), 100)
     assert "warning" not in capsys.readouterr().err
     report_skips([], 100)
     assert capsys.readouterr().err == ""
@@ -344,4 +345,4 @@ def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) 
 def test_all_skipped_is_an_error_with_an_example() -> None:
     with pytest.raises(DataError, match="none of the 3 samples .*3 not an image; .*/s/0: not an"):
         report_skips(skips_of(3), 3)
-    report_skips(skips_of(3, kept=True), 3)
+    report_skips(skips_of(3, lost="captions"), 3)

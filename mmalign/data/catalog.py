@@ -60,7 +60,7 @@ def scan(
         # A caption problem explains the missing caption; one line a sample is enough.
         explained = {s.uri for s in skips if s.kept}
         skips = [s for s in skips if not (s.reason == "no caption" and s.uri in explained)]
-        skips = [replace(s, kept=False) if s.uri in explained else s for s in skips]
+        skips = [replace(s, lost="sample") if s.uri in explained else s for s in skips]
     if not records:
         raise nothing_usable(sources, skips, caption_keys)
     return Catalog(records, skips)

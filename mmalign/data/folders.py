@@ -54,15 +54,15 @@ def scan(folder: str, caption_keys: Sequence[str]) -> Found:
                 )
                 captions, meta = captions_beside(txt, js, caption_keys)
             except SampleProblem as problem:
-                yield Skip(key, uri, str(problem), kept=True)
+                yield Skip(key, uri, str(problem), lost="captions")
             except OSError as error:
                 reason = f"captions cannot be read: {error.strerror or error}"
-                yield Skip(key, uri, reason, kept=True)
+                yield Skip(key, uri, reason, lost="captions")
             yield Record(key, uri, uri, captions=captions, meta=meta)
     for failure in unread:
         path = str(failure.filename)
         key = f"{name}/{os.path.relpath(path, root)}"
-        yield Skip(key, path, f"folder cannot be read: {failure.strerror}")
+        yield Skip(key, path, f"folder cannot be read: {failure.strerror}", lost="place")
 
 
 def _walk(root: str, unread: list[OSError]) -> Iterable[tuple[str, list[str], list[str]]]:

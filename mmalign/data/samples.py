@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from mmalign.errors import DataError
 
@@ -20,6 +20,12 @@ FOREIGN_SUFFIXES = frozenset(
 DEFAULT_CAPTION_KEY = "captions"
 # Where the default key is absent, these are read in its place.
 CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
+
+
+# What a skip costs: one sample; only the captions of one, which is used without them; an unknown
+# number of samples of a place that cannot be listed to its end (a folder, a tar, a table), none of
+# which may be taken as removed; or a file passed over because its ending is on no list.
+Lost = Literal["sample", "captions", "place", "ending"]
 
 
 class SampleProblem(DataError):
@@ -47,12 +53,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A sample that is not used (or, where `kept`, whose captions are not), and why."""
+    """Something that a source holds and that is not used, and why."""
 
     id: str
     uri: str
     reason: str
-    kept: bool = False
+    lost: Lost = "sample"
+
+    @property
+    def kept(self) -> bool:
+        """Whether the sample is used all the same, without its captions."""
+        return self.lost == "captions"
 
 
 def stamp(record: Record) -> int:

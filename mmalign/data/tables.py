@@ -64,7 +64,7 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
             captions = captions_in(row, caption_keys)
         except SampleProblem as problem:
             captions = ()
-            problems.append(Skip(key, uri, str(problem), kept=True))
+            problems.append(Skip(key, uri, str(problem), lost="captions"))
         used = {image_column, id_column, *caption_keys, *CAPTION_ALIASES}
         meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
         if in_row:

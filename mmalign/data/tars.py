@@ -74,7 +74,9 @@ def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str,
                 content = tar.extractfile(member)
                 sample[place] = content.read() if content else b""
         if size - tar.offset < tarfile.BLOCKSIZE:
-            problems.append(Skip(path, path, "tar has no end mark: it may be cut short", kept=True))
+            problems.append(
+                Skip(path, path, "tar has no end mark: it may be cut short", lost="captions")
+            )
     for key, sample in samples.items():
         # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
         for place, content in samples.get(key.partition(".")[0], {}).items():
@@ -88,7 +90,7 @@ def _until_torn(tar: tarfile.TarFile, path: str, problems: list[Skip]) -> Iterat
     try:
         yield from tar
     except (tarfile.TarError, EOFError) as error:
-        problems.append(Skip(path, path, f"tar breaks off: {error}"))
+        problems.append(Skip(path, path, f"tar breaks off: {error}", lost="place"))
 
 
 def _record(
@@ -104,5 +106,5 @@ def _record(
     try:
         captions, meta = captions_beside(sample.get("txt"), sample.get("json"), caption_keys)
     except SampleProblem as problem:
-        yield Skip(key, uri, str(problem), kept=True)
+        yield Skip(key, uri, str(problem), lost="captions")
     yield Record(key, uri, path, offset, length, captions=captions, meta=meta)
