@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bench import measure
+from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import PRESETS
 from mmalign.model.towers import ConvTower
 from mmalign.optimization import Arithmetic
@@ -54,7 +55,7 @@ def main(words: list[str]) -> None:
         for bfloat16, channels_last in product((False, True), (False, True)):
             arithmetic = Arithmetic(bfloat16, channels_last)
             # Without hardware for it bfloat16 is emulated, a hundred times slower.
-            measured = not bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            measured = not bfloat16 or has_bfloat16()
             speed = images_per_s(network, arithmetic, images) if measured else None
             row[f"{arithmetic} images/s"] = round(speed) if speed else ""
         measure.append("arithmetic", row)

@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import measure
 from mmalign.data import read_image, scan
 from mmalign.evaluate import evaluate
+from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import openclip
 from mmalign.train import TrainConfig, train
 
@@ -86,7 +85,7 @@ def run_open_clip(
     options: argparse.Namespace, table: Path, model: Path, *, epochs: int, name: str
 ) -> float:
     """Run open_clip's trainer and return the seconds it took."""
-    precision = "amp_bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    precision = "amp_bf16" if has_bfloat16() else "fp32"
     words: list[Any] = [
         "--model", model.stem, "--train-data", table, "--dataset-type", "csv",
         "--csv-separator", ",", "--batch-size", 256, "--lr", 1e-3, "--wd", 0.2, "--warmup", 100,

@@ -69,7 +69,7 @@ class Exact(Index):
         return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
 
     def _can_code(self) -> bool:
-        return kernels.can_code() and self.rows * self.shards[0].shape[1] <= self.coded_bytes
+        return kernels.has_int8() and self.rows * self.shards[0].shape[1] <= self.coded_bytes
 
     def _prepare(self, *, with_codes: bool) -> None:
         self.prepared = True

@@ -15,7 +15,7 @@ from typing import Any
 from mmalign.data import Record, Spool, report_skips
 from mmalign.errors import DataError, UsageError
 from mmalign.evaluate import compare
-from mmalign.model import Encoder, Precision, fastest_device, in_precision, load_model
+from mmalign.model import Encoder, Precision, in_precision, load_model, to_fastest
 from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
 from mmalign.store import (
@@ -87,7 +87,7 @@ def embed(
     if drop_removed and part[1] > 1:
         raise UsageError("--drop-removed looks at all samples: run it without --shard")
     path = Path(out)
-    plain = load_model(model).on(fastest_device())
+    plain = to_fastest(load_model(model))
     encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = open_or_new(path, card)

@@ -89,4 +89,5 @@ def is_out_of_memory(error: Exception) -> bool:
     """Tell want of memory from other errors."""
     # torch has a class for a GPU's memory only; on a CPU there are the words.
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, kinds) or any(w in str(error) for w in words)

@@ -17,7 +17,7 @@ from mmalign.data import Record, Skip, report_skips, scan
 from mmalign.encoding import Texts
 from mmalign.errors import DataError
 from mmalign.metrics import accuracy, recall_at
-from mmalign.model import Encoder, cosines, fastest_device, load_model
+from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.pipeline import Pipeline
 from mmalign.progress import bar
 
@@ -48,7 +48,7 @@ def evaluate(
         k of 1, 5, 10; with classes also `acc1`, `acc5`, `mean_per_class_recall`; and the counts
         `images`, `captions`, `skipped`.
     """
-    encoder = model if isinstance(model, Encoder) else load_model(model).on(fastest_device())
+    encoder = model if isinstance(model, Encoder) else to_fastest(load_model(model))
     catalog = scan(sources, caption_keys=caption_keys, need_captions=True)
     records, images_ND, texts, lost = encode_records(encoder, catalog.records)
     skips = [*catalog.skips, *lost]

@@ -10,6 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from mmalign.kernels.processor import has_bfloat16
+
 PROBE_REPEATS = 2
 
 
@@ -93,10 +95,11 @@ def fastest(
     between machines; half a second of trying is cheaper than a rule.
     """
     # Without hardware for it bfloat16 is emulated, and never worth trying.
-    has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     layouts = (False, True) if is_image else (False,)
     times: dict[Arithmetic, float] = {}
-    for bfloat16, channels_last in product((False, True) if has_bfloat16 else (False,), layouts):
+    for bfloat16, channels_last in product(
+        (False, True) if has_bfloat16(device) else (False,), layouts
+    ):
         arithmetic = Arithmetic(bfloat16, channels_last)
         if not channels_last:
             network.to(memory_format=torch.contiguous_format)

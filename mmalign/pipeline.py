@@ -4,7 +4,8 @@
 
 On a CPU each encoding thread takes a batch of its own and computes alone: threads that share one
 batch wait for each other at every layer, and for every image that is decoded beside them. On a GPU
-two threads take turns, so that one copies while the other computes.
+two threads take turns, so that one copies while the other computes. On other devices (Apple's) one
+thread encodes.
 
 B items of a batch, S side of an image in pixels, D dimensions.
 """
@@ -110,13 +111,14 @@ class Pipeline:
         self.texts = Texts(encoder)
         self.decoded, self.jpegs = InHalves(self._decoded), InHalves(self._jpegs)
         on_cpu = encoder.device.type == "cpu"
-        self.decodes_on_device = not on_cpu
+        on_cuda = encoder.device.type == "cuda"
+        self.decodes_on_device = on_cuda
         if on_cpu:
             keep_memory()
         self.threads = torch.get_num_threads()
         self.batch = CPU_BATCH if on_cpu else GPU_BATCH
         self.decoding = Stage("decode", modality.decode_workers())
-        self.encoding = Stage("encode", self.threads if on_cpu else 2)
+        self.encoding = Stage("encode", self.threads if on_cpu else 2 if on_cuda else 1)
         self.writing = Stage("write", 1)
         self.started = time.perf_counter()
 

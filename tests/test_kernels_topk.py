@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.kernels import exact, screens
+from mmalign.kernels import exact, processor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["reference", "single", "half", "bfloat16", "int8", "triton"]
@@ -222,7 +222,7 @@ def test_auto_says_what_it_picks() -> None:
     assert kernels.choose_topk(query, plain) == "half"
     assert kernels.choose_topk(query, coded) == "int8"
     assert kernels.choose_topk(many, plain) == "single"
-    brief = "bfloat16" if screens.has_bfloat16() else "single"
+    brief = "bfloat16" if processor.has_bfloat16() else "single"
     assert kernels.choose_topk(unit(200, 16).float(), plain) == brief
     assert kernels.choose_topk(many, coded) == "int8"
     assert kernels.choose_topk(many, coded, allow) == "single"

@@ -97,8 +97,8 @@ def test_eight_bits_replace_every_large_layer(clip: Encoder) -> None:
 
 
 def test_packed_weights_give_the_same(clip: Encoder) -> None:
-    if not precision.has_bfloat16(clip.device):
-        pytest.skip("no bfloat16 products here")
+    if not precision.packs_bfloat16():
+        pytest.skip("no packed bfloat16 products here")
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(96, 80, bias=bias).bfloat16()
@@ -167,8 +167,6 @@ def test_the_largest_sums_are_whole_on_any_processor() -> None:
 def test_auto_takes_bfloat16_only_where_it_gains(
     clip: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not precision.has_bfloat16(clip.device):
-        monkeypatch.setattr(lean, "pack", lambda towers: None)  # such a processor cannot
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     seconds = iter([1.0, 0.5, 1.0, 0.95])
     monkeypatch.setattr(precision, "_seconds", lambda run: next(seconds))
@@ -183,7 +181,7 @@ def test_auto_takes_bfloat16_only_where_it_gains(
 def test_eight_bits_without_support_are_refused(
     clip: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "available", lambda: False)
+    monkeypatch.setattr(precision, "has_int8", lambda: False)
     with pytest.raises(UsageError, match="int8 needs a CPU"):
         in_precision(clip, "int8")
 

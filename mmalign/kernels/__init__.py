@@ -17,8 +17,8 @@ from mmalign.errors import VectorError
 from mmalign.kernels import blocked, checks, losses, reference
 from mmalign.kernels.cached import backward_in_parts
 from mmalign.kernels.candidates import best_candidates
-from mmalign.kernels.codes import can_code
 from mmalign.kernels.exact import TopkImpl, choose_topk, prepare, topk
+from mmalign.kernels.processor import has_int8
 from mmalign.kernels.screens import Corpus
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
     "TopkImpl",
     "backward_in_parts",
     "best_candidates",
-    "can_code",
     "choose_loss",
     "choose_topk",
     "contrastive_loss",
+    "has_int8",
     "prepare",
     "sigmoid_loss",
     "topk",

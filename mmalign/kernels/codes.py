@@ -120,11 +120,6 @@ class FewQueries(Queries):
         return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
 
 
-def can_code() -> bool:
-    """Say whether this build of torch has the product of codes."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-
-
 def code(shard_ND: Tensor) -> Codes:
     """Code the vectors of a shard."""
     count, width = shard_ND.shape

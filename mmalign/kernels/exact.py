@@ -20,8 +20,9 @@ from torch import Tensor
 from mmalign.errors import VectorError
 from mmalign.kernels import checks, codes, reference, screens
 from mmalign.kernels.codes import GROUP
+from mmalign.kernels.processor import has_bfloat16, has_int8, sums_float16_in_float32
 from mmalign.kernels.rescore import best_pairs, by_query, exact_scores
-from mmalign.kernels.screens import Block, Corpus, has_bfloat16
+from mmalign.kernels.screens import Block, Corpus
 
 TopkImpl = Literal["auto", "reference", "single", "half", "bfloat16", "int8", "triton"]
 _SCREENS: dict[str, screens.Screen] = {
@@ -141,7 +142,7 @@ def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) 
     corpus = replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
     if not with_codes:
         return corpus
-    if not codes.can_code():
+    if not has_int8():
         raise VectorError("with_codes needs a torch that is built with oneDNN")
     return replace(corpus, codes=[codes.code(shard.cpu()) for shard in corpus.shards])
 
@@ -164,8 +165,8 @@ def _refuses_half(corpus: Corpus) -> str | None:
         return f"vectors_ND is {', '.join(sorted(map(str, corpus.dtypes)))}, not float16"
     if any(shard.is_cuda for shard in corpus.shards):
         return "vectors_ND is not on a CPU"
-    if torch._C._get_cpu_allow_fp16_reduced_precision_reduction():  # type: ignore[attr-defined]
-        return "torch is set to sum float16 in float16"
+    if not sums_float16_in_float32():
+        return "torch is set to sum float16 in float16, or does not tell"
     return None
 
 

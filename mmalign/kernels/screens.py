@@ -9,7 +9,6 @@ in any order adds at most D u / (1 - D u) |q'| |v'|.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -190,13 +189,6 @@ def _longest(block_BD: Tensor) -> float:
     wide = torch.empty(pieces[0].shape)
     norms = [torch.linalg.vector_norm(wide[: len(p)].copy_(p), dim=1).max() for p in pieces]
     return float(torch.stack(norms).max())
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Say whether this CPU multiplies bfloat16 itself."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(known()) and torch.backends.mkldnn.is_available()
 
 
 def int8(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:

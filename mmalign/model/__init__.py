@@ -5,6 +5,7 @@ towers.py       the networks of our own presets
 presets.py      nano, tiny, small: which towers, how large, for which machine
 tokenizer.py    byte-level BPE trained on captions
 openclip.py     the only file that imports open_clip
+devices.py      the device that an encoder runs on
 precision.py    float32, bfloat16 or eight bits to encode in
 lean.py         the layers of a transformer in fewer steps, for encoding on a CPU
 int8.py         linear layers in eight bits
@@ -14,6 +15,7 @@ checkpoint.py   run folders: weights as safetensors, everything else as text
 from mmalign.model.checkpoint import load_model as load_model
 from mmalign.model.checkpoint import new_model as new_model
 from mmalign.model.checkpoint import save_model as save_model
+from mmalign.model.devices import to_fastest as to_fastest
 from mmalign.model.encoder import Encoder as Encoder
 from mmalign.model.encoder import Preprocess as Preprocess
 from mmalign.model.encoder import fastest_device as fastest_device
@@ -33,4 +35,5 @@ __all__ = [
     "load_model",
     "new_model",
     "save_model",
+    "to_fastest",
 ]

@@ -81,7 +81,10 @@ class Tokenizer(ABC):
 
 
 def fastest_device() -> torch.device:
-    """Return the GPU where there is one that torch can use, else the CPU."""
+    """Return the device to train on: a CUDA GPU where there is one, else the CPU.
+
+    Not an Apple GPU: it has no float64, which the losses sum in. `to_fastest` is for encoding.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

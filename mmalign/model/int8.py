@@ -15,20 +15,16 @@ Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Trans
 import torch
 from torch import Tensor, nn
 
+from mmalign.kernels.processor import has_vnni
+
 LEVELS, NARROW_LEVELS, ZERO = 127, 63, 128
 # Below so many weights, rounding costs more than it saves.
 WORTH = 1 << 16
 
 
-def available() -> bool:
-    """Say whether this build of torch can multiply bytes."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-
-
 def weight_levels() -> int:
     """Steps of a weight on each side of zero whose sums this processor keeps whole."""
-    known = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    return LEVELS if known() else NARROW_LEVELS
+    return LEVELS if has_vnni() else NARROW_LEVELS
 
 
 def quantize(module: nn.Module) -> None:

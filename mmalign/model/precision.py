@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.errors import UsageError
+from mmalign.kernels.processor import has_bfloat16, has_int8, packs_bfloat16
 from mmalign.model import int8, lean
 from mmalign.model.encoder import Encoder, Towers, Vectors
 
@@ -58,7 +59,7 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
         UsageError: "int8" is asked for on a GPU or a build of torch that cannot.
     """
     if precision == "int8":
-        if encoder.device.type != "cpu" or not int8.available():
+        if encoder.device.type != "cpu" or not has_int8():
             raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
         towers = _lean(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
         int8.quantize(towers)
@@ -67,18 +68,13 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
         encoder.towers.eval()
         return encoder, "float32"
     cast = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
-    if encoder.device.type == "cpu" and has_bfloat16(encoder.device):
+    if encoder.device.type == "cpu" and packs_bfloat16():
         lean.pack(cast)
     candidate = _same_model(encoder, cast)
     if precision == "auto" and not _better(candidate, encoder):
         encoder.towers.eval()
         return encoder, "float32"
     return candidate, "bfloat16"
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Say whether a device multiplies bfloat16 itself; emulated, it is slower than float32."""
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:

@@ -1,0 +1,68 @@
+"""What this processor and this build of torch can multiply, asked in one place.
+
+torch answers through private functions that not every build has: wheels for macOS and Windows on
+ARM come without oneDNN's. A question that cannot be asked is answered with no, so that the plain
+path is taken.
+"""
+
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def has_bfloat16(device: torch.device = CPU) -> bool:
+    """Say whether a device multiplies bfloat16 itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return True
+    return device.type == "cpu" and _cpu_has_bfloat16()
+
+
+@cache
+def has_int8() -> bool:
+    """Say whether oneDNN's products of bytes are there, on a CPU."""
+    names = ("qlinear_prepack", "qlinear_pointwise")
+    return torch.backends.mkldnn.is_available() and has_operators("onednn", *names)
+
+
+@cache
+def has_vnni() -> bool:
+    """Say whether a CPU adds products of bytes in 32 bits; without, pairs are cut off at 16."""
+    return _ask(torch.cpu, "_is_vnni_supported")
+
+
+@cache
+def packs_bfloat16() -> bool:
+    """Say whether oneDNN's linear layer over weights laid out in advance is there."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return _cpu_has_bfloat16() and has_operators("mkldnn", *names)
+
+
+def sums_float16_in_float32() -> bool:
+    """Say whether a CPU is known to sum float16 products in float32; a user may change it."""
+    known = getattr(torch._C, "_get_cpu_allow_fp16_reduced_precision_reduction", None)
+    return known is not None and not known()
+
+
+def has_operators(namespace: str, *names: str) -> bool:
+    """Say whether this build of torch has all of some operators."""
+    space = getattr(torch.ops, namespace)
+    return all(hasattr(space, name) for name in names)
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return _ask(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return _ask(torch.cpu, "_is_avx512_bf16_supported")
+
+
+def _ask(place: Any, question: str) -> bool:
+    """Call a function that this build of torch may not have."""
+    known = getattr(place, question, None)
+    return bool(known()) if known is not None else False

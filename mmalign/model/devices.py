@@ -1,0 +1,43 @@
+"""The device that an encoder runs on: a GPU that gives the vectors of the CPU, else the CPU."""
+
+import numpy as np
+import torch
+
+from mmalign.model.encoder import Encoder, Vectors
+from mmalign.progress import say
+
+# Images to try a device with, and how near its vectors must be to the CPU's, as a cosine.
+PROBED, NEAR = 4, 0.999
+PROBE_TEXT = "a photo of a brown dog that runs on the beach"
+CPU = torch.device("cpu")
+
+
+def to_fastest(encoder: Encoder) -> Encoder:
+    """Move an encoder to the fastest device that can encode with it, and return it.
+
+    A CUDA GPU is taken as it is. An Apple GPU must first give the vectors of the CPU on some noise
+    and a text, as torch does not have every operator there; if it does not, that is said and the
+    CPU is used.
+    """
+    if torch.cuda.is_available():
+        return encoder.on(torch.device("cuda"))
+    if not torch.backends.mps.is_available():
+        return encoder.on(CPU)
+    wanted = _probe(encoder.on(CPU))
+    try:
+        nearest = float((_probe(encoder.on(torch.device("mps"))) * wanted).sum(axis=1).min())
+        problem = (
+            "" if nearest >= NEAR else f"its vectors have a cosine of {nearest:.4f} with the CPU's"
+        )
+    except Exception as error:  # an operator that is missing there, no memory, an old system
+        problem = " ".join(str(error).split()) or type(error).__name__
+    if problem:
+        say(f"the Apple GPU is not used, the CPU is: {problem}")
+        encoder.on(CPU)
+    return encoder
+
+
+def _probe(encoder: Encoder) -> Vectors:
+    side = encoder.preprocess.size
+    noise = np.random.default_rng(0).integers(0, 256, (PROBED, side, side, 3), dtype=np.uint8)
+    return np.concatenate([encoder.encode_images(noise), encoder.encode_texts([PROBE_TEXT])])
