@@ -65,6 +65,18 @@ def test_equal_ids_in_a_table_lose_nothing(tmp_path: Path) -> None:
     assert catalog.skips == []
 
 
+def test_an_id_column_names_samples_wherever_their_rows_are(tmp_path: Path) -> None:
+    for order in ("ab", "xab"):
+        table = pa.table({"image": [jpeg(ord(c)) for c in order], "key": list(order)})
+        pq.write_table(table, tmp_path / "t.parquet")
+        rows = {r.id: (r.row, r.given_id) for r in listed(tmp_path / "t.parquet").records}
+        assert rows == {f"t/{c}": (order.index(c), True) for c in order}
+    (tmp_path / "c.csv").write_text("id,image\n1,a.jpg\n1,b.jpg\n,c.jpg\n")
+    given = [(r.id, r.given_id) for r in listed(tmp_path / "c.csv").records]
+    # An id that stands twice, or not at all, names nothing.
+    assert given == [("c/1", True), (f"{tmp_path}/b.jpg", False), ("c/c.jpg", False)]
+
+
 def test_tsv_and_a_caption_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "c.tsv").write_bytes(b"\xef\xbb\xbffile\ttitle\na.jpg\tfine\nb.jpg\tcaf\xe9\n")
     catalog = listed(tmp_path / "c.tsv")

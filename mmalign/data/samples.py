@@ -49,6 +49,10 @@ class Record:
     column: str = ""
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    given_id: bool = False
+    """The source itself names the sample (a table with an id column): the id decides which sample
+    this is, wherever its row has moved to. Else an id is made from names of files or rows, and
+    says no more than the uri does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class Names:
         """Return the record under a free id, or a skip where it was seen before."""
         held = self._uri(found.id)
         if held is not None and held != found.uri:
-            found = replace(found, id=found.uri)
+            found = replace(found, id=found.uri, given_id=False)
             held = self._uri(found.id)
         if held is not None:
             return Skip(found.id, found.uri, "given twice")

@@ -55,7 +55,8 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
         in_row = binary == image_column
         image = f"row {number}" if in_row else row.get(image_column)
         given = row.get(id_column) if id_column else None
-        key = f"{name}/{image if given in (None, '') else given}"
+        is_given = given not in (None, "")
+        key = f"{name}/{given if is_given else image}"
         uri = f"{path}#row={number}"
         if not image:
             problems.append(Skip(key, uri, "no image path"))
@@ -72,7 +73,7 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
         else:
             place = _resolve(str(image), folder)
             record = Record(key, place, place, captions=captions)
-        known = found.get(record.uri, replace(record, captions=(), meta=meta))
+        known = found.get(record.uri, replace(record, captions=(), meta=meta, given_id=is_given))
         found[record.uri] = replace(known, captions=clean([*known.captions, *captions]))
     yield from problems
     yield from found.values()
