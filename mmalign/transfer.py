@@ -25,6 +25,7 @@ from mmalign.store import ModelCard, Row, Store, Writer, add_failures, meta_json
 from mmalign.store.ids import hashes
 from mmalign.store.layouts import write_dataset, write_parquet
 from mmalign.store.parts import Part, find_parts, read_part, read_records, write_parts
+from mmalign.values import json_value
 
 NAMES = ("key", "image_path", "url")
 Format = Literal["parquet", "npy", "hf"]
@@ -206,7 +207,7 @@ def _entry(record: dict[str, Any], place: str) -> _Entry:
     others = [str(c) for c in every if c != caption] if isinstance(every, list) else []
     meta = known.pop("meta", "{}")
     with contextlib.suppress(TypeError, ValueError):
-        meta = json.loads(meta)
+        meta = json_value(json.loads(meta))
     meta = meta if isinstance(meta, dict) else {"meta": meta}
     said = [name for name in NAMES if str(known.get(name)) in (id, uri)]
     meta |= {name: value for name, value in known.items() if name not in said}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,28 @@ def test_unusable_vectors_are_listed(tmp_path: Path) -> None:
     report = import_parts(tmp_path, tmp_path / "s.store", "any")
     assert (report.added, report.present, report.failed) == (3, 2, 0)
     assert [f["uri"] for f in open_store(tmp_path / "s.store").failures()] == ["/p/4.jpg"]
+
+
+def test_what_is_no_json_is_null_or_text_in_meta(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table: dict[str, Any] = {
+        "key": ["a"],
+        "price": pa.array([[float("nan")]]),
+        "taken": pa.array([1_577_923_200_000_000_001], pa.timestamp("ns")),
+        "cost": pa.array([Decimal("1.50")]),
+        "meta": ['{"score": NaN}'],
+    }
+    write_part(tmp_path / "parts", 0, vectors(1), table)
+    import_parts(tmp_path / "parts", tmp_path / "s.store", "any")
+    (stored,) = open_store(tmp_path / "s.store").rows([0], ("meta",))
+    assert json.loads(stored["meta"], parse_constant=pytest.fail) == {
+        "price": [None],
+        "taken": "2020-01-02 00:00:00.000000001",
+        "cost": 1.5,
+        "score": None,
+    }
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_equal_ids_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

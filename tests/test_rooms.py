@@ -8,7 +8,8 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
-    {"mmalign.errors"},
+    {"mmalign.errors", "mmalign.values"},
+    {"mmalign.arrow_values"},
     {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress", "mmalign.cli_options"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
@@ -28,7 +29,7 @@ DOORS = {
     "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},
     "tokenizers": {"mmalign.model.tokenizer"},
     "safetensors": {"mmalign.model.checkpoint"},
-    "pyarrow": {"mmalign.store", "mmalign.data.tables"},
+    "pyarrow": {"mmalign.store", "mmalign.arrow_values", "mmalign.data.tables"},
     "webdataset": {"mmalign.data.tars", "mmalign.data.catalog", "mmalign.data.scenes"},
     "fsspec": {"mmalign.data"},
     "click": {"mmalign.cli", "mmalign.cli_options", "mmalign.cli_store"},

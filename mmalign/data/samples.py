@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from mmalign.errors import DataError
+from mmalign.values import json_value
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -124,7 +125,10 @@ def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) ->
         if not captions and js is None:
             raise SampleProblem("caption file is empty")
     wanted = {*keys, *CAPTION_ALIASES}
-    return captions, {k: v for k, v in meta.items() if k not in wanted}
+    try:
+        return captions, json_value({k: v for k, v in meta.items() if k not in wanted})
+    except ValueError as error:
+        raise SampleProblem(f".json is {error}") from None
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrow_values import python_rows
 from mmalign.errors import DataError
+from mmalign.progress import say
 from mmalign.store.layouts import Tick, open_parquet
 from mmalign.store.reader import Store
 
@@ -204,6 +206,7 @@ def read_records(
         held = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
         wanted = [name for name in held if columns is None or name in columns]
         batches = file.iter_batches(ROWS_AT_A_TIME, columns=wanted)
+        named: set[str] = set()
         while True:
             try:
                 batch = next(batches, None)
@@ -211,7 +214,11 @@ def read_records(
                 raise DataError(f"{part.metadata}: cannot be read: {error}") from None
             if batch is None:
                 return
-            yield batch.to_pylist() if wanted else [{} for _ in range(len(batch))]
+            rows, unread = python_rows(batch)
+            for name in sorted(unread.keys() - named):
+                say(f"{part.metadata}: column {name!r} is left out: {unread[name]} is not read")
+            named |= unread.keys()
+            yield rows
 
 
 def read_part(

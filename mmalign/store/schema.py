@@ -3,7 +3,6 @@
 D dimensions. An image has one embedding; its captions have one each, so the text column is a list.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign.errors import VectorError
+from mmalign.values import to_json
 
 Vectors = NDArray[np.float32]
 UNIT_TOLERANCE = 1e-3
@@ -42,10 +42,8 @@ class Row:
 
 
 def meta_json(meta: dict[str, Any]) -> str:
-    """Return what a source said of a sample as a row keeps it."""
-    text = json.dumps(meta, ensure_ascii=False, default=str)
-    # Half a surrogate cannot be stored as UTF-8; as a JSON escape it can.
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Return what a source said of a sample as a row keeps it, see `values.json_value`."""
+    return to_json(meta)
 
 
 @lru_cache
