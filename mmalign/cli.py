@@ -19,6 +19,7 @@ from mmalign.cli_options import model_option as _model
 from mmalign.cli_options import print_values as _print
 from mmalign.cli_options import store_argument as _store
 from mmalign.cli_options import where_option as _where
+from mmalign.cli_options import yes_option as _yes
 from mmalign.errors import DataError, UsageError
 from mmalign.terminal import columns, openable, printable, shorten, width
 
@@ -136,6 +137,7 @@ def train(
 )  # fmt: skip
 @click.option("--checksum", is_flag=True, help="Compare the content of images that are there.")
 @click.option("--drop-removed", is_flag=True, help="Delete rows whose image left its source.")
+@_yes
 @click.option(
     "--shard", "part", default="1/1", metavar="I/N", show_default=True,
     help="Embed the I-th of N parts: N processes can fill one store.",

@@ -44,6 +44,9 @@ model_option = click.option(
     help="A run folder, or an open_clip model as NAME:TAG or NAME:FILE.",
 )  # fmt: skip
 store_argument = click.argument("store", type=FolderPath())
+yes_option = click.option(
+    "--yes", is_flag=True, help="Delete even if it is more than a tenth of the rows."
+)
 where_option = click.option(
     "--where", "where", metavar="SQL",
     help="Rows by SQL over id, uri, captions, meta and the fields of meta.",

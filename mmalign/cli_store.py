@@ -16,6 +16,7 @@ from mmalign.cli_options import (
     show,
     store_argument,
     where_option,
+    yes_option,
 )
 from mmalign.errors import StoreError, UsageError
 from mmalign.terminal import columns, openable, printable, shorten
@@ -130,9 +131,16 @@ def _as_lists(report: Any) -> dict[str, Any]:
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @where_option
 @click.option("--dry-run", is_flag=True, help="Tell what would be deleted, and delete nothing.")
+@yes_option
 @json_option
 def delete(
-    *, store: Path, ids: tuple[str, ...], where: str | None, dry_run: bool, as_json: bool
+    *,
+    store: Path,
+    ids: tuple[str, ...],
+    where: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Delete rows by id or by SQL; `compact` gives their space back later.
 
@@ -140,7 +148,7 @@ def delete(
     Example:  mmalign delete photos.store photos/cat photos/dog
               mmalign delete photos.store --where "label = 'dress' and price > 20" --dry-run
     """
-    from mmalign.store import delete_rows, open_store
+    from mmalign.store import delete_rows, open_store, require_few
 
     if bool(ids) == (where is not None):
         raise UsageError("name the rows to delete by their ids, or by --where, not by both")
@@ -149,6 +157,7 @@ def delete(
     gone = held.rows(numbers, ("id", "uri"))
     deleted = 0
     if len(gone) and not dry_run:
+        require_few(store, len(gone), len(held), yes)
         deleted = delete_rows(store, numbers, held.manifest.generation)
     if as_json:
         answer = {"deleted": deleted, "dry_run": dry_run, "ids": [row["id"] for row in gone]}

@@ -245,7 +245,7 @@ def test_what_is_gone_from_a_url_is_a_skip(memory: Any) -> None:
         ("foo://bucket/x.tar", "cannot be opened: Protocol not known: foo"),
         ("memory://none/*.tar", "no such file or folder$"),
         ("memory://none.tar", "cannot be read as a tar"),
-        ("memory://none", "no images found"),
+        ("memory://none", "memory:///none: folder cannot be read: no such folder"),
         ("a{1", "[Uu]nbalanced braces"),
         ("nowhere/at/all", r"no such file or folder \(nowhere/at does not exist\)"),
         ("x" * 300, "no such file or folder"),

@@ -3,6 +3,7 @@
 samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
 spool.py     samples on disk while a source is scanned
+remote.py    folders behind URLs
 folders.py   images in a folder, with same-named .txt or .json beside them
 tars.py      WebDataset tars, local or remote
 tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
@@ -36,6 +37,7 @@ from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
 from mmalign.data.pixels import read_and_decode as read_and_decode
+from mmalign.data.remote import spelled as spelled
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
@@ -67,6 +69,7 @@ __all__ = [
     "read_image",
     "report_skips",
     "scan",
+    "spelled",
     "stamp",
     "stream",
     "suits_device",

@@ -174,6 +174,9 @@ def nothing_usable(sources: Sequence[str], skips: Sequence[Skip], keys: Sequence
     if not skips:
         return DataError(f"{where}: no images found")
     message = f"{where}: no usable sample: {_reasons(skips)}"
+    places = [s for s in skips if s.lost == "place"]
+    if places:
+        message += f"; {places[0].uri}: {places[0].reason}"
     if any(s.reason == "no caption" for s in skips):
         message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
     return DataError(message)

@@ -1,10 +1,11 @@
 """Images in a folder and below it, with same-named .txt or .json files beside them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from mmalign.data.remote import walk as remote_walk
 from mmalign.data.samples import (
     FOREIGN_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -27,10 +28,9 @@ def scan(folder: str, caption_keys: Sequence[str]) -> Found:
     remote = "://" in folder
     fs, root = fsspec.core.url_to_fs(folder)
     name = PurePosixPath(root).name
-    unread: list[OSError] = []
-    for parent, folders, files in fs.walk(root) if remote else _walk(root, unread):
-        if isinstance(folders, list):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+    unread: dict[str, str] = {}
+    for parent, folders, files in remote_walk(fs, root, unread) if remote else _walk(root, unread):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         names = sorted(f for f in files if not f.startswith("."))
         stems = {os.path.splitext(f)[0] for f in names if suffix(f) in IMAGE_SUFFIXES}
         beside = {os.path.splitext(f)[0] + suffix(f): f for f in names}
@@ -59,16 +59,20 @@ def scan(folder: str, caption_keys: Sequence[str]) -> Found:
                 reason = f"captions cannot be read: {error.strerror or error}"
                 yield Skip(key, uri, reason, lost="captions")
             yield Record(key, uri, uri, captions=captions, meta=meta)
-    for failure in unread:
-        path = str(failure.filename)
+    for path, reason in unread.items():
         key = f"{name}/{os.path.relpath(path, root)}"
-        yield Skip(key, path, f"folder cannot be read: {failure.strerror}", lost="place")
+        uri = fs.unstrip_protocol(path) if remote else path
+        yield Skip(key, uri, f"folder cannot be read: {reason}", lost="place")
 
 
-def _walk(root: str, unread: list[OSError]) -> Iterable[tuple[str, list[str], list[str]]]:
+def _walk(root: str, unread: dict[str, str]) -> Iterator[tuple[str, list[str], Iterable[str]]]:
     """Walk a local folder: what cannot be listed is kept, what links lead back to is not walked."""
+
+    def note(error: OSError) -> None:
+        unread[str(error.filename)] = error.strerror or str(error)
+
     seen: set[str] = set()
-    for parent, folders, files in os.walk(root, onerror=unread.append, followlinks=True):
+    for parent, folders, files in os.walk(root, onerror=note, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
