@@ -1,6 +1,7 @@
 """A second task for the image tower while it trains: say which words its captions have.
 
-B images, C captions, D dimensions, P captions of the whole set, T tokens, V vocabulary.
+B images, C captions, D dimensions, P captions of the whole set, T tokens, U tokens of the
+tokenizer, V tokens that the captions have.
 
 A contrastive loss teaches an image only what tells it apart from the rest of its batch. Predicting
 words compares it with the whole vocabulary at once, which is worth much where images are few and
@@ -17,27 +18,35 @@ SHARPNESS = 10.0
 
 
 class WordHead(nn.Module):
-    """Scores every token of the vocabulary from an image vector; final."""
+    """Scores every token that the captions have, from an image vector; final."""
 
     idf_V: Tensor
+    number_U: Tensor
+    """Number of each token of the tokenizer among those of the captions."""
 
     def __init__(self, dim: int, tokens_PT: Tensor) -> None:
         """Weigh tokens by how rare they are among all captions, padded with 0."""
         super().__init__()
-        vocabulary = int(tokens_PT.max()) + 1
-        self.score = nn.Linear(dim, vocabulary)
+        every = int(tokens_PT.max()) + 1
         # Tokens are counted once a caption.
         owner_P1 = torch.arange(len(tokens_PT), dtype=torch.int64)[:, None]
-        once = (tokens_PT.long() + vocabulary * owner_P1).unique() % vocabulary
-        count_V = torch.bincount(once, minlength=vocabulary)
-        idf_V = torch.log(len(tokens_PT) / (1 + count_V)).clamp(min=0)
-        idf_V[0] = 0
+        once = (tokens_PT.long() + every * owner_P1).unique() % every
+        count_U = torch.bincount(once, minlength=every)
+        there = count_U.nonzero()[:, 0]
+        idf_V = torch.log(len(tokens_PT) / (1 + count_U[there])).clamp(min=0)
+        idf_V[there == 0] = 0
+        number_U = torch.zeros(every, dtype=torch.int64)
+        number_U[there] = torch.arange(len(there))
+        self.score = nn.Linear(dim, len(there))
         self.register_buffer("idf_V", idf_V, persistent=False)
+        self.register_buffer("number_U", number_U, persistent=False)
 
     def forward(self, image_BD: Tensor, tokens_BCT: Tensor) -> Tensor:
         """Return the cross entropy between the scores and the words of the drawn captions."""
         scores_BV: Tensor = self.score(SHARPNESS * image_BD)
-        wanted_BV = torch.zeros_like(scores_BV).scatter_(1, tokens_BCT.flatten(1), 1.0)
+        wanted_BV = torch.zeros_like(scores_BV).scatter_(
+            1, self.number_U[tokens_BCT.flatten(1)], 1.0
+        )
         wanted_BV = F.normalize(wanted_BV * self.idf_V, p=1, dim=1)
         per_image_B = (wanted_BV * scores_BV.log_softmax(dim=1)).sum(dim=1)
         return -per_image_B.mean()

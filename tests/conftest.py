@@ -20,7 +20,8 @@ from mmalign.data.scenes import write_scenes
 from mmalign.embed import embed
 from mmalign.train import TrainConfig, train
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on the CPU; they read this when they are imported.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -13,7 +13,7 @@ from torch import nn
 from mmalign import load_model
 from mmalign.errors import InstallError, ModelError
 from mmalign.model import PRESETS, Preprocess, new_model, openclip, save_model
-from mmalign.model.tokenizer import from_json, train
+from mmalign.model.tokenizer import common_characters, from_json, train
 
 CAPTIONS = ["a red circle left of a blue star", "一个红色圆形在一个蓝色星形的左边", "two dogs run"]
 
@@ -54,8 +54,31 @@ def test_tokenizer_spells_anything_and_survives_json() -> None:
     assert tokens.shape[0] == 5
     assert tokens.shape[1] <= 16
     assert torch.equal(from_json(words.to_json())(texts), tokens)
-    decoded = words.backend.decode([t for t in words(["红色 Dogs"])[0].tolist() if t])
-    assert decoded.strip() == "红色 dogs"
+    spelled = words(["红色  Dogs 🙂 [pad]"])[0].tolist()
+    assert words.backend.decode([t for t in spelled if t]).strip() == "红色 dogs 🙂 [pad]"
+    assert 0 not in spelled
+
+
+def test_common_chinese_characters_are_single_tokens_in_every_language() -> None:
+    characters = common_characters()
+    assert len(set(characters)) == len(characters)
+    assert {"一", "狗", "的", "座", "啊", "。", "「"} <= set(characters)
+    words = train(["a red square left of a blue circle"] * 5, vocabulary=400, context=64)
+    words.backend.no_padding()
+    text = "".join(characters)
+    for first in range(0, len(text), 60):
+        part = text[first : first + 60]
+        assert len(words.backend.encode(part).ids) == len(part) + 1  # and the space before it
+    query = "一只棕色的小狗在海边的沙滩上快乐地奔跑，远处有几艘白色的帆船，天空中飘着几朵云彩"
+    words.backend.no_truncation()
+    assert len(words.backend.encode(query).ids) == len(query) + 1
+
+
+def test_words_of_captions_are_learned_beside_the_common_characters() -> None:
+    small, large = (train(["红色的正方形 red squares"] * 9, v, context=64) for v in (300, 400))
+    assert large.size <= 400 + len(common_characters())
+    assert large(["红色的正方形"]).shape[1] == 1
+    assert small(["红色的正方形"]).shape[1] > 1
 
 
 def test_save_and_load_keep_vectors_and_identity(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def new_model(preset: str, captions: Iterable[str]) -> Encoder:
         raise ModelError(f"no preset is called {preset!r}: {nearest(preset, PRESETS)}")
     size = PRESETS[preset]
     words = tokenizer.train(captions, size.vocabulary, size.context)
-    architecture = {"kind": "preset", "vocabulary": words.size, **asdict(size)}
+    architecture = {"kind": "preset", **asdict(size), "vocabulary": words.size}
     return Encoder(preset, _towers(architecture), words, size.preprocess(), architecture)
 
 

@@ -1,11 +1,11 @@
 """Our own presets for training from scratch; parameters are counted with a full vocabulary.
 
-    nano    2.2M   drawings and icons at 64 px: minutes on two cores. Keeps a 4 x 4 grid of the
+    nano    2.7M   drawings and icons at 64 px: minutes on two cores. Keeps a 4 x 4 grid of the
                    picture, so that left and above mean something
-    tiny    6.4M   photos at 96 px: twenty minutes to some hours on a few cores. Its text tower is a
+    tiny    7.3M   photos at 96 px: twenty minutes to some hours on a few cores. Its text tower is a
                    bag of words, which learns faster than a transformer in so short a time
                    (docs/log.md)
-    small  22.8M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a patient CPU
+    small  24.3M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a patient CPU
 
 The convolutions are plain 3x3 and their widths multiples of 32 on purpose: on a CPU they train
 twice as fast as a ResNet-10-T of the same size.
@@ -39,7 +39,7 @@ class Preset:
     dim: int = 256
     """Dimensions of the shared space."""
     vocabulary: int = 4096
-    """Most pieces the tokenizer learns."""
+    """Most tokens beside the common Chinese characters, see tokenizer.py."""
     context: int = 64
     """Most tokens read of a text."""
     dropout: float = 0.1

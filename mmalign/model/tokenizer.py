@@ -1,22 +1,40 @@
-"""A byte-level BPE trained on the captions at hand, so that no language is second-class.
+"""A BPE over characters, trained on the captions at hand, that can spell any text.
 
-Byte-level pieces can spell any text: there is no unknown character, in Chinese or any other script.
+The common Chinese characters are always single tokens, whatever language the captions are in, so
+that a Chinese query is not cut short by a model that was trained on English. Any other character
+that no caption had is spelled in bytes.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from mmalign.model.encoder import Tokenizer
 
 PAD = "[pad]"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+# Words, numbers and runs of signs, each with the space before it.
+PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+# What NFKC leaves of CJK punctuation; the full-width forms of ASCII become ASCII.
+CJK_PUNCTUATION = "、。〈〉《》「」『』【】〔〕〖〗—‘’“”·～〇"
+
+
+@cache
+def common_characters() -> tuple[str, ...]:
+    """Return the 3,755 characters of GB2312 level 1 and CJK punctuation, each a token always."""
+    # Level 1 fills the rows 16 to 55 of the table, all but the last five cells.
+    cells = [bytes([0xA0 + row, 0xA0 + cell]) for row in range(16, 56) for cell in range(1, 95)]
+    level_1 = [cell.decode("gb2312") for cell in cells[:3755]]
+    return (*level_1, *CJK_PUNCTUATION)
 
 
 class BytePairs(Tokenizer):
-    """Lower-cased byte-level BPE; texts longer than `context` tokens are cut."""
+    """Lower-cased BPE that falls back to bytes; texts longer than `context` tokens are cut."""
 
     def __init__(self, backend: Backend, context: int) -> None:
         self.backend = backend
@@ -41,19 +59,30 @@ class BytePairs(Tokenizer):
 
 
 def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
-    """Learn the pieces from captions; at most `vocabulary` of them, fewer from few captions."""
-    backend = Backend(models.BPE())
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
+    """Learn the pieces from captions: at most `vocabulary` tokens beside the common characters."""
+    backend = Backend(models.BPE(byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    characters = common_characters()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocabulary + len(characters),
+        special_tokens=[PAD, *BYTES],
+        initial_alphabet=list(characters),
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    return BytePairs(backend, context)
+    # As tokens of the model alone: a text that holds the characters `[pad]` is spelled like others.
+    trained = json.loads(backend.to_str()) | {"added_tokens": []}
+    return BytePairs(Backend.from_str(json.dumps(trained)), context)
 
 
 def from_json(text: str) -> BytePairs:
