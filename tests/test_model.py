@@ -75,7 +75,7 @@ def test_common_chinese_characters_are_single_tokens_in_every_language() -> None
 
 
 def test_words_of_captions_are_learned_beside_the_common_characters() -> None:
-    small, large = (train(["红色的正方形 red squares"] * 9, v, context=64) for v in (300, 400))
+    small, large = (train(["红色的正方形 red squares"] * 9, v, context=64) for v in (270, 400))
     assert large.size <= 400 + len(common_characters())
     assert large(["红色的正方形"]).shape[1] == 1
     assert small(["红色的正方形"]).shape[1] > 1
