@@ -351,3 +351,32 @@ def test_bad_input_names_the_argument(
         kernels.contrastive_loss(*moved, **options)
     with pytest.raises(VectorError, match=message):
         kernels.sigmoid_loss(*moved, torch.zeros((), device=DEVICE), **options)
+
+
+@pytest.mark.parametrize("name", ["_statistics_kernel", "_infonce_kernel", "_sigmoid_kernel"])
+def test_the_call_that_tunes_a_kernel_is_right(name: str, monkeypatch: Any) -> None:
+    """Every configuration runs on the buffers of the first call; the widest then wins."""
+    triton_loss = pytest.importorskip("mmalign.kernels.triton_loss")
+    import triton
+
+    tiles = [triton.Config({"HIGH": 64, "WIDE": wide, "DEEP": 16}) for wide in (128, 256)]
+    kernel, tried = getattr(triton_loss, name), []
+
+    def bench(call: Any, **_: Any) -> list[float]:
+        call()
+        tried.append(call)
+        return [-len(tried)] * 3
+
+    monkeypatch.setattr(kernel, "configs", tiles)
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setitem(vars(kernel), "do_bench", bench)
+    loss = "sigmoid" if name == "_sigmoid_kernel" else "infonce"
+    inputs = tuple(m.float().to(DEVICE) for m in pairs(300, 16))
+    groups = some_groups(300).to(DEVICE)
+    truth = evaluate(loss, inputs, 10.0, -5.0, groups=groups, impl="reference")
+    found = evaluate(loss, inputs, 10.0, -5.0, groups=groups, impl="triton")
+    assert len(tried) == 2
+    assert kernel.best_config.kwargs["WIDE"] == 256
+    assert torch.allclose(found[0], truth[0], rtol=1e-5)
+    for gradient, grad in truth[1].items():
+        assert torch.allclose(found[1][gradient], grad, rtol=1e-3, atol=1e-6), gradient

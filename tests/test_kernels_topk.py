@@ -294,3 +294,24 @@ def test_prepare_names_bad_rows(value: float, message: str) -> None:
     vectors[131] = value
     with pytest.raises(VectorError, match=f"vectors_ND holds {message}.* in row 131"):
         kernels.prepare(list(vectors.split(100)))
+
+
+def test_the_call_that_tunes_the_screen_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration runs on the buffers of the first call; the widest then wins."""
+    triton_topk = pytest.importorskip("mmalign.kernels.triton_topk")
+    import triton
+
+    tiles = [triton.Config({"HIGH": 16, "WIDE": wide, "DEEP": 16}) for wide in (128, 256)]
+    kernel, tried = triton_topk._best_kernel, []
+
+    def bench(call: Any, **_: Any) -> list[float]:
+        call()
+        tried.append(call)
+        return [-len(tried)] * 3
+
+    monkeypatch.setattr(kernel, "configs", tiles)
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setitem(vars(kernel), "do_bench", bench)
+    vectors, queries = unit(400, 16).half(), unit(4, 16, seed=3).float()
+    assert search(queries, vectors, 5, "triton") == full_sort(queries, vectors, 5)
+    assert len(tried) == 2

@@ -189,7 +189,10 @@ def _infonce_kernel(
     tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
+# Partial sums are one a tile: those that a narrower configuration left while tuning must go.
+@triton.autotune(
+    configs=_configs(), key=_KEY, prune_configs_by=_PRUNE, reset_to_zero=["losses", "slopes"]
+)
 @triton.jit
 def _sigmoid_kernel(
     images, texts, scale, row_groups, column_groups, bias, losses, slopes, weights,
