@@ -171,7 +171,7 @@ def _query_file(store: Store, queries: str | Path) -> Queries:
     lines = list(dict.fromkeys(q for q in lines if q))
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")
-    encoder = load_model(store.manifest.model.source)
+    encoder = load_model(store.manifest.model.source, store.manifest.model.identity)
     if encoder.identity != store.manifest.model.identity:
         raise IdentityError(
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "

@@ -15,7 +15,7 @@ from typing import Any
 from mmalign.data import Record, Spool, report_skips
 from mmalign.errors import DataError, UsageError
 from mmalign.evaluate import compare
-from mmalign.model import Encoder, Precision, in_precision, load_model, to_fastest
+from mmalign.model import Encoder, Precision, in_precision, keep_weights, load_model, to_fastest
 from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
 from mmalign.store import (
@@ -97,6 +97,7 @@ def embed(
     encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = open_or_new(path, card)
+    keep_weights(encoder)
     with Spool() as spool:
         todo = find_todo(store, Wanted(sources, caption_keys, checksum, part), spool)
         present = todo.present

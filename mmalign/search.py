@@ -78,10 +78,11 @@ class Searcher:
         """Open a store with the model named in it, or with one given (moved since, say)."""
         store = open_store(path)
         source = str(model or store.manifest.model.source)
+        needed = store.manifest.model.identity
         try:
-            encoder = load_model(source)
+            # A run that was trained further since keeps the weights that made this store.
+            encoder = load_model(source, needed)
         except ModelError as error:
-            needed = store.manifest.model.identity
             raise type(error)(f"{error} ({path} needs {needed}; moved? give --model)") from error
         return cls(store, encoder)
 

@@ -20,7 +20,7 @@ from mmalign import files
 from mmalign.config import dump
 from mmalign.data import Record, Skip, scan
 from mmalign.errors import ConfigError, UsageError
-from mmalign.model import Encoder, load_model, new_model, save_model
+from mmalign.model import Encoder, blank_model, new_model, save_description
 from mmalign.pairs import can_mirror, load_pairs, report_losses
 from mmalign.progress import say
 from mmalign.trainer import TrainConfig, Trainer, configure
@@ -58,7 +58,7 @@ def train(
     started = time.monotonic()
     run = _open_run(Path(out), config, resume)
     records, val_records, skips = _read(config, sources, val)
-    encoder = load_model(run) if resume else _new_encoder(config, records)
+    encoder = blank_model(run) if resume else _new_encoder(config, records)
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
@@ -76,7 +76,7 @@ def train(
             trainer.load()
         else:
             files.write_text(run / "config.toml", dump(config))
-            save_model(encoder, run)
+            save_description(encoder, run)
         return trainer.run_all()
 
 

@@ -17,7 +17,7 @@ from mmalign.config import build, require
 from mmalign.data import Augment, Skip, read_ahead
 from mmalign.errors import TrainingError, UsageError, VectorError
 from mmalign.evaluate import retrieval
-from mmalign.model import Encoder, fastest_device, save_model
+from mmalign.model import Encoder, drop_weights, fastest_device, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
 from mmalign.pairs import Batch, Pairs, encode_pairs, report_losses
 from mmalign.progress import bar, say
@@ -163,6 +163,7 @@ class Trainer:
         self.state = _State()
         self.started = started
         self.lost: dict[str, Skip] = {}
+        self.saved: list[str] = []
         epochs = config.epochs or (math.inf if config.minutes else DEFAULT_EPOCHS)
         self.steps = epochs * self.sampler.steps_per_epoch
         self.image_arithmetic = self.text_arithmetic = Arithmetic()
@@ -341,18 +342,30 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Measure the averaged weights; save them as the model if they are the best so far."""
         score, recalls = 0.0, {}
-        if self.held is not None:
-            with self.average.applied(self.towers):
+        with self.average.applied(self.towers):
+            if self.held is not None:
                 recalls = retrieval(*encode_pairs(self.encoder, self.held))
-            score = (recalls["image_retrieval_recall@10"] + recalls["text_retrieval_recall@10"]) / 2
-            say(
-                f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
-                f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
-            )
-        if self.held is None or score > self.state.best:
-            self.state.best, self.state.best_step = score, self.state.step
-            save_model(self.encoder, self.run, self.average.weights)
+                both = (recalls[f"{kind}_retrieval_recall@10"] for kind in ("image", "text"))
+                score = sum(both) / 2
+                say(
+                    f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
+                    f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
+                )
+            if self.held is None or score > self.state.best:
+                self.state.best, self.state.best_step = score, self.state.step
+                self._save_best()
         return recalls | {"best_step": self.state.best_step}
+
+    def _save_best(self) -> None:
+        """Save the weights at hand as the model; of those this session saved, the last two stay.
+
+        The one before may just be read by somebody.
+        """
+        name = save_model(self.encoder, self.run, steps=self.state.step)
+        self.saved = [*(n for n in self.saved if n != name), name]
+        for old in self.saved[:-2]:
+            drop_weights(self.run, old)
+        del self.saved[:-2]
 
     def save(self) -> None:
         """Write everything that resuming needs."""

@@ -174,7 +174,7 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
         DataError: The folder has no such layout, or its files do not fit together.
         IdentityError: The model makes other dimensions, or the store belongs to another model.
     """
-    from mmalign.model import load_model  # An export needs no torch.
+    from mmalign.model import keep_weights, load_model  # An export needs no torch.
 
     parts = find_parts(Path(folder))
     encoder = load_model(model)
@@ -187,6 +187,7 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
         f"taken for vectors of {encoder.identity} because you say so: they have its {encoder.dim} "
         "dimensions, and nothing else in the folder tells"
     )
+    keep_weights(encoder)
     intake = _Intake(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
     with intake.writer, bar("import", sum(part.rows for part in parts), "rows") as progress:
         for part in parts:

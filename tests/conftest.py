@@ -55,6 +55,11 @@ def write_pairs(folder: Path, count: int) -> Path:
     return folder
 
 
+def weights_of(run: Path) -> Path:
+    """The file of weights that a run's model.json names."""
+    return run / str(json.loads((run / "model.json").read_text(encoding="utf-8"))["weights"])
+
+
 QUICK = TrainConfig(
     preset="nano",
     caption_keys=("captions", "captions_zh"),

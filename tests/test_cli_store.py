@@ -177,7 +177,7 @@ def test_export_and_import_again(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = SimpleNamespace(identity=CARD.identity, source=CARD.source, dim=DIM)
-    monkeypatch.setattr("mmalign.model.load_model", lambda name: encoder)
+    monkeypatch.setattr("mmalign.model.load_model", lambda *_: encoder)
     parts, out = tmp_path / "parts", tmp_path / "b.store"
     plain = call("export", store, "--to", parts, "--format", "npy")
     assert plain.stdout == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import weights_of
 from torch import nn
 
 from mmalign import load_model
@@ -159,7 +160,7 @@ def test_nothing_is_unpickled(tmp_path: Path, small_clip: str) -> None:
 def test_damaged_runs_are_refused_in_one_line(run: Path, tmp_path: Path, damage: str) -> None:
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
-    weights = broken / "model.safetensors"
+    weights = weights_of(broken)
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "flip":

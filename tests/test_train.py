@@ -1,19 +1,26 @@
 """Training: it learns, it resumes exactly, and it stops with a clear message."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, write_pairs
+from conftest import QUICK, weights_of, write_pairs
 from safetensors.torch import load_file
 
-from mmalign import load_model
+from mmalign import Searcher, load_model
 from mmalign.data import Augment, scan
-from mmalign.errors import ConfigError, DataError, TrainingError, UsageError
-from mmalign.model import new_model
+from mmalign.errors import ConfigError, DataError, ModelError, TrainingError, UsageError
+from mmalign.model import (
+    drop_weights,
+    keep_weights,
+    new_model,
+    save_description,
+    save_model,
+)
 from mmalign.optimization import Arithmetic, Average, fastest
 from mmalign.pairs import can_mirror, load_pairs
 from mmalign.train import TrainConfig, configure, train
@@ -26,11 +33,12 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_folder_holds_what_it_should(run: Path) -> None:
-    names = {p.name for p in run.iterdir()}
+    names = {p.name for p in run.iterdir() if p.suffix != ".kept"}
     assert names == {
-        "config.toml", "events", "metrics.jsonl", "model.json", "model.safetensors", "state.pt",
+        "config.toml", "events", "metrics.jsonl", "model.json", weights_of(run).name, "state.pt",
         "tokenizer.json",
     }  # fmt: skip
+    assert weights_of(run).stem == load_model(run).identity.replace("nano", "model")
     last = rows_of(run)[-1]
     assert last["step"] == 9
     assert 0 <= last["wait_share"] <= 1
@@ -63,7 +71,7 @@ def test_resuming_repeats_an_unbroken_run(tmp_path: Path, scenes: Path, loss: st
         with pytest.raises(KeyboardInterrupt):
             train(config, [str(scenes)], stopped)
     train(config, [str(scenes)], stopped, resume=True)
-    a, b = (load_file(f / "model.safetensors") for f in (tmp_path / "whole", stopped))
+    a, b = (load_file(weights_of(f)) for f in (tmp_path / "whole", stopped))
     # Bit for bit where the same arithmetic is chosen both times, which a busy machine may upset.
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=5e-3) for k in a)
     whole, resumed = (torch.load(f / "state.pt") for f in (tmp_path / "whole", stopped))
@@ -91,8 +99,8 @@ def test_a_nan_loss_stops_and_keeps_good_weights(tmp_path: Path, scenes: Path) -
     config = replace(QUICK, learning_rate=1e30, clip_norm=1e30)
     with pytest.raises(TrainingError, match="learning_rate"):
         train(config, [str(scenes)], tmp_path / "run")
-    weights = load_file(tmp_path / "run" / "model.safetensors")
-    assert all(torch.isfinite(w).all() for w in weights.values() if w.is_floating_point())
+    with pytest.raises(ModelError, match="no trained weights yet"):
+        load_model(tmp_path / "run")
 
 
 def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
@@ -137,10 +145,10 @@ def test_words_are_learned_by_rarity() -> None:
 
 
 def test_a_complete_run_is_not_trained_on(run: Path, scenes: Path) -> None:
-    before = (run / "model.safetensors").read_bytes()
+    before = weights_of(run).read_bytes()
     with pytest.raises(UsageError, match="training is complete"):
         train(QUICK, [str(scenes)], run, val=[str(scenes)], resume=True)
-    assert (run / "model.safetensors").read_bytes() == before
+    assert weights_of(run).read_bytes() == before
 
 
 def test_weights_need_an_architecture(tmp_path: Path, scenes: Path) -> None:
@@ -226,3 +234,37 @@ def test_a_batch_in_parts(part_size: int, tmp_path: Path, scenes: Path) -> None:
     )
     assert last["step"] == truth["step"]
     assert last["loss"] == pytest.approx(truth["loss"], rel=0.2)
+
+
+def test_a_store_outlives_further_training(
+    run: Path, store: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """Weights that a store was made with stay beside better ones, and are found by identity."""
+    before = load_model(run).identity
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = replace(QUICK, epochs=4, learning_rate=1e-2)
+    train(config, [str(scenes)], folder, resume=True)
+    assert load_model(folder).identity != before
+    assert load_model(folder, before).identity == before
+    hits = Searcher.open(store, folder).search("a red star", 1)
+    assert len(hits) == 1
+
+
+def test_training_drops_only_weights_that_nobody_keeps(tmp_path: Path) -> None:
+    encoder, names = new_model("nano", ["a"]), []
+    for step in (1, 2):
+        with torch.no_grad():
+            encoder.towers.log_scale += 1
+        names.append(save_model(encoder, tmp_path, steps=step))
+        if step == 1:
+            keep_weights(load_model(tmp_path))
+    for name in names:
+        drop_weights(tmp_path, name)
+    assert [(tmp_path / name).exists() for name in names] == [True, False]
+
+
+def test_a_run_without_a_validation_is_no_model_yet(tmp_path: Path) -> None:
+    save_description(new_model("nano", ["a"]), tmp_path)
+    with pytest.raises(ModelError, match=f"no trained weights yet.*--out {tmp_path} --resume"):
+        load_model(tmp_path)

@@ -12,8 +12,13 @@ int8.py         linear layers in eight bits
 checkpoint.py   run folders: weights as safetensors, everything else as text
 """
 
+from mmalign.model.checkpoint import blank_model as blank_model
+from mmalign.model.checkpoint import drop_weights as drop_weights
+from mmalign.model.checkpoint import has_weights as has_weights
+from mmalign.model.checkpoint import keep_weights as keep_weights
 from mmalign.model.checkpoint import load_model as load_model
 from mmalign.model.checkpoint import new_model as new_model
+from mmalign.model.checkpoint import save_description as save_description
 from mmalign.model.checkpoint import save_model as save_model
 from mmalign.model.devices import to_fastest as to_fastest
 from mmalign.model.encoder import Encoder as Encoder
@@ -29,11 +34,16 @@ __all__ = [
     "Encoder",
     "Precision",
     "Preprocess",
+    "blank_model",
     "cosines",
+    "drop_weights",
     "fastest_device",
+    "has_weights",
     "in_precision",
+    "keep_weights",
     "load_model",
     "new_model",
+    "save_description",
     "save_model",
     "to_fastest",
 ]

@@ -1,15 +1,20 @@
 """Run folders: how a model is made, saved and found again. Nothing is ever unpickled.
 
-RUN/model.json          name, architecture, preprocessing, identity
-RUN/model.safetensors   weights
-RUN/tokenizer.json      tokenizer
+RUN/model.json                name, architecture, preprocessing; which weights are the run's
+RUN/model-HASH.safetensors    weights; HASH is the end of the identity that they give the model
+RUN/tokenizer.json            tokenizer
+
+Weights are never written over: a store that was made with earlier ones finds them by identity.
 """
 
+import contextlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -37,15 +42,26 @@ def new_model(preset: str, captions: Iterable[str]) -> Encoder:
     return Encoder(preset, _towers(architecture), words, size.preprocess(), architecture)
 
 
-def load_model(name: str | Path) -> Encoder:
+# What reading a damaged file raises, and weights of another network.
+UNFIT = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)
+# The name of a file of weights, and that of runs from before there were several.
+WEIGHTS, ONLY_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors"), "model.safetensors"
+
+
+def load_model(name: str | Path, identity: str | None = None) -> Encoder:
     """Load a run folder, or an open_clip model written `NAME:TAG` or `NAME:FILE`.
 
+    Args:
+        name: Which one.
+        identity: Of a run that has been trained further since, the weights that give the model
+            this identity, where the run has them; else the newest.
+
     Raises:
-        ModelError: There is no such model, or its files are damaged.
+        ModelError: There is no such model, it has no trained weights yet, or its files are damaged.
     """
     run = Path(name)
     if run.is_dir():
-        return _load_run(run)
+        return _load_run(run, identity)
     architecture, colon, pretrained = str(name).partition(":")
     if "/" in architecture or architecture.startswith("."):
         raise ModelError(f"{name}: no such run folder")
@@ -60,55 +76,160 @@ def load_model(name: str | Path) -> Encoder:
     )
 
 
-def save_model(encoder: Encoder, run: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
     """Write an encoder into a run folder, whole or not at all (`model.json` comes last).
+
+    Earlier weights stay there. Returns the name of the file of weights.
 
     Args:
         encoder: What to save.
         run: An existing folder.
-        weights: Saved in place of the encoder's own (an average of them, say).
+        steps: Of training, that led to these weights.
+
+    Raises:
+        OSError: A file cannot be written; it is named.
     """
-    state = weights if weights is not None else encoder.towers.state_dict()
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    files.write_through(run / "model.safetensors", lambda path: save_file(state, path))
+    state = {
+        k: v.detach().cpu().contiguous().clone() for k, v in encoder.towers.state_dict().items()
+    }
+    name = _weights_name(encoder.identity_with(state))
+    files.write_through(run / name, lambda path: _save_file(state, path))
+    save_description(encoder, run, weights=name, steps=steps)
+    return name
+
+
+def save_description(
+    encoder: Encoder, run: Path, *, weights: str | None = None, steps: int | None = None
+) -> None:
+    """Write what a model is, without weights as long as there are none worth having."""
     files.write_text(run / "tokenizer.json", encoder.tokenizer.to_json())
     description = {
         "name": encoder.name,
         "architecture": encoder.architecture,
         "preprocess": asdict(encoder.preprocess),
+        "weights": weights,
+        "trained_steps": steps,
     }
     files.write_json(run / "model.json", description)
 
 
-def _load_run(run: Path) -> Encoder:
-    weights = run / "model.safetensors"
-    for file in (run / "model.json", weights, run / "tokenizer.json"):
+def has_weights(run: Path) -> bool:
+    """Say whether a run folder holds a model that can be loaded."""
+    if not (run / "model.json").exists():
+        return False
+    try:
+        return _weights(run, _description(run)) is not None
+    except ModelError:  # damaged, but somebody's
+        return True
+
+
+def keep_weights(encoder: Encoder) -> None:
+    """Let the run that an encoder was loaded from keep its weights, though it finds better ones.
+
+    Whoever writes down the encoder's identity (a store) calls this: training removes only weights
+    of its own that nobody needs.
+    """
+    file = Path(encoder.source or ".") / _weights_name(encoder.identity)
+    if file.exists():
+        with contextlib.suppress(OSError):  # a run that cannot be written is not being trained
+            _keeper(file).touch()
+
+
+def drop_weights(run: Path, name: str) -> None:
+    """Remove weights that better ones have replaced, unless somebody asked to keep them."""
+    if not _keeper(run / name).exists():
+        files.remove(run / name)
+
+
+def blank_model(run: Path) -> Encoder:
+    """Build the encoder of a run with weights that are still to be loaded.
+
+    Raises:
+        ModelError: Its files are missing or damaged.
+    """
+    description = _description(run)
+    try:
+        return _build(run, description)
+    except UNFIT as error:
+        _damaged(run, error)
+
+
+def _load_run(run: Path, identity: str | None) -> Encoder:
+    description = _description(run)
+    weights = _weights(run, description)
+    earlier = run / _weights_name(identity) if identity else None
+    if earlier is not None and earlier.exists():
+        weights = earlier
+    if weights is None:
+        raise ModelError(
+            f"{run}: no trained weights yet: its first validation saves some; "
+            f"go on with `mmalign train --out {run} --resume`"
+        )
+    if not weights.exists():
+        raise ModelError(f"{run}: not a run folder: {weights.name} is missing")
+    try:
+        encoder = _build(run, description)
+        encoder.towers.load_state_dict(load_file(weights))
+    except UNFIT as error:
+        _damaged(run, error)
+    encoder.source = str(run.absolute())
+    return encoder
+
+
+def _description(run: Path) -> dict[str, Any]:
+    for file in (run / "model.json", run / "tokenizer.json"):
         if not file.exists():
             raise ModelError(f"{run}: not a run folder: {file.name} is missing")
     try:
-        description = json.loads((run / "model.json").read_text(encoding="utf-8"))
-        architecture = description["architecture"]
+        description: dict[str, Any] = json.loads((run / "model.json").read_text(encoding="utf-8"))
         values = description["preprocess"]
         values |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        state = load_file(weights)
-        if architecture["kind"] == "open_clip":
-            encoder = openclip.wrap(openclip.blank(architecture["name"]), architecture["name"])
-        else:
-            text = (run / "tokenizer.json").read_text(encoding="utf-8")
-            words = tokenizer.from_json(text)
-            encoder = Encoder(
-                description["name"],
-                _towers(architecture),
-                words,
-                Preprocess(**values),
-                architecture,
-            )
-        encoder.towers.load_state_dict(state)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{run}: the model is damaged or of another version: {reason}") from error
-    encoder.source = str(run.absolute())
-    return encoder
+    except (KeyError, ValueError, TypeError) as error:
+        _damaged(run, error)
+    return description
+
+
+def _weights(run: Path, description: dict[str, Any]) -> Path | None:
+    """Find the file of weights that a description names; None where it says there are none."""
+    name = description.get("weights", ONLY_WEIGHTS)
+    if name is None:
+        return None
+    if name != ONLY_WEIGHTS and not (isinstance(name, str) and WEIGHTS.fullmatch(name)):
+        raise ModelError(f"{run}: the model is damaged: {name!r} is no name of weights")
+    return run / str(name)
+
+
+def _weights_name(identity: str) -> str:
+    return f"model-{identity.rpartition('-')[2]}.safetensors"
+
+
+def _keeper(weights: Path) -> Path:
+    return weights.with_suffix(".kept")
+
+
+def _build(run: Path, description: dict[str, Any]) -> Encoder:
+    architecture = description["architecture"]
+    if architecture["kind"] == "open_clip":
+        return openclip.wrap(openclip.blank(architecture["name"]), architecture["name"])
+    words = tokenizer.from_json((run / "tokenizer.json").read_text(encoding="utf-8"))
+    preprocess = Preprocess(**description["preprocess"])
+    return Encoder(description["name"], _towers(architecture), words, preprocess, architecture)
+
+
+def _damaged(run: Path, error: Exception) -> NoReturn:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ModelError(f"{run}: the model is damaged or of another version: {reason}") from error
+
+
+def _save_file(state: dict[str, torch.Tensor], path: str) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:
+        # It wraps what the system said: "... No space left on device (os error 28)".
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _towers(architecture: dict[str, Any]) -> OwnTowers:

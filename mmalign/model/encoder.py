@@ -125,12 +125,18 @@ class Encoder:
 
         Embeddings can be compared only when they carry the same identity.
         """
+        return self.identity_with(self.towers.state_dict())
+
+    def identity_with(self, weights: dict[str, Tensor]) -> str:
+        """Return the identity that this encoder has with other weights."""
         digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
         digest.update(json.dumps(asdict(self.preprocess), sort_keys=True).encode())
         digest.update(self.tokenizer.to_json().encode())
-        for name, tensor in sorted(self.towers.state_dict().items()):
+        for name, tensor in sorted(weights.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
         return f"{self.name}-{digest.hexdigest()[:16]}"
 
     def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
 
 
 def from_json(text: str) -> BytePairs:
-    """Rebuild a trained tokenizer."""
-    backend = Backend.from_str(text)
+    """Rebuild a trained tokenizer.
+
+    Raises:
+        ValueError: The text is none.
+    """
+    try:
+        backend = Backend.from_str(text)
+    except Exception as error:  # the library raises it bare
+        raise ValueError(f"tokenizer.json: {error}") from error
     return BytePairs(backend, int((backend.truncation or {})["max_length"]))
