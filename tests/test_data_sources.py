@@ -54,7 +54,8 @@ def test_folder_is_read_with_captions_beside_the_images(photos: Path) -> None:
         "photos/deep/c.webp": ("upper case",),
         "photos/deep/er/b.PNG": ("x", "y"),
     }
-    assert catalog.skips == []
+    (passed_over,) = catalog.skips
+    assert (passed_over.reason, passed_over.lost) == ("no image by its ending: .md", "ending")
     deepest = catalog.records[-1]
     assert deepest.uri == str(photos / "deep/er/b.PNG")
     assert deepest.meta == {"zh": "图", "year": 1999}
@@ -64,7 +65,7 @@ def test_folder_is_read_with_captions_beside_the_images(photos: Path) -> None:
 def test_caption_keys_pick_and_join(photos: Path) -> None:
     other = listed(photos, caption_keys=("zh",), need_captions=True)
     assert captions(other) == {"photos/deep/er/b.PNG": ("图",)}
-    assert set(reasons(other.skips).values()) == {"no caption"}
+    assert {s.reason for s in other.skips if s.lost == "sample"} == {"no caption"}
     joined = listed(photos, caption_keys=("captions", "zh"))
     assert captions(joined)["photos/deep/er/b.PNG"] == ("x", "y", "图")
     assert captions(joined)["photos/a.jpg"] == ("one", "two")
@@ -142,10 +143,10 @@ def test_names_that_are_not_utf8_can_be_stored_and_read(tmp_path: Path) -> None:
 
 def test_foreign_images_and_orphans_are_named(tmp_path: Path) -> None:
     folder = write_folder(
-        tmp_path / "f", {"a.jpg": jpeg(), "b.heic": b"x", "c.txt": "alone", "d.svg": "<svg/>"}
+        tmp_path / "f", {"a.jpg": jpeg(), "b.jxl": b"x", "c.txt": "alone", "d.svg": "<svg/>"}
     )
     assert reasons(listed(folder).skips) == {
-        "f/b.heic": "image type not supported: .heic",
+        "f/b.jxl": "image type not supported: .jxl",
         "f/c.txt": "caption without an image",
         "f/d.svg": "image type not supported: .svg",
     }
@@ -244,8 +245,8 @@ def test_what_is_gone_from_a_url_is_a_skip(memory: Any) -> None:
     [
         ("foo://bucket/x.tar", "cannot be opened: Protocol not known: foo"),
         ("memory://none/*.tar", "no such file or folder$"),
-        ("memory://none.tar", "cannot be read as a tar"),
-        ("memory://none", "memory:///none: folder cannot be read: no such folder"),
+        ("memory://none.tar", "no such file"),
+        ("memory://none", "no such folder"),
         ("a{1", "[Uu]nbalanced braces"),
         ("nowhere/at/all", r"no such file or folder \(nowhere/at does not exist\)"),
         ("x" * 300, "no such file or folder"),
@@ -263,7 +264,7 @@ def test_a_typo_and_a_file_of_no_kind(tmp_path: Path) -> None:
         listed(tmp_path / "fotos")
     with pytest.raises(DataError, match=r"one\.jpg: not a source: give a folder"):
         listed(tmp_path / "one.jpg")
-    with pytest.raises(DataError, match="no usable sample: 1 caption without an image"):
+    with pytest.raises(DataError, match=r"photos/a\.txt: caption without an image"):
         listed(tmp_path / "photos")
 
 

@@ -8,10 +8,9 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
-    {"mmalign.errors", "mmalign.terminal", "mmalign.values"},
+    {"mmalign.errors", "mmalign.values"},
     {"mmalign.arrow_values"},
-    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress"},
-    {"mmalign.cli_options", "mmalign.cli_errors"},
+    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress", "mmalign.cli_options"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {"mmalign.modality", "mmalign.optimization", "mmalign.runlog", "mmalign.words"},
@@ -31,12 +30,12 @@ DOORS = {
     "tokenizers": {"mmalign.model.tokenizer"},
     "safetensors": {"mmalign.model.checkpoint"},
     "pyarrow": {"mmalign.store", "mmalign.arrow_values", "mmalign.data.tables"},
-    "webdataset": {"mmalign.data.tars", "mmalign.data.catalog", "mmalign.data.scenes"},
+    "webdataset": {"mmalign.data.scenes"},
+    "braceexpand": {"mmalign.data.catalog"},
     "fsspec": {"mmalign.data"},
-    "click": {"mmalign.cli", "mmalign.cli_errors", "mmalign.cli_options", "mmalign.cli_store"},
+    "click": {"mmalign.cli", "mmalign.cli_options", "mmalign.cli_store"},
     "duckdb": {"mmalign.store.where"},
     "tqdm": {"mmalign.progress"},
-    "wcwidth": {"mmalign.terminal"},
     "PIL": {"mmalign.data", "mmalign.sheet"},
 }
 NO_TORCH = (
@@ -44,8 +43,6 @@ NO_TORCH = (
     "mmalign.data.catalog",
     "mmalign.metrics",
     "mmalign.cli",
-    "mmalign.cli_errors",
-    "mmalign.cli_options",
     "mmalign.cli_store",
 )
 

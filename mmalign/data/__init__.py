@@ -3,9 +3,11 @@
 samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
 spool.py     samples on disk while a source is scanned
-remote.py    folders behind URLs
-folders.py   images in a folder, with same-named .txt or .json beside them
+places.py    local paths and URLs: opened and listed in one way
+kinds.py     which files are images, by ending and by content
+folders.py   images in a folder
 tars.py      WebDataset tars, local or remote
+sidecars.py  files beside an image that describe it
 tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
 decode.py    bytes -> RGB pixels of a wanted size, with limits
 device.py    JPEGs decoded and resized on a GPU
@@ -33,11 +35,11 @@ from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.device import decode_on as decode_on
 from mmalign.data.device import suits_device as suits_device
+from mmalign.data.kinds import is_image_content as is_image_content
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
 from mmalign.data.pixels import read_and_decode as read_and_decode
-from mmalign.data.remote import spelled as spelled
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
@@ -62,6 +64,7 @@ __all__ = [
     "expand",
     "fit_image",
     "in_threads",
+    "is_image_content",
     "nothing_usable",
     "open_image",
     "read_ahead",
@@ -69,7 +72,6 @@ __all__ = [
     "read_image",
     "report_skips",
     "scan",
-    "spelled",
     "stamp",
     "stream",
     "suits_device",

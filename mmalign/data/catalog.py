@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmalign.data import folders, tables, tars
-from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip, suffix
+from mmalign.data import folders, places, tables, tars
+from mmalign.data.kinds import suffix
+from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip
 from mmalign.data.spool import Names
 from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
@@ -77,76 +78,87 @@ def stream(sources: Sequence[str], caption_keys: Sequence[str]) -> Iterator[Reco
 
 def expand(sources: Sequence[str]) -> list[str]:
     """Resolve braces and globs to existing places; a URL without a glob passes through."""
-    from webdataset.shardlists import expand_urls
+    from braceexpand import braceexpand
 
-    places: list[str] = []
+    found: list[str] = []
     for source in sources:
+        given = places.local_path(os.path.expanduser(source))
         try:
-            patterns = [source] if os.path.exists(source) else expand_urls(source)
+            # A backslash is an escape only where it separates no folders.
+            patterns = [given] if _is_there(given) else braceexpand(given, escape=os.sep == "/")
+            for pattern in patterns:
+                hits = _hits(pattern)
+                if not hits:
+                    raise DataError(f"{source}: no such file or folder{_near(pattern)}")
+                found += hits
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
-        for pattern in patterns:
-            if "://" in pattern:
-                hits = _expand_url(pattern)
-            else:
-                found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-                hits = [os.path.abspath(hit) for hit in found]
-            if not hits:
-                raise DataError(f"{source}: no such file or folder{_near(pattern)}")
-            places += hits
-    return places
+    return found
+
+
+def _is_there(place: str) -> bool:
+    return not places.is_url(place) and os.path.exists(place)
+
+
+def _hits(pattern: str) -> list[str]:
+    if places.is_url(pattern):
+        return _expand_url(pattern)
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    return [os.path.abspath(hit) for hit in found]
 
 
 def _expand_url(url: str) -> list[str]:
-    import fsspec
-
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-        return sorted(map(fs.unstrip_protocol, fs.glob(path))) if "*" in path else [url]
-    except Exception as error:  # each file system has errors of its own; some are not installed
-        raise DataError(f"{url}: cannot be opened: {error}") from None
+        fs, path = places.file_system(url)
+        with places.foreign_errors():
+            return sorted(map(fs.unstrip_protocol, fs.glob(path))) if "*" in path else [url]
+    except OSError as error:
+        raise DataError(f"{url}: cannot be opened: {places.reason(error)}") from None
 
 
 def read_image(record: Record) -> bytes:
     """Read the encoded image of a record, from wherever it lies."""
     if record.row >= 0:
         return tables.read_cell(record.path, record.row, record.column)
-    if "://" in record.path:
-        import fsspec
-
-        end = None if record.length < 0 else record.offset + record.length
-        try:
-            fs, path = fsspec.core.url_to_fs(record.path)
-            return bytes(fs.cat_file(path, start=record.offset, end=end))
-        except Exception as error:  # each file system has errors of its own
-            raise SampleProblem(f"cannot be read: {error}") from None
-    with open(record.path, "rb") as file:
-        file.seek(record.offset)
-        return file.read(record.length)
+    try:
+        return places.read(record.path, record.offset, record.length)
+    except OSError as error:
+        raise SampleProblem(f"cannot be read: {places.reason(error)}") from None
 
 
 def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = None) -> None:
     """Say how many samples were left out and why; a warning above 1 %, an error at 100 %."""
-    lost = [s for s in skips if not s.kept]
+    lost = [s for s in skips if s.lost in ("sample", "place")]
     if total and len(lost) >= total:
         first = f"; the first, {lost[0].uri}: {lost[0].reason}"
         raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}{first}")
-    if skips:
+    samples = [s for s in skips if s.lost != "ending"]
+    others = [s for s in skips if s.lost == "ending"]
+    if samples:
         loud = len(lost) > MAX_SILENT_SKIPS * total
         listed = f"; listed in {where}" if where else ""
         say(
             f"{'warning: ' if loud else ''}{len(lost)} of {total} samples skipped"
-            f" ({_reasons(skips)}){listed}"
+            f" ({_reasons(samples)}){listed}"
         )
+    if others:
+        say(f"{sum(s.count for s in others)} other files passed over ({_endings(others)})")
 
 
 def _scan_one(place: str, caption_keys: Sequence[str]) -> Found:
-    kind = suffix(place)
-    if kind == ".tar":
-        return tars.scan(place, caption_keys)
-    if kind in TABLE_SUFFIXES:
+    remote, kind = places.is_url(place), suffix(place)
+    if not remote and os.path.isdir(place):
+        return folders.scan(place, caption_keys)
+    if kind == ".tar" or kind in TABLE_SUFFIXES:
+        if not remote:
+            try:
+                places.refuse_special(os.stat(place).st_mode)
+            except OSError as error:
+                raise DataError(f"{place}: cannot be read: {places.reason(error)}") from None
+        if kind == ".tar":
+            return tars.scan(place, caption_keys)
         return tables.scan(place, caption_keys)
-    if "://" in place or Path(place).is_dir():
+    if remote:
         return folders.scan(place, caption_keys)
     raise DataError(
         f"{place}: not a source: give a folder, a .tar, or a table ({', '.join(TABLE_SUFFIXES)})"
@@ -164,27 +176,38 @@ def _printable(found: Record | Skip) -> Record | Skip:
 
 
 def _reasons(skips: Sequence[Skip]) -> str:
-    counts = Counter(s.reason.split(":")[0].split(" (")[0] for s in skips)
+    counts: Counter[str] = Counter()
+    for s in skips:
+        counts[s.reason.split(":")[0].split(" (")[0]] += s.count
     return ", ".join(f"{n} {reason}" for reason, n in counts.most_common(6))
+
+
+def _endings(skips: Sequence[Skip]) -> str:
+    counts: Counter[str] = Counter()
+    for s in skips:
+        counts[s.reason.rpartition(": ")[2]] += s.count
+    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common(10))
 
 
 def nothing_usable(sources: Sequence[str], skips: Sequence[Skip], keys: Sequence[str]) -> DataError:
     """Make the error for sources without a single usable sample."""
     where = ", ".join(sources)
-    if not skips:
-        return DataError(f"{where}: no images found")
-    message = f"{where}: no usable sample: {_reasons(skips)}"
-    places = [s for s in skips if s.lost == "place"]
-    if places:
-        message += f"; {places[0].uri}: {places[0].reason}"
-    if any(s.reason == "no caption" for s in skips):
+    if len(skips) == 1 and skips[0].count == 1:
+        return DataError(f"{skips[0].uri}: {skips[0].reason}")
+    others = [s for s in skips if s.lost == "ending"]
+    samples = [s for s in skips if s.lost != "ending"]
+    if not samples:
+        among = f" among {_endings(others)}" if others else ""
+        return DataError(f"{where}: no images found{among}")
+    message = f"{where}: no usable sample: {_reasons(samples)}"
+    if any(s.reason == "no caption" for s in samples):
         message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
     return DataError(message)
 
 
 def _near(pattern: str) -> str:
     parent = Path(pattern).parent
-    if "://" in pattern:
+    if places.is_url(pattern):
         return ""
     if not parent.is_dir():
         return f" ({parent} does not exist)"

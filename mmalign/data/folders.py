@@ -1,81 +1,182 @@
-"""Images in a folder and below it, with same-named .txt or .json files beside them."""
+"""Images in a folder and below it, with files beside them that describe them."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from mmalign.data.remote import walk as remote_walk
-from mmalign.data.samples import (
-    FOREIGN_SUFFIXES,
-    IMAGE_SUFFIXES,
-    Found,
-    Record,
-    SampleProblem,
-    Skip,
-    captions_beside,
-    suffix,
-)
+from mmalign.data import places, sidecars, tables
+from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, passed_over, suffix
+from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
+from mmalign.errors import DataError
+
+# Captions of many images in one table, as the image folders of Hugging Face have them.
+TABLES_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def scan(folder: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record an image, in the order of names; hidden files are passed over.
+    """Yield one record an image, folder by folder, in the order of names.
 
-    Links to folders are followed, each folder once.
+    Hidden files are passed over. Links to folders are followed, each folder once. A folder that
+    cannot be listed is a skip that loses a place; the others are scanned all the same.
+
+    Raises:
+        DataError: There is no such folder.
     """
-    import fsspec
+    try:
+        if places.is_url(folder):
+            fs, root = places.file_system(folder)
+            # What was listed some time ago may be out of date.
+            fs.invalidate_cache()
+            listing = partial(places.list_remote, fs)
+            found = _Folders(root, listing, fs.unstrip_protocol, str, caption_keys)
+        else:
+            root = places.local_path(folder)
+            found = _Folders(root, places.list_local, str, os.path.realpath, caption_keys)
+        yield from found.found()
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no such folder") from None
 
-    remote = "://" in folder
-    fs, root = fsspec.core.url_to_fs(folder)
-    name = PurePosixPath(root).name
-    unread: dict[str, str] = {}
-    for parent, folders, files in remote_walk(fs, root, unread) if remote else _walk(root, unread):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        names = sorted(f for f in files if not f.startswith("."))
-        stems = {os.path.splitext(f)[0] for f in names if suffix(f) in IMAGE_SUFFIXES}
-        beside = {os.path.splitext(f)[0] + suffix(f): f for f in names}
-        for file in names:
-            path = f"{parent}/{file}"
-            key = f"{name}/{os.path.relpath(path, root)}"
-            uri = fs.unstrip_protocol(path) if remote else path
-            stem, kind = os.path.splitext(file)[0], suffix(file)
-            if kind in FOREIGN_SUFFIXES:
-                yield Skip(key, uri, f"image type not supported: {kind}")
-            elif kind == ".txt" and stem not in stems:
-                yield Skip(key, uri, "caption without an image")
-            if kind not in IMAGE_SUFFIXES:
+
+@dataclass
+class _Folders:
+    """A scan of one source."""
+
+    root: str
+    listing: Callable[[str], list[places.Entry]]
+    uri: Callable[[str], str]
+    real: Callable[[str], str]
+    """The name of a folder that all links to it share."""
+    keys: Sequence[str]
+    listed: dict[str, Record] = field(default_factory=dict)
+    """What tables beside the images say of them, by uri, until the image is met."""
+
+    def found(self) -> Found:
+        """Yield the records and skips of all folders."""
+        for parent, entries in self._walk():
+            if isinstance(entries, Skip):
+                yield entries
+            else:
+                yield from self._one_folder(parent, entries)
+        for record in self.listed.values():
+            yield Skip(record.id, record.uri, "listed in a table beside the images, but not there")
+
+    def _walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
+        """Yield each folder with its files; what cannot be listed is a skip."""
+        seen: set[str] = set()
+        waiting = [self.root]
+        while waiting:
+            parent = waiting.pop()
+            real = self.real(parent)
+            if real in seen:
                 continue
-            captions: tuple[str, ...] = ()
-            meta: dict[str, Any] = {}
+            seen.add(real)
             try:
-                txt, js = (
-                    fs.cat_file(f"{parent}/{beside[stem + end]}") if stem + end in beside else None
-                    for end in (".txt", ".json")
-                )
-                captions, meta = captions_beside(txt, js, caption_keys)
-            except SampleProblem as problem:
-                yield Skip(key, uri, str(problem), lost="captions")
+                entries = self.listing(parent)
+            except FileNotFoundError:
+                if parent == self.root:
+                    raise
+                yield parent, self._skip(parent, "folder is gone while it is scanned", "place")
+                continue
             except OSError as error:
-                reason = f"captions cannot be read: {error.strerror or error}"
-                yield Skip(key, uri, reason, lost="captions")
-            yield Record(key, uri, uri, captions=captions, meta=meta)
-    for path, reason in unread.items():
-        key = f"{name}/{os.path.relpath(path, root)}"
-        uri = fs.unstrip_protocol(path) if remote else path
-        yield Skip(key, uri, f"folder cannot be read: {reason}", lost="place")
+                reason = f"folder cannot be read: {places.reason(error)}"
+                yield parent, self._skip(parent, reason, "place")
+                continue
+            entries = [e for e in entries if not e.name.startswith(".")]
+            yield parent, [e for e in entries if e.kind != "folder"]
+            folders = [_join(parent, e.name) for e in entries if e.kind == "folder"]
+            waiting += reversed(folders)
+
+    def _one_folder(self, parent: str, entries: list[places.Entry]) -> Found:
+        images: list[str] = []
+        beside: dict[str, str] = {}
+        skips = JoinedSkips()
+        for entry in entries:
+            path = _join(parent, entry.name)
+            if suffix(entry.name) in sidecars.SUFFIXES:
+                beside[sidecars.folded(entry.name)] = entry.name
+            elif entry.kind == "file" and entry.name.lower() in TABLES_BESIDE:
+                yield from self._read_table(path)
+            elif skip := self._no_image(path, entry):
+                skips.add(skip)
+            else:
+                images.append(entry.name)
+        claimed: set[str] = set()
+        for image in images:
+            names = [n for n in sidecars.names_beside(image) if n in beside]
+            named = sidecars.named_beside(image, self.keys)
+            named = {key: n for key, n in named.items() if n in beside}
+            claimed.update(names, named.values())
+            path = _join(parent, image)
+            yield from self._image(
+                path, [beside[n] for n in names], {k: beside[n] for k, n in named.items()}
+            )
+        for folded, name in beside.items():
+            if folded not in claimed:
+                skips.add(self._orphan(_join(parent, name)))
+        yield from skips
+
+    def _image(self, path: str, names: list[str], named: dict[str, str]) -> Found:
+        contents: dict[str, bytes] = {}
+        for name in dict.fromkeys((*names, *named.values())):
+            try:
+                beside = _join(path.rpartition("/")[0], name)
+                contents[name] = places.read(self.uri(beside))
+            except OSError as error:
+                reason = f"captions cannot be read: {places.reason(error)}"
+                yield self._skip(path, reason, "captions")
+        described = sidecars.describe(
+            [(name, contents[name]) for name in names if name in contents],
+            self.keys,
+            {key: contents[name] for key, name in named.items() if name in contents},
+        )
+        if described.problem:
+            yield self._skip(path, described.problem, "captions")
+        uri = self.uri(path)
+        record = Record(self._key(path), uri, uri)
+        told = self.listed.pop(uri, record)
+        yield replace(
+            record,
+            captions=described.captions or told.captions,
+            meta={**told.meta, **described.meta},
+        )
+
+    def _read_table(self, path: str) -> Found:
+        """Keep what a table tells of images in its folder and below."""
+        uri = self.uri(path)
+        try:
+            for found in tables.scan(uri, self.keys):
+                if isinstance(found, Skip):
+                    yield found
+                else:
+                    self.listed[found.uri] = found
+        except DataError as error:
+            yield self._skip(path, f"captions cannot be read: {error}", "captions")
+
+    def _no_image(self, path: str, entry: places.Entry) -> Skip | None:
+        if entry.kind == "other":
+            # A link to a disk that is not mounted may have led to a folder, unless it is named as
+            # an image: what lay there is not gone.
+            folder = entry.hides and suffix(path) not in IMAGE_SUFFIXES
+            return self._skip(path, entry.why, "place" if folder else "sample")
+        try:
+            why = passed_over(path, lambda: places.read(self.uri(path), 0, HEAD_BYTES))
+        except OSError as error:
+            return self._skip(path, f"cannot be read: {places.reason(error)}")
+        return self._skip(path, *why) if why else None
+
+    def _orphan(self, path: str) -> Skip:
+        if suffix(path) in sidecars.TEXT_SUFFIXES:
+            return self._skip(path, "caption without an image")
+        return self._skip(path, f"no image by its ending: {suffix(path)}", "ending")
+
+    def _key(self, path: str) -> str:
+        inside = path[len(self.root) :].strip("/")
+        return f"{os.path.basename(self.root.rstrip('/'))}/{inside}".rstrip("/")
+
+    def _skip(self, path: str, reason: str, lost: Lost = "sample") -> Skip:
+        return Skip(self._key(path), self.uri(path), reason, lost)
 
 
-def _walk(root: str, unread: dict[str, str]) -> Iterator[tuple[str, list[str], Iterable[str]]]:
-    """Walk a local folder: what cannot be listed is kept, what links lead back to is not walked."""
-
-    def note(error: OSError) -> None:
-        unread[str(error.filename)] = error.strerror or str(error)
-
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(root, onerror=note, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield parent, folders, files
+def _join(parent: str, name: str) -> str:
+    return f"{parent.rstrip('/')}/{name}"

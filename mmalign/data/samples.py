@@ -1,23 +1,14 @@
 """What a sample is before it is decoded: a record that says where its image and captions are."""
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mmalign.data.places import is_url, local_path
 from mmalign.errors import DataError
-from mmalign.values import json_value
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
-# Pictures to a person, but nothing that is decoded here: named as skipped, not passed over.
-FOREIGN_SUFFIXES = frozenset(
-    {".svg", ".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw", ".pdf"}
-)
 DEFAULT_CAPTION_KEY = "captions"
 # Where the default key is absent, these are read in its place.
 CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
@@ -64,11 +55,32 @@ class Skip:
     uri: str
     reason: str
     lost: Lost = "sample"
+    count: int = 1
+    """Files it stands for: those of one folder or tar that are passed over by ending are one skip
+    for each ending, with the first of them as its uri."""
 
     @property
     def kept(self) -> bool:
         """Whether the sample is used all the same, without its captions."""
         return self.lost == "captions"
+
+
+class JoinedSkips:
+    """The skips of one folder or tar; those that lose an ending are joined by their reasons."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._skips: dict[str, Skip] = {}
+
+    def add(self, skip: Skip) -> None:
+        """Take one more."""
+        key = skip.reason if skip.lost == "ending" else f"{len(self._skips)} {skip.uri}"
+        first = self._skips.get(key)
+        self._skips[key] = replace(first, count=first.count + skip.count) if first else skip
+
+    def __iter__(self) -> Iterator[Skip]:
+        """Yield them in the order of their first."""
+        return iter(self._skips.values())
 
 
 def stamp(record: Record) -> int:
@@ -78,8 +90,8 @@ def stamp(record: Record) -> int:
     never 0. A member of a tar carries the time of its tar.
     """
     known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
-    if "://" not in record.path:
-        status = os.stat(record.path)
+    if not is_url(record.path):
+        status = os.stat(local_path(record.path))
         # The size of a tar or a table is not that of the sample.
         alone = record.length < 0 and record.row < 0
         known += [status.st_mtime_ns, status.st_size if alone else 0]
@@ -90,11 +102,6 @@ def stamp(record: Record) -> int:
 Found = Iterable[Record | Skip]
 
 
-def suffix(path: str) -> str:
-    """Lower-case extension with its dot; a name such as `.gitignore` has none."""
-    return PurePosixPath(path).suffix.lower()
-
-
 def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
     """Collect the captions under the given keys of a .json file or a table row."""
     found: list[Any] = []
@@ -103,32 +110,6 @@ def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
         value = next((values[n] for n in names if values.get(n)), ())
         found.extend(value if isinstance(value, list | tuple) else [value])
     return clean(text(c) for c in found if c is not None)
-
-
-def captions_beside(txt: bytes | None, js: bytes | None, keys: Sequence[str]) -> tuple[Any, ...]:
-    """Captions and metadata from the .txt and .json content beside an image.
-
-    Returns (captions, meta). The .json wins where it holds the wanted key; the .txt, one caption a
-    line, stands in for the default key.
-    """
-    meta: dict[str, Any] = {}
-    if js is not None:
-        try:
-            meta = json.loads(text(js))
-        except (ValueError, RecursionError) as error:
-            raise SampleProblem(f".json is not valid: {error}") from None
-        if not isinstance(meta, dict):
-            raise SampleProblem(".json holds no object")
-    captions = captions_in(meta, keys)
-    if not captions and txt is not None and DEFAULT_CAPTION_KEY in keys:
-        captions = clean(text(txt).splitlines())
-        if not captions and js is None:
-            raise SampleProblem("caption file is empty")
-    wanted = {*keys, *CAPTION_ALIASES}
-    try:
-        return captions, json_value({k: v for k, v in meta.items() if k not in wanted})
-    except ValueError as error:
-        raise SampleProblem(f".json is {error}") from None
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:

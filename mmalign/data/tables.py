@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from mmalign.data import places
+from mmalign.data.kinds import suffix
 from mmalign.data.samples import (
     CAPTION_ALIASES,
     Found,
@@ -23,7 +25,6 @@ from mmalign.data.samples import (
     Skip,
     captions_in,
     clean,
-    suffix,
 )
 from mmalign.errors import DataError
 
@@ -125,12 +126,10 @@ def _open(
     """Return the column names, the numbered rows, and the column that holds image bytes, if any."""
     if suffix(path) == ".parquet":
         return _open_parquet(path)
-    import fsspec
-
     if suffix(path) == ".jsonl":
         rows = list(_json_rows(path, problems))
         return list(dict.fromkeys(k for _, row in rows for k in row)), iter(rows), None
-    with fsspec.open(path, "rb") as file:
+    with places.open_file(path) as file:
         # A caption that is not UTF-8 must cost one sample, not the file.
         content = file.read().decode("utf-8-sig", errors="surrogateescape")
     # Only these are ends of lines in a csv; strict, as an open quote would swallow the rows after.
@@ -157,7 +156,7 @@ def _parquet(path: str) -> Any:
     import fsspec
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(fsspec.open(path, "rb").open() if "://" in path else path)
+    return pq.ParquetFile(fsspec.open(path, "rb").open() if places.is_url(path) else path)
 
 
 def _open_parquet(path: str) -> tuple[list[str], Iterator[tuple[int, Row]], str | None]:
@@ -190,9 +189,7 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[tuple[int, Row]], str 
 
 
 def _json_rows(path: str, problems: list[Skip]) -> Iterator[tuple[int, Row]]:
-    import fsspec
-
-    with fsspec.open(path, "rb") as file:
+    with places.open_file(path) as file:
         for number, line in enumerate(file):
             if not line.strip():
                 continue
@@ -209,7 +206,10 @@ def _json_rows(path: str, problems: list[Skip]) -> Iterator[tuple[int, Row]]:
 
 
 def _resolve(image: str, folder: str) -> str:
-    return image if "://" in image or os.path.isabs(image) else os.path.join(folder, image)
+    if places.is_url(image):
+        return image
+    path = places.local_path(image)
+    return path if os.path.isabs(path) else os.path.join(folder, path)
 
 
 def _as_bytes(value: Any) -> Any:

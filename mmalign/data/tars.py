@@ -1,110 +1,176 @@
 """WebDataset tars, local or behind any fsspec URL.
 
-A tar is read once from end to end for its small members (.txt, .json) and for the place of each
-image. Training then reads images at random by offset, so that shuffling is over the whole set and
-the number of shards has nothing to do with the number of workers.
+A tar is read once from end to end for its small members (captions, metadata) and for the place of
+each image. Training then reads images at random by offset, so that shuffling is over the whole set
+and the number of shards has nothing to do with the number of workers.
 """
 
+import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
-from mmalign.data.samples import (
-    FOREIGN_SUFFIXES,
-    IMAGE_SUFFIXES,
-    Found,
-    Record,
-    SampleProblem,
-    Skip,
-    captions_beside,
-)
+from mmalign.data import places, sidecars
+from mmalign.data.kinds import HEAD_BYTES, passed_over, suffix
+from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
 from mmalign.errors import DataError
+
+# So much is looked at behind the end mark: tars are padded to whole records.
+_PADDING = 1 << 20
+_MODES = {
+    tarfile.FIFOTYPE: stat.S_IFIFO,
+    tarfile.CHRTYPE: stat.S_IFCHR,
+    tarfile.BLKTYPE: stat.S_IFBLK,
+}
 
 
 def scan(path: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record a sample, in the tar's order."""
-    import fsspec
+    """Yield one record a sample, in the tar's order; the rules for sidecars are those of folders.
 
-    name = PurePosixPath(path).stem
-    problems: list[Skip] = []
-    try:
-        with fsspec.open(path, "rb") as file:
-            samples = _members(file, name, path, problems)
-    except (OSError, tarfile.ReadError) as error:
-        raise DataError(f"{path}: cannot be read as a tar: {error}") from None
-    yield from problems
-    shared = {k.partition(".")[0] for k, s in samples.items() if "image" in s and "." in k}
-    for key, sample in samples.items():
-        if key in shared and "image" not in sample:
-            continue  # its captions serve the images that add an extension to its key
-        yield from _record(f"{name}/{key}", path, key, sample, caption_keys)
+    What is found in a tar that breaks off is used; the tar is then a skip that loses a place.
 
-
-def _members(file: Any, name: str, path: str, problems: list[Skip]) -> dict[str, dict[str, Any]]:
-    """Group the members by key: {'txt': bytes, 'json': bytes, 'image': (offset, size, name)}.
-
-    A key ends at the first dot of a name, as in WebDataset. Where an image has more than one
-    extension (`a.left.jpg`), the others belong to its key, and `a.txt` serves it too.
+    Raises:
+        DataError: There is no such file.
     """
-    samples: dict[str, dict[str, Any]] = {}
-    size = file.seek(0, 2)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in _until_torn(tar, path, problems):
-            base, extension = base_plus_ext(member.name)
-            if not member.isfile() or base is None or PurePosixPath(base).name.startswith("."):
-                continue
-            middle, _, end = extension.rpartition(".")
-            base, end = (f"{base}.{middle}" if middle else base), "." + end.lower()
-            sample = samples.setdefault(base, {})
-            place = "image" if end in IMAGE_SUFFIXES else end[1:]
-            uri = f"{path}#{member.name}"
-            if end in FOREIGN_SUFFIXES:
-                problems.append(Skip(f"{name}/{base}", uri, f"image type not supported: {end}"))
-            elif place in sample:
-                problems.append(Skip(f"{name}/{base}", uri, "duplicate key"))
-            elif member.offset_data + member.size > size:
-                problems.append(Skip(f"{name}/{base}", uri, "tar ends in the middle of it"))
-            elif place == "image":
-                sample[place] = (member.offset_data, member.size, member.name)
-            elif place in ("txt", "json"):
-                content = tar.extractfile(member)
-                sample[place] = content.read() if content else b""
-        if size - tar.offset < tarfile.BLOCKSIZE:
-            problems.append(
-                Skip(path, path, "tar has no end mark: it may be cut short", lost="captions")
+    found = _Tar(path, PurePosixPath(path).stem, caption_keys)
+    try:
+        with places.open_file(path) as file:
+            found.read(file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        start = "tar breaks off" if found.images or found.beside else "cannot be read as a tar"
+        found.skips.add(Skip(path, path, f"{start}: {places.reason(error)}", lost="place"))
+    yield from found.samples()
+
+
+@dataclass(frozen=True)
+class _Image:
+    offset: int
+    length: int
+    member: str
+
+
+@dataclass
+class _Tar:
+    """What one tar holds."""
+
+    path: str
+    name: str
+    caption_keys: Sequence[str]
+    skips: JoinedSkips = field(default_factory=JoinedSkips)
+    images: dict[str, _Image] = field(default_factory=dict)
+    """By the member's name without its last extension."""
+    beside: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    """Sidecars by folded name: the name as it stands in the tar, and the content."""
+
+    def read(self, file: BinaryIO) -> None:
+        """Note images and sidecars.
+
+        Raises:
+            OSError: The tar breaks off, is damaged, or has no end mark; what was noted stays.
+        """
+        size = file.seek(0, 2)
+        file.seek(0)
+        with places.foreign_errors(), tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                if not (member.isdir() or _hidden(member.name)):
+                    self._member(tar, member, size)
+            _check_end(file, tar.offset)
+
+    def samples(self) -> Found:
+        """Yield a record for each image, and a skip for each sidecar that has none."""
+        claimed: set[str] = set()
+        for base, image in self.images.items():
+            key, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
+            names = [n for n in sidecars.names_beside(image.member) if n in self.beside]
+            kinds = {suffix(n) for n in names}
+            shared = [n for n in sidecars.names_of_key(image.member) if n in self.beside]
+            named = sidecars.named_beside(image.member, self.caption_keys)
+            named = {k: n for k, n in named.items() if n in self.beside}
+            claimed.update(names, shared, named.values())
+            # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
+            names += [n for n in shared if suffix(n) not in kinds]
+            described = sidecars.describe(
+                [self.beside[n] for n in names],
+                self.caption_keys,
+                {k: self.beside[n][1] for k, n in named.items()},
             )
-    for key, sample in samples.items():
-        # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
-        for place, content in samples.get(key.partition(".")[0], {}).items():
-            if "image" in sample and place in ("txt", "json"):
-                sample.setdefault(place, content)
-    return samples
+            if described.problem:
+                yield Skip(key, uri, described.problem, lost="captions")
+            yield Record(
+                key, uri, self.path, image.offset, image.length,
+                captions=described.captions, meta=described.meta,
+            )  # fmt: skip
+        keys = {sidecars.key_of(image.member) for image in self.images.values()}
+        for folded, (name, _) in self.beside.items():
+            if folded not in claimed:
+                self.skips.add(self._orphan(name, keys))
+        yield from self.skips
+
+    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> None:
+        name = member.name
+        if not member.isfile() or member.issparse():
+            self.skips.add(self._skip(name, f"not a regular file: {_special(member)}"))
+        elif member.offset_data + member.size > size:
+            self.skips.add(self._skip(name, "tar ends in the middle of it"))
+        elif suffix(name) in sidecars.SUFFIXES:
+            folded = sidecars.folded(name)
+            if folded in self.beside:
+                self.skips.add(self._skip(name, "duplicate key"))
+            else:
+                self.beside[folded] = name, _content(tar, member)
+        elif why := passed_over(name, lambda: _content(tar, member, HEAD_BYTES)):
+            self.skips.add(self._skip(name, *why))
+        elif _base(name) in self.images:
+            self.skips.add(self._skip(name, "duplicate key"))
+        else:
+            self.images[_base(name)] = _Image(member.offset_data, member.size, name)
+
+    def _orphan(self, name: str, keys: Container[str]) -> Skip:
+        if suffix(name) not in sidecars.TEXT_SUFFIXES:
+            return self._skip(name, f"no image by its ending: {suffix(name)}", "ending")
+        key = sidecars.key_of(name)
+        if key in keys:
+            reason = f"caption of another name: --caption-key {name[len(key) + 1 :]} reads it"
+            return self._skip(name, reason)
+        return self._skip(name, "caption without an image")
+
+    def _skip(self, name: str, reason: str, lost: Lost = "sample") -> Skip:
+        return Skip(f"{self.name}/{_base(name)}", f"{self.path}#{name}", reason, lost)
 
 
-def _until_torn(tar: tarfile.TarFile, path: str, problems: list[Skip]) -> Iterator[tarfile.TarInfo]:
-    """Pass members on until the tar ends, or breaks off."""
-    try:
-        yield from tar
-    except (tarfile.TarError, EOFError) as error:
-        problems.append(Skip(path, path, f"tar breaks off: {error}", lost="place"))
+def _base(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.rpartition('.')[0] or file}"
 
 
-def _record(
-    key: str, path: str, base: str, sample: dict[str, Any], caption_keys: Sequence[str]
-) -> Found:
-    if "image" not in sample:
-        yield Skip(key, f"{path}#{base}", "caption without an image")
-        return
-    offset, length, member = sample["image"]
-    uri = f"{path}#{member}"
-    captions: tuple[str, ...] = ()
-    meta: dict[str, Any] = {}
-    try:
-        captions, meta = captions_beside(sample.get("txt"), sample.get("json"), caption_keys)
-    except SampleProblem as problem:
-        yield Skip(key, uri, str(problem), lost="captions")
-    yield Record(key, uri, path, offset, length, captions=captions, meta=meta)
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/") if part not in (".", ".."))
+
+
+def _special(member: tarfile.TarInfo) -> str:
+    if member.issym() or member.islnk():
+        return "link in a tar"
+    return (
+        "sparse file in a tar" if member.issparse() else places.special(_MODES.get(member.type, 0))
+    )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, length: int = -1) -> bytes:
+    content = tar.extractfile(member)
+    return content.read(length) if content else b""
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Refuse a tar that does not end where its last member does."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise OSError("it has no end mark, so it may be cut short")
+    if block.strip(b"\0"):
+        raise OSError(f"no valid header at byte {offset}")
+    if file.read(_PADDING).strip(b"\0"):
+        raise OSError("more follows its end mark; tars are joined with `tar -A`, not with `cat`")

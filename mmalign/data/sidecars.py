@@ -1,0 +1,238 @@
+"""Files beside an image that describe it: captions, and metadata in the forms of other programs.
+
+Beside `a.jpg` these are looked for, their own ending in any case:
+
+    a.txt, a.caption, a.jpg.txt, a.jpg.caption    one caption a line
+    a.json, a.jpg.json                            captions under keys, all else is metadata
+    a.jpg.supplemental-metadata.json, a.jpg.json  as Google Takeout writes them
+    a.xmp, a.jpg.xmp                              XMP: title, description, subject, date, rating
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from xml.etree import ElementTree
+
+from mmalign.data.samples import (
+    CAPTION_ALIASES,
+    DEFAULT_CAPTION_KEY,
+    SampleProblem,
+    captions_in,
+    clean,
+    text,
+)
+from mmalign.values import json_value
+
+TEXT_SUFFIXES = (".txt", ".caption")
+_ORDER = (*TEXT_SUFFIXES, ".json", ".xmp")
+SUFFIXES = frozenset(_ORDER)
+# Takeout cuts names, before `.json`, at so many characters.
+_TAKEOUT_LENGTH = 46
+# IMG.jpg(1).json describes IMG(1).jpg.
+_NUMBERED = re.compile(r"(?P<stem>.*)(?P<number>\(\d+\))(?P<end>\.[^.]*)")
+_RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+_DC = "{http://purl.org/dc/elements/1.1/}"
+_XMP = "{http://ns.adobe.com/xap/1.0/}"
+_DATES = (
+    "{http://ns.adobe.com/exif/1.0/}DateTimeOriginal",
+    "{http://ns.adobe.com/photoshop/1.0/}DateCreated",
+    f"{_XMP}CreateDate",
+)
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the files beside an image say of it, and which of them could not be used."""
+
+    captions: tuple[str, ...] = ()
+    meta: Values = field(default_factory=dict)
+    problem: str = ""
+
+
+def folded(name: str) -> str:
+    """Return a file name with its ending in lower case, as sidecars are looked up."""
+    stem, dot, end = name.rpartition(".")
+    return f"{stem}{dot}{end.lower()}"
+
+
+def key_of(image: str) -> str:
+    """Return all of a path up to the first dot of its file name, as WebDataset does."""
+    folder, slash, file = image.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"
+
+
+def names_of_key(image: str) -> list[str]:
+    """List the folded names of files that describe all images of one key."""
+    return [f"{key_of(image)}{end}" for end in _ORDER]
+
+
+def named_beside(image: str, keys: Sequence[str]) -> dict[str, str]:
+    """Map caption keys such as `outputs.txt` to the folded names of the files they stand for.
+
+    >>> named_beside("k.input.jpg", ["captions", "outputs.txt"])
+    {'outputs.txt': 'k.outputs.txt'}
+    """
+    return {k: folded(f"{key_of(image)}.{k}") for k in keys if k.lower().endswith(TEXT_SUFFIXES)}
+
+
+def names_beside(image: str) -> list[str]:
+    """List the folded names under which files about one image may stand, the strongest first."""
+    folder, slash, file = image.rpartition("/")
+    stem = file.rpartition(".")[0] or file
+    names = [f"{name}{end}" for end in _ORDER for name in (stem, file)]
+    plain, number = file, ""
+    if numbered := _NUMBERED.fullmatch(file):
+        plain, number = f"{numbered['stem']}{numbered['end']}", numbered["number"]
+        names.append(f"{plain}{number}.json")
+    for long in (plain, f"{plain}.supplemental-metadata"):
+        names.append(f"{long[:_TAKEOUT_LENGTH]}{number}.json")
+    return [f"{folder}{slash}{name}" for name in dict.fromkeys(names)]
+
+
+def describe(
+    files: Sequence[tuple[str, bytes]], keys: Sequence[str], named: Mapping[str, bytes]
+) -> Described:
+    """Read what stands beside one image.
+
+    A .json wins where it holds a wanted key; the text file stands in for the default key, then the
+    description of Takeout or XMP. What cannot be read costs itself only.
+
+    Args:
+        files: Name and content of the sidecars, the strongest first.
+        keys: Where captions are.
+        named: Text files that stand for caption keys, see `named_beside`.
+    """
+    own, foreign, lines, problems = _contents(files)
+    captions: list[str] = []
+    used = ""
+    for key in keys:
+        try:
+            if key in named:
+                captions += text(named[key]).splitlines()
+            elif found := captions_in(own, (key,)):
+                captions += found
+            elif key == DEFAULT_CAPTION_KEY and lines:
+                captions += lines
+            else:
+                names = ("description", "title") if key == DEFAULT_CAPTION_KEY else (key,)
+                there = [name for name in names if foreign.get(name)]
+                captions += captions_in(foreign, there[:1])
+                used = next(iter(there), used)
+        except SampleProblem as problem:
+            problems.append(str(problem))
+    has_text = any(folded(name).endswith(TEXT_SUFFIXES) for name, _ in files)
+    if has_text and not (captions or own or problems) and DEFAULT_CAPTION_KEY in keys:
+        problems.append("caption file is empty")
+    left_out = {*keys, *CAPTION_ALIASES}
+    meta = {k: v for k, v in own.items() if k not in left_out}
+    _fill(meta, {k: v for k, v in foreign.items() if k != used})
+    try:
+        meta = json_value(meta)
+    except ValueError as error:
+        problems.append(f".json is {error}")
+        meta = {}
+    return Described(clean(captions), meta, "; ".join(problems))
+
+
+def _contents(
+    files: Sequence[tuple[str, bytes]],
+) -> tuple[Values, Values, tuple[str, ...], list[str]]:
+    """Read sidecars: our own .json, what other programs wrote, lines of text, and problems."""
+    own: Values = {}
+    foreign: Values = {}
+    lines: tuple[str, ...] = ()
+    problems: list[str] = []
+    for name, content in files:
+        end = f".{name.rpartition('.')[2].lower()}"
+        try:
+            if end in TEXT_SUFFIXES:
+                lines = lines or clean(text(content).splitlines())
+            elif end == ".xmp":
+                _fill(foreign, _xmp(content))
+            elif _is_takeout(values := _json(content)):
+                _fill(foreign, _takeout(values))
+            else:
+                _fill(own, values)
+        except SampleProblem as problem:
+            problems.append(str(problem))
+    return own, foreign, lines, problems
+
+
+def _fill(values: Values, more: Values) -> None:
+    for key, value in more.items():
+        values.setdefault(key, value)
+
+
+def _json(content: bytes) -> Values:
+    try:
+        values = json.loads(text(content))
+    except (ValueError, RecursionError) as error:
+        raise SampleProblem(f".json is not valid: {error}") from None
+    if not isinstance(values, dict):
+        raise SampleProblem(".json holds no object")
+    return values
+
+
+def _is_takeout(values: Values) -> bool:
+    return isinstance(values.get("photoTakenTime"), dict)
+
+
+def _takeout(values: Values) -> Values:
+    """Take what Google Photos knows of an image; its `title` is the name of the file."""
+    found: Values = {}
+    if isinstance(values.get("description"), str) and values["description"].strip():
+        found["description"] = values["description"].strip()
+    try:
+        seconds = int(values["photoTakenTime"]["timestamp"])
+        found["taken"] = datetime.fromtimestamp(seconds, UTC)
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        pass
+    place = values.get("geoData")
+    if isinstance(place, dict) and (place.get("latitude") or place.get("longitude")):
+        names = ("latitude", "longitude", "altitude")
+        found |= {n: place[n] for n in names if isinstance(place.get(n), int | float)}
+    people = [p.get("name") for p in values.get("people") or () if isinstance(p, dict)]
+    if people:
+        found["people"] = [p for p in people if isinstance(p, str)]
+    return found
+
+
+def _xmp(content: bytes) -> Values:
+    """Read the few fields of XMP that describe a picture to a person."""
+    kind = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        words = content.decode(kind)
+        # XMP has no use for a document type, which is where entities would be declared that grow
+        # to gigabytes or stand for other files.
+        if "<!DOCTYPE" in words or "<!ENTITY" in words:
+            raise SampleProblem(".xmp is not read: it declares a document type")
+        tree = ElementTree.fromstring(words)
+    except (ValueError, ElementTree.ParseError) as error:
+        raise SampleProblem(f".xmp is not valid: {error}") from None
+    found: Values = {}
+    for name in ("title", "description", "subject"):
+        items = [e.text or "" for e in tree.iterfind(f".//{_DC}{name}//{_RDF}li")]
+        if items := list(clean(items)):
+            found[name] = items if name == "subject" or len(items) > 1 else items[0]
+    about = list(tree.iter(f"{_RDF}Description"))
+
+    def field_of(name: str) -> str:
+        values = [v for e in about for v in (e.get(name), e.findtext(name)) if v]
+        return values[0].strip() if values else ""
+
+    if taken := next(filter(None, map(field_of, _DATES)), ""):
+        found["taken"] = _date(taken)
+    if (rating := field_of(f"{_XMP}Rating")).lstrip("-").isdecimal():
+        found["rating"] = int(rating)
+    return found
+
+
+def _date(words: str) -> datetime | str:
+    try:
+        return datetime.fromisoformat(words)
+    except ValueError:
+        return words
