@@ -4,6 +4,7 @@ N rows, M queries, D dimensions, K neighbours.
 """
 
 import contextlib
+import threading
 import warnings
 
 import numpy as np
@@ -48,6 +49,7 @@ class Exact(Index):
         self.rows = sum(len(s) for s in self.shards)
         self.asked, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None
+        self._lock = threading.Lock()
 
     def search(
         self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
@@ -56,11 +58,7 @@ class Exact(Index):
         if not self.rows:
             raise VectorError("there are no vectors to search")
         queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
-        before, self.asked = self.asked, self.asked + len(queries)
-        if before <= CODED_AFTER < self.asked and self._can_code():
-            self._prepare(with_codes=True)
-        elif before and not self.prepared:
-            self._prepare(with_codes=False)
+        self._prepare_if_worth(len(queries))
         allow = None if allow_N is None else torch.from_numpy(allow_N[self.first_row :])
         scores, rows = kernels.topk(
             queries, self.corpus or self.shards, min(k, self.rows), allow=allow
@@ -68,14 +66,26 @@ class Exact(Index):
         found = rows.numpy()
         return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
 
+    def _prepare_if_worth(self, queries: int) -> None:
+        with self._lock:
+            before, self.asked = self.asked, self.asked + queries
+            with_codes = before <= CODED_AFTER < self.asked and self._can_code()
+            # One thread prepares; the others compare unprepared rows meanwhile, with equal results.
+            if not with_codes and (not before or self.prepared):
+                return
+            self.prepared = True
+        self._prepare(with_codes=with_codes)
+
     def _can_code(self) -> bool:
         return kernels.has_int8() and self.rows * self.shards[0].shape[1] <= self.coded_bytes
 
     def _prepare(self, *, with_codes: bool) -> None:
-        self.prepared = True
         # A row that prepare refuses is no reason to fail: what it does to a search, that says.
         with contextlib.suppress(VectorError):
-            self.corpus = kernels.prepare(self.shards, with_codes=with_codes)
+            corpus = kernels.prepare(self.shards, with_codes=with_codes)
+            # Codes that another thread has made meanwhile are kept.
+            if with_codes or self.corpus is None:
+                self.corpus = corpus
 
 
 class Extended(Index):

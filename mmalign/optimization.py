@@ -58,13 +58,16 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self, towers: nn.Module) -> Iterator[None]:
-        """Lend the average to the towers."""
+        """Lend the average to the towers, which compute as for evaluation meanwhile."""
+        mode = towers.training
         own = {k: v.detach().clone() for k, v in towers.state_dict().items()}
         towers.load_state_dict(self.weights)
+        towers.eval()
         try:
             yield
         finally:
             towers.load_state_dict(own)
+            towers.train(mode)
 
 
 @dataclass(frozen=True)

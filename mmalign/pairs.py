@@ -134,13 +134,11 @@ def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors, Ints
         images.append(encoder.encode_images(pixels))
         decoded.append(rows[good])
     texts = []
-    encoder.towers.eval()
     with torch.inference_mode():
         for rows in _parts(len(pairs.tokens_PT)):
             longest = max(1, int(pairs.lengths_P[rows].max()))
             tokens = pairs.tokens_PT[rows][:, :longest].long().to(encoder.device)
             texts.append(encoder.text_vectors(tokens).cpu().numpy())
-    encoder.towers.train()
     number = np.full(len(pairs), -1)
     kept = np.concatenate(decoded)
     number[kept] = np.arange(len(kept))

@@ -129,9 +129,6 @@ class Pipeline:
         """
         self.started = time.perf_counter()
         workers = self.encoding.workers
-        # Set here, once: threads that each set it and set it back would undo each other.
-        training = self.encoder.towers.training
-        self.encoder.towers.eval()
         # Decoding must be so far ahead that a batch is ready whenever an encoder is free.
         decoded = in_threads(
             self._decode,
@@ -150,7 +147,6 @@ class Pipeline:
         finally:
             decoded.close()  # type: ignore[attr-defined]
             torch.set_num_threads(self.threads)
-            self.encoder.towers.train(training)
 
     def describe(self) -> str:
         """Say how busy each stage is, the one that holds up the others first."""

@@ -5,6 +5,7 @@
 M queries, D dimensions, K neighbours.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class _Goal:
 
 
 class Searcher:
-    """A store and the model it was made with, ready for queries; final.
+    """A store and the model it was made with, ready for queries, also of many threads; final.
 
     >>> Searcher.open("photos.store").search("a dog on a beach", k=3)  # doctest: +SKIP
     """
@@ -70,7 +71,8 @@ class Searcher:
             )
         self.store = store
         self.encoder = encoder
-        self._indexes: dict[tuple[str, bool], Index] = {}
+        self._indexes: dict[tuple[Target, bool], Index] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | None = None) -> "Searcher":
@@ -156,23 +158,42 @@ class Searcher:
         self, vectors_MD: NDArray[np.float32], k: int, asked: Target, goal: _Goal
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Search by the index; where that is damaged, say so and compare every row from then on."""
-        to, exact, allowed_N = goal.to, goal.exact, goal.allowed_N
-        shards = self.store.vectors(to)
-        if not len(self.store) or not sum(len(s) for s in shards):
-            what = "rows" if to == "image" else "captions"
-            raise StoreError(f"{self.store.path}: the store has no {what} to search")
-        key = (to, exact)
+        index = self._index(goal.to, goal.exact)
         try:
-            if key not in self._indexes:
-                folder = None if exact else self.store.index_folder
-                self._indexes[key] = open_index(folder, to, shards)
-            return self._indexes[key].search(vectors_MD, k, allowed_N, asked=asked)
+            return index.search(vectors_MD, k, goal.allowed_N, asked=asked)
         except StoreError as error:
-            if exact:
+            if goal.exact:
                 raise
-            say(f"warning: {self.store.path}: {error}; every row is compared (`mmalign repair`)")
-            self._indexes[key] = Exact(shards)
-            return self._indexes[key].search(vectors_MD, k, allowed_N, asked=asked)
+            index = self._without_index(goal.to, index, error)
+            return index.search(vectors_MD, k, goal.allowed_N, asked=asked)
+
+    def _index(self, to: Target, exact: bool) -> Index:
+        """Open vectors and index of one modality once, whichever thread asks first."""
+        with self._lock:
+            if (to, exact) not in self._indexes:
+                shards = self.store.vectors(to)
+                if not len(self.store) or not sum(len(s) for s in shards):
+                    what = "rows" if to == "image" else "captions"
+                    raise StoreError(f"{self.store.path}: the store has no {what} to search")
+                folder = None if exact else self.store.index_folder
+                try:
+                    self._indexes[to, exact] = open_index(folder, to, shards)
+                except StoreError as error:
+                    if exact:
+                        raise
+                    self._indexes[to, exact] = self._every_row(to, error)
+            return self._indexes[to, exact]
+
+    def _without_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
+        with self._lock:
+            # Of many threads that met the damage, one says so.
+            if self._indexes[to, False] is damaged:
+                self._indexes[to, False] = self._every_row(to, error)
+            return self._indexes[to, False]
+
+    def _every_row(self, to: Target, error: StoreError) -> Index:
+        say(f"warning: {self.store.path}: {error}; every row is compared (`mmalign repair`)")
+        return Exact(self.store.vectors(to))
 
     def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:
         """Which vectors may be found: those of rows that are not deleted, and of those wanted."""

@@ -154,9 +154,10 @@ class Trainer:
             run,
         )
         self.device = fastest_device()
-        self.towers = encoder.on(self.device).towers.train()
+        self.towers = encoder.on(self.device).towers
         self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
         self.words = WordHead(encoder.dim, pairs.tokens_PT).to(self.device)
+        self.towers.train()  # `validate` alone leaves this mode, for its own time
         self.trained = torch.nn.ModuleList([self.towers, self.words])
         self.optimizer = adamw(self.trained, config.learning_rate, config.weight_decay)
         self.average = Average(self.towers, config.average)

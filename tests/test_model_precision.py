@@ -127,7 +127,7 @@ def test_texts_with_padding_and_a_last_layer_are_encoded_in_other_precisions(
     width, dim = network.text_projection.shape
     del network.text_projection
     network.text_projection = nn.Linear(width, dim)
-    encoder.towers = openclip.OpenClipTowers(network)
+    encoder.towers = openclip.OpenClipTowers(network).eval()
     for cut in (True, False):
         encoder.towers.cuts_texts = cut
         fast, _ = in_precision(encoder, wanted)

@@ -204,8 +204,11 @@ def test_the_average_lends_and_returns(run: Path) -> None:
         for weight in towers.parameters():
             weight += 1
     moved = {k: v.clone() for k, v in towers.state_dict().items()}
+    towers.train()
     with average.applied(towers):
+        assert not towers.training
         assert all(torch.equal(v, before[k]) for k, v in towers.state_dict().items())
+    assert towers.training
     assert all(torch.equal(v, moved[k]) for k, v in towers.state_dict().items())
 
 

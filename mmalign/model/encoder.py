@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmalign.errors import ModelError
+
 Vectors = NDArray[np.float32]
 MAX_LOGIT_SCALE = 100.0
 TEXTS_AT_ONCE = 64
@@ -92,6 +94,9 @@ def fastest_device() -> torch.device:
 class Encoder:
     """Towers together with the preprocessing and the tokenizer they were trained with.
 
+    Many threads may encode with one encoder: encoding changes nothing in it. The towers are in
+    evaluation mode from the start; whoever trains them sets training mode, and sets it back.
+
     >>> from mmalign.model import new_model
     >>> encoder = new_model("nano", captions=["a red square", "a blue circle"])
     >>> encoder.encode_texts(["a red circle"]).shape
@@ -107,6 +112,9 @@ class Encoder:
     source: str = ""
     """The run folder or name it was loaded from; empty while it is new."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.towers.eval()
 
     def on(self, device: torch.device) -> "Encoder":
         """Move to a device and return itself."""
@@ -186,11 +194,10 @@ class Encoder:
         return ((tokens_BT != 0) * torch.arange(1, width + 1)).amax(dim=1).clamp(min=1)
 
     def _run(self, embed: Any) -> Vectors:
-        training = self.towers.training
-        self.towers.eval()
-        try:
-            with torch.inference_mode():
-                vectors: Vectors = embed().cpu().numpy()
-        finally:
-            self.towers.train(training)
+        # Never switched here: the mode is shared by all threads, and batch norms that see one batch
+        # in training mode keep what they saw.
+        if self.towers.training:
+            raise ModelError(f"{self.name}: in training mode: call towers.eval() before encoding")
+        with torch.inference_mode():
+            vectors: Vectors = embed().cpu().numpy()
         return vectors

@@ -65,14 +65,12 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
         int8.quantize(towers)
         return _same_model(encoder, towers), "int8"
     if precision == "float32" or (precision == "auto" and not has_bfloat16(encoder.device)):
-        encoder.towers.eval()
         return encoder, "float32"
     cast = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
     if encoder.device.type == "cpu" and packs_bfloat16():
         lean.pack(cast)
     candidate = _same_model(encoder, cast)
     if precision == "auto" and not _better(candidate, encoder):
-        encoder.towers.eval()
         return encoder, "float32"
     return candidate, "bfloat16"
 

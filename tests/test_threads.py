@@ -1,0 +1,174 @@
+"""One encoder, one Searcher, one store, many threads: the answers of one thread, bit for bit."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from mmalign import Searcher, load_model, open_store
+from mmalign import search as search_module
+from mmalign.errors import ModelError, StoreError
+from mmalign.index import Exact, Index
+from mmalign.model import PRESETS, Encoder, in_precision, new_model, openclip, save_model
+
+T = TypeVar("T")
+THREADS, ROUNDS = 8, 4
+TEXTS = ["a red circle", "two blue squares left of a star", "", "一个红色圆形"]
+# Batch norms, and patches that are dropped while training.
+NORMS = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": None}
+DROPS = {"layers": 2, "width": 64, "patch_size": 16, "patch_dropout": 0.5}
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Do the same work in many threads that start at one moment."""
+    barrier = threading.Barrier(THREADS)
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            for _ in range(ROUNDS):
+                results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    assert len(results) == THREADS * ROUNDS
+    return results
+
+
+@pytest.fixture(scope="module")
+def architectures(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Small open_clip architectures whose training mode computes something else."""
+    folder = tmp_path_factory.mktemp("architectures")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    for name, vision in (("small-norms", NORMS), ("small-drops", DROPS)):
+        shape = {"embed_dim": 32, "vision_cfg": {"image_size": 64, **vision}, "text_cfg": text}
+        (folder / f"{name}.json").write_text(json.dumps(shape))
+    openclip.module().add_model_config(folder)
+
+
+def make(name: str, run: Path) -> Encoder:
+    """Build a model, save it and load it, as people do."""
+    torch.manual_seed(0)
+    encoder = new_model(name, TEXTS) if name in PRESETS else openclip.load(name, None)
+    run.mkdir()
+    save_model(encoder, run)
+    return load_model(run)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "small-norms", "small-drops"])
+def test_one_encoder_serves_many_threads(name: str, architectures: None, tmp_path: Path) -> None:
+    encoder = make(name, tmp_path / "run")
+    assert not encoder.towers.training
+    side = 32 if encoder.towers.any_size else encoder.preprocess.size
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    before = {key: value.clone() for key, value in encoder.towers.state_dict().items()}
+    wanted = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+    for found in together(lambda: (encoder.encode_images(pixels), encoder.encode_texts(TEXTS))):
+        assert np.array_equal(found[0], wanted[0])
+        assert np.array_equal(found[1], wanted[1])
+    assert not any(module.training for module in encoder.towers.modules())
+    after = encoder.towers.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_other_precisions_serve_many_threads(precision: str, small_clip: str) -> None:
+    torch.manual_seed(0)
+    encoder, got = in_precision(openclip.load(small_clip, None), precision)  # type: ignore[arg-type]
+    assert got == precision
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    wanted = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+    for found in together(lambda: (encoder.encode_images(pixels), encoder.encode_texts(TEXTS))):
+        assert np.array_equal(found[0], wanted[0])
+        assert np.array_equal(found[1], wanted[1])
+
+
+def test_encoding_in_training_mode_is_refused() -> None:
+    encoder = new_model("nano", TEXTS)
+    encoder.towers.train()
+    with pytest.raises(ModelError, match="in training mode"):
+        encoder.encode_texts(TEXTS)
+    assert encoder.towers.training
+
+
+def test_one_searcher_serves_many_threads(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [Searcher.open(store).search_many(TEXTS[:2], 5, to=to) for to in ("image", "text")]  # type: ignore[arg-type]
+    opened: list[str] = []
+    real = search_module.open_index
+
+    def count(folder: Path | None, modality: str, shards: list[np.ndarray]) -> Index:
+        opened.append(modality)
+        return real(folder, modality, shards)
+
+    monkeypatch.setattr(search_module, "open_index", count)
+    # So that some of the searches prepare vectors, and some are under way meanwhile.
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 20)
+    searcher = Searcher.open(store)
+    for found in together(
+        lambda: [searcher.search_many(TEXTS[:2], 5, to=to) for to in ("image", "text")]  # type: ignore[arg-type]
+    ):
+        assert found == wanted
+    assert sorted(opened) == ["image", "text"]
+
+
+def test_vectors_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(500, 32)).astype(np.float16)
+    queries = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 20)
+    made: list[bool] = []
+    real = Exact._prepare
+
+    def count(self: Exact, *, with_codes: bool) -> None:
+        made.append(with_codes)
+        real(self, with_codes=with_codes)
+
+    monkeypatch.setattr(Exact, "_prepare", count)
+    wanted = Exact([rows]).search(queries, 5)
+    index = Exact([rows])
+    for scores, numbers in together(lambda: index.search(queries, 5)):
+        assert np.array_equal(scores, wanted[0])
+        assert np.array_equal(numbers, wanted[1])
+    assert len(made) == len(set(made)) <= 2
+
+
+def test_damage_that_many_threads_meet_is_said_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Damaged(Exact):
+        def search(self, *args: object, **words: object) -> tuple[np.ndarray, np.ndarray]:
+            raise StoreError("names rows beyond")
+
+    searcher = Searcher.open(store)
+    wanted = searcher.search("a red circle", exact=True)
+    monkeypatch.setattr(search_module, "open_index", lambda folder, to, shards: Damaged(shards))
+    for found in together(lambda: searcher.search("a red circle")):
+        assert found == wanted
+    assert capsys.readouterr().err.count("names rows beyond") == 1
+
+
+def test_one_store_serves_many_threads(store: Path, tmp_path: Path) -> None:
+    alone = open_store(store)
+    ids = alone.column("id")[::7]
+    wanted = alone.find(ids), alone.rows([5, 90], ("captions",)), alone.caption_owners
+    shared = open_store(shutil.copytree(store, tmp_path / "copy.store"))
+    for found in together(
+        lambda: (shared.find(ids), shared.rows([5, 90], ("captions",)), shared.caption_owners)
+    ):
+        assert np.array_equal(found[0], wanted[0])
+        assert found[1] == wanted[1]
+        assert np.array_equal(found[2], wanted[2])
