@@ -1,13 +1,10 @@
 """The `mmalign` command: parse, call one verb, print or answer.
 
 Only click and the error tree are loaded up front; each command imports what it needs. Results go to
-stdout (`--json`: one object), everything else to stderr. Exit codes: 0 well, 1 it could not be
-done, 2 the call was off, 130 interrupted.
+stdout (`--json`: one object), everything else to stderr. `cli_errors.py` has the exit codes.
 """
 
-import errno
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,63 +12,25 @@ from typing import Any
 import click
 
 from mmalign import __version__, cli_store
+from mmalign.cli_errors import Commands
+from mmalign.cli_options import PLACE, show
 from mmalign.cli_options import json_option as _json
 from mmalign.cli_options import model_option as _model
 from mmalign.cli_options import print_values as _print
 from mmalign.cli_options import store_argument as _store
 from mmalign.cli_options import where_option as _where
-from mmalign.errors import MmalignError, UsageError, nearest
+from mmalign.cli_options import yes_option as _yes
+from mmalign.errors import DataError, UsageError
+from mmalign.terminal import columns, openable, printable, shorten, width
 
 Command = Callable[..., Any]
+# A hit's place is cut only where no system would open it; its words get what is left of a line.
+MAX_PLACE, MIN_WORDS = 4096, 20
+# What a query that means a file may begin with; whether there is one, the disk says.
+PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "https://")
 
 
-class _Group(click.Group):
-    """Shows our errors as one line, and the nearest name for an unknown command."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise click.UsageError(
-                f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
-            )
-        return super().resolve_command(ctx, args)
-
-    def main(self, *args: Any, **words: Any) -> Any:
-        """Run a command; a mistake in its words is one line too."""
-        try:
-            code = super().main(*args, **{**words, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.ctx.get_help() if error.ctx else "", err=True)
-            code = 2
-        except click.ClickException as error:
-            where = getattr(error, "ctx", None)
-            hint = f" (see {where.command_path} --help)" if where else ""
-            click.echo(f"mmalign: {error.format_message().rstrip('.')}{hint}", err=True)
-            code = error.exit_code
-        except click.Abort:
-            code = 130
-        sys.exit(code if isinstance(code, int) else 0)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MmalignError as error:
-            click.echo(f"mmalign: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            # A place that cannot be read or written, or a full disk; others are bugs or pipes.
-            if error.filename is None and error.errno != errno.ENOSPC:
-                raise
-            place = f"{error.filename}: " if error.filename is not None else ""
-            click.echo(f"mmalign: {place}{error.strerror}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("mmalign: interrupted", err=True)
-            ctx.exit(130)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mmalign")
 def main() -> None:
     """Align images and text, store their embeddings, and find one by the other.
@@ -84,7 +43,7 @@ def main() -> None:
 
 def _sources(required: bool = True) -> Callable[[Command], Command]:
     return click.option(
-        "--data", "data", multiple=True, required=required, metavar="SRC",
+        "--data", "data", multiple=True, required=required, metavar="SRC", type=PLACE,
         help="Folder, .tar (braces and globs), .parquet, .csv, .tsv, .jsonl, or URL. Repeatable.",
     )  # fmt: skip
 
@@ -96,7 +55,9 @@ _caption_key = click.option(
 
 
 @main.command()
-@click.option("--out", default="demo", show_default=True, help="Folder for everything it makes.")
+@click.option(
+    "--out", default="demo", show_default=True, type=PLACE, help="Folder for everything it makes."
+)
 @click.option("--scenes", default=12_000, show_default=True, help="Scenes to train on.")
 @click.option("--minutes", default=4.0, show_default=True, help="Time to train.")
 def demo(out: str, scenes: int, minutes: float) -> None:
@@ -113,13 +74,17 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @main.command()
 @_sources()
 @click.option(
-    "--val", multiple=True, metavar="SRC", help="Validation pairs; else some are held out."
+    "--val",
+    multiple=True,
+    metavar="SRC",
+    type=PLACE,
+    help="Validation pairs; else some are held out.",
 )
-@click.option("--out", required=True, metavar="RUN", help="Folder for the run.")
-@click.option("--config", metavar="FILE.toml", help="Fields of TrainConfig as TOML.")
+@click.option("--out", required=True, metavar="RUN", type=PLACE, help="Folder for the run.")
+@click.option("--config", metavar="FILE.toml", type=PLACE, help="Fields of TrainConfig as TOML.")
 @click.option("--preset", metavar="NAME", help="Our own, from scratch: nano, tiny, small.")
 @click.option("--model", metavar="NAME", help="An open_clip architecture.")
-@click.option("--pretrained", metavar="TAG_OR_PATH", help="Its weights.")
+@click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Its weights.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @_caption_key
@@ -162,7 +127,9 @@ def train(
 @main.command()
 @_model
 @_sources()
-@click.option("--out", required=True, metavar="STORE", help="The store, by convention NAME.store.")
+@click.option(
+    "--out", required=True, metavar="STORE", type=PLACE, help="The store, by convention NAME.store."
+)
 @click.option("--thumbnails/--no-thumbnails", default=True, help="Keep a small picture of each.")
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto",
@@ -170,6 +137,7 @@ def train(
 )  # fmt: skip
 @click.option("--checksum", is_flag=True, help="Compare the content of images that are there.")
 @click.option("--drop-removed", is_flag=True, help="Delete rows whose image left its source.")
+@_yes
 @click.option(
     "--shard", "part", default="1/1", metavar="I/N", show_default=True,
     help="Embed the I-th of N parts: N processes can fill one store.",
@@ -211,7 +179,9 @@ def embed(
 @_store
 @click.option("--recall", default=0.95, show_default=True, help="Share of true neighbours to find.")
 @click.option("--memory", default="2GB", show_default=True, help="What the index may hold.")
-@click.option("--queries", metavar="FILE", help="Text queries to measure with, one a line.")
+@click.option(
+    "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one a line."
+)
 @_json
 def index(store: Path, recall: float, memory: str, queries: str | None, as_json: bool) -> None:
     """Build an index over a store that finds what it promises, measured on text queries.
@@ -230,7 +200,7 @@ def index(store: Path, recall: float, memory: str, queries: str | None, as_json:
 
 @main.command()
 @_store
-@click.argument("query")
+@click.argument("query", nargs=-1, required=True, metavar="QUERY")
 @click.option("-k", default=10, show_default=True, help="Results wanted.")
 @click.option(
     "--to", type=click.Choice(["image", "text"]), default="image", show_default=True,
@@ -238,13 +208,15 @@ def index(store: Path, recall: float, memory: str, queries: str | None, as_json:
 )  # fmt: skip
 @_where
 @click.option("--exact", is_flag=True, help="Compare every row, whatever index there is.")
-@click.option("--sheet", metavar="FILE.png", help="Draw the hits as a contact sheet.")
-@click.option("--model", metavar="RUN_OR_NAME", help="The model, if it moved since embedding.")
+@click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
+@click.option(
+    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it moved since embedding."
+)
 @_json
 def search(
     *,
     store: Path,
-    query: str,
+    query: tuple[str, ...],
     k: int,
     to: Any,
     where: str | None,
@@ -253,41 +225,104 @@ def search(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Find the images of a store nearest to QUERY: words, or the name of an image file.
+    """Find the images of a store nearest to QUERY: words, or an image file.
+
+    QUERY is an image where a file of this name exists, or behind @; all else is words. What begins
+    with a dash goes behind --.
 
     \b
     Example:  mmalign search photos.store "a dog on a beach" --sheet hits.png
               mmalign search photos.store cat.jpg --to text
+              mmalign search photos.store @cat.jpg
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
     """
     import time
     from dataclasses import asdict
 
-    from mmalign.search import Searcher, is_image
+    from mmalign.search import Searcher
 
+    asked = _query(query)
     searcher = Searcher.open(store, model)
     started = time.perf_counter()
-    hits = searcher.search(query, k, to=to, exact=exact, where=where)
+    hits = searcher.search(asked, k, to=to, exact=exact, where=where)
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
         from mmalign.sheet import Strip, draw_sheet, tiles_of
 
-        picture = Path(query).read_bytes() if is_image(query) else b""
-        draw_sheet([Strip(query, tiles_of(searcher.store, hits), picture)], Path(sheet))
+        picture = asked if isinstance(asked, bytes) else b""
+        draw_sheet([Strip(query[0], tiles_of(searcher.store, hits), picture)], Path(sheet))
     if as_json:
         rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
-        answer = {"query": query, "hits": rows, "index": searcher.describe_index()}
+        answer = {"query": query[0], "hits": rows, "index": searcher.describe_index()}
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
         return
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
-        click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.id}  {words}")
+        show(_line(f"{hit.rank:>3}  {hit.score:.3f}", openable(hit.uri), words))
+
+
+def _line(start: str, place: str, words: str) -> str:
+    """Put a hit into one line: its place whole, so that it can be opened, its words as they fit."""
+    line = f"{start}  {shorten(printable(place), MAX_PLACE)}"
+    room = max(MIN_WORDS, columns() - width(line) - 2)
+    return f"{line}  {shorten(printable(words), room)}".rstrip()
+
+
+def _query(words: tuple[str, ...]) -> str | bytes:
+    """Decide what a person asks by: the content of an image file, or a text.
+
+    A file that exists is never searched by the words of its name, as nobody would notice; nor is a
+    name of no file refused, as it may be words.
+    """
+    if len(words) > 1:
+        raise UsageError(f"one query is searched: put its words in quotes: {' '.join(words)!r}")
+    (typed,) = words
+    named = typed.startswith("@")
+    file = Path(os.path.expanduser(typed[1:] if named else typed))
+    try:
+        exists, is_file, is_folder = file.exists(), file.is_file(), file.is_dir()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        exists = is_file = is_folder = False
+    if named and not is_file:
+        reason = "not a regular file" if exists else "no such image file"
+        raise UsageError(f"{file}: {reason}; words that begin with @ need a space before it")
+    if is_file:
+        return _image(file, "" if named else f"; for the words, put a space behind: '{typed} '")
+    if exists and not is_folder:
+        raise UsageError(f"{file}: not a regular file, so no image to search by")
+    if typed.startswith(PATH_STARTS) or _ends_as_image(typed):
+        from mmalign.progress import say
+
+        say(f"{typed!r} looks like a file, but names none: searched as words")
+    return typed
+
+
+def _ends_as_image(name: str) -> bool:
+    from mmalign.data.kinds import PICTURE_SUFFIXES, suffix
+
+    return suffix(name) in PICTURE_SUFFIXES
+
+
+def _image(file: Path, hint: str) -> bytes:
+    """Read an image to search by; refuse one that cannot be decoded before a model is loaded."""
+    from mmalign.data import open_image
+
+    try:
+        content = file.read_bytes()
+        open_image(content, side=64)
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: cannot search by this image: {reason}{hint}") from None
+    return content
 
 
 @main.command()
 @_model
 @_sources()
-@click.option("--classes", metavar="A,B,C", help="Class names (or a file, one a line): zero-shot.")
+@click.option(
+    "--classes", metavar="A,B,C", type=PLACE,
+    help="Class names (or a file, one a line): zero-shot.",
+)  # fmt: skip
 @click.option("--label-key", default="label", show_default=True, help="Where the class stands.")
 @_caption_key
 @_json

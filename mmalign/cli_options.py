@@ -1,20 +1,52 @@
 """What several commands share: their options, and how an answer is printed."""
 
 import json
+import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mmalign.terminal import printable
+
+# Control characters that JSON lets stand as they are, and a terminal may act on.
+ACTIVE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class _Place(click.ParamType[Any]):
+    """A path or another name of a place; `~` is the home folder, which a shell reads only bare."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        return os.path.expanduser(str(value))
+
+
+class FolderPath(_Place):
+    """A folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return a path."""
+        return Path(super().convert(value, param, ctx))
+
+
+PLACE = _Place()
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )
 model_option = click.option(
-    "--model", required=True, metavar="RUN_OR_NAME",
+    "--model", required=True, metavar="RUN_OR_NAME", type=PLACE,
     help="A run folder, or an open_clip model as NAME:TAG or NAME:FILE.",
 )  # fmt: skip
-store_argument = click.argument("store", type=click.Path(path_type=Path))
+store_argument = click.argument("store", type=FolderPath())
+yes_option = click.option(
+    "--yes", is_flag=True, help="Delete even if it is more than a tenth of the rows."
+)
 where_option = click.option(
     "--where", "where", metavar="SQL",
     help="Rows by SQL over id, uri, captions, meta and the fields of meta.",
@@ -24,13 +56,28 @@ where_option = click.option(
 def print_values(values: dict[str, Any], as_json: bool) -> None:
     """Print an answer as one JSON object, or as lines for a person."""
     if as_json:
-        click.echo(json.dumps(values, ensure_ascii=False))
+        click.echo(_json(values))
         return
     flat = dict(_flatten(values))
     width = max(len(k) for k in flat)
     for key, value in flat.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
-        click.echo(f"{key:<{width}}  {shown}")
+        show(f"{key:<{width}}  {shown}")
+
+
+def show(line: str) -> None:
+    """Print one line of an answer on stdout; names and captions in it do nothing to a terminal."""
+    click.echo(printable(line))
+
+
+def _json(values: dict[str, Any]) -> str:
+    """Write JSON as it can be read by a person where stdout can print it, else in ASCII."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return json.dumps(values)
+    return ACTIVE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

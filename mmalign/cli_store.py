@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmalign.cli_options import (
+    PLACE,
+    FolderPath,
     json_option,
     model_option,
     print_values,
+    show,
     store_argument,
     where_option,
+    yes_option,
 )
 from mmalign.errors import StoreError, UsageError
+from mmalign.terminal import columns, openable, printable, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +81,8 @@ def verify(store: Path, sample: float, as_json: bool) -> None:
         print_values({"damaged": damage}, as_json)
     else:
         read = "every file" if sample == 1 else "every file that was read"
-        click.echo("\n".join(damage) if damage else f"{store}: {read} is what was written")
+        for line in damage or [f"{store}: {read} is what was written"]:
+            show(line)
     sys.exit(1 if damage else 0)
 
 
@@ -98,7 +104,7 @@ def repair(store: Path, as_json: bool) -> None:
     if not as_json:
         for name, value in values.items():
             for line in value if isinstance(value, list) else ():
-                click.echo(f"{name}: {line}")
+                show(f"{name}: {line}")
 
 
 @click.command()
@@ -125,9 +131,16 @@ def _as_lists(report: Any) -> dict[str, Any]:
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @where_option
 @click.option("--dry-run", is_flag=True, help="Tell what would be deleted, and delete nothing.")
+@yes_option
 @json_option
 def delete(
-    *, store: Path, ids: tuple[str, ...], where: str | None, dry_run: bool, as_json: bool
+    *,
+    store: Path,
+    ids: tuple[str, ...],
+    where: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Delete rows by id or by SQL; `compact` gives their space back later.
 
@@ -135,7 +148,7 @@ def delete(
     Example:  mmalign delete photos.store photos/cat photos/dog
               mmalign delete photos.store --where "label = 'dress' and price > 20" --dry-run
     """
-    from mmalign.store import delete_rows, open_store
+    from mmalign.store import delete_rows, open_store, require_few
 
     if bool(ids) == (where is not None):
         raise UsageError("name the rows to delete by their ids, or by --where, not by both")
@@ -144,17 +157,18 @@ def delete(
     gone = held.rows(numbers, ("id", "uri"))
     deleted = 0
     if len(gone) and not dry_run:
+        require_few(store, len(gone), len(held), yes)
         deleted = delete_rows(store, numbers, held.manifest.generation)
     if as_json:
         answer = {"deleted": deleted, "dry_run": dry_run, "ids": [row["id"] for row in gone]}
         print_values({**answer, "rows": len(open_store(store))}, as_json)
         return
     for row in gone[:SHOWN]:
-        click.echo(f"{row['id']}  {row['uri']}")
+        show(shorten(printable(f"{row['id']}  {openable(row['uri'])}"), columns()))
     if len(gone) > SHOWN:
-        click.echo(f"... and {len(gone) - SHOWN} more")
+        show(f"... and {len(gone) - SHOWN} more")
     told = f"{len(gone)} would be deleted" if dry_run else f"{deleted} deleted"
-    click.echo(f"{told}; {store} has {len(open_store(store))} rows")
+    show(f"{told}; {store} has {len(open_store(store))} rows")
 
 
 def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArray[np.int64]":
@@ -176,7 +190,9 @@ def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArra
 
 @click.command()
 @store_argument
-@click.option("--to", "out", required=True, metavar="OUT", help="File or folder to make.")
+@click.option(
+    "--to", "out", required=True, metavar="OUT", type=PLACE, help="File or folder to make."
+)
 @click.option(
     "--format", "kind", type=click.Choice(["parquet", "npy", "hf"]), required=True,
     help="One parquet file; clip-retrieval's folder of .npy parts; a Hugging Face dataset.",
@@ -204,8 +220,14 @@ def export(
 
 
 @click.command("import")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", required=True, metavar="STORE", help="The store, by convention NAME.store.")
+@click.argument("folder", type=FolderPath())
+@click.option(
+    "--out",
+    required=True,
+    metavar="STORE",
+    type=PLACE,
+    help="The store, by convention NAME.store.",
+)
 @model_option
 @json_option
 def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:

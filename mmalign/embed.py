@@ -21,12 +21,14 @@ from mmalign.progress import bar, say
 from mmalign.store import (
     ModelCard,
     Row,
+    Store,
     Writer,
     add_failures,
     delete_rows,
     meta_json,
     open_or_new,
     open_store,
+    require_few,
 )
 from mmalign.todo import Todo, Wanted, find_todo, removed
 
@@ -62,6 +64,7 @@ def embed(
     precision: Precision = "auto",
     checksum: bool = False,
     drop_removed: bool = False,
+    yes: bool = False,
     part: tuple[int, int] = (1, 1),
 ) -> EmbedReport:
     """Embed what the store does not hold yet, or holds in an older state.
@@ -74,13 +77,16 @@ def embed(
         thumbnails: Keep a small WebP of each image, so that results can be shown.
         precision: "auto", "float32", "bfloat16" or "int8", see `model.in_precision`.
         checksum: Read every image that the store holds, and compare its content.
-        drop_removed: Delete the rows whose images lay in the sources and are there no more.
+        drop_removed: Delete the rows whose images lay in the sources and are there no more. What
+            could not be listed or read counts as there.
+        yes: Let `drop_removed` delete more than a tenth of the rows.
         part: (i, n): embed only the i-th of n equal parts of the samples, so that n processes
             can work on one store.
 
     Raises:
         DataError: Nothing usable in the sources.
         IdentityError: The store belongs to another model.
+        StoreError: More than a tenth of the rows would be deleted. All else is done.
     """
     if not 1 <= part[0] <= part[1]:
         raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
@@ -99,10 +105,8 @@ def embed(
             _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))
         del plain
         added, seconds = _write(Writer(path, card), encoder, todo, thumbnails)
-    gone = removed(store, sources, todo.seen_N) if drop_removed else []
-    dropped = delete_rows(path, gone, store.manifest.generation) if gone else 0
-
     _list_failures(path, todo)
+    dropped = _drop(store, removed(store, sources, todo), yes) if drop_removed else 0
     failed, rows = sum(not s.kept for s in todo.skips), len(open_store(path))
     changed = f" ({todo.changed} had changed)" if todo.changed else ""
     gone_too = f", {dropped} removed" if dropped else ""
@@ -112,6 +116,11 @@ def embed(
     )
     rate = added / max(seconds, 1e-9)
     return EmbedReport(added, todo.changed, present, failed, dropped, rows, rate, got)
+
+
+def _drop(store: Store, gone: list[int], yes: bool) -> int:
+    require_few(store.path, len(gone), len(open_store(store.path)), yes)
+    return delete_rows(store.path, gone, store.manifest.generation) if gone else 0
 
 
 def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tuple[int, float]:

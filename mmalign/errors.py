@@ -15,7 +15,11 @@ Anything else that escapes is a bug and keeps its traceback.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A message names so many of the known names where none is close.
+SHOWN = 20
 
 
 class MmalignError(Exception):
@@ -62,17 +66,39 @@ class InstallError(MmalignError):
     """The installed packages do not go together."""
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the reason that a foreign exception gives, whole, in one line.
+
+    Messages of libraries often name the place first and tell what is wrong in the lines below.
+
+    >>> reason_of(RuntimeError("Error(s) in loading:\\n\\tMissing key(s): 'a'.\\n"))
+    "Error(s) in loading: Missing key(s): 'a'."
+    """
+    said = getattr(error, "strerror", None) or str(error)
+    return re.sub(r"\s*[\r\n]+\s*", " ", str(said).strip()) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the close one, or all of them.
 
+    Case and the marks between words do not make names differ.
+
     >>> nearest("tine", ["nano", "tiny", "small"])
     "did you mean 'tiny'? (nano, small, tiny)"
+    >>> nearest("vit-b/32", ["ViT-S-32", "ViT-B-32", "RN50"])
+    "did you mean 'ViT-B-32'? (RN50, ViT-B-32, ViT-S-32)"
     >>> nearest("?", ["nano", "tiny"])
     'known: nano, tiny'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    plain = {_plain(each): each for each in reversed(names)}
+    close = difflib.get_close_matches(_plain(name), plain, n=1)
     if close:
         rest = f" ({', '.join(names)})" if len(names) <= 12 else ""
-        return f"did you mean {close[0]!r}?{rest}"
-    return "known: " + ", ".join(names[:40])
+        return f"did you mean {plain[close[0]]!r}?{rest}"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "known: " + ", ".join(names[:SHOWN]) + more
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s/_.]", "-", name.casefold())

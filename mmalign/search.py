@@ -23,7 +23,8 @@ from mmalign.store import Store, open_store
 from mmalign.store.where import where as rows_where
 
 Target = Literal["image", "text"]
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Query = str | Path | bytes
+"""A text; an image file; or an encoded image."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Searcher:
 
     def search(
         self,
-        query: str | Path,
+        query: Query,
         k: int = 10,
         *,
         to: Target = "image",
@@ -99,17 +100,22 @@ class Searcher:
         """Find the k nearest images, or captions, of a text or an image file.
 
         Args:
-            query: A text; or a `Path`, or the name of an existing image file, to search by image.
+            query: A str is always a text, never opened as a file; a `Path` is an image file, bytes
+                are an encoded image.
             k: Results wanted; fewer where the store has fewer.
             to: Search among "image" or "text" vectors.
             exact: Compare every row, whatever index there is.
             where: Only rows for which this SQL is true, see `store.where`.
+
+        Raises:
+            UsageError: The query is empty, is of another type, or names no file.
+            DataError: The image cannot be read or decoded.
         """
         return self.search_many([query], k, to=to, exact=exact, where=where)[0]
 
     def search_many(
         self,
-        queries: Sequence[str | Path],
+        queries: Sequence[Query],
         k: int = 10,
         *,
         to: Target = "image",
@@ -119,6 +125,8 @@ class Searcher:
         """Answer several queries at once; see `search`."""
         if k < 1:
             raise UsageError(f"k={k} must be at least 1")
+        if isinstance(queries, str | bytes):
+            raise UsageError("search_many takes a list of queries; search takes one")
         if not queries:
             return []
         goal = _Goal(to, exact, self._allowed(to, where))
@@ -130,20 +138,17 @@ class Searcher:
                 hits[number] = self._hits(scores_K, rows_K, to)
         return [hits[number] for number in range(len(queries))]
 
-    def encode(self, query: str | Path) -> NDArray[np.float32]:
-        """Embed one query to a (1, D) unit vector."""
+    def encode(self, query: Query) -> NDArray[np.float32]:
+        """Embed one query to a (1, D) unit vector; see `search`."""
         kinds = modality.of(self.encoder)
-        if is_image(query):
-            try:
-                item = kinds["image"].decode(Path(query).read_bytes())
-            except (OSError, DataError) as error:
-                raise DataError(f"{query}: cannot search by this image: {error}") from None
-            return kinds["image"].encode(kinds["image"].batch([item]))
-        if str(query).lower().endswith(IMAGE_ENDINGS) and " " not in str(query):
-            raise UsageError(f"{query}: no such image file")
-        if not str(query).strip():
-            raise UsageError("the query is empty")
-        return kinds["text"].encode([str(query)])
+        if isinstance(query, str):
+            return kinds["text"].encode([_checked_text(query)])
+        content, name = (query, "bytes") if isinstance(query, bytes) else (_read(query), query)
+        try:
+            item = kinds["image"].decode(content)
+        except DataError as error:
+            raise DataError(f"{name}: cannot search by this image: {error}") from None
+        return kinds["image"].encode(kinds["image"].batch([item]))
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the store's index, by modality."""
@@ -225,16 +230,37 @@ class Searcher:
         return hits
 
 
-def _by_modality(queries: Sequence[str | Path]) -> dict[Target, list[int]]:
+def _by_modality(queries: Sequence[Query]) -> dict[Target, list[int]]:
     """Numbers of the queries of each modality, as each has search parameters of its own."""
     numbers: dict[Target, list[int]] = {}
     for number, query in enumerate(queries):
-        numbers.setdefault("image" if is_image(query) else "text", []).append(number)
+        if not isinstance(query, str | Path | bytes):
+            raise UsageError(
+                f"a query is a text (str), an image file (Path) or an encoded image (bytes), "
+                f"not {type(query).__name__}"
+            )
+        numbers.setdefault("text" if isinstance(query, str) else "image", []).append(number)
     return numbers
 
 
-def is_image(query: str | Path) -> bool:
-    """Tell a query by image from a query by words."""
-    if isinstance(query, Path):
-        return True
-    return query.lower().endswith(IMAGE_ENDINGS) and Path(query).is_file()
+def _checked_text(query: str) -> str:
+    if not query.strip():
+        raise UsageError("the query is empty")
+    try:
+        query.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the query is not UTF-8: {query!a}") from None
+    return query
+
+
+def _read(file: Path) -> bytes:
+    """Read an image file that a query names; anything but a regular file would block, or worse."""
+    try:
+        if not file.exists():
+            raise UsageError(f"{file}: no such image file")
+        if not file.is_file():
+            raise UsageError(f"{file}: cannot search by this image: not a regular file")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: cannot search by this image: {reason}") from None

@@ -23,9 +23,11 @@ from mmalign.data import (
     in_threads,
     nothing_usable,
     read_image,
+    spelled,
     stamp,
     stream,
 )
+from mmalign.progress import say
 from mmalign.store import Store, meta_json
 
 # Samples whose place in the store is looked up at once.
@@ -105,15 +107,31 @@ def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
     return todo
 
 
-def removed(store: Store, sources: Sequence[str], seen_N: NDArray[np.bool_]) -> list[int]:
-    """List the rows whose images lay in the sources and were not seen there."""
-    places = tuple(p.rstrip("/") + end for p in expand(sources) for end in ("/", "#"))
-    gone_N = ~seen_N if store.live is None else ~seen_N & store.live
+def removed(store: Store, sources: Sequence[str], todo: Todo) -> list[int]:
+    """List the rows whose images lay in the sources and were not seen there.
+
+    What could not be listed to its end may still hold what was not seen: below such a place
+    nothing counts as removed.
+    """
+    places = expand(sources)
+    inside = _below([*places, *(spelled(p) for p in places)])
+    unread = [s for s in todo.skips if s.lost == "place"]
+    for skip in unread:
+        say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
+    unsure = _below([s.uri for s in unread])
+    gone_N = ~todo.seen_N if store.live is None else ~todo.seen_N & store.live
     gone = []
     for numbers in parts(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
-        rows = store.rows(numbers, ("uri",))
-        gone += [n for n, r in zip(numbers, rows, strict=True) if r["uri"].startswith(places)]
+        for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
+            uri = row["uri"]
+            if uri.startswith(inside) and not uri.startswith(unsure):
+                gone.append(number)
     return gone
+
+
+def _below(places: Iterable[str]) -> tuple[str, ...]:
+    """Return how the uris begin that lie in some folders, tars and tables."""
+    return tuple(place.rstrip("/") + end for place in places for end in ("/", "#"))
 
 
 def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

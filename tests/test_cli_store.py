@@ -83,7 +83,7 @@ def test_repair_tells_what_it_costs(store: Path) -> None:
 
 
 def test_compact_gives_rows_new_numbers(store: Path) -> None:
-    call("delete", store, *(f"id{n}" for n in range(0, COUNT, 2)))
+    call("delete", store, "--yes", *(f"id{n}" for n in range(0, COUNT, 2)))
     wanted = ids(store)
     report = answer("compact", store)
     assert (report["rows"], report["deleted_rows"], report["index_dropped"]) == (12, 13, False)
@@ -124,6 +124,9 @@ def test_delete_by_sql(store: Path) -> None:
     told = answer(*words, "--dry-run")
     assert told == {"deleted": 0, "dry_run": True, "ids": wanted, "rows": 25}
     assert open_store(store).manifest.generation == before
+    assert "12 of 25 rows would be deleted, more than a tenth" in complaint(1, *words)
+    assert ids(store) == [f"id{n}" for n in range(COUNT)]
+    words += ("--yes",)
     assert answer(*words) == {"deleted": 12, "dry_run": False, "ids": wanted, "rows": 13}
     assert ids(store) == ["id0", *(f"id{n}" for n in range(1, COUNT, 2))]
     # Nothing is left to delete, and no generation is made of nothing.

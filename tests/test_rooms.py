@@ -8,9 +8,10 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
-    {"mmalign.errors", "mmalign.values"},
+    {"mmalign.errors", "mmalign.terminal", "mmalign.values"},
     {"mmalign.arrow_values"},
-    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress", "mmalign.cli_options"},
+    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress"},
+    {"mmalign.cli_options", "mmalign.cli_errors"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {"mmalign.modality", "mmalign.optimization", "mmalign.runlog", "mmalign.words"},
@@ -33,9 +34,10 @@ DOORS = {
     "webdataset": {"mmalign.data.scenes"},
     "braceexpand": {"mmalign.data.catalog"},
     "fsspec": {"mmalign.data"},
-    "click": {"mmalign.cli", "mmalign.cli_options", "mmalign.cli_store"},
+    "click": {"mmalign.cli", "mmalign.cli_errors", "mmalign.cli_options", "mmalign.cli_store"},
     "duckdb": {"mmalign.store.where"},
     "tqdm": {"mmalign.progress"},
+    "wcwidth": {"mmalign.terminal"},
     "PIL": {"mmalign.data", "mmalign.sheet"},
 }
 NO_TORCH = (
@@ -43,6 +45,8 @@ NO_TORCH = (
     "mmalign.data.catalog",
     "mmalign.metrics",
     "mmalign.cli",
+    "mmalign.cli_errors",
+    "mmalign.cli_options",
     "mmalign.cli_store",
 )
 

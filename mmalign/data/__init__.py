@@ -40,6 +40,7 @@ from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
 from mmalign.data.pixels import read_and_decode as read_and_decode
+from mmalign.data.places import spelled as spelled
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
@@ -72,6 +73,7 @@ __all__ = [
     "read_image",
     "report_skips",
     "scan",
+    "spelled",
     "stamp",
     "stream",
     "suits_device",

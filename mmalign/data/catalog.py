@@ -200,6 +200,9 @@ def nothing_usable(sources: Sequence[str], skips: Sequence[Skip], keys: Sequence
         among = f" among {_endings(others)}" if others else ""
         return DataError(f"{where}: no images found{among}")
     message = f"{where}: no usable sample: {_reasons(samples)}"
+    unread = [s for s in samples if s.lost == "place"]
+    if unread:
+        message += f"; {unread[0].uri}: {unread[0].reason}"
     if any(s.reason == "no caption" for s in samples):
         message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
     return DataError(message)

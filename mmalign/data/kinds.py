@@ -40,7 +40,7 @@ OTHER_SUFFIXES = frozenset((
     ".safetensors", ".pkl", ".h5", ".arrow", ".aae", ".thm", ".caption",
 ))
 # fmt: on
-_PICTURES = IMAGE_SUFFIXES | HEIC_SUFFIXES | RAW_SUFFIXES | FOREIGN_SUFFIXES
+PICTURE_SUFFIXES = IMAGE_SUFFIXES | HEIC_SUFFIXES | RAW_SUFFIXES | FOREIGN_SUFFIXES
 # So much of a file tells its kind.
 HEAD_BYTES = 64
 PHOTOS_EXTRA = "pip install 'mmalign[photos]'"
@@ -125,7 +125,7 @@ def passed_over(
         return f"a source of its own, no image: {end}", "ending"
     if end in OTHER_SUFFIXES:
         return f"no image by its ending: {end}", "ending"
-    if end not in _PICTURES:
+    if end not in PICTURE_SUFFIXES:
         kind = content_kind(head())
         if not kind:
             return f"no image by its content: {end or 'no ending'}", "ending"

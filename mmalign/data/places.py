@@ -64,6 +64,14 @@ def file_system(url: str) -> tuple[Any, str]:
         return fs, str(path)
 
 
+def spelled(place: str) -> str:
+    """Return a place as the uris of what lies below it begin: `memory://a` is `memory:///a`."""
+    if not is_url(place):
+        return local_path(place)
+    fs, path = file_system(place)
+    return str(fs.unstrip_protocol(path))
+
+
 @contextmanager
 def open_file(place: str) -> Iterator[BinaryIO]:
     """Open a regular file, or a URL, to read bytes.

@@ -20,6 +20,7 @@ from mmalign.store.changes import CompactReport as CompactReport
 from mmalign.store.changes import compact as compact
 from mmalign.store.changes import delete as delete
 from mmalign.store.changes import delete_rows as delete_rows
+from mmalign.store.changes import require_few as require_few
 from mmalign.store.failures import add_failures as add_failures
 from mmalign.store.health import verify as verify
 from mmalign.store.manifest import ModelCard as ModelCard
@@ -51,5 +52,6 @@ __all__ = [
     "open_or_new",
     "open_store",
     "repair",
+    "require_few",
     "verify",
 ]

@@ -37,6 +37,23 @@ class CompactReport:
     removed_bytes: int
 
 
+# What deletes a larger share of the rows at once must say that it is meant.
+MOST_DELETED = 0.1
+
+
+def require_few(path: str | Path, count: int, rows: int, yes: bool) -> None:
+    """Refuse to delete more than a tenth of the rows unless the caller says that it is meant.
+
+    Raises:
+        StoreError: It is more, and nobody said so.
+    """
+    if count > MOST_DELETED * rows and not yes:
+        raise StoreError(
+            f"{path}: {count} of {rows} rows would be deleted, more than a tenth: "
+            "nothing was deleted; if that is meant, add --yes (Python: yes=True)"
+        )
+
+
 def delete(path: str | Path, ids: Sequence[str]) -> int:
     """Delete rows by id, all in one generation; return how many.
 

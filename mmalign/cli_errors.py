@@ -1,0 +1,177 @@
+"""How a command ends: one line for a mistake, a traceback for a bug, an exit code for each.
+
+0    done
+1    it could not be done; also a bug, which keeps its traceback
+2    the words of the call are off
+130  interrupted, by Ctrl-C or SIGTERM
+"""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import tempfile
+import threading
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from mmalign.errors import MmalignError, nearest, reason_of
+from mmalign.progress import close_bars
+from mmalign.terminal import printable
+
+INTERRUPTED = 130
+BUG = (
+    "This is a bug of mmalign, not a mistake of yours. Please report it with the lines above, the "
+    "command, and what `mmalign --version` prints."
+)
+# Errors of the system that only a bug can cause; all others tell of a place, a disk or a network.
+OURS = (errno.EBADF, errno.EFAULT, errno.EINVAL)
+# A reason is given whole, but a message is not as long as the data.
+MAX_MESSAGE = 2_000
+
+
+class Commands(click.Group):
+    """Shows our errors as one line, and the nearest name for an unknown command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called; the nearest ones where there is none."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise click.UsageError(
+                f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
+            )
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **words: Any) -> Any:
+        """Run a command; a mistake in its words is one line too."""
+        _any_encoding()
+        try:
+            with _Terminated():
+                code = super().main(*args, **{**words, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+            code = 2
+        except click.ClickException as error:
+            complain(f"{error.format_message().rstrip('.')}{_hint(error)}")
+            code = error.exit_code
+        except click.Abort as abort:
+            # click takes the end of a file for Ctrl-D at a prompt; there is no prompt here.
+            if isinstance(abort.__cause__, EOFError):
+                abort.__cause__.add_note(BUG)
+                raise abort.__cause__ from None
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call a command; what it raises for a person becomes one line."""
+        try:
+            answer = super().invoke(ctx)
+            sys.stdout.flush()
+            return answer
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except MmalignError as error:
+            _end(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt as error:
+            _end(ctx, str(error) or "interrupted", INTERRUPTED)
+        except Exception as error:
+            close_bars()
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                ctx.exit(1)
+            told = _told(error)
+            if told is None:
+                error.add_note(BUG)
+                raise
+            _end(ctx, told, 1)
+
+
+def complain(message: str) -> None:
+    """Print the one line that a failing command ends with."""
+    close_bars()
+    line = printable(message)
+    if len(line) > MAX_MESSAGE:
+        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
+    with contextlib.suppress(OSError):
+        click.echo(f"mmalign: {line}", err=True)
+
+
+def _reader_left() -> bool:
+    """Say whether nobody reads stdout any more; if so, what is left is thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
+    complain(message)
+    ctx.exit(code)
+
+
+def _told(error: Exception) -> str | None:
+    """Return what a person can do something about: disks, networks, memory; None for a bug."""
+    if isinstance(error, io.UnsupportedOperation):
+        return None
+    if isinstance(error, OSError):
+        if error.filename is None and error.errno in OURS:
+            return None
+        place = f"{os.fsdecode(error.filename)}: " if _is_name(error.filename) else ""
+        if not place and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = f"a disk is full, perhaps that of temporary files ({tempfile.gettempdir()}): "
+        return place + reason_of(error)
+    # That of a GPU is torch's own, and known here by its name, as torch need not be loaded.
+    lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if lacking or "DefaultCPUAllocator: " in str(error):
+        return f"out of memory: {reason_of(error)}"
+    return None
+
+
+def _is_name(filename: object) -> bool:
+    return isinstance(filename, str | bytes) and bool(filename)
+
+
+def _hint(error: click.ClickException) -> str:
+    """Say what to write in place of words that are off."""
+    ctx = getattr(error, "ctx", None)
+    if ctx is None:
+        return ""
+    named = {parameter.name for parameter in ctx.command.params}
+    hint = f" (see {ctx.command_path} --help)"
+    if isinstance(error, click.NoSuchOption) and "query" in named:
+        return f"; a query that begins with a dash goes behind --: -- {error.option_name}...{hint}"
+    if "unexpected extra argument" in error.format_message() and "data" in named:
+        return f"; put a pattern in quotes (--data '*.tar'), or repeat --data{hint}"
+    return hint
+
+
+def _any_encoding() -> None:
+    """Print a replacement for what stdout has no code for; stderr writes it as Python does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+
+
+class _Terminated:
+    """While a command runs, SIGTERM ends it as Ctrl-C does: files are left whole."""
+
+    def __enter__(self) -> None:
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, _interrupt)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt("terminated")
