@@ -25,7 +25,7 @@ test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
-	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/test_crash.py tests/test_crash_kills.py tests/test_crash_bits.py
+	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/test_crash*.py
 
 check: $(READY)  ## ruff, mypy strict and the room test; never writes
 	$(BIN)/ruff format --check .

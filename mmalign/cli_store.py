@@ -109,16 +109,23 @@ def repair(store: Path, as_json: bool) -> None:
 
 @click.command()
 @store_argument
+@click.option(
+    "--now", is_flag=True,
+    help="Remove at once what is kept for an hour for those who still read it.",
+)  # fmt: skip
 @json_option
-def compact(store: Path, as_json: bool) -> None:
+def compact(store: Path, now: bool, as_json: bool) -> None:
     """Give back the space of deleted rows and old generations; rows are numbered anew.
 
+    What older generations need stays for an hour, and goes when compact runs again; with --now
+    nothing of a deleted row is left on the disk: no vector, caption, thumbnail.
+
     \b
-    Example:  mmalign compact photos.store && mmalign index photos.store
+    Example:  mmalign compact photos.store --now && mmalign index photos.store
     """
     from mmalign.store import compact as run
 
-    print_values(_as_lists(run(store)), as_json)
+    print_values(_as_lists(run(store, now=now)), as_json)
 
 
 def _as_lists(report: Any) -> dict[str, Any]:

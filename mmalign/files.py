@@ -74,6 +74,10 @@ class Disk:
         """Give a file a second name; an error if that is taken."""
         os.link(source, target)
 
+    def touch(self, path: Path) -> None:
+        """Make a file as young as if it had been written just now."""
+        os.utime(path)
+
     def unlink(self, path: Path) -> None:
         """Remove the name of a file."""
         os.unlink(path)
@@ -212,7 +216,7 @@ def write_through(path: Path, write: Callable[[str], None]) -> None:
 
 
 def claim(path: Path, content: bytes) -> bool:
-    """Create a file atomically only if the name is free; False when somebody else has it.
+    """Create a file atomically only if the name is free; False when it was not, or may not be.
 
     Raises:
         OSError: It could not be written, or it is there but might not survive a power cut. Others
@@ -234,6 +238,11 @@ def claim(path: Path, content: bytes) -> bool:
 def _linked(temporary: Path, path: Path) -> bool:
     try:
         disk.link(temporary, path)
+    except FileNotFoundError:
+        # Who was silent for so long that its file was taken for that of a dead process has no name.
+        if temporary.exists():
+            raise
+        return False
     except OSError as error:
         # Over a network a link can be made and its answer lost; then our file has two names.
         if os.stat(temporary).st_nlink == 1:

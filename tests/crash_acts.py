@@ -128,9 +128,13 @@ def fail(life: Life) -> None:
             add_failures(life.path, lines)
 
 
-def compacting(life: Life) -> None:
+def compacting(life: Life, *, now: bool = False) -> None:
     with life.doing(State(life.ledger.rows)):
-        compact(life.path, ROWS_PER_SHARD)
+        compact(life.path, ROWS_PER_SHARD, now=now)
+
+
+def purging(life: Life) -> None:
+    compacting(life, now=True)
 
 
 def age(path: Path) -> None:
@@ -175,6 +179,7 @@ ACTS: dict[str, Callable[[Life], None]] = {
     "fail": fail,
     "compact": compacting,
     "after": committing({"d0": 2, "e0": 1, "e1": 1}),
+    "purge": purging,
     "damage": damage,
     "repair": repairing,
     "again": committing({"d0": 3, "e0": 2}),

@@ -243,6 +243,9 @@ class SimulatedDisk:
             node = self.folder(source.parent).names[source.name]
             self.folder(target.parent).change(Change({target.name: node}))
 
+    def touch(self, path: Path) -> None:
+        REAL.touch(path)
+
     def unlink(self, path: Path) -> None:
         with self.doing("unlink", path):
             REAL.unlink(path)

@@ -90,7 +90,11 @@ def test_compact_gives_rows_new_numbers(store: Path) -> None:
     assert ids(store) == wanted
     held = answer("info", store)
     assert (held["rows"], held["deleted"], held["shards"]) == (12, 0, report["shards"])
-    assert call("compact", store).exit_code == 0
+    assert report["waiting_bytes"] > 0
+    report = answer("compact", store, "--now")
+    assert (report["rows"], report["waiting_bytes"]) == (12, 0)
+    assert report["removed_bytes"] > 0
+    assert ids(store) == wanted
 
 
 # ---------------------------------------------------------------- delete

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from store_samples import CARD, fill, flip, ids_of, row, versions, write_index
 
-from mmalign import open_store
+from mmalign import files, open_store
 from mmalign.errors import StoreError
 from mmalign.store import Writer, changes, compact, delete, delete_rows, garbage, verify
 from mmalign.store import manifest as manifests
@@ -242,26 +242,86 @@ def test_compaction_holds_one_shard_at_a_time(
 # ---------------------------------------------------------------- garbage
 
 
-def test_old_generations_and_what_only_they_need_are_removed(tmp_path: Path) -> None:
+def test_a_store_at_rest_gives_space_back_when_an_hour_is_over(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
     delete(tmp_path, ids_of([0, 10]))
-    compact(tmp_path, rows_per_shard=10)
-    old = {s.name for s in manifests.read(manifests.path_of(tmp_path, 3)).shards}
-    fill(tmp_path, range(100, 106), rows_per_shard=1)
+    old = {f"shards/{s.name}" for s in open_store(tmp_path).manifest.shards}
+    first = compact(tmp_path, rows_per_shard=10)
+    assert first.removed == ()
+    assert first.waiting_bytes > 2000
     make_old(tmp_path)
-    # Eight generations keep what they name; the ninth would let go.
-    assert f"shards/{min(old)}" not in compact(tmp_path, rows_per_shard=1).removed
-    fill(tmp_path, range(106, 108), rows_per_shard=1)
-    report = compact(tmp_path, rows_per_shard=1)
-    assert {f"shards/{name}" for name in old} <= set(report.removed)
+    report = compact(tmp_path, rows_per_shard=10)
+    assert set(report.removed) == old | {f"manifest-{n:08d}.json" for n in range(1, 5)}
     assert report.removed_bytes > 2000
-    assert len(manifests.generations(tmp_path)) == 8
+    assert report.waiting_bytes == 0
+    assert len(manifests.generations(tmp_path)) == 2
     named = {s.name for f in manifests.generations(tmp_path) for s in manifests.read(f).shards}
     assert {p.name for p in tmp_path.glob("shards/*")} == named
-    assert set(open_store(tmp_path).column("id")) == set(
-        ids_of([*range(1, 10), *range(11, 20), *range(100, 108)])
-    )
+    assert set(open_store(tmp_path).column("id")) == set(ids_of({*range(20)} - {0, 10}))
     assert verify(tmp_path) == []
+    # There is nothing left to do, so nothing is done.
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        make_old(tmp_path)
+        assert compact(tmp_path, rows_per_shard=10).removed == ()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_now_leaves_nothing_on_the_disk_of_what_was_deleted(tmp_path: Path) -> None:
+    secret = replace(row(3), captions=("a secret", "another"), thumbnail=b"a private picture")
+    with Writer(tmp_path, CARD, 10) as writer:
+        for one in [row(0), secret, row(1)]:
+            writer.add(one)
+    write_index(tmp_path)
+    delete(tmp_path, ["id3"])
+
+    def on_disk(content: bytes) -> bool:
+        return any(content in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+    assert compact(tmp_path, rows_per_shard=10).removed == ()
+    parts = (b"id3", b"a secret", b"a private picture", secret.uri.encode())
+    assert all(map(on_disk, parts))
+    report = compact(tmp_path, rows_per_shard=10, now=True)
+    assert "index/abc" in report.removed
+    assert not any(map(on_disk, parts))
+    assert report.waiting_bytes == 0
+    assert open_store(tmp_path).column("id") == ["id0", "id1"]
+    assert verify(tmp_path) == []
+
+
+def test_now_leaves_what_is_about_to_be_committed(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    coming = tmp_path / "shards" / "0123456789abcdef.arrow"
+    coming.write_bytes(b"x")
+    building = tmp_path / "index" / "begun" / "image.faiss"
+    building.parent.mkdir(parents=True)
+    building.write_bytes(b"x")
+    delete(tmp_path, ids_of([3]))
+    assert compact(tmp_path, rows_per_shard=10, now=True).waiting_bytes == 2
+    assert coming.exists()
+    assert building.exists()
+
+
+def test_a_writer_whose_base_goes_meanwhile_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the reading of a generation and that of its shards, `compact --now` removes these."""
+    fill(tmp_path, range(10))
+    delete(tmp_path, ids_of([3]))
+    writer = Writer(tmp_path, CARD)
+    writer.add(row(4, 1, version=1))
+    parse, others = manifests.parse, [1]
+
+    def slow_parse(content: bytes) -> manifests.Manifest:
+        held = parse(content)
+        if others:
+            others.pop()
+            compact(tmp_path, rows_per_shard=10, now=True)
+        return held
+
+    monkeypatch.setattr(manifests, "parse", slow_parse)
+    writer.commit()
+    assert versions(open_store(tmp_path)) == {f"id{i}": int(i == 4) for i in range(10) if i != 3}
 
 
 def test_a_generation_that_was_just_the_newest_is_kept(tmp_path: Path) -> None:
@@ -269,14 +329,53 @@ def test_a_generation_that_was_just_the_newest_is_kept(tmp_path: Path) -> None:
     make_old(tmp_path)
     reader = open_store(tmp_path)
     delete(tmp_path, ids_of([0, 10]))
-    compact(tmp_path, rows_per_shard=10)
+    report = compact(tmp_path, rows_per_shard=10)
+    assert report.removed == ("manifest-00000001.json", "manifest-00000002.json")
     fill(tmp_path, range(100, 109), rows_per_shard=1)
-    assert compact(tmp_path, rows_per_shard=1).removed == (
-        "manifest-00000002.json",
-        "manifest-00000001.json",
-    )
+    assert compact(tmp_path, rows_per_shard=1).removed == ()
     assert len(np.concatenate(reader.vectors("image"))) == 20
     assert delete_rows(tmp_path, [3], reader.manifest.generation) == 1
+
+
+def test_a_long_compaction_keeps_what_it_has_written_young(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, range(60))
+    delete(tmp_path, ids_of([5, 25, 45]))
+    write_shard = changes.write_shard
+
+    def half_an_hour_later(store: Path, batch: object) -> object:
+        shard = write_shard(store, batch)
+        for file in tmp_path.rglob("*"):
+            os.utime(file, (file.stat().st_mtime - AGE_S / 2,) * 2)
+        garbage.collect(tmp_path)
+        return shard
+
+    monkeypatch.setattr(changes, "write_shard", half_an_hour_later)
+    make_old(tmp_path)
+    compact(tmp_path, rows_per_shard=10)
+    assert len(open_store(tmp_path).column("id")) == 57
+    assert verify(tmp_path) == []
+
+
+def test_what_windows_does_not_remove_goes_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path, range(20))
+    delete(tmp_path, ids_of([3]))
+    mapped = tmp_path / "shards" / open_store(tmp_path).manifest.shards[0].name
+    unlink = files.Disk.unlink
+
+    def refusing(disk: files.Disk, path: Path) -> None:
+        if path == mapped:
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(disk, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Disk, "unlink", refusing)
+        assert compact(tmp_path, rows_per_shard=10, now=True).waiting_bytes
+    assert f"{mapped}: cannot be removed now; run `mmalign compact`" in capsys.readouterr().err
+    assert compact(tmp_path, rows_per_shard=10).removed == (f"shards/{mapped.name}",)
 
 
 def test_two_can_collect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +393,7 @@ def test_two_can_collect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(garbage.files, "remove", slow_remove)
     compact(tmp_path, rows_per_shard=1)
-    assert (len(manifests.generations(tmp_path)), len(list(tmp_path.glob("shards/*")))) == (8, 12)
+    assert (len(manifests.generations(tmp_path)), len(list(tmp_path.glob("shards/*")))) == (2, 12)
     assert verify(tmp_path) == []
 
 
@@ -315,12 +414,15 @@ def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
     assert compact(tmp_path, rows_per_shard=10).removed == ()
     make_old(tmp_path)
     removed = compact(tmp_path, rows_per_shard=10).removed
-    wanted = [*left[:3], left[3].parent, left[5]]
+    # With an announcement that is the newest, the one before is the second that is kept.
+    wanted = [*left[:3], left[3].parent, left[5], tmp_path / "manifest-00000001.json"]
+    wanted += [tmp_path / "manifest-00000002.json"]
     assert sorted(removed) == sorted(str(p.relative_to(tmp_path)) for p in wanted)
     # An index that is being built may be silent for long.
     assert left[4].exists()
     make_old(tmp_path, UNFINISHED_AGE_S)
-    assert compact(tmp_path, rows_per_shard=10).removed == ("index/begun",)
+    removed = compact(tmp_path, rows_per_shard=10).removed
+    assert removed == ("manifest-00000003.json", "index/begun")
     assert verify(tmp_path) == []
     assert open_store(tmp_path).index_folder == kept
 

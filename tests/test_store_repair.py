@@ -277,7 +277,8 @@ def test_a_shard_and_the_generation_that_names_it_are_both_damaged(tmp_path: Pat
     fill(tmp_path, range(15))
     shard = tmp_path / "shards" / open_store(tmp_path).manifest.shards[-1].name
     flip(shard, 8 * (shard.stat().st_size - 30))
-    flip(manifests.generations(tmp_path)[0])
+    newest = manifests.generations(tmp_path)[0]
+    flip(newest, 8 * newest.read_bytes().index(b"somewhere"))
     report = repair(tmp_path)
     assert any(line.startswith(f"{shard}: named by a damaged") for line in report.damage)
     assert f"damaged/{shard.name}" in report.moved

@@ -1,5 +1,7 @@
 """What takes rows out of a store: delete, and compact, which makes room of what was deleted."""
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,7 +15,7 @@ from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
-from mmalign.store.garbage import collect
+from mmalign.store.garbage import AGE_S, collect, waiting_bytes
 from mmalign.store.ids import Ints, Known, deleting
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.reader import Store
@@ -35,6 +37,8 @@ class CompactReport:
     removed: tuple[str, ...]
     """Files and folders that no generation needs any more."""
     removed_bytes: int
+    waiting_bytes: int
+    """Of what goes when it is an hour old, or with `now`."""
 
 
 # What deletes a larger share of the rows at once must say that it is meant.
@@ -107,10 +111,18 @@ def _require_known(store: Path, ids: Sequence[str], found: Sequence[dict[str, in
         raise StoreError(f"{store}: no row has the id {named}{more}; nothing was deleted")
 
 
-def compact(path: str | Path, rows_per_shard: int = ROWS_PER_SHARD) -> CompactReport:
+def compact(
+    path: str | Path, rows_per_shard: int = ROWS_PER_SHARD, *, now: bool = False
+) -> CompactReport:
     """Rewrite shards that have deleted rows or few rows, and remove files that nobody needs.
 
     Rows keep their order, but are numbered anew, so an index goes. Others may write meanwhile.
+
+    Args:
+        path: The store.
+        rows_per_shard: How many rows a new shard has, about.
+        now: Remove at once what only older generations need, and with it all that is left of
+            deleted rows. Without it, that stays for an hour, for whoever reads it.
 
     Raises:
         StoreError: Something is damaged, or another compaction was faster; nothing was changed.
@@ -120,10 +132,19 @@ def compact(path: str | Path, rows_per_shard: int = ROWS_PER_SHARD) -> CompactRe
     for file in manifests.generations(store):
         # While one cannot say what it needs, garbage cannot be told from data.
         manifests.whole(file)
-    parts = [
-        (group, tuple(_rewrite(store, group, before.model.dim, rows_per_shard)))
-        for group in _groups(before.shards, rows_per_shard)
-    ]
+    fresh: list[Shard] = []
+    parts = []
+    try:
+        for group in _groups(before.shards, rows_per_shard):
+            begun = len(fresh)
+            for shard in _rewrite(store, group, before.model.dim, rows_per_shard):
+                fresh.append(shard)
+                _keep_young(store, fresh)
+            parts.append((group, tuple(fresh[begun:])))
+    except StoreError:
+        if before.named <= manifests.newest(store).named:
+            raise
+        raise StoreError(f"{store}: another compaction was faster; run it again") from None
     dropped = False
 
     def change(base: Manifest) -> Manifest:
@@ -137,7 +158,15 @@ def compact(path: str | Path, rows_per_shard: int = ROWS_PER_SHARD) -> CompactRe
     after = manifests.commit(store, change, before.model)
     if dropped:
         say(f"{store}: rows have new numbers, so the index is gone; run `mmalign index` again")
-    removed, removed_bytes = collect(store)
+    removed, removed_bytes = collect(store, now=now)
+    waiting = waiting_bytes(store)
+    if waiting:
+        say(
+            f"{store}: {waiting / 1e6:.3g} MB more are kept for an hour, for whoever still reads "
+            "them: run `mmalign compact` again then, or with --now"
+        )
+    if (store / "damaged").exists():
+        say(f"{store / 'damaged'}: what `mmalign repair` put aside is yours to remove")
     return CompactReport(
         after.generation,
         after.rows,
@@ -147,7 +176,18 @@ def compact(path: str | Path, rows_per_shard: int = ROWS_PER_SHARD) -> CompactRe
         dropped,
         tuple(removed),
         removed_bytes,
+        waiting,
     )
+
+
+def _keep_young(store: Path, fresh: Sequence[Shard]) -> None:
+    """Let no collector take what a long compaction has written for garbage."""
+    paths = [store / "shards" / shard.name for shard in fresh]
+    # If one did so all the same, the commit will say it.
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - paths[0].stat().st_mtime > AGE_S / 4:
+            for path in paths:
+                files.disk.touch(path)
 
 
 def _groups(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:

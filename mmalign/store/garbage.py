@@ -1,74 +1,136 @@
 """What may go: old generations, and files that no generation names.
 
-A file that is young may be one that somebody is about to commit, so age counts as well.
+A reader may have opened a generation that was the newest an hour ago, and a file that is young may
+be one that somebody is about to commit, so age counts. It is never all that keeps a file that is
+about to be committed: see `manifest.py` on what is announced before it is removed.
 """
 
 import contextlib
+import re
 import time
-from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmalign import files
+from mmalign.progress import say
 from mmalign.store import manifest as manifests
+from mmalign.store.manifest import Manifest
 
-GENERATIONS = 8
 AGE_S = 3600.0
 # An index that is being built may write nothing for hours.
 UNFINISHED_AGE_S = 24 * 3600.0
+OURS = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def collect(store: Path) -> tuple[list[str], int]:
-    """Remove what the newest generations do not need; return the paths, and how many bytes.
+def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
+    """Remove what only old generations need, and these; return the paths, and how many bytes.
 
-    The newest eight are kept, and those that were the newest within the last hour.
+    A generation is old when another one has been the newest for an hour. The newest two stay.
 
-    Every generation must be readable.
+    Args:
+        store: The store.
+        now: Take every generation but the newest for an old one. Files that no generation has
+            named yet keep their hour: somebody may be about to commit them.
+
+    Raises:
+        StoreError: A generation cannot be read, so that what it needs cannot be told.
     """
+    model = manifests.newest(store).model
+    announced = manifests.commit(store, lambda base: _announcing(store, base, now), model)
     removed: list[str] = []
     freed = 0
-    # What is gone already somebody else is collecting, who will do it all.
-    with contextlib.suppress(FileNotFoundError):
-        found = manifests.generations(store)
-        old = _old(found)
-        kept = [manifests.read(file) for file in found if file not in old]
-        for path in old:
-            freed += _remove(path)
-            removed.append(path.name)
-        # A generation must not come back after a power cut when its shards do not.
-        files.sync_folder(store)
-        for path in _unnamed(store, kept):
-            if _age_s(path) > _least_age_s(path):
-                freed += _remove(path)
-                removed.append(str(path.relative_to(store)))
+    gone = [manifests.file_of(store, name) for name in announced.removing]
+    old = [path for path in gone if path.parent == store]
+    # Oldest first, so that a number that is free again is below all that are there. All before the
+    # files, as a generation must not come back after a power cut when its shards do not.
+    for path in sorted(old, key=manifests.number_of):
+        freed += _remove(store, path, removed)
+    files.sync_folder(store)
+    busy = []
+    for path in [*(p for p in gone if p not in old), *_leftovers(store)]:
+        try:
+            freed += _remove(store, path, removed)
+        except PermissionError as error:
+            # Windows does not remove a file that a reader has mapped.
+            busy.append(error)
+    if busy:
+        more = f" and {len(busy) - 1} more" if len(busy) > 1 else ""
+        say(
+            f"warning: {busy[0].filename}{more}: cannot be removed now; run `mmalign compact` later"
+        )
     return removed, freed
 
 
-def _old(generations: Sequence[Path]) -> list[Path]:
-    """Return the generations that may go; who opened one when it was the newest has an hour."""
-    pairs = zip(generations[GENERATIONS - 1 :], generations[GENERATIONS:], strict=False)
-    return [file for newer, file in pairs if _age_s(newer) > AGE_S]
+def waiting_bytes(store: Path) -> int:
+    """Count the bytes of shards and indexes that the newest generation does not need."""
+    named = manifests.newest(store).named
+    waiting = (path for name, path in _files(store).items() if name not in named)
+    return sum(map(_size, waiting))
 
 
-def _unnamed(store: Path, kept: Iterable[manifests.Manifest]) -> list[Path]:
-    """List shards and indexes that no generation names, and what killed writers left."""
-    shards = {s.name for held in kept for s in held.shards}
-    indexes = {held.index.name for held in kept if held.index}
-    folders = [p for p in store.glob("index/*") if p.is_dir()]
-    return [
-        *(p for p in store.glob("shards/*.arrow") if p.name not in shards),
-        *(p for p in folders if p.name not in indexes),
-        *(p for folder in (store, store / "shards", *folders) for p in files.leftovers(folder)),
-    ]
+def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
+    """Return the newest generation with what is to be removed announced in it."""
+    found = [f for f in manifests.generations(store) if manifests.number_of(f) < base.generation]
+    kept, known = set(base.named), set[str]()
+    old: list[str] = []
+    newer = manifests.path_of(store, base.generation)
+    for file in found:
+        held = manifests.whole(file)
+        if held is None:
+            # Somebody else is collecting.
+            continue
+        if now or old or _is_older(newer, AGE_S):
+            old.append(file.stem)
+            known |= held.named
+        else:
+            kept |= held.named
+        newer = file
+    gone = {
+        name
+        for name, path in _files(store).items()
+        if name not in kept and (name in known or _is_older(path, _least_age_s(path)))
+    }
+    # The announcement itself is the second of the newest two. Without it, the one before stays.
+    if not gone and old == [f.stem for f in found[:1]]:
+        old = []
+    return replace(base, removing=tuple(sorted({*base.removing, *gone, *old})))
 
 
-def _remove(path: Path) -> int:
-    size = sum(p.stat().st_size for p in (path, *path.glob("*")) if p.is_file())
+def _files(store: Path) -> dict[str, Path]:
+    """Return the shards and indexes that are there, by their names as in `Manifest.removing`."""
+    shards = {f"shards/{p.stem}": p for p in store.glob("shards/*.arrow") if OURS.fullmatch(p.stem)}
+    folders = (p for p in store.glob("index/*") if p.is_dir() and OURS.fullmatch(p.name))
+    return shards | {f"index/{p.name}": p for p in folders}
+
+
+def _leftovers(store: Path) -> list[Path]:
+    """List what killed writers left under temporary names. To remove it loses nobody a commit."""
+    folders = (store, store / "shards", *(p for p in store.glob("index/*") if p.is_dir()))
+    found = (path for folder in folders for path in files.leftovers(folder))
+    return [path for path in found if _is_older(path, AGE_S)]
+
+
+def _remove(store: Path, path: Path, removed: list[str]) -> int:
+    """Remove what may be gone already; note its name, and return its size."""
+    if not path.exists():
+        return 0
+    size = _size(path)
     files.remove(path)
+    removed.append(path.relative_to(store).as_posix())
     return size
 
 
-def _age_s(path: Path) -> float:
-    return time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*")))
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return sum(p.stat().st_size for p in (path, *path.glob("*")) if p.is_file())
+    return 0
+
+
+def _is_older(path: Path, age_s: float) -> bool:
+    """Say whether nothing was written there for some time; no where it is gone by now."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*"))) > age_s
+    return False
 
 
 def _least_age_s(path: Path) -> float:

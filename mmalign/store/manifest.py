@@ -4,6 +4,10 @@ A generation is one file, `manifest-00000007.json`, and the only commit point: w
 named by the newest readable generation does not exist. A writer claims the next number; who comes
 second to a number reads what the first one wrote and tries again on top of it.
 
+A collector is a writer like any other: it removes only what a generation of its own announces as
+`removing`. A commit on top of that generation refuses to name it, and a commit on top of an older
+one loses the number to it. So no file that a commit names is removed, however long anybody sleeps.
+
 N rows of a shard.
 """
 
@@ -92,6 +96,11 @@ class Manifest:
     model: ModelCard
     shards: tuple[Shard, ...] = ()
     index: IndexCard | None = None
+    removing: tuple[str, ...] = ()
+    """What a collector is about to remove: paths in the store without their endings, so that
+    whoever looks for names of shards in a damaged generation does not find them here."""
+    previous: str = ""
+    """Hash of the generation that this one was made from; empty where mmalign did not write it."""
 
     @property
     def rows(self) -> int:
@@ -103,6 +112,12 @@ class Manifest:
         """Rows of all shards, deleted ones included; row numbers count these."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def named(self) -> set[str]:
+        """What must not be removed while this generation is kept, written as in `removing`."""
+        indexes = {f"index/{self.index.name}"} if self.index else set()
+        return indexes | {f"shards/{Path(shard.name).stem}" for shard in self.shards}
+
 
 def canonical(values: dict[str, Any]) -> bytes:
     """Write JSON in the one way that is hashed: sorted keys, no spaces, only ASCII."""
@@ -111,9 +126,21 @@ def canonical(values: dict[str, Any]) -> bytes:
 
 def render(manifest: Manifest) -> bytes:
     """Write a manifest as JSON, with its hash."""
-    values = {"format": FORMAT, **asdict(manifest)}
-    values["sha256"] = hashlib.sha256(canonical(values)).hexdigest()
+    values = {**_values(manifest), "sha256": sha256_of(manifest)}
     return json.dumps(values, indent=1).encode() + b"\n"
+
+
+def sha256_of(manifest: Manifest) -> str:
+    """Return the hash that a manifest carries."""
+    return hashlib.sha256(canonical(_values(manifest))).hexdigest()
+
+
+def _values(manifest: Manifest) -> dict[str, Any]:
+    values = {"format": FORMAT, **asdict(manifest)}
+    for name in ("removing", "previous"):
+        if not values[name]:
+            del values[name]
+    return values
 
 
 def parse(content: bytes) -> Manifest:
@@ -138,12 +165,20 @@ def parse(content: bytes) -> Manifest:
         model=ModelCard(**values["model"]),
         shards=tuple(Shard(**s) for s in values["shards"]),
         index=IndexCard(**index) if index else None,
+        removing=tuple(values.get("removing", ())),
+        previous=values.get("previous", ""),
     )
 
 
 def path_of(store: Path, generation: int) -> Path:
     """Return the file of a generation."""
     return store / f"manifest-{generation:08d}.json"
+
+
+def file_of(store: Path, name: str) -> Path:
+    """Return the file or folder that a name in `removing` stands for."""
+    ending = {"shards": ".arrow", "index": ""}.get(name.partition("/")[0], ".json")
+    return store / f"{name}{ending}"
 
 
 def number_of(file: Path) -> int:
@@ -180,19 +215,26 @@ def newest(store: Path) -> Manifest:
     Raises:
         StoreError: The folder is no store, or no generation can be read.
     """
-    found = generations(store)
-    if not found:
-        known = "is a folder without a manifest" if store.is_dir() else "does not exist"
-        raise StoreError(f"{store}: not a store: it {known} (make one with `mmalign embed`)")
-    return _newest_of(store, found)
+    for _ in range(TRIES):
+        found = generations(store)
+        if not found:
+            known = "is a folder without a manifest" if store.is_dir() else "does not exist"
+            raise StoreError(f"{store}: not a store: it {known} (make one with `mmalign embed`)")
+        manifest = _newest_of(store, found)
+        if manifest:
+            return manifest
+    raise StoreError(f"{store}: {TRIES} other writers were faster; run it again")
 
 
-def _newest_of(store: Path, found: Sequence[Path]) -> Manifest:
+def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
+    """Read the newest of some generations; None where they are not the newest by now."""
     problems = []
     for file in found:
         try:
             manifest = read(file)
         except (ValueError, OSError) as error:
+            if isinstance(error, FileNotFoundError) and generations(store) != found:
+                return None
             problems.append(f"{file.name}: {error}")
             continue
         if problems:
@@ -241,29 +283,63 @@ def commit(
         if base is None:
             continue
         taken = number_of(found[0]) if found else 0
-        changed = change(base)
+        try:
+            changed = change(base)
+        except StoreError:
+            # What it read may have been removed, as a newer generation does not need it.
+            if found and generations(store)[:1] != found[:1]:
+                continue
+            raise
         if changed == base and found and taken == base.generation:
             # Who made it may have died before it was sure to last.
             files.sync_folder(store)
             return base
-        _require_shards(store, base, changed)
-        following = replace(changed, generation=taken + 1)
+        if changed.named - base.named:
+            _require_shards(store, base, changed)
+        following = replace(
+            changed,
+            generation=taken + 1,
+            removing=tuple(name for name in changed.removing if file_of(store, name).exists()),
+            previous=sha256_of(base) if found else "",
+        )
         if not files.claim(path_of(store, taken + 1), render(following)):
             continue
-        if not found or found[0].exists():
+        if not found or _in_line(store, found[0], following):
             return following
-        # So many commits and a compaction went by that the number was free again: it is an old
-        # one, and nobody would ever read it.
+        # So much went by that the number was free again: it is an old one, and nobody would ever
+        # read it.
         files.remove(path_of(store, taken + 1))
     raise StoreError(f"{store}: {TRIES} other writers were faster; nothing was changed")
 
 
 def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
-    """Refuse a shard so old that somebody removed it as garbage before it was committed."""
-    fresh = {s.name for s in changed.shards} - {s.name for s in base.shards}
-    gone = [name for name in sorted(fresh) if not (store / "shards" / name).exists()]
-    if gone:
-        raise StoreError(f"{store}: {gone[0]} was removed before it was committed; run it again")
+    """Refuse new shards and indexes that a collector took for garbage, as they are so old."""
+    for name in sorted(changed.named - base.named):
+        # What was removed does not come back, so that whatever is not announced now, and is there,
+        # is there until a generation announces it: then this commit loses its number to that one.
+        if name in base.removing or not file_of(store, name).exists():
+            file = file_of(store, name).name
+            raise StoreError(f"{store}: {file} was removed before it was committed; run it again")
+
+
+def _in_line(store: Path, base: Path, claimed: Manifest) -> bool:
+    """Say whether a generation that was just claimed is the newest, or others were built on it.
+
+    It is neither where its number had been taken by another one, which was removed since.
+    """
+    later = [file for file in generations(store) if number_of(file) > claimed.generation]
+    if not later:
+        return True
+    if number_of(later[-1]) > claimed.generation + 1:
+        return False
+    try:
+        previous = read(later[-1]).previous
+    except FileNotFoundError:
+        return _in_line(store, base, claimed)
+    except (ValueError, OSError):
+        previous = ""
+    # Garbage goes oldest first, so a number is free again only when what it was built on is gone.
+    return previous == sha256_of(claimed) if previous else base.exists()
 
 
 def require_model(store: Path, held: Manifest, model: ModelCard) -> None:

@@ -23,6 +23,7 @@ from mmalign.store.schema import schema
 from mmalign.store.shards import ShardFile, what_is_left
 
 DELETED = rb'"%s"[^{}]*"deleted_rows": (\d+),\s*"deleted": "([^"]+)"'
+ANNOUNCED = rb'"((?:shards|index)/[a-z0-9][a-z0-9_-]*)"'
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ def repair(path: str | Path) -> RepairReport:
     held = manifests.newest(store)
     found = health.look(store)
     evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
-    saved = _saved(store, held, evidence, found.damage)
+    # A collector that announced a removal in a damaged generation may be at it still.
+    announced = {n.decode() for content in evidence for n in re.findall(ANNOUNCED, content)}
+    announced |= set(held.removing)
+    saved = [
+        s
+        for s in _saved(store, held, evidence, found.damage)
+        if f"shards/{Path(s.name).stem}" not in announced
+    ]
     lost, indexes = found.within(store / "shards"), found.within(store / "index")
     known = Known(store, held.model.dim)
     before, listed = held, 0
@@ -71,7 +79,8 @@ def repair(path: str | Path) -> RepairReport:
         shards = _joined(store, known, good, saved)
         # Without a shard the rows after it have other numbers.
         bad = len(good) < len(base.shards) or (base.index and base.index.name in indexes)
-        return replace(base, shards=shards, index=None if bad else base.index)
+        removing = tuple(sorted({*base.removing, *announced}))
+        return replace(base, shards=shards, index=None if bad else base.index, removing=removing)
 
     after = manifests.commit(store, change, held.model, over_damage=True)
     dropped = [s for s in before.shards if s.name in lost]

@@ -31,10 +31,14 @@ def write_shard(store: Path, batch: pa.RecordBatch) -> Shard:
     The name is random: two writers never meet, and a shard that no manifest names is no data.
     """
     name = f"{secrets.token_hex(8)}.arrow"
-    with files.atomic_file(store / "shards" / name) as draft:
-        with pa.ipc.new_file(draft, batch.schema) as out:
-            out.write_batch(batch)
-        return Shard(name, len(batch), draft.bytes, draft.sha256())
+    try:
+        with files.atomic_file(store / "shards" / name) as draft:
+            with pa.ipc.new_file(draft, batch.schema) as out:
+                out.write_batch(batch)
+            return Shard(name, len(batch), draft.bytes, draft.sha256())
+    except FileNotFoundError as error:
+        told = "gone before it was finished, as nothing was written to it for so long; run it again"
+        raise StoreError(f"{error.filename}: {told}") from None
 
 
 class ShardFile:
