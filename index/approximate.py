@@ -6,6 +6,7 @@ N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
 # The stubs that FAISS brings lag behind it.
 # mypy: disable-error-code="attr-defined, call-arg, arg-type, assignment, no-any-return"
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from mmalign import files, kernels
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
+from mmalign.index.exact import Exact
 from mmalign.index.lists import Lists, query_metric
 from mmalign.index.rows import Rows
-from mmalign.index.spec import Bools, Design, Floats, Index, Ints, Point
+from mmalign.index.spec import KS, Bools, Design, Floats, Index, Ints, Point
 from mmalign.progress import bar
 
 # K-means for lists: rows at most and for each list, and rounds. Codes get as many rounds; they have
@@ -33,6 +35,14 @@ BUILD_BREADTH, MOST_BREADTH = 40, 2_000
 GATHERED = 1 << 21
 # Candidates that FAISS is asked for at once: it holds several times as much for them.
 HANDED = 1 << 18
+# Filters. What they leave is compared exactly where it has up to so many numbers in all.
+EXACT_NUMBERS = 1 << 23
+# The unfiltered point is tried first where fewer than so many of its neighbours are likely to be
+# filtered out. Then so many times the neighbours are looked at that hold k allowed ones on average,
+# then again so many times more, up to so many times those that parameters were tuned for.
+FEW_MISSING, SPARE, DEEPER, DEEPEST = 0.5, 1.3, 4, 10
+# A candidate of the index, or a step in a graph, costs as much as so many rows of exact search.
+CANDIDATE_COST = 20
 
 
 class Approximate(Index):
@@ -57,23 +67,71 @@ class Approximate(Index):
         self.points = points
         self.rows = rows
         self.held = int(faiss_index.ntotal)
+        self.exact = Exact(vectors.first(rows), coded_bytes=0)
 
     def search(
         self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
         """See `Index.search`.
 
+        A filter keeps the recall of the operating points, or the search is exact. FAISS is asked
+        for neighbours as if there were no filter, and only for as many as the operating points
+        hold for; where k of them are allowed, these are the answer. A query that finds too few
+        lies away from what the filter leaves, and every allowed row is compared with it.
+
         Raises:
             StoreError: The index is damaged.
         """
-        return self.search_at(queries_MD, self.point(k, asked), allow_N)
-
-    def search_at(
-        self, queries_MD: Floats, point: Point, allow_N: Bools | None = None
-    ) -> tuple[Floats, Ints]:
-        """Search with parameters of one's own."""
         queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
-        rows_MR = self.candidates(queries_MD, point, allow_N)
+        self._check(queries_MD)
+        if allow_N is not None:
+            allow_N = allow_N[: self.rows]
+        allowed = self.held if allow_N is None else int(np.count_nonzero(allow_N))
+        if allow_N is not None and allowed * self.vectors.dim <= EXACT_NUMBERS:
+            return self.exact.search(queries_MD, k, allow_N)
+        scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
+        rows_MK = np.full((len(queries_MD), k), -1, np.int64)
+        left_P = np.arange(len(queries_MD))
+        for point in self._attempts(k, allowed, asked):
+            scores, rows = self.search_at(queries_MD[left_P], point)
+            found = rows >= 0 if allow_N is None else (rows >= 0) & allow_N[rows]
+            # With as many neighbours as results, the answer is that without a filter. Else the
+            # results must lie in the nearer half, where recall is above its average.
+            enough_P = found[:, : (k + point.k) // 2].sum(axis=1) >= min(k, allowed)
+            order = np.argsort(~found, axis=1, kind="stable")[:, :k]
+            scores_MK[left_P] = np.take_along_axis(scores, order, axis=1)
+            rows_MK[left_P] = np.take_along_axis(rows, order, axis=1)
+            left_P = left_P[~enough_P]
+            if not len(left_P) or (allow_N is None and self.held < self.rows):
+                # Only `allow_N` could tell exact search which rows are dead.
+                return scores_MK, rows_MK
+        scores_MK[left_P], rows_MK[left_P] = self.exact.search(queries_MD[left_P], k, allow_N)
+        return scores_MK, rows_MK
+
+    def _attempts(self, k: int, allowed: int, asked: str) -> Iterator[Point]:
+        """Operating points to try one after the other, while they cost less than exact search.
+
+        Points are for neighbours without regard to a filter, of which the fewer are allowed the
+        more are needed.
+        """
+        share = allowed / max(self.held, 1)
+        if (1 - share) * k < FEW_MISSING:
+            yield self.point(k, asked)
+        most = DEEPEST * max(KS)
+        depth = math.ceil(2 * SPARE * k / max(share, 1e-9)) - k
+        while share < 1 and depth <= most:
+            point = self.between(depth, asked)
+            graph = not isinstance(_core(self.faiss), faiss.IndexIVF)
+            seen = max(point.candidates, point.breadth) if graph else point.candidates
+            if seen * CANDIDATE_COST > allowed:
+                return
+            yield point
+            depth *= DEEPER
+
+    def search_at(self, queries_MD: Floats, point: Point) -> tuple[Floats, Ints]:
+        """Search with parameters of one's own, without a filter."""
+        queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
+        rows_MR = self.candidates(queries_MD, point)
         return self.scored(queries_MD, rows_MR, point.k)
 
     @property
@@ -87,20 +145,30 @@ class Approximate(Index):
         points = self.points.get(asked) or next(iter(self.points.values()))
         return next((p for p in points if p.k >= k), points[-1]).at(k)
 
-    def candidates(self, queries_MD: Floats, point: Point, allow_N: Bools | None = None) -> Ints:
-        """Rows worth an exact score, shape (M, R), most hopeful first; -1 where there are fewer."""
-        if queries_MD.ndim != 2 or queries_MD.shape[1] != self.vectors.dim:
-            shape = f"(queries, {self.vectors.dim})"
-            raise VectorError(f"queries must have shape {shape}, not {queries_MD.shape}")
-        breadth = point.breadth
-        words: dict[str, Any] = {}
-        allowed = self.held if allow_N is None else np.count_nonzero(allow_N)
-        if allow_N is not None and allowed < self.held:
-            # What is left lies farther off than the neighbours that the breadth was tuned for.
-            breadth = round(breadth * (len(allow_N) / max(allowed, 1)) ** 0.5)
-            bits = np.packbits(allow_N, bitorder="little")
-            words["sel"] = faiss.IDSelectorBitmap(bits)
-        parameters = _parameters(self.faiss, breadth, words)
+    def between(self, k: int, asked: str) -> Point:
+        """Parameters for k neighbours, interpolated where k lies between two tuned points."""
+        points = self.points.get(asked) or next(iter(self.points.values()))
+        lower = next((p for p in reversed(points) if p.k <= k), None)
+        upper = next((p for p in points if p.k >= k), None)
+        if lower is None or upper is None or lower == upper:
+            return self.point(k, asked)
+        # Both grow about as a power of k.
+        way = math.log(k / lower.k) / math.log(upper.k / lower.k)
+
+        def grown(low: int, high: int) -> int:
+            return math.ceil(low * (high / low) ** way)
+
+        candidates = grown(lower.candidates, upper.candidates)
+        return Point(k, grown(lower.breadth, upper.breadth), max(k, candidates))
+
+    def candidates(self, queries_MD: Floats, point: Point) -> Ints:
+        """Rows worth an exact score, shape (M, R), by approximate score; -1 where there are fewer.
+
+        Raises:
+            StoreError: The index is damaged.
+        """
+        self._check(queries_MD)
+        parameters = _parameters(self.faiss, point.breadth)
         wanted = min(point.candidates, self.held)
         at_once = max(1, HANDED // max(1, wanted))
         try:
@@ -114,6 +182,11 @@ class Approximate(Index):
         if len(rows_MR) and not -1 <= rows_MR.min() <= rows_MR.max() < self.rows:
             raise StoreError(f"the index names rows beyond the {self.rows} that it covers")
         return rows_MR
+
+    def _check(self, queries_MD: Floats) -> None:
+        if queries_MD.ndim != 2 or queries_MD.shape[1] != self.vectors.dim:
+            shape = f"(queries, {self.vectors.dim})"
+            raise VectorError(f"queries must have shape {shape}, not {queries_MD.shape}")
 
     def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
         """Score candidates exactly and keep the k best."""
@@ -363,13 +436,13 @@ def _core(index: Any) -> Any:
     return index
 
 
-def _parameters(index: Any, breadth: int, words: dict[str, Any]) -> Any:
+def _parameters(index: Any, breadth: int) -> Any:
     """Search parameters in the shape that an index wants."""
     core = _core(index)
     if isinstance(core, faiss.IndexIVF):
-        inner = faiss.SearchParametersIVF(nprobe=min(breadth, core.nlist), **words)
+        inner = faiss.SearchParametersIVF(nprobe=min(breadth, core.nlist))
     else:
-        inner = faiss.SearchParametersHNSW(efSearch=breadth, **words)
+        inner = faiss.SearchParametersHNSW(efSearch=breadth)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=inner)
     return inner

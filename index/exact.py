@@ -24,8 +24,8 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 # takes as long as a few hundred searches, which are then half again as fast, or three times if
 # several are asked at once.
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
-# Up to so many rows that a filter leaves are sooner compared than looked for in an index.
-FEW_ROWS = 1 << 14
+# Share of the rows that a query must look at to count as one of them.
+PREPARED = 0.25
 
 
 class Exact(Index):
@@ -58,13 +58,19 @@ class Exact(Index):
         if not self.rows:
             raise VectorError("there are no vectors to search")
         queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
-        self._prepare_if_worth(len(queries))
-        allow = None if allow_N is None else torch.from_numpy(allow_N[self.first_row :])
-        scores, rows = kernels.topk(
-            queries, self.corpus or self.shards, min(k, self.rows), allow=allow
-        )
-        found = rows.numpy()
-        return scores.numpy(), np.where(found < 0, -1, found + self.first_row)
+        allow = None
+        if allow_N is not None:
+            allow = torch.from_numpy(allow_N[self.first_row : self.first_row + self.rows])
+        # To prepare reads every row: not for a filter that leaves few.
+        if allow is None or int(allow.count_nonzero()) >= PREPARED * self.rows:
+            self._prepare_if_worth(len(queries))
+        width = min(k, self.rows)
+        scores, rows = kernels.topk(queries, self.corpus or self.shards, width, allow=allow)
+        scores_MK = np.full((len(queries), k), -np.inf, np.float32)
+        rows_MK = np.full((len(queries), k), -1, np.int64)
+        scores_MK[:, :width], rows_MK[:, :width] = scores, rows
+        rows_MK[rows_MK >= 0] += self.first_row
+        return scores_MK, rows_MK
 
     def _prepare_if_worth(self, queries: int) -> None:
         with self._lock:
@@ -102,10 +108,7 @@ class Extended(Index):
         self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
     ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
-        if allow_N is not None and np.count_nonzero(allow_N) <= FEW_ROWS:
-            return self._among(np.flatnonzero(allow_N), queries_MD, k)
-        inside_N = None if allow_N is None else allow_N[: self.index.rows]
-        scores, rows = self.index.search(queries_MD, k, inside_N, asked=asked)
+        scores, rows = self.index.search(queries_MD, k, allow_N, asked=asked)
         if self.tail.rows:
             tail_scores, tail_rows = self.tail.search(queries_MD, k, allow_N)
             scores = np.concatenate([scores, tail_scores], axis=1)
@@ -114,15 +117,3 @@ class Extended(Index):
             scores = np.take_along_axis(scores, order, axis=1)
             rows = np.take_along_axis(rows, order, axis=1)
         return scores, rows
-
-    def _among(self, rows_N: Ints, queries_MD: Floats, k: int) -> tuple[Floats, Ints]:
-        """Compare a few rows, one by one."""
-        scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
-        rows_MK = np.full((len(queries_MD), k), -1, np.int64)
-        width = min(k, len(rows_N))
-        if width:
-            queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
-            vectors = torch.from_numpy(self.vectors.gather(rows_N))
-            scores, places = kernels.topk(queries, vectors, width)
-            scores_MK[:, :width], rows_MK[:, :width] = scores.numpy(), rows_N[places.numpy()]
-        return scores_MK, rows_MK

@@ -42,6 +42,12 @@ class Rows:
         """Number of dimensions."""
         return int(self.shards[0].shape[1])
 
+    def first(self, count: int) -> list[Halves]:
+        """Views of the first rows, by shard."""
+        starts = self.ends - [len(s) for s in self.shards]
+        views = [s[: max(0, count - first)] for s, first in zip(self.shards, starts, strict=True)]
+        return [view for view in views if len(view)]
+
     def draw(self, count: int, seed: int) -> Ints:
         """Draw numbers of live rows at random, without repetition; ascending."""
         numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)

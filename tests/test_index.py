@@ -23,7 +23,7 @@ from mmalign.index import (
 )
 from mmalign.index.approximate import Approximate
 from mmalign.index.lists import Lists, query_metric
-from mmalign.index.measure import interval, neighbour_recall, places
+from mmalign.index.measure import interval, neighbour_recall, places, tune
 from mmalign.index.plan import DESIGNS, aim
 from mmalign.index.spec import Design, Point
 
@@ -113,7 +113,9 @@ def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_fewer_rows_than_asked_for() -> None:
-    assert Exact([vectors(3)]).search(vectors(1).astype(np.float32), 10)[1].shape == (1, 3)
+    rows = Exact([vectors(3)]).search(vectors(1).astype(np.float32), 10)[1]
+    assert rows.shape == (1, 10)
+    assert rows[0, 3:].tolist() == [-1] * 7
 
 
 def test_rows_are_gathered_from_shards_anywhere() -> None:
@@ -276,6 +278,114 @@ def test_change_is_seen_at_once(built: tuple[Path, np.ndarray, dict[str, Any]]) 
     assert live[found].all()
     assert (found >= len(stored)).any()
     assert neighbour_recall(found, truth(whole, queries, 10, live)).mean() >= 0.88
+
+
+@pytest.fixture(scope="module")
+def tuned() -> dict[str, Approximate]:
+    """An IVF and a graph, each tuned to find nine in ten for texts and for images."""
+    stored = vectors(6_000)
+    rows = Rows([stored[:3_000], stored[3_000:]])
+    indexes = {}
+    for design in (IVF, Design("hnsw", "SQ8", links=32)):
+        lists = approximate.cluster(rows, design, texts(500)) if design.kind == "ivf" else None
+        index = Approximate(approximate.build(rows, design, lists, shown=False), rows, {}, 6_000)
+        points = {}
+        for asked, queries in (("text", texts(200)), ("image", images(200))):
+            true = truth(stored, queries, 100)
+            points[asked] = [tune(index, queries, true, k, RECALL)[0] for k in (10, 100)]
+        index.points = points
+        indexes[design.kind] = index
+    return indexes
+
+
+RECALL, HOLE = 0.91, 30
+
+
+def images(count: int, seed: int = 1) -> np.ndarray:
+    """Queries that lie where stored vectors do."""
+    return vectors(count, seed).astype(np.float32)
+
+
+def filters(scores: np.ndarray, share: float) -> dict[str, np.ndarray]:
+    """What may be found: any rows, the rows farthest from a query, any but the nearest."""
+    count, order = len(scores), np.argsort(scores)
+    anywhere = np.random.default_rng(9).random(count) < share
+    far, holed = np.zeros(count, np.bool_), anywhere.copy()
+    far[order[: max(1, int(share * count))]] = True
+    holed[order[-HOLE:]] = False
+    return {"anywhere": anywhere, "far": far, "holed": holed}
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("asked", ["text", "image"])
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.33, 0.9])
+def test_a_filter_keeps_the_recall_and_every_hit(
+    tuned: dict[str, Approximate],
+    kind: str,
+    asked: str,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever the rows lie that it leaves, and though none of these is few enough for itself."""
+    monkeypatch.setattr(approximate, "EXACT_NUMBERS", 0)
+    monkeypatch.setattr(approximate, "CANDIDATE_COST", 1)
+    index, exactly = tuned[kind], []
+    compare = index.exact.search
+    monkeypatch.setattr(
+        index.exact, "search", lambda q, *rest: exactly.append(len(q)) or compare(q, *rest)
+    )
+    stored = np.concatenate(index.vectors.shards)
+    queries = (texts if asked == "text" else images)(40, seed=8)
+    shares: dict[str, list[float]] = {"anywhere": [], "far": [], "holed": []}
+    for query in queries:
+        for name, allow in filters(stored.astype(np.float32) @ query, share).items():
+            exactly.clear()
+            found = index.search(query[None], 10, allow, asked=asked)[1]
+            true = truth(stored, query[None], 10, allow)
+            possible = min(10, allow.sum())
+            assert (found[0, :possible] >= 0).all()
+            assert allow[found[0, :possible]].all()
+            assert (found[0, possible:] == -1).all()
+            shares[name] += neighbour_recall(found, true[:, :possible]).tolist()
+            if name == "far":
+                assert exactly
+            elif share >= 0.33:
+                assert not exactly
+    # Queries differ much, so what forty of them find says no more than its interval does.
+    highest = {name: interval(np.array(found))[1] for name, found in shares.items()}
+    assert min(highest.values()) >= RECALL, highest
+    assert np.mean(shares["far"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.95])
+def test_deleted_rows_are_a_filter(
+    tuned: dict[str, Approximate], kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those nearest to the queries go, as when a person deletes what was found."""
+    monkeypatch.setattr(approximate, "EXACT_NUMBERS", 0)
+    index, queries = tuned[kind], texts(40, seed=8)
+    stored = np.concatenate(index.vectors.shards)
+    live = np.ones(len(stored), np.bool_)
+    live[truth(stored, queries, int(share * len(stored) / 40) + 1).ravel()] = False
+    extended = Extended(index, Rows([stored, stored[:9]]))
+    live = np.concatenate([live, np.ones(9, np.bool_)])
+    found = extended.search(queries, 10, live)[1]
+    assert live[found].all()
+    true = truth(np.concatenate([stored, stored[:9]]), queries, 10, live)
+    assert interval(neighbour_recall(found, true))[1] >= RECALL
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("k", [10, 300, 5_990, 6_000, 9_000])
+def test_every_hit_is_given_without_a_filter(
+    tuned: dict[str, Approximate], kind: str, k: int
+) -> None:
+    index = tuned[kind]
+    found = index.search(texts(3), k)[1]
+    assert found.shape == (3, k)
+    assert ((found >= 0).sum(axis=1) == min(k, 6_000)).all()
+    assert all(len(set(line[:6_000])) == min(k, 6_000) for line in found.tolist())
 
 
 @pytest.mark.parametrize("share", [0.5, 0.05, 0.005, 0])

@@ -112,7 +112,7 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
         return "triton" if kernels and not kernels.refuses(queries_MD, corpus) else "single"
     if corpus.rows <= FEW_ROWS and len(queries_MD) * corpus.rows <= FEW_SCORES:
         return "reference"
-    few = allow is not None and allow.float().mean() < FEW_ALLOWED
+    few = allow is not None and int(allow.count_nonzero()) < FEW_ALLOWED * corpus.rows
     if corpus.codes is not None and not few:
         return "int8"
     if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus):

@@ -20,7 +20,7 @@ from mmalign.kernels.codes import GROUP, Codes, code_queries, sum_error
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 CACHED_BYTES = 1 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
-# Where fewer rows of a block are allowed, they are gathered instead of masked.
+# Where a smaller share of the rows is allowed, they are gathered instead of masked.
 GATHERED = 0.25
 BRIEF, HALF, SINGLE = 2.0**-8, 2.0**-11, 2.0**-24
 HALF_RANGE = 60_000.0
@@ -219,17 +219,24 @@ def _blocks(
     corpus: Corpus, allow: Tensor | None, high: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Yield row numbers and vectors in blocks, and which of them are allowed, if not all are."""
+    few = allow is not None and int(allow.count_nonzero()) < GATHERED * corpus.rows
+    if allow is not None and few:
+        gathered = min(high, max(MIN_ROWS, CPU_BYTES // (2 * corpus.width)))
+        for first, shard in corpus.numbered():
+            for places in allow[first : first + len(shard)].nonzero()[:, 0].split(gathered):
+                if len(places):
+                    at = places.to(shard.device)
+                    yield first + places.cpu(), shard.index_select(0, at), None
+        return
     for first, shard in corpus.numbered():
         for rows in _cuts(len(shard), high):
-            block_BD = shard[rows]
-            rows_B = torch.arange(first + rows.start, first + rows.stop)
-            allowed_B = None if allow is None else allow[rows_B.to(allow.device)].cpu()
+            block_BD, start = shard[rows], first + rows.start
+            rows_B = torch.arange(start, start + len(block_BD))
+            allowed_B = None if allow is None else allow[start : start + len(block_BD)].cpu()
             if allowed_B is None or allowed_B.all():
                 yield rows_B, block_BD, None
-            elif allowed_B.float().mean() >= GATHERED:
-                yield rows_B, block_BD, allowed_B
             elif allowed_B.any():
-                yield rows_B[allowed_B], block_BD[allowed_B.to(block_BD.device)], None
+                yield rows_B, block_BD, allowed_B
 
 
 def _cuts(count: int, high: int) -> Iterator[slice]:
