@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.encoding import report_cut
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.index import Queries, Rows, build_index, describe, table, write_description
 from mmalign.model import load_model
@@ -177,6 +178,7 @@ def _query_file(store: Store, queries: str | Path) -> Queries:
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "
             f"the model is {encoder.identity}"
         )
+    report_cut(encoder, len(encoder.tokenizer.cut(lines)), "queries")
     return _split(
         np.concatenate(
             [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data import Record, Spool, report_skips
+from mmalign.encoding import report_cut
 from mmalign.errors import DataError, UsageError
 from mmalign.evaluate import compare
 from mmalign.model import Encoder, Precision, in_precision, keep_weights, load_model, to_fastest
@@ -139,6 +140,7 @@ def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tu
             added += len(good)
             progress.update(len(good) + len(lost))
             progress.set_postfix_str(pipeline.describe(), refresh=False)
+    report_cut(encoder, pipeline.texts.cut)
     return added, time.monotonic() - started
 
 

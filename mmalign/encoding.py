@@ -33,6 +33,8 @@ class Texts:
         self._encode = InHalves(encoder.encode_texts)
         self._known: OrderedDict[str, Vectors] = OrderedDict()
         self._lock = threading.Lock()
+        self.cut = 0
+        """Captions so far whose ends the model does not read."""
 
     def __call__(self, captions: Sequence[Sequence[str]]) -> list[Vectors]:
         """Return, for each item, the unit vectors (C, D) of its captions in their order."""
@@ -43,7 +45,9 @@ class Texts:
         for first in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[first : first + TEXTS_AT_ONCE]
             found |= zip(part, self._encode(part), strict=True)
+        cut = len(self.encoder.tokenizer.cut(missing))
         with self._lock:
+            self.cut += cut
             for caption in asked:
                 self._known[caption] = found[caption]
                 self._known.move_to_end(caption)
@@ -83,6 +87,15 @@ class InHalves(Generic[T]):
         self.most = min(self.most, len(items) // 2)
         say(f"out of memory with {len(items)} at once; going on with {self.most}")
         return self(items)
+
+
+def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
+    """Say how many texts are longer than a model reads, if any are."""
+    if count:
+        say(
+            f"warning: {count} {what} are longer than {encoder.name} reads: "
+            "the end of each is left out"
+        )
 
 
 def is_out_of_memory(error: Exception) -> bool:

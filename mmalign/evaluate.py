@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mmalign import kernels
 from mmalign.data import Record, Skip, report_skips, scan
-from mmalign.encoding import Texts
+from mmalign.encoding import Texts, report_cut
 from mmalign.errors import DataError
 from mmalign.metrics import accuracy, recall_at
 from mmalign.model import Encoder, cosines, load_model, to_fastest
@@ -89,10 +89,12 @@ def encode_records(
     done: list[tuple[Record, Vectors, Vectors]] = []
     skips: list[Skip] = []
     with bar("encode", len(records)) as progress:
-        for good, lost in Pipeline(encoder, thumbnails=False).run(records):
+        pipeline = Pipeline(encoder, thumbnails=False)
+        for good, lost in pipeline.run(records):
             done += [(e.record, e.image_D, e.texts_CD) for e in good]
             skips += lost
             progress.update(len(good) + len(lost))
+    report_cut(encoder, pipeline.texts.cut)
     if not done:
         raise DataError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
     kept, images, texts = zip(*done, strict=True)

@@ -24,6 +24,7 @@ from mmalign.data import (
     open_image,
     report_skips,
 )
+from mmalign.encoding import report_cut
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 
@@ -114,6 +115,7 @@ def load_pairs(
     if not pixels.records:
         raise TrainingError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
     captions = [c for r in pixels.records for c in r.captions]
+    report_cut(encoder, len(encoder.tokenizer.cut(list(dict.fromkeys(captions)))))
     tokens = encoder.tokenizer(captions)
     counts = [len(r.captions) for r in pixels.records]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

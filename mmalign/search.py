@@ -142,7 +142,11 @@ class Searcher:
         """Embed one query to a (1, D) unit vector; see `search`."""
         kinds = modality.of(self.encoder)
         if isinstance(query, str):
-            return kinds["text"].encode([_checked_text(query)])
+            text = _checked_text(query)
+            if self.encoder.tokenizer.cut([text]):
+                model = self.encoder.name
+                say(f"warning: the query is longer than {model} reads: its end is left out")
+            return kinds["text"].encode([text])
         content, name = (query, "bytes") if isinstance(query, bytes) else (_read(query), query)
         try:
             item = kinds["image"].decode(content)

@@ -78,6 +78,10 @@ class Tokenizer(ABC):
         """Return ids (B, T) int64, padded with 0, T as long as the longest text needs."""
 
     @abstractmethod
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """Return those of the texts that are longer than what `__call__` returns of them."""
+
+    @abstractmethod
     def to_json(self) -> str:
         """Everything needed to rebuild it, as JSON."""
 

@@ -168,6 +168,20 @@ class OpenClipTokenizer(Tokenizer):
         """Return ids (B, T), T the model's context length."""
         return self.backend(list(texts))  # type: ignore[no-any-return]
 
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """See `Tokenizer`."""
+        most = self.backend.context_length
+        # No text has more tokens than bytes, but for its two marks.
+        return [t for t in texts if len(t.encode()) + 2 > most and self._length(t) > most]
+
+    def _length(self, text: str) -> int:
+        """Tokens of a whole text, its marks included; 0 where open_clip does not tell."""
+        if hasattr(self.backend, "encode"):
+            return len(self.backend.encode(text)) + 2
+        if hasattr(self.backend, "tokenizer"):
+            return len(self.backend.tokenizer(text)["input_ids"])
+        return 0
+
     def to_json(self) -> str:
         """The name is enough: open_clip holds the vocabulary."""
         return json.dumps({"open_clip": self.name})

@@ -48,6 +48,13 @@ class BytePairs(Tokenizer):
         tokens = torch.tensor(ids, dtype=torch.int64)
         return tokens if tokens.shape[1] else tokens.new_zeros(len(ids), 1)
 
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """See `Tokenizer`."""
+        # No character has more tokens than bytes, and one is for the space at the beginning.
+        long = [t for t in texts if len(t.encode()) >= self.context]
+        encoded = self.backend.encode_batch(long)
+        return [text for text, e in zip(long, encoded, strict=True) if e.overflowing]
+
     def to_json(self) -> str:
         """The `tokenizers` library's own JSON; the context length is its truncation setting."""
         return str(self.backend.to_str())
