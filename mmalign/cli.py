@@ -305,10 +305,13 @@ def _ends_as_image(name: str) -> bool:
 
 def _image(file: Path, hint: str) -> bytes:
     """Read an image to search by; refuse one that cannot be decoded before a model is loaded."""
-    from mmalign.data import open_image
+    from mmalign.data import is_image_content, open_image
 
     try:
-        content = file.read_bytes()
+        with open(file, "rb") as opened:
+            content = opened.read(64)
+            if is_image_content(content) or _ends_as_image(file.name):
+                content += opened.read()
         open_image(content, side=64)
     except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -14,6 +14,8 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
+import warnings
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -50,6 +52,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **words: Any) -> Any:
         """Run a command; a mistake in its words is one line too."""
         _any_encoding()
+        _quiet()
         try:
             with _Terminated():
                 code = super().main(*args, **{**words, "standalone_mode": False})
@@ -70,9 +73,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Call a command; what it raises for a person becomes one line."""
         try:
-            answer = super().invoke(ctx)
-            sys.stdout.flush()
-            return answer
+            return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except MmalignError as error:
@@ -81,7 +82,7 @@ class Commands(click.Group):
             _end(ctx, str(error) or "interrupted", INTERRUPTED)
         except Exception as error:
             close_bars()
-            if isinstance(error, BrokenPipeError) and _reader_left():
+            if _reader_left(error):
                 ctx.exit(1)
             told = _told(error)
             if told is None:
@@ -100,15 +101,19 @@ def complain(message: str) -> None:
         click.echo(f"mmalign: {line}", err=True)
 
 
-def _reader_left() -> bool:
-    """Say whether nobody reads stdout any more; if so, what is left is thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _reader_left(error: Exception) -> bool:
+    """Say whether an error is that nobody reads stdout any more; if so, nothing is printed there.
+
+    All that prints is click's `echo`; a pipe that broke elsewhere, in a network, is an error.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not frame.f_globals["__name__"].startswith("click."):
+        return False
+    # Python would complain at its end of what it could not print.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
@@ -158,6 +163,13 @@ def _any_encoding() -> None:
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="backslashreplace")
+
+
+def _quiet() -> None:
+    """Keep warnings to ourselves that a person can do nothing about; a program sees them."""
+    # The limit of pixels is ours to hold; Pillow warns at half of it.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")
 
 
 class _Terminated:

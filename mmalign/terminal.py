@@ -63,4 +63,5 @@ def openable(uri: str) -> str:
         here = os.path.relpath(uri)
     except (OSError, ValueError):  # the current folder is gone, or on another drive
         return uri
+    here = f"./{here}" if here.startswith("-") else here
     return here if len(here) < len(uri) else uri
