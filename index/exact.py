@@ -5,19 +5,14 @@ N rows, M queries, D dimensions, K neighbours.
 
 import contextlib
 import threading
-import warnings
 
 import numpy as np
 import torch
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.index.rows import Rows
+from mmalign.index.rows import Rows, shared
 from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
-
-# Memory-mapped vectors are read-only, and nothing here writes to them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
 
 # Whoever asks twice is likely to ask again, so norms are then bounded once and for all.
 # After so many queries, one byte for each number is held in memory, up to so many of them: coding
@@ -45,7 +40,7 @@ class Exact(Index):
             kept = shard[max(0, first_row) :]
             first_row -= len(shard)
             if len(kept):
-                self.shards.append(torch.from_numpy(kept))
+                self.shards.append(shared(kept))
         self.rows = sum(len(s) for s in self.shards)
         self.asked, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None

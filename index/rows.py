@@ -5,6 +5,7 @@ N rows, P row numbers, D dimensions.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,23 @@ from mmalign.errors import VectorError
 from mmalign.index.spec import Bools, Floats, Halves, Ints, Shards
 
 BLOCK_ROWS = 1 << 14
+
+
+class _Writable:
+    """Shows an array as one that may be written to."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array  # keeps the memory
+        place, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (place, False)}
+
+
+def shared(array: Any) -> torch.Tensor:
+    """Make a tensor of an array's own memory; nobody may write to it.
+
+    Memory-mapped vectors are read-only, of which torch would warn, as its tensors cannot be.
+    """
+    return torch.from_numpy(np.asarray(_Writable(array)))
 
 
 class Rows:
@@ -69,7 +87,7 @@ class Rows:
         places_P = self._starts[shard_P] + (rows_P - self._firsts[shard_P]) * self._step
         out = torch.empty(len(rows_P), self.dim, dtype=torch.float16) if out is None else out
         found_PD, places = out[: len(rows_P)], torch.from_numpy(places_P)
-        torch.index_select(torch.from_numpy(self._view), 0, places, out=found_PD)
+        torch.index_select(shared(self._view), 0, places, out=found_PD)
         return found_PD.numpy()
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
@@ -88,7 +106,7 @@ class Rows:
                     numbers, block = numbers[kept], block[kept]
                 if len(numbers):
                     # torch widens with all threads.
-                    yield numbers, _checked(torch.from_numpy(block).float().numpy(), numbers)
+                    yield numbers, _checked(shared(block).float().numpy(), numbers)
             first += len(shard)
 
 

@@ -1,7 +1,6 @@
 """Bytes to RGB pixels of a wanted size, with limits; what cannot be decoded says why."""
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +14,6 @@ from mmalign.data.samples import SampleProblem
 Pixels = NDArray[np.uint8]
 # The size at which Pillow itself refuses: a 20,000 x 20,000 image would need 1.2 GB.
 MAX_PIXELS = 178_956_970
-# The limit is ours to hold; Pillow's own warning at half of it would only repeat it. Set once, as
-# filters cannot be changed safely in threads.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # A JPEG may be decoded at a half, a quarter or an eighth as long as so many times the wanted pixels
 # are left: what the last resize then sees differs by less than a grey level.
 REDUCED_ROOM = 2

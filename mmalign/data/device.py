@@ -4,11 +4,11 @@ B images, H height, W width, S side of the result in pixels.
 
 torchvision decodes with nvJPEG on a CUDA device and with libjpeg on a CPU; the resizing is torch's,
 antialiased, and off by a grey level from what `decode.fit_image` gives. What is not a plain JPEG
-goes the way over the CPU.
+goes the way over the CPU. torchvision warns that its decoders are to move to TorchCodec, whose
+wheels do not go with all of its versions yet.
 """
 
 import io
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 
 from mmalign.data.decode import ORIENTATION, Fit, fit
 
-# torchvision means to hand its decoders over to TorchCodec, whose wheels do not go with all of its
-# versions yet; until then this is the one that comes with every install.
-warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
 END_OF_IMAGE = b"\xff\xd9"
 
 
