@@ -4,8 +4,9 @@ draw -> train -> embed -> index -> search in two languages -> evaluate -> sheet 
 """
 
 import math
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
     keys = tuple(LANGUAGES.values())
 
     with _timed("draw", seconds), bar("draw", scenes + HELD_OUT_SCENES) as progress:
-        write_scenes(training, scenes, seed=1, tick=progress.update)
-        write_scenes(held_out, HELD_OUT_SCENES, seed=2, tick=progress.update)
+        _draw(training, scenes, 1, progress.update)
+        _draw(held_out, HELD_OUT_SCENES, 2, progress.update)
     with _timed("train", seconds):
         config = TrainConfig(
             preset="nano",
@@ -86,6 +87,10 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
     files.write_json(folder / "report.json", report)
     _summary(folder, report)
     return report
+
+
+def _draw(tar: Path, count: int, seed: int, tick: Callable[[], object]) -> None:
+    files.write_through(tar, lambda path: write_scenes(Path(path), count, seed=seed, tick=tick))
 
 
 @contextmanager
@@ -128,7 +133,8 @@ def _summary(folder: Path, report: dict[str, Any]) -> None:
         say(
             f"in {minutes:g} minutes of training each scene was seen only {passes:.1f} times, as "
             "this machine is slow or busy; more is found by\n"
-            f"         mmalign demo --minutes {longer} --out {folder}-longer"
+            f"         mmalign demo --minutes {longer} --out {shlex.quote(f'{folder}-longer')}"
         )
     say(f"\nlook at  {folder / 'sheet.png'}")
-    say(f'and try  mmalign search {folder / "scenes.store"} "two large red stars" --sheet hits.png')
+    store = shlex.quote(str(folder / "scenes.store"))
+    say(f'and try  mmalign search {store} "two large red stars" --sheet hits.png')

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # What a file system says that has no sync of folders (some network mounts), or cannot be written.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
+# What a system says of a disk that takes no more; libraries repeat its words.
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
 class Disk:
@@ -208,11 +211,44 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_through(path: Path, write: Callable[[str], None]) -> None:
-    """Let a library write a file by name (FAISS, safetensors), then make it appear atomically."""
+    """Let a library write a file by name (FAISS, safetensors), then make it appear atomically.
+
+    Raises:
+        OSError: The disk is full or broken, in whichever words the library says so.
+    """
     with _temporary(path) as temporary:
-        write(str(temporary))
+        with _as_system_errors():
+            write(str(temporary))
         disk.sync_path(temporary)
         _put(temporary, path)
+
+
+@contextlib.contextmanager
+def _as_system_errors() -> Iterator[None]:
+    """Raise what a library says of a disk as the error of the system that it stems from.
+
+    Libraries have exceptions of their own for a full disk, some without its number or its reason.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        told: BaseException | None = error
+        while told and not isinstance(told, OSError):
+            told = told.__cause__ or told.__context__
+        code = told.errno if isinstance(told, OSError) else _code_in(str(error))
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code)) from error
+
+
+def _code_in(message: str) -> int | None:
+    """Find the number of a system's error in a message: "(os error 28)", or its words."""
+    found = re.search(r"os error (\d+)|errno:? (\d+)", message, re.IGNORECASE)
+    if found:
+        return int(found[1] or found[2])
+    return next((code for code in DISK_ERRORS if os.strerror(code) in message), None)
 
 
 def claim(path: Path, content: bytes) -> bool:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmalign.errors import MmalignError, UsageError
+from mmalign import files
+from mmalign.data import open_image
+from mmalign.errors import UsageError, reason_of
 from mmalign.progress import say
 from mmalign.search import Hit
 from mmalign.store import Store
@@ -17,6 +19,8 @@ from mmalign.store import Store
 INK, QUIET, PAPER, CARD, RIGHT = "#1c1d21", "#75777f", "#f6f6f3", "#ffffff", "#2e9e5b"
 TILE, GAP, MARGIN = 132, 12, 28
 HEADING, TEXT, NOTE, SMALL = 26, 17, 14, 13
+# More letters than any line of a sheet has room for.
+MAX_LETTERS = 1_000
 # Fonts with Chinese glyphs, where systems keep them.
 FONTS = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
@@ -66,12 +70,15 @@ def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
 
 
 def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str = "") -> None:
-    """Write a PNG with one strip a query; long strips wrap.
+    """Write a picture with one strip a query; long strips wrap. The file appears when it is whole.
 
     Raises:
-        UsageError: The name is not that of an image.
-        MmalignError: The file cannot be written.
+        UsageError: The name is not that of a kind of image that can be written.
+        OSError: The file cannot be written.
     """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UsageError(f"{path}: give the sheet a name that ends in .png")
     columns = max(6, min(8, max((len(s.tiles) for s in strips), default=0)))
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     heights = [_strip_height(strip, columns) for strip in strips]
@@ -90,12 +97,14 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
         y += height
     if any(ord(c) > 0x2E7F for s in strips for c in s.query) and _font_file() is None:
         say("no font with Chinese glyphs found: pip install 'mmalign[fonts]' draws them")
+    content = io.BytesIO()
     try:
-        sheet.save(path)
-    except ValueError:
-        raise UsageError(f"{path}: give the sheet a name that ends in .png") from None
-    except OSError as error:
-        raise MmalignError(f"{path}: the sheet cannot be written: {error.strerror}") from None
+        sheet.save(content, kind)
+    except (OSError, ValueError) as error:
+        # Some kinds take no such picture: too large, or not in colour.
+        reason = reason_of(error)
+        raise UsageError(f"{path}: {reason}: give the sheet a name that ends in .png") from None
+    files.write_bytes(path, content.getvalue())
 
 
 def _strip_height(strip: Strip, columns: int) -> int:
@@ -110,7 +119,8 @@ def _draw_strip(
     if strip.picture:
         half = TILE - 14
         sheet.paste(_fit(strip.picture, half), (MARGIN, y))
-        pen.text((MARGIN + TILE, y + half // 2 - TEXT // 2), strip.query, INK, _font(TEXT))
+        words = _cut(pen, strip.query, room - TILE, _font(TEXT))
+        pen.text((MARGIN + TILE, y + half // 2 - TEXT // 2), words, INK, _font(TEXT))
         y += TILE
     else:
         pen.text((MARGIN, y), _cut(pen, strip.query, room, _font(TEXT)), INK, _font(TEXT))
@@ -133,7 +143,7 @@ def _draw_strip(
 
 def _fit(content: bytes, side: int) -> Image.Image:
     """Centre a picture on a white square; small ones are enlarged."""
-    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image = open_image(content, side)
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
@@ -143,6 +153,8 @@ def _fit(content: bytes, side: int) -> Image.Image:
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, room: int, font: ImageFont.FreeTypeFont) -> str:
+    # A caption may be a book: no more of it is measured than could fit, and its lines are joined.
+    text = " ".join(text[:MAX_LETTERS].split())
     if pen.textlength(text, font) <= room:
         return text
     while text and pen.textlength(text + "…", font) > room:

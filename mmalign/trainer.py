@@ -381,7 +381,7 @@ class Trainer:
             "average_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
         }
-        files.write_through(self.run / "state.pt", lambda path: torch.save(state, path))
+        files.write_through(self.run / "state.pt", lambda path: _write_state(state, path))
         if self.lost:
             report_losses(self.run, list(self.lost.values()), len(self.pairs))
 
@@ -406,6 +406,12 @@ class Trainer:
             "samples_per_s": round(seen / seconds, 1),
             "wait_share": round(waited_s / seconds, 4),
         }
+
+
+def _write_state(state: dict[str, Any], path: str) -> None:
+    # Given a name, torch forgets why the system did not take its bytes.
+    with open(path, "wb") as file:
+        torch.save(state, file)
 
 
 def _percent(recalls: dict[str, Any], kind: str) -> str:

@@ -126,6 +126,10 @@ def _appearing(place: Path) -> Iterator[Path]:
         yield draft
         _require_free(place)
         files.move(draft, place)
+    except OSError as error:
+        # The name of the draft tells nobody anything, and some writers name no file.
+        error.filename = str(place)
+        raise
     finally:
         files.remove(draft)
 

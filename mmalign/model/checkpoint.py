@@ -9,19 +9,17 @@ Weights are never written over: a store that was made with earlier ones finds th
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
-from mmalign.errors import ModelError, nearest
+from mmalign.errors import ModelError, nearest, reason_of
 from mmalign.model import openclip, tokenizer
 from mmalign.model.encoder import Encoder, Preprocess
 from mmalign.model.presets import PRESETS, Preset
@@ -93,7 +91,7 @@ def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
         k: v.detach().cpu().contiguous().clone() for k, v in encoder.towers.state_dict().items()
     }
     name = _weights_name(encoder.identity_with(state))
-    files.write_through(run / name, lambda path: _save_file(state, path))
+    files.write_through(run / name, lambda path: save_file(state, path))
     save_description(encoder, run, weights=name, steps=steps)
     return name
 
@@ -217,19 +215,8 @@ def _build(run: Path, description: dict[str, Any]) -> Encoder:
 
 
 def _damaged(run: Path, error: Exception) -> NoReturn:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ModelError(f"{run}: the model is damaged or of another version: {reason}") from error
-
-
-def _save_file(state: dict[str, torch.Tensor], path: str) -> None:
-    try:
-        save_file(state, path)
-    except SafetensorError as error:
-        # It wraps what the system said: "... No space left on device (os error 28)".
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    what = f"{run}: the model is damaged or of another version"
+    raise ModelError(f"{what}: {reason_of(error)}") from error
 
 
 def _towers(architecture: dict[str, Any]) -> OwnTowers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmalign.errors import InstallError, ModelError, nearest
+from mmalign.errors import InstallError, ModelError, nearest, reason_of
 from mmalign.model.encoder import Encoder, Preprocess, Tokenizer, Towers
 from mmalign.model.lean import Patches
 
@@ -215,7 +215,7 @@ def load(name: str, pretrained: str | None) -> Encoder:
         with _NotDrawn() if pretrained else nullcontext():
             clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as error:  # hub, pickle and shape errors of many libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ModelError(
             f"{name} with weights {pretrained!r} cannot be loaded: {reason}"
         ) from error

@@ -72,7 +72,7 @@ def where(store: Store, expression: str) -> Ints:
             # The same text that was parsed, so that it means what was checked.
             found = connection.execute(QUERY + expression).fetchnumpy()["#row"]
         except (duckdb.Error, UsageError) as error:
-            # What follows are candidates and a drawing of the place.
+            # What follows a blank line are candidates and a drawing of the place.
             told = str(error).split("\n\n")[0].splitlines()
             reason = " ".join(line for line in told if not line.startswith("\t"))
             raise UsageError(f"where {expression!r}: {reason}") from None
