@@ -1,5 +1,7 @@
 """Tables as sources: parquet, csv, tsv and jsonl."""
 
+import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import captions, jpeg, listed, reasons, side_8, write_folder
 
-from mmalign.data import Skip, decode_stream, read_image
+from mmalign.data import Record, Skip, decode_stream, read_image, stream
 from mmalign.errors import DataError
 
 
@@ -54,7 +56,7 @@ def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text(rows)
     catalog = listed(tmp_path / "c.csv")
     assert captions(catalog) == {"c/1": ("one, two", "three"), "c/2": ("b\u2028c",)}
-    assert catalog.records[0].meta == {"n": "4"}
+    assert catalog.records[0].meta == {"n": 4}
     assert read_image(catalog.records[1]) == jpeg(1)
 
 
@@ -101,6 +103,29 @@ def test_jsonl_with_broken_lines(tmp_path: Path) -> None:
         "3": "line holds no JSON object",
         "5": "no image path",
     }
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet"])
+def test_memory_does_not_grow_with_a_table(tmp_path: Path, name: str) -> None:
+    rows = [{"image": f"{i % 1500}.jpg", "caption": f"{i} " + "x" * 3000} for i in range(3000)]
+    lines = [json.dumps(row) for row in rows]
+    if name == "t.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=100)
+    elif name == "t.csv":
+        lines = ["image,caption", *(f"{row['image']},{row['caption']}" for row in rows)]
+    content = f"[{','.join(lines)}]" if name == "t.json" else "\n".join(lines)
+    if name != "t.parquet":
+        (tmp_path / name).write_text(content)
+    del content, rows, lines
+    tracemalloc.start()
+    try:
+        found = stream([str(tmp_path / name)], ["captions"])
+        count = sum(len(record.captions) for record in found if isinstance(record, Record))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 3000
+    assert peak < 4_500_000  # half of the table
 
 
 def test_missing_columns_are_listed(tmp_path: Path) -> None:

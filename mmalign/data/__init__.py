@@ -8,7 +8,10 @@ kinds.py     which files are images, by ending and by content
 folders.py   images in a folder
 tars.py      WebDataset tars, local or remote
 sidecars.py  files beside an image that describe it
-tables.py    parquet, csv, tsv, jsonl with an image path or bytes column
+tables.py    tables with a column of images or their paths
+columns.py   which columns hold the image, captions and id
+delimited.py, json_rows.py, arrow_tables.py    rows of a format
+row_images.py    images inside tables, each group of rows read once
 decode.py    bytes -> RGB pixels of a wanted size, with limits
 device.py    JPEGs decoded and resized on a GPU
 pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for

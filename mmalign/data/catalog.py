@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from mmalign.data import folders, places, tables, tars
+from mmalign.data.columns import Asked
 from mmalign.data.kinds import suffix
 from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip
 from mmalign.data.spool import Names
@@ -16,7 +18,7 @@ from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
 
 MAX_SILENT_SKIPS = 0.01
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def scan(
     sources: Sequence[str],
     *,
     caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,),
+    image_column: str | None = None,
     need_captions: bool = False,
 ) -> Catalog:
     """List the samples of folders, tars (braces, globs), tables and fsspec URLs of these.
@@ -39,6 +42,8 @@ def scan(
         sources: Paths, patterns or URLs.
         caption_keys: Keys of the .json (or columns of the table) that hold captions; several are
             joined. The default key also reads `caption`, `text`, `title` and the .txt file.
+        image_column: The column of tables that holds images, or their paths; by default the first
+            of those that usually do.
         need_captions: Leave out samples without a caption (training, evaluation).
 
     Returns:
@@ -50,7 +55,7 @@ def scan(
     """
     records: list[Record] = []
     skips: list[Skip] = []
-    for found in stream(sources, caption_keys):
+    for found in stream(sources, caption_keys, image_column):
         if isinstance(found, Skip):
             skips.append(found)
         elif need_captions and not found.captions:
@@ -67,11 +72,14 @@ def scan(
     return Catalog(records, skips)
 
 
-def stream(sources: Sequence[str], caption_keys: Sequence[str]) -> Iterator[Record | Skip]:
+def stream(
+    sources: Sequence[str], caption_keys: Sequence[str], image_column: str | None = None
+) -> Iterator[Record | Skip]:
     """Yield what `scan` lists, one by one: memory does not grow with the number of samples."""
+    asked = Asked(caption_keys, image_column)
     with closing(Names()) as names, bar("scan", unit="samples") as progress:
         for place in expand(sources):
-            for found in map(_printable, _scan_one(place, caption_keys)):
+            for found in map(_printable, _scan_one(place, asked)):
                 progress.update()
                 yield found if isinstance(found, Skip) else names.unique(found)
 
@@ -145,24 +153,27 @@ def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = N
         say(f"{sum(s.count for s in others)} other files passed over ({_endings(others)})")
 
 
-def _scan_one(place: str, caption_keys: Sequence[str]) -> Found:
-    remote, kind = places.is_url(place), suffix(place)
+def _scan_one(place: str, asked: Asked) -> Found:
+    remote = places.is_url(place)
     if not remote and os.path.isdir(place):
-        return folders.scan(place, caption_keys)
-    if kind == ".tar" or kind in TABLE_SUFFIXES:
+        inside = tables.tables_in(place)
+        if inside:
+            return chain.from_iterable(tables.scan(table, asked) for table in inside)
+        return folders.scan(place, asked.caption_keys)
+    is_tar, is_table = suffix(place) == ".tar", tables.table_suffix(place) is not None
+    if is_tar or is_table:
         if not remote:
             try:
                 places.refuse_special(os.stat(place).st_mode)
             except OSError as error:
                 raise DataError(f"{place}: cannot be read: {places.reason(error)}") from None
-        if kind == ".tar":
-            return tars.scan(place, caption_keys)
-        return tables.scan(place, caption_keys)
+        return tars.scan(place, asked.caption_keys) if is_tar else tables.scan(place, asked)
     if remote:
-        return folders.scan(place, caption_keys)
-    raise DataError(
-        f"{place}: not a source: give a folder, a .tar, or a table ({', '.join(TABLE_SUFFIXES)})"
-    )
+        return folders.scan(place, asked.caption_keys)
+    kinds = ", ".join(tables.SUFFIXES)
+    packed = suffix(place) in PACKED
+    hint = "unpack it first" if packed else f"give a folder, a .tar, or a table ({kinds})"
+    raise DataError(f"{place}: not a source: {hint}")
 
 
 def _printable(found: Record | Skip) -> Record | Skip:

@@ -1,86 +1,383 @@
 """Tables with an image column (a path, a URL, or the bytes) and caption columns.
 
 Rows that name the same image are one sample with several captions, as in the csv files that come
-with many caption sets.
+with many caption sets. Such rows may lie anywhere, so they are put in order on the disk: memory
+does not grow with the table.
 """
 
-import contextlib
-import csv
-import functools
-import io
+import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import PurePosixPath
-from typing import Any
+import pickle
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import groupby, islice
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from mmalign.data import places
+from mmalign.arrow_values import python_rows
+from mmalign.data import delimited, json_rows, places, row_images
+from mmalign.data.arrow_tables import ROWS_AT_A_TIME, ImageKind, Table, image_kind, open_table
+from mmalign.data.columns import (
+    Asked,
+    Columns,
+    escaped,
+    find_columns,
+    missing_keys,
+    no_image_column,
+    shown,
+)
 from mmalign.data.kinds import suffix
-from mmalign.data.samples import (
-    CAPTION_ALIASES,
-    Found,
-    Record,
-    SampleProblem,
-    Skip,
-    captions_in,
-    clean,
-)
+from mmalign.data.samples import Found, Record, SampleProblem, Skip, clean
 from mmalign.errors import DataError
+from mmalign.progress import say
+from mmalign.values import json_value
 
-# fmt: off
-IMAGE_COLUMNS = (
-    "image", "image_path", "img", "img_path", "filepath", "file_path", "path", "file", "filename",
-    "file_name", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "url", "image_url", "uri",
-)
-# fmt: on
-ID_COLUMNS = ("id", "key", "__key__", "image_id")
+TEXT_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
+SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES, *JSON_SUFFIXES)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What is longer is no metadata: another image, a document, an attack.
+MAX_BYTES, MAX_JSON = 4096, 1 << 20
+# No file system knows longer paths; what is longer is an image as text.
+MAX_PATH = 4096
+MAX_NAME, MAX_REASON = 1024, 300
+# Names of columns that a JSON table may have before the rest is not listed.
+MAX_NAMES = 1000
+T = TypeVar("T")
 Row = dict[str, Any]
+Convert = Callable[[str, Any], Any]
 
 
-def scan(path: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record an image, in the order of rows."""
-    name, folder = PurePosixPath(path).stem, os.path.dirname(path)
-    problems: list[Skip] = []
-    with _readable(path):
-        columns, rows, binary = _open(path, problems)
-    image_column = next((c for c in IMAGE_COLUMNS if c in columns), None)
-    if image_column is None:
-        raise DataError(
-            f"{path}: no image column; it has {', '.join(columns)}; "
-            f"looked for {', '.join(IMAGE_COLUMNS)}"
-        )
-    id_column = next((c for c in ID_COLUMNS if c in columns), None)
-    found: dict[str, Record] = {}
-    for number, row in _until_broken(path, rows):
-        in_row = binary == image_column
-        image = f"row {number}" if in_row else row.get(image_column)
-        given = row.get(id_column) if id_column else None
-        is_given = given not in (None, "")
-        key = f"{name}/{given if is_given else image}"
-        uri = f"{path}#row={number}"
-        if not image:
-            problems.append(Skip(key, uri, "no image path"))
-            continue
+def table_suffix(path: str) -> str | None:
+    """Return the ending that tells the kind of a table, without that of its compression."""
+    end = suffix(path)
+    if end in COMPRESSED:
+        end = suffix(path[: -len(end)])
+        return end if end not in ARROW_SUFFIXES and end in SUFFIXES else None
+    return end if end in SUFFIXES else None
+
+
+def tables_in(folder: str) -> list[str]:
+    """List the tables of a folder that stands for one table; none of a folder of images.
+
+    That are folders named as tables, as Spark writes them, and Hugging Face's saved data sets.
+    """
+    end = table_suffix(folder.rstrip("/"))
+    if os.path.isfile(os.path.join(folder, "dataset_info.json")):
+        end = ".arrow"
+    if end is None:
+        return []
+    # Names that begin so are Spark's own.
+    paths = (str(p) for p in sorted(Path(folder).rglob(f"*{end}")) if p.name[0] not in "._")
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def scan(path: str, asked: Asked) -> Found:
+    """Yield one record an image, in the order of rows.
+
+    Raises:
+        DataError: The file cannot be read as what it is, or has no image column.
+    """
+    if table_suffix(path) in ARROW_SUFFIXES:
+        yield from _scan_arrow(path, asked)
+    elif table_suffix(path) in TEXT_SUFFIXES:
+        yield from _scan_text(path, asked)
+    else:
+        yield from _scan_json(path, asked)
+
+
+def read_cell(path: str, row: int, column: str) -> bytes:
+    """Read the image of one row of a table.
+
+    Raises:
+        SampleProblem: There is none.
+        OSError: The row names a file that cannot be read.
+    """
+    image = row_images.read_row_image(path, row, column)
+    if isinstance(image, bytes):
+        return image
+    return places.read(_resolve(image, os.path.dirname(path)))
+
+
+def column_names(path: str, asked: Asked) -> list[str]:
+    """Return the names of the columns of a table, for a message; of JSON those of its first rows.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    kind = table_suffix(path)
+    with ExitStack() as opened:
+        with _readable(path):
+            if kind in ARROW_SUFFIXES:
+                return list(opened.enter_context(open_table(path)).schema.names)
+            if kind in TEXT_SUFFIXES:
+                return list(delimited.find_layout(path, TEXT_SUFFIXES[str(kind)], asked).names)
+        rows = (row for _, row in _until_broken(path, json_rows.rows(path)))
+        first = (row for row in islice(rows, 100) if isinstance(row, dict))
+        return list(dict.fromkeys(name for row in first for name in row))
+
+
+@dataclass
+class _Reading:
+    """What is known of a table while it is read; final."""
+
+    path: str
+    asked: Asked
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Why values were left out of metadata, by column."""
+
+    @cached_property
+    def name(self) -> str:
+        """The first part of the ids of its rows."""
+        file = PurePosixPath(self.path)
+        return PurePosixPath(file.stem).stem if file.suffix.lower() in COMPRESSED else file.stem
+
+    def uri(self, number: int) -> str:
+        """Name a row."""
+        return f"{self.path}#row={number}"
+
+    def skip(self, number: int, reason: str) -> Skip:
+        """Refuse a row."""
+        return Skip(f"{self.name}/row {number}", self.uri(number), reason)
+
+    def id_of(self, row: Row, columns: Columns, other: str) -> tuple[str, bool]:
+        """Return the id of a row, and whether the table gives it."""
+        given = json_value(row.get(columns.id)) if columns.id else None
+        is_given = isinstance(given, str | int | float) and given != ""
+        return f"{self.name}/{_short(str(given) if is_given else other)}", is_given
+
+    def captions(
+        self, row: Row, columns: Columns, id: str, uri: str
+    ) -> tuple[tuple[str, ...], list[Skip]]:
+        """Return the captions of a row, or why it has none."""
         try:
-            captions = captions_in(row, caption_keys)
+            return columns.captions_of(row, self.asked), []
         except SampleProblem as problem:
-            captions = ()
-            problems.append(Skip(key, uri, str(problem), lost="captions"))
-        used = {image_column, id_column, *caption_keys, *CAPTION_ALIASES}
-        meta = {k: v for k, v in row.items() if k not in used and _plain(v)}
-        if in_row:
-            record = Record(key, uri, path, row=number, column=image_column, captions=captions)
+            return (), [Skip(id, uri, str(problem), lost="captions")]
+
+    def meta(self, row: Row, cell: Convert = lambda name, value: value) -> Row:
+        """Return metadata as JSON; what is too large for it is counted."""
+        meta = {}
+        for name, value in row.items():
+            try:
+                meta[str(json_value(name))] = _small(cell(name, value))
+            except ValueError as error:
+                self.left_out[f"column {shown(name)!r}: {error}"] += 1
+        return meta
+
+    def say_left_out(self) -> None:
+        """Name what was too large."""
+        for reason, count in self.left_out.most_common(20):
+            say(f"{self.path}: {reason}: {count} values are left out of meta")
+
+
+def _scan_arrow(path: str, asked: Asked) -> Found:
+    row_images.forget(path)
+    reading = _Reading(path, asked)
+    with ExitStack() as opened:
+        with _readable(path):
+            table = opened.enter_context(open_table(path))
+            image, kind = _image_column(path, table, asked)
+            holds_paths = kind == "path" or (kind == "struct" and table.is_empty(image, "bytes"))
+        names = list(table.schema.names)
+        columns = find_columns(names, replace(asked, image_column=image))
+        _say_missing(path, names, asked)
+        if holds_paths:
+            where = f"{image}.path" if kind == "struct" else image
+            wanted = [name for name in names if name != image] + [where]
+            yield from _by_path(reading, _arrow_rows(reading, table, columns, wanted))
         else:
-            place = _resolve(str(image), folder)
-            record = Record(key, place, place, captions=captions)
-        known = found.get(record.uri, replace(record, captions=(), meta=meta, given_id=is_given))
-        found[record.uri] = replace(known, captions=clean([*known.captions, *captions]))
+            wanted = [name for name in names if name != image]
+            for number, row, _ in _arrow_rows(reading, table, columns, wanted):
+                yield from _in_row(reading, number, row, columns)
+    reading.say_left_out()
+
+
+def _in_row(reading: _Reading, number: int, row: Row, columns: Columns) -> Found:
+    """Yield the record of a row that holds its image itself."""
+    uri = reading.uri(number)
+    id, is_given = reading.id_of(row, columns, f"row {number}")
+    captions, problems = reading.captions(row, columns, id, uri)
+    meta = reading.meta({k: v for k, v in row.items() if k not in columns.used})
     yield from problems
-    yield from found.values()
+    yield Record(
+        id, uri, reading.path, row=number, column=str(columns.image), captions=captions,
+        meta=meta, given_id=is_given,
+    )  # fmt: skip
 
 
-@contextlib.contextmanager
+def _image_column(path: str, table: Table, asked: Asked) -> tuple[str, ImageKind]:
+    """Choose the image column of a table whose columns have types."""
+    names = list(table.schema.names)
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {shown(name)!r}: rename one")
+    kinds = {name: image_kind(table.schema.field(name).type) for name in names}
+    image = find_columns(names, asked, lambda name: kinds[name] is not None).image
+    image = image or find_columns(names, asked).image
+    if image is None:
+        raise no_image_column(path, names, asked)
+    kind = kinds[image]
+    if kind is None:
+        held = shown(str(table.schema.field(image).type))
+        raise DataError(
+            f"{path}: column {shown(image)!r} is of type {held}: neither images nor their paths"
+        )
+    return image, kind
+
+
+def _arrow_rows(
+    reading: _Reading, table: Table, columns: Columns, wanted: list[str]
+) -> Iterator[tuple[int, Row, Columns]]:
+    number = 0
+    for batch in _until_broken(reading.path, table.batches(wanted)):
+        rows, unread = python_rows(batch)
+        for name, kind in unread.items():
+            text = f"column {shown(name)!r} is left out: type {shown(kind)} is not read"
+            reading.asked.say_once(reading.path, text)
+        for row in rows:
+            yield number, row, columns
+            number += 1
+
+
+def _scan_text(path: str, asked: Asked) -> Found:
+    with _readable(path):
+        layout = delimited.find_layout(path, TEXT_SUFFIXES[str(table_suffix(path))], asked)
+        layout = delimited.quoting_of(layout)
+    if layout.guessed_header:
+        asked.say_once(path, layout.guessed_header)
+    columns = find_columns(layout.names, asked)
+    _say_missing(path, layout.names, asked)
+    reading, numbers = _Reading(path, asked), delimited.Numbers(columns.used)
+
+    def rows() -> Iterator[tuple[int, Row | SampleProblem, Columns]]:
+        for number, row in _until_broken(path, delimited.rows(layout)):
+            if isinstance(row, dict):
+                numbers.see(row)
+            yield number, row, columns
+
+    yield from _by_path(reading, rows(), numbers.value)
+    reading.say_left_out()
+
+
+def _scan_json(path: str, asked: Asked) -> Found:
+    reading = _Reading(path, asked)
+    names: dict[str, None] = {}
+
+    @lru_cache(maxsize=256)
+    def columns_of(keys: tuple[str, ...]) -> Columns:
+        if len(names) < MAX_NAMES:
+            names.update(dict.fromkeys(keys))
+        return find_columns(keys, asked)
+
+    def rows() -> Iterator[tuple[int, Row | SampleProblem, Columns]]:
+        has_image = False
+        for number, row in _until_broken(path, json_rows.rows(path)):
+            columns = columns_of(tuple(row) if isinstance(row, dict) else ())
+            has_image = has_image or columns.image is not None
+            yield number, row, columns
+        if not has_image:
+            raise no_image_column(path, list(names), asked)
+        _say_missing(path, list(names), asked)
+
+    yield from _by_path(reading, rows())
+    reading.say_left_out()
+
+
+def _by_path(
+    reading: _Reading,
+    rows: Iterator[tuple[int, Row | SampleProblem, Columns]],
+    cell: Convert = lambda name, value: value,
+) -> Found:
+    """Yield one record for all rows that name the same image, and what is wrong with rows.
+
+    Nothing is yielded before all rows are read.
+    """
+    with closing(_Gathered()) as gathered:
+        for number, row, columns in rows:
+            try:
+                if isinstance(row, SampleProblem):
+                    raise row
+                image = _image_path(row.get(columns.image) if columns.image else None)
+            except SampleProblem as problem:
+                skip = reading.skip(number, str(problem))
+                gathered.add(skip.uri, number, skip)
+                continue
+            place = _resolve(image, os.path.dirname(reading.path))
+            id, is_given = reading.id_of(row, columns, image)
+            captions, problems = reading.captions(row, columns, id, place)
+            rest = {k: v for k, v in row.items() if k not in columns.used}
+            gathered.add(place, number, (id, is_given, place, rest, captions, problems))
+        for found in gathered:
+            if isinstance(found[0], Skip):
+                yield found[0]
+                continue
+            for _, _, _, _, _, problems in found:
+                yield from problems
+            id, is_given, place, first, _, _ = found[0]
+            captions = clean(c for thing in found for c in thing[4])
+            meta = reading.meta(first, cell)
+            yield Record(id, place, place, captions=captions, meta=meta, given_id=is_given)
+
+
+class _Gathered:
+    """Things of a table, those of one image together, in the order of the first of each; final.
+
+    SQLite keeps and sorts them in a temporary file of its own, which is gone with the process.
+    """
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("")
+        self._db.execute("CREATE TABLE thing (image BLOB, number INTEGER, content BLOB)")
+        self._new: list[tuple[bytes, int, bytes]] = []
+
+    def add(self, image: str, number: int, thing: Any) -> None:
+        """Add what a row says of an image."""
+        self._new.append((image.encode("utf-8", "surrogatepass"), number, pickle.dumps(thing)))
+        if len(self._new) == ROWS_AT_A_TIME:
+            self._put()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield the things of each image."""
+        self._put()
+        first = "SELECT *, min(number) OVER (PARTITION BY image) AS first FROM thing"
+        ordered = f"SELECT first, content FROM ({first}) ORDER BY first, number"
+        with _room():
+            for _, same in groupby(self._db.execute(ordered), key=lambda row: row[0]):
+                # Written by this process a moment ago, into a file that has no name.
+                yield [pickle.loads(content) for _, content in same]
+
+    def close(self) -> None:
+        """Give the space back."""
+        self._db.close()
+
+    def _put(self) -> None:
+        with _room():
+            self._db.executemany("INSERT INTO thing VALUES (?, ?, ?)", self._new)
+        self._new.clear()
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DataError(f"temporary files of the scan: {error} (set SQLITE_TMPDIR)") from None
+
+
+def _say_missing(path: str, names: Sequence[str], asked: Asked) -> None:
+    for text in missing_keys(names, asked):
+        asked.say_once(path, text)
+
+
+@contextmanager
 def _readable(path: str) -> Iterator[None]:
     """Turn whatever the reader of a broken table raises into one line."""
     try:
@@ -88,121 +385,34 @@ def _readable(path: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as {suffix(path)}: {error}") from None
+        reason = escaped(" ".join(str(error).split()))[:MAX_REASON]
+        kind = table_suffix(path)
+        raise DataError(f"{path}: cannot be read as {kind}: {reason}") from None
 
 
-def _until_broken(path: str, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+def _until_broken(path: str, items: Iterator[T]) -> Iterator[T]:
     with _readable(path):
-        yield from rows
+        yield from items
 
 
-@functools.lru_cache(maxsize=4)
-def _row_group(path: str, group: int, column: str) -> Any:
-    with _parquet(path) as file:
-        return file.read_row_group(group, columns=[column]).column(0)
-
-
-@functools.lru_cache(maxsize=64)
-def _group_ends(path: str) -> list[int]:
-    with _parquet(path) as file:
-        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    return [sum(sizes[: g + 1]) for g in range(len(sizes))]
-
-
-def read_cell(path: str, row: int, column: str) -> bytes:
-    """Read the image bytes of one parquet row; neighbouring rows come from a small cache."""
-    ends = _group_ends(path)
-    group = next(g for g, end in enumerate(ends) if row < end)
-    value = _row_group(path, group, column)[row - (ends[group - 1] if group else 0)].as_py()
-    content = value.get("bytes") if isinstance(value, dict) else value
-    if not content:
-        raise SampleProblem("no image bytes")
-    return bytes(content)
-
-
-def _open(
-    path: str, problems: list[Skip]
-) -> tuple[list[str], Iterator[tuple[int, Row]], str | None]:
-    """Return the column names, the numbered rows, and the column that holds image bytes, if any."""
-    if suffix(path) == ".parquet":
-        return _open_parquet(path)
-    if suffix(path) == ".jsonl":
-        rows = list(_json_rows(path, problems))
-        return list(dict.fromkeys(k for _, row in rows for k in row)), iter(rows), None
-    with places.open_file(path) as file:
-        # A caption that is not UTF-8 must cost one sample, not the file.
-        content = file.read().decode("utf-8-sig", errors="surrogateescape")
-    # Only these are ends of lines in a csv; strict, as an open quote would swallow the rows after.
-    lines = io.StringIO(content, newline="")
-    delimiter = "\t" if suffix(path) == ".tsv" else ","
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    return list(reader.fieldnames or ()), enumerate(_csv_rows(reader)), None
-
-
-def _csv_rows(reader: "csv.DictReader[str]") -> Iterator[Row]:
-    while True:
-        first = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            hint = "a quote not closed, or not doubled inside a field?"
-            raise ValueError(f"row that starts in line {first}: {error} ({hint})") from None
-        yield {k: _as_bytes(v) for k, v in row.items() if k}
-
-
-def _parquet(path: str) -> Any:
-    import fsspec
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(fsspec.open(path, "rb").open() if places.is_url(path) else path)
-
-
-def _open_parquet(path: str) -> tuple[list[str], Iterator[tuple[int, Row]], str | None]:
-    import pyarrow as pa
-
-    # The file may have been written anew since it was last scanned.
-    _group_ends.cache_clear()
-    _row_group.cache_clear()
-    file = _parquet(path)
-    schema = file.schema_arrow
-    binary = next((c for c in IMAGE_COLUMNS if c in schema.names), None)
-    if binary is not None:
-        kind = schema.field(binary).type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-                or pa.types.is_struct(kind)):  # fmt: skip
-            binary = None
-    light = [c for c in schema.names if c != binary]
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        number = 0
-        with file:
-            for batch in file.iter_batches(columns=light):
-                # With no column to read, a batch still knows how many rows it stands for.
-                values = batch.to_pylist() if light else [{}] * batch.num_rows
-                for row in values:
-                    yield number, row
-                    number += 1
-
-    return schema.names, rows(), binary
-
-
-def _json_rows(path: str, problems: list[Skip]) -> Iterator[tuple[int, Row]]:
-    with places.open_file(path) as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            uri = f"{path}#row={number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                problems.append(Skip(uri, uri, f"line is not valid JSON: {error}"))
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                problems.append(Skip(uri, uri, "line holds no JSON object"))
+def _image_path(value: Any) -> str:
+    """Return the path of an image from what stands in its cell."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, bytes):
+        value = os.fsdecode(value)
+    if value in (None, "") or (isinstance(value, float) and math.isnan(value)):
+        raise SampleProblem("no image path")
+    if isinstance(value, list | dict):
+        raise SampleProblem(f"image path is no text: a {type(value).__name__}")
+    path = str(value)
+    if len(path) > MAX_PATH:
+        raise SampleProblem(
+            f"image path is too long ({len(path):,} characters): images as base64 are not read"
+        )
+    if "\0" in path:
+        raise SampleProblem("image path holds a NUL")
+    return path
 
 
 def _resolve(image: str, folder: str) -> str:
@@ -212,15 +422,21 @@ def _resolve(image: str, folder: str) -> str:
     return path if os.path.isabs(path) else os.path.join(folder, path)
 
 
-def _as_bytes(value: Any) -> Any:
-    """Give back the raw bytes of a cell that was not UTF-8, so that its caption is refused."""
-    try:
-        if isinstance(value, str):
-            value.encode()
-        return value
-    except UnicodeEncodeError:
-        return value.encode(errors="surrogateescape")
+def _small(value: Any) -> Any:
+    """Convert a value to JSON, unless it is too large for metadata."""
+    if isinstance(value, bytes) and len(value) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    converted = json_value(value)
+    is_long = isinstance(converted, str) and len(converted) > MAX_JSON
+    if is_long or (isinstance(converted, list | dict) and len(json.dumps(converted)) > MAX_JSON):
+        raise ValueError(f"more than {MAX_JSON:,} characters")
+    return converted
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool | list | dict)
+def _short(name: str) -> str:
+    """Return a name for an id: control characters escaped, and its end hashed where it is long."""
+    name = escaped(name)
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.blake2b(name.encode("utf-8", "backslashreplace"), digest_size=16)
+    return f"{name[: MAX_NAME - 40]}...{digest.hexdigest()}"

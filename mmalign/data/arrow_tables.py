@@ -1,0 +1,215 @@
+"""Tables of Arrow: .parquet, and .arrow or .feather files. The door to pyarrow for sources.
+
+A table comes in groups of rows: parquet's row groups, or Arrow's record batches. Rows are read
+without their images; the images of a group are read as one stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+from mmalign.data.places import is_url, open_file
+
+# A parquet column is read in pieces of this size: all at once, it would take the memory of a group.
+BUFFER_BYTES = 1 << 20
+# Images that are decompressed at once.
+CHUNK_BYTES = 4 << 20
+ROWS_AT_A_TIME = 256
+ImageKind = Literal["path", "bytes", "struct"]
+
+
+class Table(Protocol):
+    """A file of rows."""
+
+    schema: Any
+    metadata: Any
+    """What `open_table` need not read again."""
+    ends: list[int]
+    """The number of the row after each group."""
+
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """Yield record batches of some columns, in order; a struct's field is `a.b`."""
+
+    def chunks(self, group: int, column: str) -> Iterator[Any]:
+        """Yield arrays of one column of a group, in order."""
+
+    def is_empty(self, column: str, field: str) -> bool:
+        """Say whether a field of a struct is null in every row, as far as can be told quickly."""
+
+
+@contextmanager
+def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
+    """Open a table by its ending, remote ones through fsspec.
+
+    Args:
+        path: The file.
+        metadata: That of a table of the same file, which is then not read again.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_file(path) as file:
+        if path.lower().endswith(".parquet"):
+            options = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
+            with pq.ParquetFile(file, metadata=metadata, **options) as parquet:
+                yield ParquetTable(parquet)
+        else:
+            with pa.PythonFile(file) if is_url(path) else pa.memory_map(path) as source:
+                yield IpcTable(source)
+
+
+class ParquetTable:
+    """A parquet file, its columns read as streams; final."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.schema, self.metadata = file, file.schema_arrow, file.metadata
+        groups = range(file.num_row_groups)
+        self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """Yield record batches of some columns, in order; a struct's field is `a.b`."""
+        yield from self.file.iter_batches(ROWS_AT_A_TIME, columns=list(columns))
+
+    def chunks(self, group: int, column: str) -> Iterator[Any]:
+        """Yield arrays of one column of a group, in order."""
+        sizes = [c.total_uncompressed_size for c in self._leaves(group, column)]
+        rows = self.metadata.row_group(group).num_rows
+        count = max(1, min(ROWS_AT_A_TIME, CHUNK_BYTES * rows // max(1, sum(sizes))))
+        for batch in self.file.iter_batches(count, row_groups=[group], columns=[column]):
+            yield batch.column(0)
+
+    def is_empty(self, column: str, field: str) -> bool:
+        """Say whether a field of a struct is null in every row, as far as statistics tell."""
+        leaves = [
+            leaf
+            for group in range(len(self.ends))
+            for leaf in self._leaves(group, f"{column}.{field}")
+        ]
+        return _is_null(self.schema, column, field) or all(
+            leaf.is_stats_set
+            and leaf.statistics.has_null_count
+            and leaf.statistics.null_count == leaf.num_values
+            for leaf in leaves
+        )
+
+    def _leaves(self, group: int, column: str) -> list[Any]:
+        about = self.metadata.row_group(group)
+        leaves = [about.column(c) for c in range(about.num_columns)]
+        return [c for c in leaves if f"{c.path_in_schema}.".startswith(f"{column}.")]
+
+
+class IpcTable:
+    """An Arrow file or stream; final."""
+
+    def __init__(self, source: Any) -> None:
+        import pyarrow as pa
+
+        self.metadata = None
+        try:
+            file = pa.ipc.open_file(source)
+            self.schema, self.read = file.schema, file.get_batch
+            count = file.num_record_batches
+        except pa.ArrowInvalid:  # a stream, as Hugging Face writes them
+            source.seek(0)
+            stream = pa.ipc.open_stream(source)
+            # Mapped, not copied, unless they are compressed.
+            held = list(stream)
+            self.schema, self.read = stream.schema, held.__getitem__
+            count = len(held)
+        self.ends = list(accumulate(self.read(g).num_rows for g in range(count)))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """Yield record batches of some columns, in order; a struct's field is `a.b`."""
+        whole = [name.partition(".")[0] if name not in self.schema.names else name
+                 for name in columns]  # fmt: skip
+        for group in range(len(self.ends)):
+            batch = self.read(group).select(whole)
+            for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
+                yield batch.slice(start, ROWS_AT_A_TIME)
+
+    def chunks(self, group: int, column: str) -> Iterator[Any]:
+        """Yield arrays of one column of a group, in order."""
+        yield self.read(group).column(column)
+
+    def is_empty(self, column: str, field: str) -> bool:
+        """Say whether a field of a struct is null in every row."""
+        import pyarrow.compute as pc
+
+        if _is_null(self.schema, column, field):
+            return True
+        fields = (pc.struct_field(self.read(g)[column], field) for g in range(len(self.ends)))
+        return all(values.null_count == len(values) for values in fields)
+
+
+def image_kind(kind: Any) -> ImageKind | None:
+    """Tell whether a column of a type holds paths, bytes, or structs of both, or no images."""
+    import pyarrow as pa
+
+    t = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return image_kind(kind.storage_type)
+    if t.is_dictionary(kind):
+        return image_kind(kind.value_type)
+    if t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind):
+        return "path"
+    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind):
+        return "bytes"
+    if t.is_fixed_size_binary(kind) or (_is_list(kind) and _is_byte(kind.value_type)):
+        return "bytes"
+    if t.is_struct(kind):
+        held = {field.name: image_kind(field.type) for field in kind}
+        if held.get("bytes") == "bytes" or held.get("path") == "path":
+            return "struct"
+    return None
+
+
+def images_of(array: Any) -> Iterator[bytes | str | None]:
+    """Yield of each row its encoded image, or the path of it, or nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    t = pa.types
+    if isinstance(array.type, pa.BaseExtensionType):
+        yield from images_of(array.storage)
+    elif t.is_dictionary(array.type):
+        yield from images_of(array.dictionary_decode())
+    elif t.is_struct(array.type):
+        names = [field.name for field in array.type]
+        fields = [images_of(pc.struct_field(array, n)) for n in ("bytes", "path") if n in names]
+        for values in zip(*fields, strict=True):
+            yield next(filter(None, values), None)
+    elif _is_list(array.type):
+        for row in array:
+            yield row.values.to_numpy(zero_copy_only=False).tobytes() if row.is_valid else None
+    else:
+        for row in array:
+            yield row.as_py()
+
+
+def _is_null(schema: Any, column: str, field: str) -> bool:
+    import pyarrow as pa
+
+    kind = schema.field(column).type
+    place = kind.get_field_index(field)
+    return place < 0 or bool(pa.types.is_null(kind.field(place).type))
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    t = pa.types
+    checks = (
+        t.is_list,
+        t.is_large_list,
+        t.is_fixed_size_list,
+        t.is_list_view,
+        t.is_large_list_view,
+    )
+    return any(check(kind) for check in checks)
+
+
+def _is_byte(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return any(check(kind) for check in (pa.types.is_uint8, pa.types.is_int8))

@@ -1,0 +1,156 @@
+"""Which columns of a table hold the image, the captions and the id.
+
+Names are compared without regard to case and to blanks around and inside them, so that `Image Path`
+is `image_path`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmalign.data.samples import CAPTION_ALIASES, DEFAULT_CAPTION_KEY, captions_in
+from mmalign.errors import DataError, nearest
+from mmalign.progress import say
+
+# fmt: off
+IMAGE_COLUMNS = (
+    "image", "image_path", "img", "img_path", "filepath", "file_path", "path", "file", "filename",
+    "file_name", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "url", "image_url", "uri",
+)
+# fmt: on
+ID_COLUMNS = ("id", "key", "__key__", "image_id")
+# A message shows so many names, and so much of each.
+SHOWN, SHOWN_CHARACTERS = 30, 40
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person says of the columns of a table."""
+
+    caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,)
+    image_column: str | None = None
+    said: set[str] = field(default_factory=set, compare=False)
+
+    def say_once(self, path: str, text: str) -> None:
+        """Say something of a table that may hold for hundreds of them."""
+        if text not in self.said:
+            self.said.add(text)
+            say(f"{path}: {text}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read, by what they hold."""
+
+    image: str | None
+    id: str | None
+    captions: dict[str, str]
+    """Which column stands for a caption key, or for one of the default key's aliases."""
+    used: frozenset[str]
+    """Those that are no metadata."""
+
+    def captions_of(self, row: dict[str, Any], asked: Asked) -> tuple[str, ...]:
+        """Collect the captions of a row; see `samples.captions_in`."""
+        values = {key: _caption(row.get(name)) for key, name in self.captions.items()}
+        return captions_in(values, asked.caption_keys)
+
+
+def find_columns(
+    names: Iterable[str], asked: Asked, may_be_image: Callable[[str], bool] = lambda name: True
+) -> Columns:
+    """Choose among the names of columns.
+
+    Args:
+        names: The columns, or the keys of a JSON object.
+        asked: The columns that a person wants.
+        may_be_image: Whether the values of a column can be images or their paths.
+    """
+    by_name = {name: name for name in names}
+    for name in list(by_name):
+        by_name.setdefault(plain(name), name)
+
+    def find(*wanted: str) -> str | None:
+        return next((by_name[w] for w in wanted if w in by_name), None)
+
+    if asked.image_column is not None:
+        image = find(asked.image_column, plain(asked.image_column))
+    else:
+        candidates = (find(wanted) for wanted in IMAGE_COLUMNS)
+        image = next((name for name in candidates if name and may_be_image(name)), None)
+    captions: dict[str, str] = {}
+    used = {image} if image else set()
+    for key in asked.caption_keys:
+        aliases = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
+        found = {alias: find(alias, plain(alias)) for alias in aliases}
+        here = {alias: name for alias, name in found.items() if name is not None}
+        captions |= here
+        # An alias that stands back for another is metadata as well.
+        used |= set(list(here.values())[:1])
+    id = find(*ID_COLUMNS)
+    return Columns(image, id, captions, frozenset(used | ({id} if id else set())))
+
+
+def plain(name: str) -> str:
+    """Return a name as it is compared.
+
+    >>> plain(" Image Path")
+    'image_path'
+    """
+    return "_".join(name.split()).casefold()
+
+
+def no_image_column(path: str, names: Sequence[str], asked: Asked) -> DataError:
+    """Make the error for a table in which no column holds an image."""
+    if asked.image_column is not None:
+        wanted = f"no column is called {shown(asked.image_column)!r}"
+        return DataError(f"{path}: {wanted}: {nearest(asked.image_column, map(shown, names))}")
+    return DataError(
+        f"{path}: no image column; it has {listed(names)}; looked for {', '.join(IMAGE_COLUMNS)} "
+        "(see --image-column)"
+    )
+
+
+def missing_keys(names: Sequence[str], asked: Asked) -> list[str]:
+    """Say of each caption key that no column has, which may be meant; the default key is free."""
+    found = find_columns(names, asked).captions
+    return [
+        f"no column is called {shown(key)!r}: {nearest(key, map(shown, names))}"
+        for key in asked.caption_keys
+        if key != DEFAULT_CAPTION_KEY and key not in found
+    ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write the names of columns for a message, however many and long they are."""
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(shown, names[:SHOWN])) + rest
+
+
+def shown(name: str) -> str:
+    r"""Write a name for a message: cut, and without what would act on a terminal.
+
+    >>> shown("a\x1b" + "b" * 100)
+    'a\\x1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb…'
+    """
+    cut = name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…"
+    return escaped(cut)
+
+
+def escaped(text: str) -> str:
+    """Write control characters as Python writes them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _caption(value: Any) -> Any:
+    """Take a missing number for no caption, and a text that was not UTF-8 for its bytes."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str) and not value.isascii():
+        try:
+            return value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            return value
+    return value

@@ -1,0 +1,290 @@
+"""Rows of a .csv or .tsv file, whatever its separator, encoding, and habits of quoting.
+
+What is not said in the file is found by looking: encoding by its first bytes, separator and header
+by its first line, quoting of a .tsv and the columns that hold numbers by reading all of it once.
+"""
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from mmalign.data.columns import Asked, find_columns, listed, no_image_column, shown
+from mmalign.data.samples import DEFAULT_CAPTION_KEY, IMAGE_SUFFIXES, SampleProblem, suffix
+from mmalign.errors import DataError
+
+# The first that gives an image column is taken.
+SEPARATORS = ",;\t|"
+MAX_LINE = 1 << 24
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_SEP = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.(\d+))?(?:[eE][+-]?\d+)?", re.ASCII)
+_NOT_FINITE = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity"}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file is to be read."""
+
+    path: str
+    separator: str
+    names: tuple[str, ...]
+    skipped_lines: int
+    """Lines before the first row: the header, and Excel's `sep=;`."""
+    blank_follows: bool
+    """A blank after a separator belongs to it."""
+    unnamed: frozenset[str] = frozenset()
+    """Names of our own, for columns that have none: a header may end in a separator."""
+    quoted: bool = True
+    guessed_header: str = ""
+    """What was taken for what, in a file without a header."""
+
+
+def find_layout(path: str, default: str, asked: Asked) -> Layout:
+    """Look how a file is written.
+
+    Raises:
+        DataError: It is empty, no text, has two columns of one name, or no image column.
+    """
+    with open_text(path) as file:
+        first = file.readline(MAX_LINE)
+        sep = _SEP.fullmatch(first.rstrip("\r\n"))
+        line = file.readline(MAX_LINE) if sep else first
+    if not line.strip():
+        raise DataError(f"{path}: is empty" if not line else f"{path}: its first line is empty")
+    if "\0" in line:
+        raise DataError(f"{path}: is no text: there is a NUL in its first line")
+    tried = sep[1] if sep else default + "".join(s for s in SEPARATORS if s != default)
+    for separator in tried:
+        names = _split(line, separator)
+        found = find_columns(names, asked)
+        if found.image is not None:
+            return _checked(path, separator, names, 1 + bool(sep))
+    for separator in tried:
+        layout = _without_header(path, line, separator, int(bool(sep)), asked)
+        if layout is not None:
+            return layout
+    names = _split(line, tried[0])
+    error = no_image_column(path, names, asked)
+    if len(names) == 1:
+        raise DataError(f"{error}; there is one column: is it separated by one of , ; | or tabs?")
+    raise error
+
+
+def rows(layout: Layout) -> Iterator[tuple[int, Row | SampleProblem]]:
+    """Yield numbered rows of text; a row of more fields than the header is a problem.
+
+    Raises:
+        ValueError: A quote is not closed, or a field is too long; the message names the line.
+    """
+    width = len(layout.names)
+    with open_text(layout.path) as file:
+        for _ in range(layout.skipped_lines):
+            file.readline(MAX_LINE)
+        reader = _reader(file, layout)
+        number = 0
+        while True:
+            first = reader.line_num + 1 + layout.skipped_lines
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise ValueError(f"row that starts in line {first}: {_why(error)}") from None
+            if not cells:
+                continue
+            if any(cells[width:]):
+                reason = f"row has more fields than the header ({len(cells)}, not {width})"
+                yield number, SampleProblem(f"{reason}: a separator in a field without quotes?")
+            else:
+                named = zip(layout.names, cells, strict=False)
+                yield number, {n: cell for n, cell in named if cell or n not in layout.unnamed}
+            number += 1
+
+
+def quoting_of(layout: Layout) -> Layout:
+    """Tell whether the quotes of a .tsv are more than quotes: read it to its end to see."""
+    if layout.separator != "\t":
+        return layout
+    try:
+        if all(not isinstance(row, SampleProblem) for _, row in rows(layout)):
+            return layout
+    except ValueError:
+        pass
+    return Layout(**{**vars(layout), "quoted": False})
+
+
+@contextmanager
+def open_text(path: str) -> Iterator[TextIO]:
+    """Open a text, compressed or not, in the encoding that its first bytes tell; lines as written.
+
+    What is not UTF-8 comes as half characters, so that it costs one caption and not the file.
+    """
+    with open_bytes(path) as file:
+        start = file.read(1024)
+        encoding = next((name for bom, name in _BOMS if start.startswith(bom)), None)
+        if encoding is None:
+            odd, even = start[1::2].count(0), start[::2].count(0)
+            wide = {True: "utf-16-le", False: "utf-16-be"}[odd > even]
+            encoding = wide if max(odd, even) > len(start) // 4 else "utf-8"
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    with open_bytes(path) as file:
+        yield io.TextIOWrapper(file, encoding, errors, newline="")
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file or URL; what is compressed is unpacked while it is read."""
+    import fsspec
+    from fsspec.compression import compr
+    from fsspec.utils import infer_compression
+
+    with fsspec.open(path, "rb").open() if "://" in path else open(path, "rb") as file:
+        kind = infer_compression(path)
+        if kind is None:
+            yield file
+        elif kind not in compr:
+            raise DataError(f"{path}: {kind} is not installed: unpack it first")
+        else:
+            with compr[kind](file, mode="rb") as unpacked:
+                yield unpacked
+
+
+@dataclass
+class Numbers:
+    """Finds the columns whose texts are numbers, all of them; final.
+
+    They are where each number can be written back as it was: `7`, `0.5`, or all with as many
+    decimals (`12.50`, `3.00`). Codes such as 007, and versions such as 1.9 beside 1.10, stay text.
+    """
+
+    but: frozenset[str] = frozenset()
+    """Columns that are text whatever is in them."""
+    forms: dict[str, "_Form"] = field(default_factory=dict)
+
+    def see(self, row: Row) -> None:
+        """Take note of the cells of a row."""
+        for name, cell in row.items():
+            if name in self.but:
+                continue
+            form = self.forms.get(name)
+            if form is None:
+                form = self.forms[name] = _Form()
+            if form.is_number:
+                form.see(cell)
+
+    def value(self, name: str, cell: str) -> Any:
+        """Return a cell as what its column holds; nothing, where a number is missing."""
+        form = self.forms[name]
+        if not form.is_number or not form.seen:
+            return cell
+        text = cell.strip()
+        if not text or text.lower() in _NOT_FINITE:
+            return None
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+@dataclass
+class _Form:
+    """What the numbers of a column look like so far."""
+
+    is_number: bool = True
+    seen: bool = False
+    shortest: bool = True
+    places: int | None = None
+
+    def see(self, cell: str) -> None:
+        text = cell.strip()
+        if not text or text.lower() in _NOT_FINITE:
+            return
+        match = _NUMBER.fullmatch(text)
+        if match is None:
+            self.is_number = False
+        elif text.lstrip("-").isdecimal():
+            self.is_number = text != "-0"
+        else:
+            places = len(match[1] or "")
+            self.shortest &= repr(float(text)) == text
+            same = self.places in (None, places) and f"{float(text):.{places}f}" == text
+            self.places = places if same else -1
+            self.is_number = self.shortest or same
+        self.seen = True
+
+
+def _checked(path: str, separator: str, names: Sequence[str], skipped_lines: int) -> Layout:
+    """Refuse names that stand twice, as one would hide the other."""
+    stripped = [name.strip() for name in names]
+    for name in stripped:
+        if name and stripped.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {shown(name)!r}: rename one")
+    blank = any(name.startswith(" ") for name in names)
+    full = tuple(name or f"column{i + 1}" for i, name in enumerate(stripped))
+    return Layout(path, separator, full, skipped_lines, blank, frozenset(full) - {*stripped})
+
+
+def _without_header(
+    path: str, line: str, separator: str, skipped_lines: int, asked: Asked
+) -> Layout | None:
+    """Take the first line for a row where it holds the name of an image file, or a URL."""
+    cells = _split(line, separator)
+    image = next((i for i, cell in enumerate(cells) if _is_image_name(cell)), None)
+    if image is None or (asked.image_column and not asked.image_column.startswith("column")):
+        return None
+    names = [f"column{i + 1}" for i in range(len(cells))]
+    said = f"no header line: its columns are {listed(names)}"
+    if asked.image_column is None:
+        said += f"; {names[image]} is taken for the image"
+        names[image] = "image"
+        if len(cells) == 2 and DEFAULT_CAPTION_KEY in asked.caption_keys:
+            said += f", {names[1 - image]} for the caption"
+            names[1 - image] = "caption"
+    return Layout(path, separator, tuple(names), skipped_lines, False, guessed_header=said)
+
+
+def _is_image_name(cell: str) -> bool:
+    return suffix(cell.strip()) in IMAGE_SUFFIXES or cell.startswith(("http://", "https://"))
+
+
+def _split(line: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=separator, strict=True), [])
+    except csv.Error:
+        return line.rstrip("\r\n").split(separator)
+
+
+def _reader(file: TextIO, layout: Layout) -> Any:
+    return csv.reader(
+        _lines(file),
+        delimiter=layout.separator,
+        # Strict, as an open quote would swallow the rows after it.
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE,
+        skipinitialspace=layout.blank_follows,
+    )
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    number = 0
+    while line := file.readline(MAX_LINE):
+        number += 1
+        if len(line) == MAX_LINE:
+            raise ValueError(f"line {number} has more than {MAX_LINE:,} characters")
+        yield line
+
+
+def _why(error: csv.Error) -> str:
+    if "field larger" in str(error):
+        limit = csv.field_size_limit()
+        return f"a field has more than {limit:,} characters (images as base64 are not read)"
+    return f"{error} (a quote not closed, or not doubled inside a field?)"

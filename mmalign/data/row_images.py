@@ -1,0 +1,165 @@
+"""The images of tables by row: each group of rows is read once, however many threads ask.
+
+A group goes through the memory a piece at a time into a file without a name; from there its images
+are read in any order. Memory depends neither on the size of a group nor on the number of threads.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.arrow_tables import images_of, open_table
+from mmalign.data.samples import SampleProblem
+from mmalign.errors import DataError
+
+# Groups that are kept on the disk may take so much, and no more than a share of what is free.
+KEPT_BYTES, FREE_SHARE = 8 << 30, 8
+
+
+def read_row_image(path: str, row: int, column: str) -> bytes | str:
+    """Return the encoded image of one row of a table, or the path that stands in its place.
+
+    Raises:
+        SampleProblem: There is none, or its group cannot be read.
+        DataError: There is no room on the disk.
+    """
+    _, ends = _outline(path)
+    group = bisect_right(ends, row)
+    if group == len(ends):
+        raise SampleProblem(f"the table has no row {row} any more")
+    start = ends[group - 1] if group else 0
+    return _kept.group(path, group, column).image(row - start)
+
+
+def forget(path: str) -> None:
+    """Forget what is kept of a table: it may have been written anew."""
+    _outline.cache_clear()
+    _kept.forget(path)
+
+
+@lru_cache(maxsize=64)
+def _outline(path: str) -> tuple[Any, list[int]]:
+    """Return the metadata of a parquet file, and the number of the row after each group."""
+    with open_table(path) as table:
+        return table.metadata, table.ends
+
+
+class _Group:
+    """The images of one group of rows, in a file without a name; final."""
+
+    def __init__(self, images: Iterable[bytes | str | None], folder: str | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        self._ends = array("Q", [0])
+        self._is_path = bytearray()
+        self.broken = ""
+        for image in images:
+            content = os.fsencode(image) if isinstance(image, str) else image or b""
+            self._file.write(content)
+            self._ends.append(self._ends[-1] + len(content))
+            self._is_path.append(isinstance(image, str))
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._ends[-1]
+
+    def image(self, number: int) -> bytes | str:
+        """Return an image of the group."""
+        if number >= len(self._is_path):
+            raise SampleProblem(self.broken)
+        start, end = self._ends[number], self._ends[number + 1]
+        if start == end:
+            raise SampleProblem("no image bytes")
+        with self._lock:
+            self._file.seek(start)
+            content = self._file.read(end - start)
+        return os.fsdecode(content) if self._is_path[number] else content
+
+
+class _Groups:
+    """Groups on the disk, those that were asked for last; final."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[str, str, int], _Group] = OrderedDict()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+
+    def group(self, path: str, group: int, column: str) -> _Group:
+        """Return a group; the first to ask reads it, others wait."""
+        key = (path, column, group)
+        found = self._find(key)
+        if found is None:
+            # One at a time: two would need twice the memory.
+            with self._reading:
+                found = self._find(key)
+                if found is None:
+                    found = _read_group(path, group, column)
+                    self._keep(key, found)
+        return found
+
+    def forget(self, path: str) -> None:
+        """Drop the groups of a table; who reads from one goes on."""
+        with self._lock:
+            for key in [key for key in self._held if key[0] == path]:
+                del self._held[key]
+
+    def _find(self, key: tuple[str, str, int]) -> _Group | None:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def _keep(self, key: tuple[str, str, int], group: _Group) -> None:
+        with self._lock:
+            self._held[key] = group
+            free = shutil.disk_usage(_folder() or tempfile.gettempdir()).free
+            room = min(KEPT_BYTES, free // FREE_SHARE)
+            # Threads may be at the end of one group and at the beginning of the next.
+            while len(self._held) > 2 and sum(g.size for g in self._held.values()) > room:
+                self._held.popitem(last=False)
+
+
+_kept = _Groups()
+
+
+def _read_group(path: str, group: int, column: str) -> _Group:
+    metadata, _ = _outline(path)
+    folder = _folder()
+    problem = ""
+
+    def images() -> Iterable[bytes | str | None]:
+        nonlocal problem
+        try:
+            with open_table(path, metadata) as table:
+                for chunk in table.chunks(group, column):
+                    yield from images_of(chunk)
+        except Exception as error:  # Arrow's own, and those of each file system
+            problem = f"rows of the table cannot be read: {error}".splitlines()[0]
+
+    try:
+        read = _Group(images(), folder)
+    except OSError as error:
+        place = folder or tempfile.gettempdir()
+        raise DataError(
+            f"{path}: no room for its images in {place}: {error.strerror} (set TMPDIR)"
+        ) from None
+    read.broken = problem
+    return read
+
+
+def _folder() -> str | None:
+    """Return where large files may lie for a while; /tmp is memory on many systems."""
+    chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    large = Path("/var/tmp")
+    return str(large) if not chosen and os.access(large, os.W_OK) else None
