@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from mmalign.data.columns import Asked, find_columns, listed, no_image_column, shown
-from mmalign.data.samples import DEFAULT_CAPTION_KEY, IMAGE_SUFFIXES, SampleProblem, suffix
+from mmalign.data.kinds import PICTURE_SUFFIXES, suffix
+from mmalign.data.places import open_file
+from mmalign.data.samples import DEFAULT_CAPTION_KEY, SampleProblem
 from mmalign.errors import DataError
 
 # The first that gives an image column is taken.
@@ -146,11 +148,10 @@ def open_text(path: str) -> Iterator[TextIO]:
 @contextmanager
 def open_bytes(path: str) -> Iterator[Any]:
     """Open a file or URL; what is compressed is unpacked while it is read."""
-    import fsspec
     from fsspec.compression import compr
     from fsspec.utils import infer_compression
 
-    with fsspec.open(path, "rb").open() if "://" in path else open(path, "rb") as file:
+    with open_file(path) as file:
         kind = infer_compression(path)
         if kind is None:
             yield file
@@ -253,7 +254,7 @@ def _without_header(
 
 
 def _is_image_name(cell: str) -> bool:
-    return suffix(cell.strip()) in IMAGE_SUFFIXES or cell.startswith(("http://", "https://"))
+    return suffix(cell.strip()) in PICTURE_SUFFIXES or cell.startswith(("http://", "https://"))
 
 
 def _split(line: str, separator: str) -> list[str]:

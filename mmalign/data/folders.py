@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mmalign.data import places, sidecars, tables
+from mmalign.data.columns import Asked
 from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, passed_over, suffix
 from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
 from mmalign.errors import DataError
@@ -145,7 +146,7 @@ class _Folders:
         """Keep what a table tells of images in its folder and below."""
         uri = self.uri(path)
         try:
-            for found in tables.scan(uri, self.keys):
+            for found in tables.scan(uri, Asked(self.keys)):
                 if isinstance(found, Skip):
                     yield found
                 else:

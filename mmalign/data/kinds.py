@@ -28,7 +28,9 @@ FOREIGN_SUFFIXES = frozenset((
     ".wdp", ".dcm", ".djvu", ".x3f",
 ))
 # These may hold images, but not one: they are sources of their own.
-SOURCE_SUFFIXES = frozenset((".tar", ".parquet", ".csv", ".tsv", ".jsonl"))
+SOURCE_SUFFIXES = frozenset((
+    ".tar", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".ndjson",
+))
 # Certainly no images: their content is not looked at.
 OTHER_SUFFIXES = frozenset((
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".mts", ".wmv",
@@ -37,7 +39,7 @@ OTHER_SUFFIXES = frozenset((
     ".ipynb", ".sh", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".doc", ".docx", ".xls", ".xlsx",
     ".ppt", ".pptx", ".odt", ".ods", ".rtf", ".tex", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst",
     ".7z", ".rar", ".iso", ".exe", ".dll", ".so", ".db", ".sqlite", ".npy", ".npz", ".pt", ".bin",
-    ".safetensors", ".pkl", ".h5", ".arrow", ".aae", ".thm", ".caption",
+    ".safetensors", ".pkl", ".h5", ".aae", ".thm", ".caption",
 ))
 # fmt: on
 PICTURE_SUFFIXES = IMAGE_SUFFIXES | HEIC_SUFFIXES | RAW_SUFFIXES | FOREIGN_SUFFIXES
