@@ -48,10 +48,17 @@ def _sources(required: bool = True) -> Callable[[Command], Command]:
     )  # fmt: skip
 
 
-_caption_key = click.option(
-    "--caption-key", "caption_keys", multiple=True, metavar="KEY",
-    help="Where captions stand in the .json or table; repeatable. Default: captions.",
-)  # fmt: skip
+def _columns(command: Command) -> Command:
+    """Add the options that name columns of tables."""
+    keys = click.option(
+        "--caption-key", "caption_keys", multiple=True, metavar="KEY",
+        help="Where captions stand in the .json or table; repeatable. Default: captions.",
+    )  # fmt: skip
+    image = click.option(
+        "--image-column", metavar="NAME",
+        help="Where images, or their paths, stand in a table. Default: image, path, url, ...",
+    )  # fmt: skip
+    return keys(image(command))
 
 
 @main.command()
@@ -87,7 +94,7 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Its weights.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@_caption_key
+@_columns
 @_json
 def train(
     *,
@@ -142,7 +149,7 @@ def train(
     "--shard", "part", default="1/1", metavar="I/N", show_default=True,
     help="Embed the I-th of N parts: N processes can fill one store.",
 )  # fmt: skip
-@_caption_key
+@_columns
 @_json
 def embed(
     *,
@@ -327,7 +334,7 @@ def _image(file: Path, hint: str) -> bytes:
     help="Class names (or a file, one a line): zero-shot.",
 )  # fmt: skip
 @click.option("--label-key", default="label", show_default=True, help="Where the class stands.")
-@_caption_key
+@_columns
 @_json
 def evaluate(
     *,
@@ -336,6 +343,7 @@ def evaluate(
     classes: str | None,
     label_key: str,
     caption_keys: tuple[str, ...],
+    image_column: str | None,
     as_json: bool,
 ) -> None:
     """Measure retrieval recall@1/5/10 in both directions, and zero-shot accuracy.
@@ -347,7 +355,11 @@ def evaluate(
 
     names = _class_names(classes) if classes is not None else []
     keys = caption_keys or ("captions",)
-    _print(run(model, data, caption_keys=keys, classes=names, label_key=label_key), as_json)
+    report = run(
+        model, data, caption_keys=keys, image_column=image_column, classes=names,
+        label_key=label_key,
+    )  # fmt: skip
+    _print(report, as_json)
 
 
 def _class_names(classes: str) -> list[str]:

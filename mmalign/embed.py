@@ -61,6 +61,7 @@ def embed(
     out: str | Path,
     *,
     caption_keys: Sequence[str] = ("captions",),
+    image_column: str | None = None,
     thumbnails: bool = True,
     precision: Precision = "auto",
     checksum: bool = False,
@@ -75,6 +76,7 @@ def embed(
         sources: Folders, tars, tables, URLs, as `data.scan` takes them.
         out: The store; made if it does not exist.
         caption_keys: Where the captions are.
+        image_column: The column of tables that holds images, or their paths.
         thumbnails: Keep a small WebP of each image, so that results can be shown.
         precision: "auto", "float32", "bfloat16" or "int8", see `model.in_precision`.
         checksum: Read every image that the store holds, and compare its content.
@@ -100,7 +102,7 @@ def embed(
     store = open_or_new(path, card)
     keep_weights(encoder)
     with Spool() as spool:
-        todo = find_todo(store, Wanted(sources, caption_keys, checksum, part), spool)
+        todo = find_todo(store, Wanted(sources, caption_keys, image_column, checksum, part), spool)
         present = todo.present
         if got == "int8" and len(spool) >= COMPARED:
             _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))

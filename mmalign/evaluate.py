@@ -31,6 +31,7 @@ def evaluate(
     sources: Sequence[str],
     *,
     caption_keys: Sequence[str] = ("captions",),
+    image_column: str | None = None,
     classes: Sequence[str] = (),
     label_key: str = "label",
 ) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def evaluate(
         model: A run folder, `NAME:TAG`, or an encoder.
         sources: Pairs, as `data.scan` takes them.
         caption_keys: Which captions to query with.
+        image_column: The column of tables that holds images, or their paths.
         classes: Class names; given, zero-shot accuracy is measured too.
         label_key: Where a sample's metadata holds its class name.
 
@@ -49,7 +51,9 @@ def evaluate(
         `images`, `captions`, `skipped`.
     """
     encoder = model if isinstance(model, Encoder) else to_fastest(load_model(model))
-    catalog = scan(sources, caption_keys=caption_keys, need_captions=True)
+    catalog = scan(
+        sources, caption_keys=caption_keys, image_column=image_column, need_captions=True
+    )
     records, images_ND, texts, lost = encode_records(encoder, catalog.records)
     skips = [*catalog.skips, *lost]
     report_skips(skips, len(catalog.records) + len([s for s in catalog.skips if not s.kept]))

@@ -41,6 +41,7 @@ class Wanted:
 
     sources: Sequence[str]
     caption_keys: Sequence[str] = ("captions",)
+    image_column: str | None = None
     checksum: bool = False
     """Compare the content of every image that the store holds."""
     part: tuple[int, int] = (1, 1)
@@ -87,7 +88,7 @@ def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
     todo = Todo(spool, np.zeros(store.manifest.physical_rows, np.bool_))
 
     def records() -> Iterator[Record]:
-        for found in stream(wanted.sources, wanted.caption_keys):
+        for found in stream(wanted.sources, wanted.caption_keys, wanted.image_column):
             if isinstance(found, Skip):
                 todo.skips.append(found)
             else:

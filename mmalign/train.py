@@ -107,9 +107,13 @@ def _read(
     config: TrainConfig, sources: Sequence[str], val: Sequence[str]
 ) -> tuple[list[Record], list[Record], list[Skip]]:
     """List training and validation records, and all that was left out."""
-    catalog = scan(sources, caption_keys=config.caption_keys, need_captions=True)
+    columns: dict[str, Any] = {
+        "caption_keys": config.caption_keys,
+        "image_column": config.image_column,
+    }
+    catalog = scan(sources, **columns, need_captions=True)
     if val:
-        other = scan(val, caption_keys=config.caption_keys, need_captions=True)
+        other = scan(val, **columns, need_captions=True)
         return catalog.records, other.records, [*catalog.skips, *other.skips]
     count = min(1000, round(config.held_out * len(catalog.records)))
     if len(catalog.records) < MIN_HELD_OUT or not count:

@@ -42,6 +42,7 @@ class TrainConfig:
     pretrained: str | None = None
     """Its weights: a tag, or a local file."""
     caption_keys: tuple[str, ...] = ("captions",)
+    image_column: str | None = None
     loss: Literal["infonce", "siglip"] = "infonce"
     epochs: float | None = None
     """Passes over the images; 30 where neither this nor `minutes` is set."""
