@@ -337,8 +337,11 @@ def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) 
     assert quiet.err.startswith("1 of 100 samples skipped (1 not an image); listed in skipped.")
     assert loud.err.startswith("warning: 2 of 100 samples skipped (2 not an image)")
     assert quiet.out == loud.out == ""
-    report_skips(skips_of(50, lost="captions"), 100)
-    assert "warning" not in capsys.readouterr().err
+    report_skips([*skips_of(50, lost="captions"), *skips_of(1)], 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 100 samples skipped (1 not an image)",
+        "warning: captions of 50 of 100 samples cannot be used (50 not an image)",
+    ]
     report_skips([], 100)
     assert capsys.readouterr().err == ""
 

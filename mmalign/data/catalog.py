@@ -4,20 +4,22 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from mmalign.data import folders, places, tables, tars
-from mmalign.data.columns import Asked
-from mmalign.data.kinds import suffix
+from mmalign.data.columns import Asked, listed
+from mmalign.data.kinds import SOURCE_SUFFIXES, suffix
 from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip
 from mmalign.data.spool import Names
 from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
 
 MAX_SILENT_SKIPS = 0.01
+# Columns are listed of so many tables.
+MAX_TABLES = 3
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
@@ -55,7 +57,7 @@ def scan(
     """
     records: list[Record] = []
     skips: list[Skip] = []
-    for found in stream(sources, caption_keys, image_column):
+    for found in _stream(sources, Asked(caption_keys, image_column)):
         if isinstance(found, Skip):
             skips.append(found)
         elif need_captions and not found.captions:
@@ -68,20 +70,43 @@ def scan(
         skips = [s for s in skips if not (s.reason == "no caption" and s.uri in explained)]
         skips = [replace(s, lost="sample") if s.uri in explained else s for s in skips]
     if not records:
-        raise nothing_usable(sources, skips, caption_keys)
+        raise nothing_usable(sources, skips, caption_keys, image_column)
     return Catalog(records, skips)
 
 
 def stream(
     sources: Sequence[str], caption_keys: Sequence[str], image_column: str | None = None
 ) -> Iterator[Record | Skip]:
-    """Yield what `scan` lists, one by one: memory does not grow with the number of samples."""
-    asked = Asked(caption_keys, image_column)
+    """Yield what `scan` lists, one by one: memory does not grow with the number of samples.
+
+    Where no sample has a caption, the columns there are are said at the end.
+    """
+    captions, samples = 0, 0
+    for found in _stream(sources, Asked(caption_keys, image_column)):
+        if isinstance(found, Record):
+            samples += 1
+            captions += len(found.captions)
+        yield found
+    if samples and not captions and caption_keys:
+        say(f"no captions found: {_looked_for(sources, Asked(caption_keys, image_column))}")
+
+
+def _stream(sources: Sequence[str], asked: Asked) -> Iterator[Record | Skip]:
     with closing(Names()) as names, bar("scan", unit="samples") as progress:
         for place in expand(sources):
             for found in map(_printable, _scan_one(place, asked)):
                 progress.update()
                 yield found if isinstance(found, Skip) else names.unique(found)
+
+
+def _looked_for(sources: Sequence[str], asked: Asked) -> str:
+    """Say where captions were looked for, and which columns the first tables have."""
+    told = f"looked for under {', '.join(asked.caption_keys)} (see --caption-key)"
+    found = [place for place in expand(sources) if tables.is_table(place)]
+    for place in found[:MAX_TABLES]:
+        with suppress(DataError):
+            told += f"; {place} has the columns {listed(tables.column_names(place, asked))}"
+    return told
 
 
 def expand(sources: Sequence[str]) -> list[str]:
@@ -111,8 +136,13 @@ def _is_there(place: str) -> bool:
 def _hits(pattern: str) -> list[str]:
     if places.is_url(pattern):
         return _expand_url(pattern)
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-    return [os.path.abspath(hit) for hit in found]
+    if os.path.exists(pattern):
+        return [os.path.abspath(pattern)]
+    found = [os.path.abspath(hit) for hit in sorted(glob.glob(pattern))]
+    # img2dataset writes a table and figures of each tar beside it.
+    tars = {hit.removesuffix(".tar") for hit in found if hit.endswith(".tar")}
+    about = {tar + end for tar in tars for end in (".parquet", "_stats.json")}
+    return [hit for hit in found if hit not in about]
 
 
 def _expand_url(url: str) -> list[str]:
@@ -140,15 +170,17 @@ def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = N
     if total and len(lost) >= total:
         first = f"; the first, {lost[0].uri}: {lost[0].reason}"
         raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}{first}")
-    samples = [s for s in skips if s.lost != "ending"]
+    captions = [s for s in skips if s.lost == "captions"]
     others = [s for s in skips if s.lost == "ending"]
-    if samples:
-        loud = len(lost) > MAX_SILENT_SKIPS * total
-        listed = f"; listed in {where}" if where else ""
-        say(
-            f"{'warning: ' if loud else ''}{len(lost)} of {total} samples skipped"
-            f" ({_reasons(samples)}){listed}"
-        )
+    for some, what in (
+        (lost, "{} samples skipped"),
+        (captions, "captions of {} samples cannot be used"),
+    ):
+        if some:
+            loud = len(some) > MAX_SILENT_SKIPS * total
+            said = f"{what.format(f'{len(some)} of {total}')} ({_reasons(some)})"
+            listed_in = f"; listed in {where}" if where else ""
+            say(f"{'warning: ' if loud else ''}{said}{listed_in}")
     if others:
         say(f"{sum(s.count for s in others)} other files passed over ({_endings(others)})")
 
@@ -160,7 +192,7 @@ def _scan_one(place: str, asked: Asked) -> Found:
         if inside:
             return chain.from_iterable(tables.scan(table, asked) for table in inside)
         return folders.scan(place, asked.caption_keys)
-    is_tar, is_table = suffix(place) == ".tar", tables.table_suffix(place) is not None
+    is_tar, is_table = suffix(place) == ".tar", tables.is_table(place)
     if is_tar or is_table:
         if not remote:
             try:
@@ -200,23 +232,38 @@ def _endings(skips: Sequence[Skip]) -> str:
     return ", ".join(f"{n} {ending}" for ending, n in counts.most_common(10))
 
 
-def nothing_usable(sources: Sequence[str], skips: Sequence[Skip], keys: Sequence[str]) -> DataError:
+def nothing_usable(
+    sources: Sequence[str],
+    skips: Sequence[Skip],
+    keys: Sequence[str],
+    image_column: str | None = None,
+) -> DataError:
     """Make the error for sources without a single usable sample."""
     where = ", ".join(sources)
-    if len(skips) == 1 and skips[0].count == 1:
+    if len(skips) == 1 and skips[0].count == 1 and skips[0].lost != "ending":
         return DataError(f"{skips[0].uri}: {skips[0].reason}")
     others = [s for s in skips if s.lost == "ending"]
     samples = [s for s in skips if s.lost != "ending"]
     if not samples:
-        among = f" among {_endings(others)}" if others else ""
+        among = f" among {_endings(others)}{_give(sources, others)}" if others else ""
         return DataError(f"{where}: no images found{among}")
     message = f"{where}: no usable sample: {_reasons(samples)}"
     unread = [s for s in samples if s.lost == "place"]
     if unread:
         message += f"; {unread[0].uri}: {unread[0].reason}"
     if any(s.reason == "no caption" for s in samples):
-        message += f"; captions were looked for under {', '.join(keys)} (see --caption-key)"
+        message += f"; captions were {_looked_for(sources, Asked(keys, image_column))}"
     return DataError(message)
+
+
+def _give(sources: Sequence[str], others: Sequence[Skip]) -> str:
+    """Say how to give what lies in a folder and is a source of its own."""
+    for place in expand(sources):
+        ends = {suffix(s.uri) for s in others} & SOURCE_SUFFIXES
+        for end in sorted(ends, key=lambda end: (end != ".tar", end)):
+            if not places.is_url(place) and glob.glob(f"{glob.escape(place)}/*{end}"):
+                return f": give '{place}/*{end}'"
+    return ""
 
 
 def _near(pattern: str) -> str:

@@ -29,7 +29,7 @@ def rows(path: str) -> Iterator[tuple[int, Row | SampleProblem]]:
             return
         filled = (line for line in _lines(file) if line.strip())
         first, second = next(filled, ""), next(filled, "")
-        if start == "{" and _is_begun(first.lstrip(BLANKS)) and not second.startswith("{"):
+        if start == "{" and _is_begun(first.lstrip(BLANKS)) and not _is_object(second):
             raise DataError(
                 f"{path}: holds one JSON object over several lines: "
                 "one object a line is wanted, or an array of objects"
@@ -47,6 +47,10 @@ def _is_begun(line: str) -> bool:
     except (ValueError, RecursionError):
         pass
     return False
+
+
+def _is_object(line: str) -> bool:
+    return isinstance(_object(line, "line"), dict)
 
 
 def _lines(file: TextIO) -> Iterator[str]:

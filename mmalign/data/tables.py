@@ -64,6 +64,11 @@ def table_suffix(path: str) -> str | None:
     return end if end in SUFFIXES else None
 
 
+def is_table(path: str) -> bool:
+    """Say whether a place is a table by its ending."""
+    return table_suffix(path) is not None
+
+
 def tables_in(folder: str) -> list[str]:
     """List the tables of a folder that stands for one table; none of a folder of images.
 
@@ -175,7 +180,7 @@ class _Reading:
     def say_left_out(self) -> None:
         """Name what was too large."""
         for reason, count in self.left_out.most_common(20):
-            say(f"{self.path}: {reason}: {count} values are left out of meta")
+            say(f"{self.path}: {reason}: left out of meta, {count} times")
 
 
 def _scan_arrow(path: str, asked: Asked) -> Found:
