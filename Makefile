@@ -15,7 +15,7 @@ setup: $(READY)  ## make .venv and install mmalign with everything it needs (abo
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; ok = (3, 11) <= v <= (3, 13); sys.exit(None if ok else "mmalign needs Python 3.11 to 3.13; this is %d.%d. Name another: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fonts,sql]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fonts,sql,photos]'
 	@touch $(READY)
 
 demo: $(READY)  ## draw scenes, train, embed, index and search them: five minutes on two cores

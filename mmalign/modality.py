@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data import fit_image, open_image
+from mmalign.data import decoded, fit_image
 from mmalign.model import Encoder, Preprocess
 
 
@@ -40,9 +40,8 @@ def of(encoder: Encoder) -> dict[str, Modality]:
 
 def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:
     """Decode an image to the (S, S, 3) pixels that a model wants."""
-    return fit_image(
-        open_image(content, shape.size), shape.size, shape.resize_mode, shape.interpolation
-    )
+    with decoded(content, shape.size) as image:
+        return fit_image(image, shape.size, shape.resize_mode, shape.interpolation)
 
 
 def decode_workers() -> int:

@@ -20,8 +20,8 @@ from mmalign.data import (
     Sampler,
     Skip,
     decode_all,
+    decoded,
     fit_image,
-    open_image,
     report_skips,
 )
 from mmalign.encoding import report_cut
@@ -108,7 +108,8 @@ def load_pairs(
     side = round(shape.size * CROP_ROOM) if crops else shape.size
 
     def decode(content: bytes) -> NDArray[np.uint8]:
-        return fit_image(open_image(content, side), side, shape.resize_mode, shape.interpolation)
+        with decoded(content, side) as image:
+            return fit_image(image, side, shape.resize_mode, shape.interpolation)
 
     workers = modality.decode_workers()
     pixels, skips = decode_all(records, decode, side, cache, workers=workers, label=label)

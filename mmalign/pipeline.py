@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from operator import length_hint
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 
 from mmalign import modality
 from mmalign.data import (
-    MAX_PIXELS,
-    THUMBNAIL_SIDE,
     Record,
     Skip,
     decode_on,
+    decoded,
     fit_image,
+    image_meta,
     in_threads,
-    open_image,
     read_and_decode,
     stamp,
     suits_device,
@@ -64,6 +63,8 @@ class Item:
     """sha256 of the encoded image."""
     stamp: int
     """What its source looked like when it was read, see `data.stamp`."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What its camera wrote into it, see `data.image_meta`."""
 
 
 @dataclass(frozen=True)
@@ -186,21 +187,25 @@ class Pipeline:
                 seen = stamp(record)
             except OSError:
                 seen = 0  # reading it will say why
-            return record, read_and_decode(record, partial(self._item, seen))
+            item = read_and_decode(record, partial(self._item, seen))
+            if isinstance(item, Item):
+                # What stands beside an image wins over what its camera wrote into it.
+                record = replace(record, meta={**item.meta, **record.meta})
+            return record, item
 
     def _item(self, seen: int, content: bytes) -> Item:
         shape = self.encoder.preprocess
-        later = self.decodes_on_device and suits_device(content, MAX_PIXELS)
-        side = 1 if later else shape.size
-        image = open_image(content, max(side, THUMBNAIL_SIDE if self.thumbnails else 0))
+        later = self.decodes_on_device and suits_device(content)
         how = (shape.size, shape.resize_mode, shape.interpolation)
-        return Item(
-            pixels_SS3=None if later else fit_image(image, *how),
-            jpeg=content if later else b"",
-            thumbnail=thumbnail(image) if self.thumbnails else b"",
-            checksum=hashlib.sha256(content).digest(),
-            stamp=seen,
-        )
+        with decoded(content, 1 if later else shape.size) as image:
+            return Item(
+                pixels_SS3=None if later else fit_image(image, *how),
+                jpeg=content if later else b"",
+                thumbnail=thumbnail(image) if self.thumbnails else b"",
+                checksum=hashlib.sha256(content).digest(),
+                stamp=seen,
+                meta=image_meta(content),
+            )
 
     def _encode(
         self, batch: Sequence[tuple[Record, Item | Skip]]

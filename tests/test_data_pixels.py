@@ -12,6 +12,7 @@ from data_samples import encoded, huge_png, jpeg, listed, noise, side_8, write_f
 from PIL import Image, ImageFile
 
 from mmalign.data import (
+    THUMBNAIL_SIDE,
     Pixels,
     Record,
     Skip,
@@ -91,7 +92,7 @@ def test_truncated_jpeg_has_its_reason() -> None:
         open_image(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("content", [b"", b"<svg xmlns='x'/>", b"just words"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"just words"])
 def test_what_is_no_image_shows_how_it_starts(content: bytes) -> None:
     with pytest.raises(DataError, match="not an image: starts with") as caught:
         open_image(content)
@@ -134,17 +135,23 @@ def test_fit_image_equals_open_clip(mode: str, interpolation: str, size: tuple[i
 
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 def test_reduced_jpegs_are_near_the_whole(mode: str) -> None:
-    y, x = np.mgrid[0:600, 0:900]
+    y, x = np.mgrid[0:700, 0:1000]
     waves = np.stack(
         [127 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((9, 30), (25, 8), (50, 60))], -1
     )
     content = encoded(Image.fromarray(waves.astype(np.uint8)), "JPEG", quality=95)
-    whole, reduced = open_image(content), open_image(content, side=64)
-    assert (whole.size, reduced.size) == ((900, 600), (225, 150))
-    off = fit_image(whole, 64, mode).astype(float) - fit_image(reduced, 64, mode)
+    whole, reduced = open_image(content), open_image(content, side=160)
+    assert (whole.size, reduced.size) == ((1000, 700), (500, 350))
+    off = fit_image(whole, 160, mode).astype(float) - fit_image(reduced, 160, mode)
     assert np.abs(off).mean() < 1
     # Never below twice what is wanted, and never where nothing is to be gained.
-    assert open_image(content, side=301).size == (900, 600)
+    assert open_image(content, side=176).size == (1000, 700)
+
+
+def test_pixels_do_not_depend_on_what_else_is_made_of_an_image() -> None:
+    content = encoded(noise(size=(1400, 1400)), "JPEG")
+    sizes = {open_image(content, side).size for side in (32, 64, THUMBNAIL_SIDE)}
+    assert sizes == {(350, 350)}
 
 
 def test_longest_pads_and_unknown_mode_is_refused() -> None:

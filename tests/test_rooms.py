@@ -38,6 +38,7 @@ DOORS = {
     "duckdb": {"mmalign.store.where"},
     "tqdm": {"mmalign.progress"},
     "wcwidth": {"mmalign.terminal"},
+    "pillow_heif": {"mmalign.data.decode"},
     "PIL": {"mmalign.data", "mmalign.sheet"},
 }
 NO_TORCH = (

@@ -13,6 +13,10 @@ columns.py   which columns hold the image, captions and id
 delimited.py, json_rows.py, arrow_tables.py    rows of a format
 row_images.py    images inside tables, each group of rows read once
 decode.py    bytes -> RGB pixels of a wanted size, with limits
+budget.py    one budget of memory for all threads that decode
+colours.py   colour profiles
+exif.py      what a camera writes into an image
+raw.py       the preview in a camera's raw file
 device.py    JPEGs decoded and resized on a GPU
 pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
 augment.py   random crops, flips and colours of a whole batch at once
@@ -33,7 +37,9 @@ from mmalign.data.catalog import scan as scan
 from mmalign.data.catalog import stream as stream
 from mmalign.data.decode import MAX_PIXELS as MAX_PIXELS
 from mmalign.data.decode import THUMBNAIL_SIDE as THUMBNAIL_SIDE
+from mmalign.data.decode import decoded as decoded
 from mmalign.data.decode import fit_image as fit_image
+from mmalign.data.decode import image_meta as image_meta
 from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.device import decode_on as decode_on
@@ -65,8 +71,10 @@ __all__ = [
     "decode_all",
     "decode_on",
     "decode_stream",
+    "decoded",
     "expand",
     "fit_image",
+    "image_meta",
     "in_threads",
     "is_image_content",
     "nothing_usable",

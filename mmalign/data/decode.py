@@ -1,29 +1,69 @@
-"""Bytes to RGB pixels of a wanted size, with limits; what cannot be decoded says why."""
+"""Bytes to RGB pixels of a wanted size, with limits; what cannot be decoded says why.
+
+All threads together decode within one budget of memory, see `budget.py`.
+"""
 
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from mmalign.data import raw
+from mmalign.data.budget import decoding_budget
+from mmalign.data.colours import to_srgb
+from mmalign.data.exif import ORIENTATION, camera_meta, read_exif
+from mmalign.data.kinds import HEAD_BYTES, content_kind, not_decoded
 from mmalign.data.samples import SampleProblem
 
 Pixels = NDArray[np.uint8]
-# The size at which Pillow itself refuses: a 20,000 x 20,000 image would need 1.2 GB.
-MAX_PIXELS = 178_956_970
+# Phones take images of 200 megapixels. The limit on memory is another one, see `budget.py`.
+MAX_PIXELS = 1 << 28
 # A JPEG may be decoded at a half, a quarter or an eighth as long as so many times the wanted pixels
 # are left: what the last resize then sees differs by less than a grey level.
 REDUCED_ROOM = 2
-ORIENTATION = 0x0112
+# Whatever the model, so many pixels are wanted at least: one image then gives the same pixels
+# whether or not a thumbnail is drawn of it too.
 THUMBNAIL_SIDE = 160
+# Other images are averaged over whole pixels only where they are larger than this, and so much room
+# is left: that bounds what comes after decoding, and leaves ordinary photographs as they are.
+REDUCED_ABOVE, AVERAGED_ROOM = 1 << 24, 4
+# Colours are converted by so many pixels at a time.
+STRIP_PIXELS = 1 << 20
+# What takes part in decoding beside the pixels themselves, in bytes for each; measured.
+_DECODER_BYTES = {
+    "WEBP": 13, "AVIF": 14, "HEIF": 8, "JPEG2000": 16, "QOI": 4, "DDS": 4, "TIFF": 4, "PSD": 4,
+}  # fmt: skip
+# And what is made of the decoded image: RGB, an array of it, the copies of a resize.
+_RESULT_BYTES = 12
+# Read by Pillow itself. EPS, which it hands to another program, and formats of scientific data are
+# not among them. TGA has no mark of its own, so it comes last.
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "MPO", "ICO",
+    "CUR", "ICNS", "PCX", "DDS", "QOI", "PSD", "TGA",
+)  # fmt: skip
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def open_image(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
+@contextmanager
+def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Decode an image to RGB: upright, on white where it is transparent, first frame only.
+
+    The memory it takes counts as taken until the block ends, so the block should hold what makes
+    the large image small; one thread decodes one image at a time.
 
     Args:
         content: The encoded image.
@@ -34,23 +74,46 @@ def open_image(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> I
     Raises:
         SampleProblem: It is no image, is cut short, or has too many pixels.
     """
-    try:
-        image = Image.open(io.BytesIO(content))
+    with _one_line(content):
+        image, container = _opened(content)
         if image.width * image.height > max_pixels:
             raise SampleProblem(f"too many pixels: {image.width} x {image.height}")
+        what = f"{image.width} x {image.height} {image.format} ({image.mode})"
+        whole = _coefficient_bytes(image)
+        room = max(side, THUMBNAIL_SIDE)
         if side:
-            image.draft(None, (REDUCED_ROOM * side, REDUCED_ROOM * side))
-        image.load()
-        return _to_rgb(_upright(image))
+            image.draft(None, (REDUCED_ROOM * room, REDUCED_ROOM * room))
+        factor = _factor(image, room) if side else 1
+        wanted_bytes = len(content) + whole + _decoding_bytes(image, content, factor)
+    with decoding_budget().taken(wanted_bytes, what):
+        with _one_line(content):
+            image.load()
+            # The camera turns a preview itself, or says for the whole file how it is to be turned.
+            turned = read_exif(image).get(ORIENTATION) or container.get(ORIENTATION)
+            small = _to_rgb(image, factor)
+            del image
+            turn = _TURNED.get(turned or 1)
+            upright = small if turn is None else small.transpose(turn)
+        yield upright
+
+
+def image_meta(content: bytes) -> dict[str, Any]:
+    """Return what a camera wrote into an image, see `exif.camera_meta`; only headers are read.
+
+    What is no image, or damaged, has none.
+    """
+    try:
+        with _one_line(content):
+            image, container = _opened(content)
+            return {**camera_meta(container), **camera_meta(read_exif(image))}
     except SampleProblem:
-        raise
-    except Image.DecompressionBombError as error:
-        raise SampleProblem(f"too many pixels: {error}") from None
-    except UnidentifiedImageError:
-        start = content[:12]
-        raise SampleProblem(f"not an image: starts with {start!r}") from None
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error ...
-        raise SampleProblem(f"damaged image: {error}") from None
+        return {}
+
+
+def open_image(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the image that `decoded` gives, for one at a time."""
+    with decoded(content, side, max_pixels) as image:
+        return image
 
 
 def fit_image(
@@ -129,21 +192,140 @@ def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> 
     return image_13HW[0].permute(1, 2, 0).numpy()
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Pillow's own function copies an image that stands upright already.
-    turned = image.getexif().get(ORIENTATION, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+@contextmanager
+def _one_line(content: bytes) -> Iterator[None]:
+    """Turn whatever a decoder raises into a reason of one line."""
+    try:
+        yield
+    except SampleProblem:
+        raise
+    except Image.DecompressionBombError as error:
+        raise SampleProblem(f"too many pixels: {error}") from None
+    except MemoryError:
+        raise SampleProblem("too large to decode: the memory does not hold it") from None
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error ...
+        raise SampleProblem(f"damaged image: {error}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
+    """Read the header of an image; the second is the EXIF of the raw file that it lies in."""
+    kind = content_kind(content[:HEAD_BYTES])
+    if why := not_decoded(f".{kind}"):
+        raise SampleProblem(why)
+    if kind == "heic":
+        from pillow_heif import HeifImageFile
+
+        heif: Any = HeifImageFile
+        return heif(io.BytesIO(content)), Image.Exif()
+    image = None if kind == "raw" else open_header(content)
+    if image is None and kind not in ("raw", "tiff"):
+        raise SampleProblem(f"not an image: starts with {content[:12]!r}")
+    if image is not None and not (kind == "tiff" and raw.is_raw(image, content)):
+        return image, Image.Exif()
+    inside = raw.preview(content)
+    shown = inside and open_header(inside)
+    if shown and (image is None or shown.width * shown.height > image.width * image.height):
+        return shown, raw.exif_of(content)
+    if image is None:
+        raise SampleProblem("raw image without a preview that can be read")
+    return image, Image.Exif()
+
+
+def open_header(content: bytes) -> Image.Image | None:
+    """Open an image with the decoders of `FORMATS`; None where none of them takes it.
+
+    This is `Image.open` without its limit on pixels, which is one number for the whole process and
+    warns at half of it.
+    """
+    Image.init()
+    for name in FORMATS:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        try:
+            # A decoder that is not built in says so by a string.
+            if factory and (accepts is None or accepts(content[:16]) is True):
+                return factory(io.BytesIO(content), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue
+    return None
+
+
+def _factor(image: Image.Image, side: int) -> int:
+    """Return by how much an image is reduced after it is decoded."""
+    if image.width * image.height <= REDUCED_ABOVE:
+        return 1
+    return max(1, min(image.size) // (AVERAGED_ROOM * side))
+
+
+def _coefficient_bytes(image: Image.Image) -> int:
+    """Return what a JPEG of several scans takes whole, at whatever scale it is decoded."""
+    layers = getattr(image, "layer", ()) if image.format in ("JPEG", "MPO") else ()
+    if not layers:
+        return 0
+    most = max(across * down for _, across, down, *_ in layers)
+    each = sum(across * down for _, across, down, *_ in layers) / most
+    return int(2 * each * image.width * image.height)
+
+
+def _decoding_bytes(image: Image.Image, content: bytes, factor: int) -> int:
+    """Return what is held at most while an image is decoded, converted and resized."""
+    pixels = image.width * image.height
+    if image.format in ("ICO", "CUR", "ICNS"):
+        # Each holds whole PNGs, which may be larger than it says.
+        pixels = max(pixels, *_png_pixels(content))
+    held = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    decoder = _DECODER_BYTES.get(str(image.format), 0)
+    result = -(-pixels // factor**2)
+    return pixels * (held + decoder) + result * _RESULT_BYTES + 16 * STRIP_PIXELS
+
+
+def _png_pixels(content: bytes) -> Iterator[int]:
+    yield 0
+    at = content.find(b"IHDR")
+    while at >= 0:
+        width, height = content[at + 4 : at + 8], content[at + 8 : at + 12]
+        yield int.from_bytes(width, "big") * int.from_bytes(height, "big")
+        at = content.find(b"IHDR", at + 4)
+
+
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """Convert an image to RGB and reduce it, strip by strip: no second copy of it is made."""
+    profile = image.info.get("icc_profile")
+    convert = partial(_strip_to_rgb, profile=profile, white=_white(image))
+    width, height = image.size
+    if factor == 1 and (image.mode == "RGB" or width * height <= STRIP_PIXELS):
+        return convert(image)
+    rows = max(1, STRIP_PIXELS // width // factor) * factor
+    whole = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, rows):
+        strip = convert(image.crop((0, top, width, min(height, top + rows))))
+        whole.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    return whole
+
+
+def _white(image: Image.Image) -> float:
+    """Return the value that stands for white in an image of 16 bits."""
+    if image.mode not in _DEEP:
+        return 255
+    darkest, brightest = np.ravel(image.getextrema())
+    # Sensors and scanners of 12 bits store these numbers as they are.
+    return 4095 if darkest >= 0 and 255 < brightest < 4096 else 65535
+
+
+def _strip_to_rgb(image: Image.Image, profile: bytes | None, white: float) -> Image.Image:
+    if image.mode in _DEEP:
         # Pillow clips 16-bit grey at 255 on conversion; scale it instead.
-        grey = np.asarray(image, dtype=np.float64) / 257.0
+        grey = np.asarray(image, dtype=np.float64) * (255 / white)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise SampleProblem("wrong mode: floating-point pixels have no fixed white")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = to_srgb(image.convert("RGBA"), profile)
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    if image.mode == "P":
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+_DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I")

@@ -8,30 +8,34 @@ goes the way over the CPU. torchvision warns that its decoders are to move to To
 wheels do not go with all of its versions yet.
 """
 
-import io
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from mmalign.data.decode import ORIENTATION, Fit, fit
+from mmalign.data.colours import is_srgb
+from mmalign.data.decode import Fit, fit, open_header
+from mmalign.data.exif import ORIENTATION, read_exif
 
+# A batch of larger ones would not fit the memory; the CPU decodes them at reduced scale.
+MOST_PIXELS = 1 << 25
 END_OF_IMAGE = b"\xff\xd9"
 
 
-def suits_device(content: bytes, max_pixels: int) -> bool:
-    """Say whether an image is an upright RGB JPEG that has its end; only its header is read."""
+def suits_device(content: bytes) -> bool:
+    """Say whether an image is an upright sRGB JPEG that has its end; only its header is read."""
     if not content.startswith(b"\xff\xd8") or END_OF_IMAGE not in content[-64:]:
         return False
     try:
-        image = Image.open(io.BytesIO(content))
-        plain = image.format == "JPEG" and image.mode == "RGB"
+        image = open_header(content)
         return (
-            plain
-            and image.getexif().get(ORIENTATION, 1) == 1
-            and image.width * image.height <= max_pixels
+            image is not None
+            and image.format == "JPEG"
+            and image.mode == "RGB"
+            and is_srgb(image.info.get("icc_profile"))
+            and read_exif(image).get(ORIENTATION, 1) == 1
+            and image.width * image.height <= MOST_PIXELS
         )
     except Exception:  # decoders raise anything; the way over the CPU says what it is
         return False

@@ -138,7 +138,7 @@ def passed_over(
 
 def not_decoded(end: str) -> str:
     """Say why images of an ending, or of a kind with a dot before it, are not decoded; else ""."""
-    if end in FOREIGN_SUFFIXES or end in RAW_SUFFIXES or end == ".raw":
+    if end in FOREIGN_SUFFIXES:
         return f"image type not supported: {end}"
     if end in HEIC_SUFFIXES and not has_heif():
         return f"HEIC is read by an extra: {PHOTOS_EXTRA}"

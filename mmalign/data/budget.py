@@ -1,0 +1,86 @@
+"""One budget of memory for all threads that decode.
+
+A file of a few hundred kilobytes may decode to a gigabyte, and every core decodes one at a time.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from mmalign.data.samples import SampleProblem
+
+# Decoding may take this share of the memory, whatever the number of threads, and no more than ...
+MEMORY_SHARE = 0.25
+MOST_BYTES = 4 << 30
+# ... where the memory cannot be asked for, it is taken to be this.
+ASSUMED_BYTES = 8 << 30
+# One image may take so much, if that is in the budget.
+IMAGE_BYTES = 1 << 30
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+class ByteBudget:
+    """Bytes that threads share; who asks first is served first, so none waits for ever; final."""
+
+    def __init__(self, total_bytes: int, each_bytes: int) -> None:
+        """Share out a total, no more than `each_bytes` of it at a time to one image."""
+        self.total_bytes, self.each_bytes = total_bytes, min(each_bytes, total_bytes)
+        self._free = total_bytes
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, wanted_bytes: int, what: str) -> Iterator[None]:
+        """Hold bytes while an image is decoded; waits until they are free.
+
+        A thread must not ask for more while it holds some: all of them could wait for each other.
+
+        Raises:
+            SampleProblem: One image may not take so much.
+        """
+        if wanted_bytes > self.each_bytes:
+            raise SampleProblem(
+                f"too large to decode: {what} takes {wanted_bytes / 1e9:.1f} GB, more than the "
+                f"{self.each_bytes / 1e9:.1f} GB that one image may take here"
+            )
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(
+                    lambda: self._waiting[0] is ticket and self._free >= wanted_bytes
+                )
+                self._free -= wanted_bytes
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += wanted_bytes
+                self._changed.notify_all()
+
+
+@cache
+def decoding_budget() -> ByteBudget:
+    """Return the one budget of this process."""
+    return ByteBudget(min(MOST_BYTES, int(MEMORY_SHARE * memory_bytes())), IMAGE_BYTES)
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or of the container that this process is kept in."""
+    found = ASSUMED_BYTES
+    with suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _CGROUP_LIMITS:
+        with suppress(ValueError, OSError):  # no such file, or "max"
+            found = min(found, int(Path(limit).read_text(encoding="ascii")))
+    return found

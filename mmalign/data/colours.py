@@ -1,0 +1,46 @@
+"""Colours as sRGB, in which models see all images: the colour profiles of image files applied."""
+
+import io
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image, ImageCms
+
+# The modes of images, and the colour spaces that their profiles may be of.
+_SPACES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return an image with its colours as sRGB; unchanged where they are, or no profile says.
+
+    A profile that is damaged, or of another colour space than the image, is ignored, as viewers do.
+    """
+    transform = _transform(profile, image.mode) if profile and image.mode in _SPACES else None
+    return image if transform is None else transform.apply(image)
+
+
+def is_srgb(profile: bytes | None, mode: str = "RGB") -> bool:
+    """Say whether an image of such a profile is used as it is."""
+    return not profile or _transform(profile, mode) is None
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> Any:
+    """Return the ImageCms transform from a profile to sRGB, or None where none is needed."""
+    try:
+        found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if found.profile.xcolor_space.strip() != _SPACES[mode]:
+            return None
+        if "srgb" in (found.profile.profile_description or "").lower():
+            return None
+        return ImageCms.buildTransform(
+            found, _srgb(), mode, "RGBA" if mode == "RGBA" else "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def _srgb() -> Any:
+    return ImageCms.createProfile("sRGB")
