@@ -9,8 +9,8 @@ temporary file that a killed process left is no data; `leftovers` finds it.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -23,10 +23,29 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+WINDOWS = os.name == "nt"
 # What a file system says that has no sync of folders (some network mounts), or cannot be written.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
 # What a system says of a disk that takes no more; libraries repeat its words.
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EDQUOT)
+# What one says that has no hard links: exFAT, many network mounts, some mounts of containers.
+NO_LINKS = (
+    errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL,
+    errno.EMLINK, errno.EXDEV,
+)  # fmt: skip
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+# Beyond the end of any file: Windows lets nobody read what is locked.
+LOCKED_BYTE = 2**30
+
+
+def _if_there(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+fcntl, msvcrt = _if_there("fcntl"), _if_there("msvcrt")
 
 
 class Disk:
@@ -50,18 +69,20 @@ class Disk:
     def sync(self, file: BinaryIO) -> None:
         """Return when what was written to an open file is on the disk."""
         file.flush()
-        os.fsync(file.fileno())
+        _reach_the_disk(file.fileno())
 
     def sync_path(self, path: Path) -> None:
         """Return when a file that somebody else wrote and closed is on the disk."""
         with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+            _reach_the_disk(file.fileno())
 
     def sync_folder(self, folder: Path) -> None:
-        """Return when the names inside a folder are on the disk."""
+        """Return when the names inside a folder are on the disk; Windows has no call for that."""
+        if WINDOWS:
+            return
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            _reach_the_disk(handle)
         finally:
             os.close(handle)
 
@@ -72,6 +93,13 @@ class Disk:
     def replace(self, source: Path, target: Path) -> None:
         """Give a file or folder another name; a file of that name is gone."""
         os.replace(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or folder a free name; an error if a folder that is not empty has it.
+
+        Only on Windows it is an error as well if a file has the name of a file.
+        """
+        os.rename(source, target)
 
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name; an error if that is taken."""
@@ -91,6 +119,20 @@ class Disk:
 
 
 disk = Disk()
+
+
+def _reach_the_disk(handle: int) -> None:
+    # On a Mac `fsync` leaves in the drive's cache what it should write.
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(handle, full)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY):
+                raise
+        else:
+            return
+    os.fsync(handle)
 
 
 class Draft(io.BufferedIOBase):
@@ -254,6 +296,10 @@ def _code_in(message: str) -> int | None:
 def claim(path: Path, content: bytes) -> bool:
     """Create a file atomically only if the name is free; False when it was not, or may not be.
 
+    A file system without hard links cannot do this with a file, but it can with a folder: one that
+    is not empty is never replaced. There the name is that of a folder, and the file of the same
+    name inside of it has the content; `claimed` reads either.
+
     Raises:
         OSError: It could not be written, or it is there but might not survive a power cut. Others
             may have seen it and built on it, so it stays; its maker must look before going on.
@@ -261,7 +307,13 @@ def claim(path: Path, content: bytes) -> bool:
     with _temporary(path) as temporary:
         with _synced(temporary) as draft:
             draft.write(content)
-        if not _linked(temporary, path):
+        try:
+            if not _named(temporary, path):
+                return False
+        except FileNotFoundError:
+            # Who was silent for so long that its file was taken for that of a dead process.
+            if temporary.exists() or not path.parent.exists():
+                raise
             return False
         try:
             sync_folder(path.parent)
@@ -271,20 +323,52 @@ def claim(path: Path, content: bytes) -> bool:
         return True
 
 
-def _linked(temporary: Path, path: Path) -> bool:
+def claimed(path: Path) -> bytes:
+    """Read what `claim` has written under a name."""
+    return (path / path.name if path.is_dir() else path).read_bytes()
+
+
+def _named(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name if that is free."""
     try:
         disk.link(temporary, path)
-    except FileNotFoundError:
-        # Who was silent for so long that its file was taken for that of a dead process has no name.
-        if temporary.exists():
-            raise
-        return False
-    except OSError as error:
+    except FileExistsError:
         # Over a network a link can be made and its answer lost; then our file has two names.
-        if os.stat(temporary).st_nlink == 1:
-            if isinstance(error, FileExistsError):
-                return False
+        return os.stat(temporary).st_nlink > 1
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if os.stat(temporary).st_nlink > 1:
+            return True
+        if error.errno not in NO_LINKS:
             raise
+        return _renamed(temporary, path) if WINDOWS else _in_a_folder(temporary, path)
+    return True
+
+
+def _renamed(temporary: Path, path: Path) -> bool:
+    try:
+        disk.rename(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _in_a_folder(temporary: Path, path: Path) -> bool:
+    folder = temporary.with_name(f"{temporary.stem}.folder.tmp")
+    try:
+        disk.make_folder(folder)
+        disk.replace(temporary, folder / path.name)
+        sync_folder(folder)
+        disk.rename(folder, path)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        raise
+    finally:
+        if folder.exists():
+            with contextlib.suppress(OSError):
+                remove(folder)
     return True
 
 
@@ -337,9 +421,19 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change a file as a whole while those who would append to it wait."""
-    with _appending(path):
-        write_bytes(path, change(path.read_bytes()))
+    """Change a file as a whole while those who would append to it wait.
+
+    Windows replaces no file that is open. There it is written over, and what `change` was given is
+    lost if the process is killed meanwhile.
+    """
+    with _appending(path) as (file, _):
+        content = change(path.read_bytes())
+        if not WINDOWS:
+            write_bytes(path, content)
+        else:
+            disk.truncate(file, 0)
+            file.write(content)
+            disk.sync(file)
 
 
 @contextlib.contextmanager
@@ -355,9 +449,28 @@ def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 def _lock(file: BinaryIO) -> bool:
+    """Wait until nobody else has a lock on an open file; it goes when the file is closed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        elif msvcrt:
+            file.seek(LOCKED_BYTE)
+            while not _locked_within_seconds(file):
+                pass
+        else:
+            return False
     except OSError:
+        return False
+    return True
+
+
+def _locked_within_seconds(file: BinaryIO) -> bool:
+    """Lock a byte on Windows, which gives up after ten seconds."""
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    except OSError as error:
+        if error.errno != errno.EDEADLK:
+            raise
         return False
     return True
 

@@ -109,6 +109,9 @@ def _apply(names: dict[str, Node], change: Change) -> None:
 class SimulatedDisk:
     """The operations of `files.Disk` in a scratch folder that can lose power; final."""
 
+    links = True
+    """False is a file system without hard links."""
+
     def __init__(self, root: Path) -> None:
         """Take what lies under `root` as durable."""
         self.root = root
@@ -227,7 +230,7 @@ class SimulatedDisk:
 
     def replace(self, source: Path, target: Path) -> None:
         with self.doing("replace", source):
-            REAL.replace(source, target)
+            os.rename(source, target)
             old, new = self.folder(source.parent), self.folder(target.parent)
             node = old.names.get(source.name) or File()
             if old is new:
@@ -237,8 +240,13 @@ class SimulatedDisk:
                 new.change(there)
                 old.change(Change({source.name: None}, only_with=there))
 
+    def rename(self, source: Path, target: Path) -> None:
+        self.replace(source, target)
+
     def link(self, source: Path, target: Path) -> None:
         with self.doing("link", target):
+            if not self.links:
+                fail(errno.EPERM, "link", source)
             REAL.link(source, target)
             node = self.folder(source.parent).names[source.name]
             self.folder(target.parent).change(Change({target.name: node}))

@@ -22,11 +22,11 @@ from disk import SimulatedDisk, using
 from ledger import observe
 
 from mmalign.errors import StoreError
+from mmalign.store import garbage, repair, verify
 from mmalign.store import manifest as manifests
-from mmalign.store import repair, verify
 
 FULL = os.environ.get("MMALIGN_CRASH") == "full"
-CASES = 25
+CASES = 15
 """Of some hundreds, for each pair; `make test-crash` runs all."""
 COMMITTERS: dict[str, Callable[[Life], None]] = {
     "write": committing({"a1": 7, "y0": 1}),
@@ -76,6 +76,12 @@ class Actor(threading.Thread):
 
 @pytest.fixture(autouse=True)
 def _looks_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_are_steps(monkeypatch)
+
+
+def looks_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an actor stop behind each look at the store, too."""
+
     def looking(look: Callable[..., Any], *args: Any) -> Any:
         seen = look(*args)
         step()
@@ -145,6 +151,26 @@ def interleave(
             elif actor.refused:
                 assert re.search("(run|open) it again", str(actor.refused))
         assert observe(life.path).rows == (before if actors[0].refused else lives[0].ledger).rows
+        assert verify(life.path) == []
+
+
+def test_a_shard_is_collected_just_before_it_is_named(tmp_path: Path) -> None:
+    """Between the last look at it and the claim: the commit is refused, and nothing names it."""
+    life = born(tmp_path / "life", "purge")
+    look, others = manifests._require_shards, [1]
+
+    def looking(*args: Any) -> None:
+        look(*args)
+        if others:
+            others.pop()
+            age(life.path)
+            garbage.collect(life.path)
+
+    with using(life.disk), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "_require_shards", looking)
+        with pytest.raises(StoreError, match="removed before it was committed; run it again"):
+            committing({"a1": 7})(life)
+        assert observe(life.path).rows == life.ledger.rows
         assert verify(life.path) == []
 
 

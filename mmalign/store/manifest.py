@@ -200,7 +200,7 @@ def read(file: Path) -> Manifest:
         StoreError: It may be whole: another version of mmalign wrote it, or there is no permission.
     """
     try:
-        return parse(file.read_bytes())
+        return parse(files.claimed(file))
     except StoreError as error:
         raise StoreError(f"{file}: {error}") from None
     except OSError as error:

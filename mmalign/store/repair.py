@@ -105,7 +105,7 @@ def repair(path: str | Path) -> RepairReport:
 
 def _what_it_says(file: Path) -> bytes:
     with contextlib.suppress(OSError):
-        return file.read_bytes()
+        return files.claimed(file)
     return b""
 
 
