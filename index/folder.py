@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, shell_command
 from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
 from mmalign.index.plan import Queries, plan
@@ -91,7 +91,7 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     content = describe(folder)
     if content["format"] != FORMAT:
         other = f"index of format {content['format']}, this mmalign reads {FORMAT}"
-        raise StoreError(f"{folder}: {other}: run `mmalign index` again")
+        raise StoreError(f"{folder}: {other}: {shell_command('index', folder.parents[1])}")
     part = content["modalities"].get(modality)
     if part is None or part["kind"] == "exact":
         return Exact(shards)

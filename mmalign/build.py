@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.encoding import report_cut
-from mmalign.errors import DataError, IdentityError, StoreError, UsageError
+from mmalign.errors import (
+    DataError,
+    IdentityError,
+    ModelError,
+    StoreError,
+    UsageError,
+    shell_command,
+)
 from mmalign.index import Queries, Rows, build_index, describe, table, write_description
 from mmalign.model import load_model
 from mmalign.progress import say
@@ -39,6 +46,7 @@ def build(
     recall: float = 0.95,
     memory: str | float = "2GB",
     queries: str | Path | None = None,
+    model: str | Path | None = None,
 ) -> dict[str, Any]:
     """Build an index over the image and the caption vectors of a store and make it current.
 
@@ -49,6 +57,7 @@ def build(
             vectors, which stay on the disk, are not counted.
         queries: A file with one text query a line to choose and to measure with; by default the
             store's own captions.
+        model: The model that encodes them, if it moved since the store was made.
 
     Returns:
         The content of the new index.json.
@@ -59,13 +68,15 @@ def build(
     store = open_store(path)
     if not len(store):
         what = "rows left" if store.manifest.physical_rows else "rows yet"
-        raise StoreError(f"{path}: the store has no {what}: run `mmalign embed` first")
+        fill = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", path)
+        raise StoreError(f"{path}: the store has no {what}: first {fill}")
     started = time.monotonic()
+    own_words = None if queries is None else _query_file(store, queries, model)
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
     files.make_folder(folder)
     try:
-        modalities = _build_all(store, folder, recall, budget, queries)
+        modalities = _build_all(store, folder, recall, budget, own_words)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,
@@ -106,13 +117,12 @@ def memory_bytes(text: str | float) -> float:
 
 
 def _build_all(
-    store: Store, folder: Path, recall: float, memory: float, queries: str | Path | None
+    store: Store, folder: Path, recall: float, memory: float, own_words: Queries | None
 ) -> dict[str, Any]:
     """Build an index for each modality that has vectors; they share the memory by their numbers."""
     counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER}
     live = {"image": store.live, "text": _live_captions(store)}
     drawn = {name: _sample(store, name, live[name]) for name in OTHER}
-    own_words = None if queries is None else _query_file(store, queries)
     modalities: dict[str, Any] = {}
     for name, other in OTHER.items():
         if not counts[name]:
@@ -162,7 +172,7 @@ def _report(modality: str, part: dict[str, Any]) -> None:
         say(f"{modality}: {part['name']}; recall not measured, as there are no queries")
 
 
-def _query_file(store: Store, queries: str | Path) -> Queries:
+def _query_file(store: Store, queries: str | Path, model: str | Path | None) -> Queries:
     try:
         lines = [q.strip() for q in Path(queries).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
@@ -172,7 +182,14 @@ def _query_file(store: Store, queries: str | Path) -> Queries:
     lines = list(dict.fromkeys(q for q in lines if q))
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")
-    encoder = load_model(store.manifest.model.source, store.manifest.model.identity)
+    card = store.manifest.model
+    try:
+        encoder = load_model(model or card.source, card.identity)
+    except ModelError as error:
+        raise type(error)(
+            f"{error}; {store.path} needs {card.identity}: if that lies elsewhere, name it by "
+            "--model (Python: model=)"
+        ) from error
     if encoder.identity != store.manifest.model.identity:
         raise IdentityError(
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "

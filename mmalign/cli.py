@@ -189,8 +189,17 @@ def embed(
 @click.option(
     "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one a line."
 )
+@click.option("--model", metavar="RUN_OR_NAME", type=PLACE, help="The model for FILE, if it moved.")
 @_json
-def index(store: Path, recall: float, memory: str, queries: str | None, as_json: bool) -> None:
+def index(
+    *,
+    store: Path,
+    recall: float,
+    memory: str,
+    queries: str | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
     """Build an index over a store that finds what it promises, measured on text queries.
 
     Which kind of index is chosen by trying them on the store's own captions, or on FILE's queries.
@@ -200,7 +209,7 @@ def index(store: Path, recall: float, memory: str, queries: str | None, as_json:
     """
     from mmalign.build import build
 
-    report = build(store, recall=recall, memory=memory, queries=queries)
+    report = build(store, recall=recall, memory=memory, queries=queries, model=model)
     if as_json:
         _print(report, as_json)
 

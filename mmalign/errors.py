@@ -16,6 +16,7 @@ Anything else that escapes is a bug and keeps its traceback.
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
 
 # A message names so many of the known names where none is close.
@@ -76,6 +77,15 @@ def reason_of(error: BaseException) -> str:
     """
     said = getattr(error, "strerror", None) or str(error)
     return re.sub(r"\s*[\r\n]+\s*", " ", str(said).strip()) or type(error).__name__
+
+
+def shell_command(*words: object) -> str:
+    """Write a command that mends something, so that it can be pasted into a shell as it stands.
+
+    >>> shell_command("repair", "my photos.store")
+    "`mmalign repair 'my photos.store'`"
+    """
+    return f"`mmalign {shlex.join(map(str, words))}`"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

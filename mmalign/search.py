@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import modality
-from mmalign.errors import DataError, IdentityError, ModelError, StoreError, UsageError
+from mmalign.errors import (
+    DataError,
+    IdentityError,
+    ModelError,
+    StoreError,
+    UsageError,
+    shell_command,
+)
 from mmalign.index import Exact, Index, describe, open_index
 from mmalign.model import Encoder, load_model
 from mmalign.progress import say
@@ -85,7 +92,10 @@ class Searcher:
             # A run that was trained further since keeps the weights that made this store.
             encoder = load_model(source, needed)
         except ModelError as error:
-            raise type(error)(f"{error} ({path} needs {needed}; moved? give --model)") from error
+            raise type(error)(
+                f"{error}; {path} needs {needed}: if that lies elsewhere, name it by --model "
+                "(Python: Searcher.open(store, model))"
+            ) from error
         return cls(store, encoder)
 
     def search(
@@ -201,7 +211,8 @@ class Searcher:
             return self._indexes[to, False]
 
     def _every_row(self, to: Target, error: StoreError) -> Index:
-        say(f"warning: {self.store.path}: {error}; every row is compared (`mmalign repair`)")
+        remedy = shell_command("repair", self.store.path)
+        say(f"warning: {self.store.path}: {error}; every row is compared; {remedy}")
         return Exact(self.store.vectors(to))
 
     def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:

@@ -475,7 +475,7 @@ def test_an_index_of_another_format_is_refused(
 ) -> None:
     folder, stored, _ = built
     monkeypatch.setattr("mmalign.index.folder.FORMAT", 9)
-    with pytest.raises(StoreError, match="format 3, this mmalign reads 9: run `mmalign index`"):
+    with pytest.raises(StoreError, match="format 3, this mmalign reads 9: `mmalign index "):
         open_index(folder, "image", [stored])
 
 

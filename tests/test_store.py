@@ -132,7 +132,7 @@ def test_an_unreadable_generation_falls_back(
     assert newest.name in capsys.readouterr().err
     assert any(newest.name in line for line in verify(tmp_path))
     # Behind a newer generation, what only this one names would be lost.
-    with pytest.raises(StoreError, match=f"{newest.name}: unreadable: .*; run `mmalign repair`"):
+    with pytest.raises(StoreError, match=f"{newest.name}: unreadable: .*; first `mmalign repair"):
         fill(tmp_path, range(30, 35))
     repair(tmp_path)
     # The next commit takes a number nobody has had.

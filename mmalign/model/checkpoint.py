@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
-from mmalign.errors import ModelError, nearest, reason_of
+from mmalign.errors import ModelError, nearest, reason_of, shell_command
 from mmalign.model import openclip, tokenizer
 from mmalign.model.encoder import Encoder, Preprocess
 from mmalign.model.presets import PRESETS, Preset
@@ -161,7 +161,7 @@ def _load_run(run: Path, identity: str | None) -> Encoder:
     if weights is None:
         raise ModelError(
             f"{run}: no trained weights yet: its first validation saves some; "
-            f"go on with `mmalign train --out {run} --resume`"
+            f"go on with {shell_command('train', '--out', run, '--resume')}"
         )
     if not weights.exists():
         raise ModelError(f"{run}: not a run folder: {weights.name} is missing")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, waiting_bytes
@@ -157,16 +157,18 @@ def compact(
 
     after = manifests.commit(store, change, before.model)
     if dropped:
-        say(f"{store}: rows have new numbers, so the index is gone; run `mmalign index` again")
+        say(
+            f"{store}: rows have new numbers, so the index is gone: {shell_command('index', store)}"
+        )
     removed, removed_bytes = collect(store, now=now)
     waiting = waiting_bytes(store)
     if waiting:
         say(
             f"{store}: {waiting / 1e6:.3g} MB more are kept for an hour, for whoever still reads "
-            "them: run `mmalign compact` again then, or with --now"
+            f"them: run it again then, or {shell_command('compact', store, '--now')}"
         )
     if (store / "damaged").exists():
-        say(f"{store / 'damaged'}: what `mmalign repair` put aside is yours to remove")
+        say(f"{store / 'damaged'}: what a repair put aside is yours to remove")
     return CompactReport(
         after.generation,
         after.rows,
@@ -219,7 +221,7 @@ def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
     # Damage that was copied would get a hash that fits it.
     file = open_shard(store, shard, dim)
     if files.sha256(file.path) != shard.sha256:
-        raise file.refuse("damaged: run `mmalign repair` first")
+        raise file.refuse("damaged")
     table = pa.Table.from_batches([file.batch])
     return table.filter(pa.array(shard.live)) if shard.deleted_rows else table
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
+from mmalign.errors import shell_command
 from mmalign.progress import say
 from mmalign.store.manifest import canonical
 
@@ -24,7 +25,9 @@ def read_failures(store: Path) -> list[dict[str, Any]]:
     """Read every sample that has no embedding: id, uri, reason, embedded."""
     good, bad = read(path_of(store))
     if bad:
-        told = f"lines that cannot be read: {len(bad)}; run `mmalign verify`"
+        told = (
+            f"lines that cannot be read: {len(bad)}; {shell_command('repair', store)} removes them"
+        )
         say(f"warning: {path_of(store)}: {told}")
     return [f for f in _last_words(good).values() if f["reason"] is not None]
 

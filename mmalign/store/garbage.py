@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmalign import files
+from mmalign.errors import shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.manifest import Manifest
@@ -55,9 +56,8 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
             busy.append(error)
     if busy:
         more = f" and {len(busy) - 1} more" if len(busy) > 1 else ""
-        say(
-            f"warning: {busy[0].filename}{more}: cannot be removed now; run `mmalign compact` later"
-        )
+        later = f"later: {shell_command('compact', store)}"
+        say(f"warning: {busy[0].filename}{more}: cannot be removed now; {later}")
     return removed, freed
 
 

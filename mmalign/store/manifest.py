@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import IdentityError, StoreError
+from mmalign.errors import IdentityError, StoreError, shell_command
 from mmalign.progress import say
 
 FORMAT = 2
@@ -219,7 +219,8 @@ def newest(store: Path) -> Manifest:
         found = generations(store)
         if not found:
             known = "is a folder without a manifest" if store.is_dir() else "does not exist"
-            raise StoreError(f"{store}: not a store: it {known} (make one with `mmalign embed`)")
+            made = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", store)
+            raise StoreError(f"{store}: not a store: it {known}; {made} makes one")
         manifest = _newest_of(store, found)
         if manifest:
             return manifest
@@ -239,7 +240,8 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
             continue
         if problems:
             told = f"{'; '.join(problems)}; opened {file.name} instead"
-            say(f"warning: {store}: unreadable {told} (`mmalign repair` brings back what it can)")
+            remedy = f"{shell_command('repair', store)} brings back what it can"
+            say(f"warning: {store}: unreadable {told}; {remedy}")
         return manifest
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
 
@@ -255,7 +257,8 @@ def whole(file: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise StoreError(f"{file}: unreadable: {error}; run `mmalign repair` first") from None
+        remedy = shell_command("repair", file.parent)
+        raise StoreError(f"{file}: unreadable: {error}; first {remedy}") from None
 
 
 def commit(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import StoreError, nearest
+from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
@@ -166,7 +166,8 @@ class Store:
         folder = self.path / "index" / card.name
         description = folder / "index.json"
         if not description.exists() or files.sha256(description) != card.sha256:
-            say(f"warning: {description}: damaged; every row is compared (`mmalign repair`)")
+            remedy = shell_command("repair", self.path)
+            say(f"warning: {description}: damaged; every row is compared; {remedy}")
             return None
         return folder
 

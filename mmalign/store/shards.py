@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, shell_command
 from mmalign.store.manifest import Shard
 from mmalign.store.schema import schema
 
@@ -97,7 +97,9 @@ class ShardFile:
 
     def refuse(self, what: str) -> StoreError:
         """Return the error for a file that cannot be used."""
-        return StoreError(f"{self.path}: shard {what}; see `mmalign verify` and `mmalign repair`")
+        store = self.path.parents[1]
+        remedy = f"see {shell_command('verify', store)} and {shell_command('repair', store)}"
+        return StoreError(f"{self.path}: shard {what}; {remedy}")
 
 
 def open_shard(store: Path, shard: Shard, dim: int) -> ShardFile:

@@ -1,0 +1,239 @@
+"""What a message proposes works: each command that it names exists, and mends what it says."""
+
+import ast
+import configparser
+import dataclasses
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_store
+from click.testing import CliRunner, Result
+from conftest import write_pairs
+
+from mmalign.cli import main
+from mmalign.store import manifest as manifests
+from mmalign.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+    name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)}
+    for name, c in main.commands.items()
+}
+
+
+def call(*words: str | Path) -> Result:
+    result = CliRunner().invoke(main, [str(w) for w in words], prog_name="mmalign")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def proposed(message: str) -> list[list[str]]:
+    """Return the commands that a message proposes, without `mmalign`."""
+    return [shlex.split(c)[1:] for c in re.findall(r"`(mmalign [^`]+)`", message)]
+
+
+def follow(result: Result, code: int = 1, **values: str | Path) -> None:
+    """Run what the message of a call proposes, placeholders filled in; it must go well."""
+    assert result.exit_code == code, result.output
+    commands = proposed(result.stderr)
+    assert commands, result.stderr
+    for words in commands:
+        done = call(*(values.get(word, word) for word in words))
+        assert done.exit_code in (0, 1) if words[0] == "verify" else done.exit_code == 0, (
+            done.output
+        )
+
+
+# ---------------------------------------------------------------- every message of the source
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield the file and text of every message, `{}` for what is filled in; no docstrings."""
+    for folder in ("mmalign", "index"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            bodies = [n for n in ast.walk(tree) if isinstance(n, ast.Expr)]
+            docstrings = {id(n.value) for n in bodies if isinstance(n.value, ast.Constant)}
+            inner = {
+                id(p) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for p in n.values
+            }
+            for node in ast.walk(tree):
+                if id(node) in docstrings | inner:
+                    continue
+                if isinstance(node, ast.JoinedStr):
+                    parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                    yield file.name, "".join(map(str, parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield file.name, node.value
+
+
+def commands_made() -> Iterator[list[str]]:
+    """Yield the words of every call of `errors.shell_command`, `{}` for what is filled in."""
+    for folder in ("mmalign", "index"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "shell_command":
+                    yield [str(a.value) if isinstance(a, ast.Constant) else "{}" for a in node.args]
+
+
+def test_commands_in_messages_exist_with_their_options() -> None:
+    made = list(commands_made())
+    assert len(made) >= 10
+    for words in made:
+        assert words[0] in OPTIONS, words
+        assert {w for w in words if w.startswith("--")} <= OPTIONS[words[0]], words
+
+
+def test_commands_are_whole_so_that_they_can_be_pasted() -> None:
+    """`errors.shell_command` quotes the place; a command without its place is no remedy."""
+    assert [m for m in messages() if re.search(r"`mmalign \w", m[1]) and "--" not in m[1]] == []
+
+
+def test_options_in_messages_exist() -> None:
+    ours = set().union(*OPTIONS.values())
+    foreign = {"--help", "--version", "--force-reinstall", "--index-url"}
+    named = {(f, o) for f, m in messages() for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", m)}
+    assert len(named) > 20
+    assert {(f, o) for f, o in named if o not in ours | foreign} == set()
+
+
+def test_settings_in_messages_exist() -> None:
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    named = {k for _, m in messages() for k in re.findall(r"--set (\w+)=", m)}
+    assert "batch_size" in named
+    assert named <= fields | {"key"}
+
+
+def test_extras_in_messages_exist() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = set(config["options.extras_require"])
+    named = {e for _, m in messages() for e in re.findall(r"mmalign\[(\w+)\]", m)}
+    assert "sql" in named
+    assert named <= extras
+
+
+# ---------------------------------------------------------------- followed
+
+
+@pytest.fixture
+def own_store(store: Path, tmp_path: Path) -> Path:
+    """A copy of the store that a test may damage; its name needs quotes."""
+    return Path(shutil.copytree(store, tmp_path / "my own.store"))
+
+
+def test_a_place_that_is_no_store_is_made_one(run: Path, scenes: Path, tmp_path: Path) -> None:
+    place = tmp_path / "new store"
+    follow(call("search", place, "red"), RUN_OR_NAME=run, SRC=scenes)
+    assert call("search", place, "red").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+def test_a_damaged_shard_is_repaired(damage: str, own_store: Path) -> None:
+    (shard,) = (own_store / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    if damage == "flipped":
+        # Only compaction reads every byte.
+        call("delete", own_store, "scenes/000001")
+        result = call("compact", own_store)
+    else:
+        result = call("search", own_store, "red")
+    follow(result)
+    assert call("verify", own_store).exit_code == 0
+    assert call("compact", own_store).exit_code == 0
+
+
+def test_a_damaged_generation_is_repaired(own_store: Path) -> None:
+    call("delete", own_store, "scenes/000001")
+    newest = max(own_store.glob("manifest-*.json"))
+    newest.write_bytes(newest.read_bytes()[:-50])
+    follow(call("info", own_store), code=0)
+    assert call("info", own_store).stderr == ""
+    newest = max(own_store.glob("manifest-*.json"))
+    newest.write_bytes(newest.read_bytes()[:-50])
+    follow(call("delete", own_store, "scenes/000002"))
+    assert call("delete", own_store, "scenes/000002").exit_code == 0
+
+
+def test_a_damaged_index_is_repaired(own_store: Path) -> None:
+    assert call("index", own_store).exit_code == 0
+    (file,) = own_store.glob("index/*/index.json")
+    file.write_bytes(file.read_bytes()[:-9])
+    follow(call("search", own_store, "red"), code=0)
+    assert call("search", own_store, "red").stderr == ""
+
+
+def test_damaged_lists_of_failures_are_repaired(tmp_path: Path) -> None:
+    store = small_store.fill(tmp_path / "my store", [small_store.row(1)]).path
+    (store / "failures.jsonl").write_text('{"id": "a", "uri"\n')
+    follow(call("info", store), code=0)
+    assert call("info", store).stderr == ""
+
+
+def test_an_index_after_a_compaction_is_built_again(own_store: Path) -> None:
+    assert call("index", own_store).exit_code == 0
+    call("delete", own_store, "scenes/000001")
+    compacted = call("compact", own_store)
+    assert ["index", str(own_store)] in proposed(compacted.stderr)
+    follow(compacted, code=0)
+    assert '"index": {' in call("info", own_store, "--json").stdout
+
+
+def test_a_store_without_rows_is_filled(own_store: Path, run: Path, scenes: Path) -> None:
+    assert call("delete", own_store, "--where", "true", "--yes").exit_code == 0
+    follow(call("index", own_store), RUN_OR_NAME=run, SRC=scenes)
+    assert call("index", own_store).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["search", "index"])
+def test_a_model_that_moved_is_named(
+    command: str, own_store: Path, run: Path, tmp_path: Path
+) -> None:
+    for file in own_store.glob("manifest-*.json"):
+        held = manifests.parse(file.read_bytes())
+        moved = replace(held, model=replace(held.model, source="/gone/run"))
+        file.write_bytes(manifests.render(moved))
+    queries = tmp_path / "queries.txt"
+    queries.write_text("a red circle\ntwo blue squares\n")
+    rest = ["red"] if command == "search" else ["--queries", queries]
+    refused = call(command, own_store, *rest)
+    assert refused.exit_code == 1
+    assert "name it by --model" in refused.stderr
+    assert call(command, own_store, *rest, "--model", run).exit_code == 0
+
+
+def test_more_than_a_tenth_of_the_rows_is_deleted_with_yes(own_store: Path) -> None:
+    words = ["delete", own_store, "--where", "true"]
+    refused = call(*words)
+    assert refused.exit_code != 0
+    assert "add --yes" in refused.stderr
+    assert call(*words, "--yes").exit_code == 0
+
+
+def test_a_batch_that_is_too_large_is_made_smaller(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 5)
+    words = ["train", "--data", pairs, "--out", tmp_path / "run", "--set", "epochs=1"]
+    refused = call(*words, "--set", "batch_size=64")
+    (setting,) = re.findall(r"--set (batch_size=\d+)", refused.stderr)
+    assert call(*words, "--set", setting).exit_code == 0
+
+
+def test_a_sheet_of_another_kind_gets_the_name_that_is_proposed(
+    store: Path, tmp_path: Path
+) -> None:
+    refused = call("search", store, "red", "--sheet", tmp_path / "hits.doc")
+    assert refused.exit_code == 2
+    (end,) = re.findall(r"a name that ends in (\.\w+)", refused.stderr)
+    assert call("search", store, "red", "--sheet", tmp_path / f"hits{end}").exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == [f"hits{end}"]
