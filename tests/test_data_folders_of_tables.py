@@ -29,6 +29,7 @@ def test_a_folder_of_spark_is_a_table(tmp_path: Path) -> None:
         ("part-00001-ab/row 0", ("c 1",)),
     ]
     assert [read_image(r) for r in records] == [jpeg(0), jpeg(1)]
+    assert [r.meta for r in records] == [{}, {"year": 2020}]
 
 
 def test_an_export_of_our_own_is_a_source(store: Path, tmp_path: Path) -> None:
@@ -85,8 +86,11 @@ def test_no_captions_at_all_are_said_with_the_columns_there_are(
         assert "no captions found" not in capsys.readouterr().err
 
 
-def test_a_tar_that_is_packed_is_answered_at_once(tmp_path: Path) -> None:
+def test_what_must_be_made_a_source_first_says_how(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     with pytest.raises(DataError, match=r"x\.tar\.gz: not a source: unpack it first"):
         listed(tmp_path / "x.tar.gz")
+    (tmp_path / "x.xlsx").touch()
+    with pytest.raises(DataError, match=r"x\.xlsx: not a source: save it as \.csv"):
+        listed(tmp_path / "x.xlsx")

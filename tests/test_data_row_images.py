@@ -47,12 +47,13 @@ def test_images_of_every_type_are_read(tmp_path: Path, kind: str, ending: str) -
 
 
 def write_table(table: pa.Table, file: Path) -> None:
-    """Write a parquet file in groups of two rows, an Arrow stream, or an Arrow file."""
+    """Write a parquet file, an Arrow stream, or a packed Arrow file, in groups of two rows."""
     if file.suffix == ".parquet":
         pq.write_table(table, file, row_group_size=2)
         return
     new = pa.ipc.new_stream if file.suffix == ".arrow" else pa.ipc.new_file
-    with new(file, table.schema) as out:
+    packed = pa.ipc.IpcWriteOptions(compression="zstd" if file.suffix == ".feather" else None)
+    with new(file, table.schema, options=packed) as out:
         out.write_table(table, max_chunksize=2)
 
 

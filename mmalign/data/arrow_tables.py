@@ -56,7 +56,7 @@ def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
                 yield ParquetTable(parquet)
         else:
             with pa.PythonFile(file) if is_url(path) else pa.memory_map(path) as source:
-                yield IpcTable(source)
+                yield IpcTable(source, metadata)
 
 
 class ParquetTable:
@@ -102,35 +102,37 @@ class ParquetTable:
 class IpcTable:
     """An Arrow file or stream; final."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, ends: list[int] | None) -> None:
         import pyarrow as pa
 
-        self.metadata = None
+        self.source, self.streamed = source, []
         try:
             file = pa.ipc.open_file(source)
-            self.schema, self.read = file.schema, file.get_batch
-            count = file.num_record_batches
+            count, self.schema = file.num_record_batches, file.schema
         except pa.ArrowInvalid:  # a stream, as Hugging Face writes them
             source.seek(0)
             stream = pa.ipc.open_stream(source)
             # Mapped, not copied, unless they are compressed.
-            held = list(stream)
-            self.schema, self.read = stream.schema, held.__getitem__
-            count = len(held)
-        self.ends = list(accumulate(self.read(g).num_rows for g in range(count)))
+            self.streamed = list(stream)
+            count, self.schema = len(self.streamed), stream.schema
+        if ends is None:
+            sizes = {field.name: _width(field.type) for field in self.schema}
+            smallest = sorted(sizes, key=lambda name: sizes[name])[:1]
+            ends = list(accumulate(self._read(g, smallest).num_rows for g in range(count)))
+        self.metadata = self.ends = ends
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Yield record batches of some columns, in order; a struct's field is `a.b`."""
-        whole = [name.partition(".")[0] if name not in self.schema.names else name
-                 for name in columns]  # fmt: skip
+        names = self.schema.names
+        whole = [name if name in names else name.partition(".")[0] for name in columns]
         for group in range(len(self.ends)):
-            batch = self.read(group).select(whole)
+            batch = self._read(group, whole)
             for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
                 yield batch.slice(start, ROWS_AT_A_TIME)
 
     def chunks(self, group: int, column: str) -> Iterator[Any]:
         """Yield arrays of one column of a group, in order."""
-        yield self.read(group).column(column)
+        yield self._read(group, [column]).column(0)
 
     def is_empty(self, column: str, field: str) -> bool:
         """Say whether a field of a struct is null in every row."""
@@ -138,8 +140,20 @@ class IpcTable:
 
         if _is_null(self.schema, column, field):
             return True
-        fields = (pc.struct_field(self.read(g)[column], field) for g in range(len(self.ends)))
-        return all(values.null_count == len(values) for values in fields)
+        batches = (self._read(group, [column]) for group in range(len(self.ends)))
+        return all(pc.struct_field(b.column(0), field).null_count == len(b) for b in batches)
+
+    def _read(self, group: int, columns: Sequence[str]) -> Any:
+        """Read some columns of a batch; of compressed ones, others are not unpacked."""
+        import pyarrow as pa
+
+        if self.streamed or not columns:
+            # Of no column at all, a batch still has its number of rows.
+            held = self.streamed or [self._read(group, self.schema.names[:1])]
+            return held[group if self.streamed else 0].select(list(columns))
+        fields = [self.schema.get_field_index(name) for name in columns]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        return pa.ipc.open_file(self.source, options=options).get_batch(group)
 
 
 def image_kind(kind: Any) -> ImageKind | None:
@@ -185,6 +199,14 @@ def images_of(array: Any) -> Iterator[bytes | str | None]:
     else:
         for row in array:
             yield row.as_py()
+
+
+def _width(kind: Any) -> int:
+    """Estimate how much of a column is read with one of its values."""
+    try:
+        return int(kind.bit_width)
+    except ValueError:  # text, lists
+        return 1 << 20
 
 
 def _is_null(schema: Any, column: str, field: str) -> bool:

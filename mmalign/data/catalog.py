@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from mmalign.data import folders, places, tables, tars
@@ -21,6 +20,8 @@ MAX_SILENT_SKIPS = 0.01
 # Columns are listed of so many tables.
 MAX_TABLES = 3
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+HINTS = {end: "unpack it first" for end in PACKED} | {end: "save it as .csv" for end in SHEETS}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _scan_one(place: str, asked: Asked) -> Found:
     if not remote and os.path.isdir(place):
         inside = tables.tables_in(place)
         if inside:
-            return chain.from_iterable(tables.scan(table, asked) for table in inside)
+            return tables.scan_folder(place, inside, asked)
         return folders.scan(place, asked.caption_keys)
     is_tar, is_table = suffix(place) == ".tar", tables.is_table(place)
     if is_tar or is_table:
@@ -203,8 +204,7 @@ def _scan_one(place: str, asked: Asked) -> Found:
     if remote:
         return folders.scan(place, asked.caption_keys)
     kinds = ", ".join(tables.SUFFIXES)
-    packed = suffix(place) in PACKED
-    hint = "unpack it first" if packed else f"give a folder, a .tar, or a table ({kinds})"
+    hint = HINTS.get(suffix(place), f"give a folder, a .tar, or a table ({kinds})")
     raise DataError(f"{place}: not a source: {hint}")
 
 

@@ -19,6 +19,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from mmalign.arrow_values import python_rows
 from mmalign.data import delimited, json_rows, places, row_images
@@ -82,6 +83,33 @@ def tables_in(folder: str) -> list[str]:
     # Names that begin so are Spark's own.
     paths = (str(p) for p in sorted(Path(folder).rglob(f"*{end}")) if p.name[0] not in "._")
     return [path for path in paths if os.path.isfile(path)]
+
+
+def scan_folder(folder: str, paths: Sequence[str], asked: Asked) -> Found:
+    """Yield the records of all tables of a folder; `year=2020` in a path is a column of its rows.
+
+    Raises:
+        DataError: One of them cannot be read.
+    """
+    numbers = delimited.Numbers()
+    said = [_partition(os.path.relpath(path, folder)) for path in paths]
+    for values in said:
+        numbers.see(values)
+    for path, values in zip(paths, said, strict=True):
+        columns = {name: numbers.value(name, value) for name, value in values.items()}
+        for found in scan(path, asked):
+            if isinstance(found, Record) and columns:
+                yield replace(found, meta={**columns, **found.meta})
+            else:
+                yield found
+
+
+def _partition(path: str) -> dict[str, str]:
+    """Return what the folders of a path say: `a=1/b=x/part.parquet` is {a: 1, b: x}."""
+    pairs = (part.partition("=") for part in Path(path).parts[:-1])
+    # Hive's name for a missing value.
+    known = {name: unquote(value) for name, equal, value in pairs if name and equal}
+    return {name: value for name, value in known.items() if value != "__HIVE_DEFAULT_PARTITION__"}
 
 
 def scan(path: str, asked: Asked) -> Found:
