@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from data_samples import captions, listed, reasons
 
+from mmalign.data import Skip, stream
 from mmalign.data.columns import IMAGE_COLUMNS
 from mmalign.data.delimited import Numbers
 from mmalign.errors import DataError
@@ -166,6 +167,17 @@ def test_blanks_after_separators_belong_to_them_where_the_header_has_them(tmp_pa
     assert (record.uri, record.captions, record.meta) == (f"{tmp_path}/a.jpg", ("x, y",), {"n": 5})
 
 
+def test_a_table_that_is_not_utf8_is_no_table_without_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,caf\xe9\n".encode("latin-1"))
+    found = list(stream([str(tmp_path / "t.csv")], ["captions"]))
+    assert [f.reason for f in found if isinstance(f, Skip)] == [
+        "caption is not UTF-8 (byte 3): save the table as UTF-8"
+    ]
+    assert "no captions" not in capsys.readouterr().err
+
+
 def test_a_column_that_stands_back_is_metadata(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,caption,title\na.jpg,red,T\nb.jpg,,U\n")
     records = listed(tmp_path / "t.csv").records
@@ -209,9 +221,11 @@ def test_what_cannot_be_read_says_why_in_a_short_line(
 
 def test_a_table_of_base64_is_one_short_line(tmp_path: Path) -> None:
     (tmp_path / "cn.tsv").write_text("1001\t" + "iVBORw0KGgo" * 9000 + "\n")
-    with pytest.raises(DataError, match="no image column") as caught:
+    with pytest.raises(
+        DataError, match=r"no image column.* is its first line a header\?"
+    ) as caught:
         listed(tmp_path / "cn.tsv")
-    assert len(str(caught.value)) < 150 + len(", ".join(IMAGE_COLUMNS)) + len(str(tmp_path))
+    assert len(str(caught.value)) < 200 + len(", ".join(IMAGE_COLUMNS)) + len(str(tmp_path))
     (tmp_path / "t.tsv").write_text("id\timage\n1001\t" + "iVBORw0KGgo" * 9000 + "\n2\ta.jpg\n")
     catalog = listed(tmp_path / "t.tsv")
     assert captions(catalog) == {"t/2": ()}

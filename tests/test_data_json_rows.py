@@ -96,7 +96,7 @@ def test_hostile_lines_cost_a_line_each(tmp_path: Path, monkeypatch: pytest.Monk
         "a long path",
     }  # fmt: skip
     assert reasons([s for s in catalog.skips if s.kept]) == {
-        "t/half.jpg": "caption is not UTF-8 (character 0)"
+        "t/half.jpg": "caption is not UTF-8 (character 0): save the table as UTF-8"
     }
     assert all(len(s.reason) < 200 for s in catalog.skips)
 

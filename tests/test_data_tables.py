@@ -83,7 +83,17 @@ def test_tsv_and_a_caption_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "c.tsv").write_bytes(b"\xef\xbb\xbffile\ttitle\na.jpg\tfine\nb.jpg\tcaf\xe9\n")
     catalog = listed(tmp_path / "c.tsv")
     assert captions(catalog) == {"c/a.jpg": ("fine",), "c/b.jpg": ()}
-    assert reasons(catalog.skips) == {"c/b.jpg": "caption is not UTF-8 (byte 3)"}
+    assert reasons(catalog.skips) == {
+        "c/b.jpg": "caption is not UTF-8 (byte 3): save the table as UTF-8"
+    }
+
+
+def test_paths_of_windows_are_found_elsewhere(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"i/sub/a.jpg": jpeg(0), "i\\b.jpg": jpeg(1)})
+    (tmp_path / "c.csv").write_text("image\ni\\sub\\a.jpg\ni\\b.jpg\ni\\gone.jpg\n")
+    records = listed(tmp_path / "c.csv").records
+    assert [read_image(r) for r in records[:2]] == [jpeg(0), jpeg(1)]
+    assert len(records) == 3
 
 
 def test_an_open_quote_does_not_swallow_rows(tmp_path: Path) -> None:

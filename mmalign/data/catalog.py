@@ -82,13 +82,16 @@ def stream(
 
     Where no sample has a caption, the columns there are are said at the end.
     """
-    captions, samples = 0, 0
+    samples = described = 0
     for found in _stream(sources, Asked(caption_keys, image_column)):
         if isinstance(found, Record):
             samples += 1
-            captions += len(found.captions)
+            described += bool(found.captions)
+        else:
+            # A caption that cannot be read was found all the same.
+            described += found.kept
         yield found
-    if samples and not captions and caption_keys:
+    if samples and not described and caption_keys:
         say(f"no captions found: {_looked_for(sources, Asked(caption_keys, image_column))}")
 
 

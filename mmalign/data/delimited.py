@@ -13,7 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from mmalign.data.columns import Asked, find_columns, listed, no_image_column, shown
+from mmalign.data.columns import (
+    SHOWN_CHARACTERS,
+    Asked,
+    find_columns,
+    listed,
+    no_image_column,
+    shown,
+)
 from mmalign.data.kinds import PICTURE_SUFFIXES, suffix
 from mmalign.data.places import open_file
 from mmalign.data.samples import DEFAULT_CAPTION_KEY, SampleProblem
@@ -81,6 +88,8 @@ def find_layout(path: str, default: str, asked: Asked) -> Layout:
     error = no_image_column(path, names, asked)
     if len(names) == 1:
         raise DataError(f"{error}; there is one column: is it separated by one of , ; | or tabs?")
+    if any(len(name) > SHOWN_CHARACTERS for name in names):
+        raise DataError(f"{error}; is its first line a header?")
     raise error
 
 

@@ -193,7 +193,8 @@ class _Reading:
         try:
             return columns.captions_of(row, self.asked), []
         except SampleProblem as problem:
-            return (), [Skip(id, uri, str(problem), lost="captions")]
+            hint = ": save the table as UTF-8" if "not UTF-8" in str(problem) else ""
+            return (), [Skip(id, uri, f"{problem}{hint}", lost="captions")]
 
     def meta(self, row: Row, cell: Convert = lambda name, value: value) -> Row:
         """Return metadata as JSON; what is too large for it is counted."""
@@ -452,7 +453,12 @@ def _resolve(image: str, folder: str) -> str:
     if places.is_url(image):
         return image
     path = places.local_path(image)
-    return path if os.path.isabs(path) else os.path.join(folder, path)
+    if not os.path.isabs(path):
+        path = os.path.join(folder, path)
+    if "\\" in image and os.sep == "/" and not os.path.lexists(path):
+        # Written on Windows.
+        path = os.path.join(folder, image.replace("\\", "/"))
+    return path
 
 
 def _small(value: Any) -> Any:
