@@ -50,6 +50,22 @@ def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path)
     assert pipeline.describe().startswith("busy: ")
 
 
+def test_what_a_camera_wrote_is_in_meta_under_what_stands_beside_the_image(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0110], exif[0x0132] = "Box 2", "2020:01:31 12:00:05"
+    folder = write_pairs(tmp_path / "p", 2)
+    for i in range(2):
+        Image.open(folder / f"00{i}.jpg").save(folder / f"00{i}.jpg", exif=exif)
+    (folder / "001.json").write_text('{"taken": "long ago", "price": 7}')
+    ((good, _),) = Pipeline(encoder, thumbnails=False).run(scan([str(folder)]).records)
+    assert [e.record.meta for e in good] == [
+        {"captions_zh": ["图片0"], "taken": "2020-01-31 12:00:05", "camera": "Box 2"},
+        {"taken": "long ago", "camera": "Box 2", "price": 7},
+    ]
+
+
 def test_batches_shrink_at_an_end_that_is_known(encoder: Encoder, tmp_path: Path) -> None:
     """An encoder would else wait for the last whole batch of another."""
     records = scan([str(write_pairs(tmp_path / "p", 90))]).records
