@@ -50,8 +50,7 @@ def build_index(
     """
     vectors = Rows(shards, live_N)
     made = plan(vectors, asked, recall, memory)
-    exact = made.index is None
-    if not exact:
+    if made.index is not None:
         approximate.save(made.index, folder / f"{modality}.faiss")
     promised = made.kept[0] if made.kept else None
     return {
@@ -62,7 +61,7 @@ def build_index(
         "dim": vectors.dim,
         "recall_wanted": recall,
         "memory": memory,
-        "recall": 1.0 if exact else promised and promised.recall,
+        "recall": promised.recall if promised else 1.0,
         "queries": promised.queries if promised else 0,
         "points": {name: [asdict(p) for p in points] for name, points in made.points.items()},
         "measured": [asdict(t) for t in made.kept],

@@ -24,8 +24,19 @@ NARROWEST, STEP = 4, 2**0.25
 WORSE = 2
 # Queries that are timed alone: while tuning, and at the end.
 TIMED, ALONE = 64, 300
+# Times that queries are drawn again for an interval.
+RESAMPLED = 1_000
 # Queries that one index answers before it is the turn of the next.
 TURN = 50
+
+
+@dataclass(frozen=True)
+class Held:
+    """Queries that tune nothing and measure what was tuned."""
+
+    queries_MD: Floats
+    groups_M: Ints | None = None
+    """Number of the image that each belongs to; None where each stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Trial:
     """Share of the true k nearest neighbours that were found, on queries that tuned nothing."""
     low: float
     high: float
-    """Confidence interval of 95 % of the recall, over queries."""
+    """Confidence interval of 95 % of the recall, over the images of the queries."""
     p50_ms: float
     p99_ms: float
     """Of one query at a time."""
@@ -63,15 +74,28 @@ def neighbour_recall(found_MK: Ints, true_MK: Ints) -> Floats:
     return both.any(axis=1).sum(axis=1) / np.maximum((true_MK >= 0).sum(axis=1), 1)  # type: ignore[no-any-return]
 
 
-def interval(shares_M: Floats, widths: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a mean over queries; 1.96 standard errors hold 95 %.
+def interval(shares_M: Floats, groups_M: Ints | None = None) -> tuple[float, float]:
+    """Confidence interval of 95 % of a mean over queries, by resampling groups of them.
 
-    Where all shares are equal, one query in three may still have been otherwise ("rule of three").
+    Captions of one image find, or miss, the same neighbours: taken as independent, they make an
+    interval that is too narrow. Where all shares are equal, resampling knows no error, so at least
+    three in two groups may have been otherwise.
+
+    Args:
+        shares_M: Recall of each query.
+        groups_M: The image of each query; without it, each query is a group of its own.
+
+    Source: the cluster bootstrap, Field and Welsh 2007, "Bootstrapping clustered data".
     """
-    count = max(len(shares_M), 1)
-    half = max(widths * float(np.std(shares_M)) / count**0.5, 1.5 / count)
-    mean = float(np.mean(shares_M))
-    return max(0.0, mean - half), min(1.0, mean + half)
+    groups_M = np.arange(len(shares_M)) if groups_M is None else groups_M
+    groups_M = np.unique(groups_M, return_inverse=True)[1]
+    sizes_G, sums_G = np.bincount(groups_M), np.bincount(groups_M, weights=shares_M)
+    count = max(len(sizes_G), 1)
+    drawn_BG = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLED)
+    means_B = (drawn_BG @ sums_G) / (drawn_BG @ sizes_G)
+    mean, least = float(np.mean(shares_M)), 1.5 / count
+    low, high = np.quantile(means_B, [0.025, 0.975])
+    return max(0.0, min(float(low), mean - least)), min(1.0, max(float(high), mean + least))
 
 
 def places(rows_MR: Ints, true_MK: Ints) -> Ints:
@@ -98,7 +122,7 @@ def tune(
         The parameters, and True; or those that find most, and False, where even the whole index
         does not find enough, as its codes are too coarse.
     """
-    deepest = min(DEEPEST * k, index.held, MOST_CANDIDATES)
+    deepest = _deepest(index, k)
 
     @cache
     def sufficient(breadth: int) -> Point | None:
@@ -129,6 +153,43 @@ def tune(
     return best, True
 
 
+def prove(
+    index: Approximate, held: Held, true_MK: Ints, point: Point, wanted: float, *, own: int = 0
+) -> Point | None:
+    """Look wider until held-out queries are found as well as was promised.
+
+    They are, once the interval of their recall lies above it. So few queries that this could not
+    even be if all of them found everything, need only find it on average.
+
+    Args:
+        index: Built and tuned.
+        held: Queries that tuned nothing.
+        true_MK: Their true neighbours.
+        point: Where to start.
+        wanted: The promised recall.
+        own: See `measure`.
+
+    Returns:
+        The first parameters that do, or None, where even the widest do not.
+    """
+    deepest = max(point.candidates, _deepest(index, point.k))
+    everything = interval(np.ones(len(held.queries_MD), np.float32), held.groups_M)[0]
+    while True:
+        found_MK = index.search_at(held.queries_MD, replace(point, k=point.k + own))[1]
+        shares_M = neighbour_recall(found_MK, true_MK[:, : point.k])
+        low = interval(shares_M, held.groups_M)[0] if everything >= wanted else shares_M.mean()
+        if low >= wanted:
+            return point
+        wider = Point(
+            point.k,
+            min(math.ceil(point.breadth * STEP), max(point.breadth, index.breadest)),
+            min(math.ceil(point.candidates * DEEPER), deepest),
+        )
+        if wider == point:
+            return None
+        point = wider
+
+
 def breadths(least: int, most: int, step: float) -> list[int]:
     """Breadths worth trying, each so many times the one before.
 
@@ -138,6 +199,11 @@ def breadths(least: int, most: int, step: float) -> list[int]:
     count = 1 + max(0, math.ceil(math.log(most / least, step)))
     steps = dict.fromkeys(round(least * step**i) for i in range(count))
     return [s for s in steps if s < most] + [most]
+
+
+def _deepest(index: Approximate, k: int) -> int:
+    """Most candidates worth looking at."""
+    return min(DEEPEST * k, index.held, MOST_CANDIDATES)
 
 
 def depths(k: int, deepest: int) -> list[int]:
@@ -171,7 +237,7 @@ def in_turns(contestants: Sequence[tuple[Approximate, Point]], queries_MD: Float
 
 def measure(
     index: Approximate,
-    queries_MD: Floats,
+    held: Held,
     true_MK: Ints,
     point: Point,
     seconds_M: Floats,
@@ -183,19 +249,20 @@ def measure(
 
     Args:
         index: Built and tuned.
-        queries_MD: The queries.
+        held: The queries.
         true_MK: Their true neighbours, at least as many as the point is for.
         point: Parameters of the search.
         seconds_M: What `times` or `in_turns` say of some of the queries.
         own: Rows that each query finds beside them and that are none: itself, if it is stored.
         known: The rest of a `Trial`.
     """
+    queries_MD = held.queries_MD
     index.search_at(queries_MD[:1], point)
     started = time.perf_counter()
     found_MK = index.search_at(queries_MD, replace(point, k=point.k + own))[1]
     batch_s = time.perf_counter() - started
     shares_M = neighbour_recall(found_MK, true_MK[:, : point.k])
-    low, high = interval(shares_M)
+    low, high = interval(shares_M, held.groups_M)
     return Trial(
         point=point,
         queries=len(queries_MD),

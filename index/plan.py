@@ -4,8 +4,10 @@ N rows, M queries, D dimensions, K neighbours.
 
 Every design that fits the memory is built over a sample of the rows, tuned until it finds the
 wanted share of true neighbours of real queries, and timed; the fastest go on to a larger sample,
-and the best is built over all rows. Nothing is assumed of the data: text queries lie elsewhere than
-the images they look for, and what finds neighbours of images may miss theirs.
+and the best is built over all rows. Held-out queries then prove it, or it looks wider, or the next
+best design is built, and where none keeps the promise every row is compared. Nothing is assumed of
+the data: text queries lie elsewhere than the images they look for, and what finds neighbours of
+images may miss theirs.
 
 Source: successive halving, Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization".
@@ -25,7 +27,7 @@ from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
 from mmalign.index.lists import Lists
-from mmalign.index.measure import ALONE, Trial, in_turns, measure, times, tune
+from mmalign.index.measure import ALONE, Held, Trial, in_turns, measure, prove, times, tune
 from mmalign.index.rows import Rows
 from mmalign.index.spec import KS, Design, Floats, Ints, Point
 from mmalign.progress import over, say
@@ -50,8 +52,8 @@ ROUNDS, ROUND_QUERIES, KEPT, SLOWER = (1 << 14, 1 << 16), 300, 0.3, 1.5
 # Queries that tune over all rows. The modalities by which no design is chosen tune and measure with
 # a quarter of their queries, as exact truth for each takes longest.
 TUNING, QUARTER = 1_000, 4
-# The recall to tune for lies so many standard errors above the promise, but not farther off.
-ERRORS, MARGIN = 3.0, 0.01
+# The recall to tune for lies so far above the promise, as others queries find a little less.
+MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,20 @@ class Queries:
     held_MD: Floats
     stored: bool = False
     """They are vectors of the index itself; each then finds itself, which counts for nothing."""
+    groups_M: Ints | None = None
+    """Image that each of `held_MD` belongs to; None where each stands for itself."""
+
+    @property
+    def held(self) -> Held:
+        """Those that measure."""
+        return Held(self.held_MD, self.groups_M)
 
     def fewer(self, part: int) -> "Queries":
         """Return at most as many as tune over all rows, or a part of these."""
-        tune_MD = self.tune_MD[: TUNING // part]
-        return replace(self, tune_MD=tune_MD, held_MD=self.held_MD[: -(-len(self.held_MD) // part)])
+        count = -(-len(self.held_MD) // part)
+        groups_M = None if self.groups_M is None else self.groups_M[:count]
+        tune_MD, held_MD = self.tune_MD[: TUNING // part], self.held_MD[:count]
+        return replace(self, tune_MD=tune_MD, held_MD=held_MD, groups_M=groups_M)
 
 
 @dataclass(frozen=True)
@@ -103,13 +114,11 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
             f"be compared; {least / 1e6:,.0f} MB are enough for one"
         )
         return Plan(Design("exact"))
-    heap.keep_little()
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
     if not asked:
-        # Nothing to measure with: look into an eighth of the lists and claim nothing.
-        blind = fitting[0]
-        points = [Point(k, blind.lists(vectors.live) // 8, 20 * k) for k in KS]
-        return Plan(blind, approximate.build(vectors, blind), {"text": points})
+        say("too few queries to tune and to measure an index with, so every row will be compared")
+        return Plan(Design("exact"))
+    heap.keep_little()
     main = next(iter(asked))
     designs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
     if not designs:
@@ -127,19 +136,18 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         if built is not None:
             return replace(built, tried=tried)
         name = design.name(vectors.live, vectors.dim)
-        say(f"{name} does not find {recall:.1%} over all rows")
+        say(f"{name} does not find {recall:.1%} over all rows, of tuning and of held-out queries")
     say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
     return Plan(Design("exact"), tried=tried)
 
 
-def aim(recall: float, queries: int) -> float:
-    """Recall to reach on queries that tune, so that others find the promised share too.
+def tuning_target(recall: float) -> float:
+    """Recall to reach on queries that tune, so that others are likely to find the promised share.
 
-    >>> round(aim(0.95, 1000), 4), aim(1.0, 10)
-    (0.96, 1.0)
+    >>> round(tuning_target(0.95), 4), round(tuning_target(0.99), 4)
+    (0.96, 0.995)
     """
-    error = (recall * (1 - recall) / max(queries, 1) / 4) ** 0.5
-    return float(recall + min(ERRORS * error, MARGIN, (1 - recall) / 2))
+    return recall + min(MARGIN, (1 - recall) / 2)
 
 
 def _bytes(design: Design, vectors: Rows) -> float:
@@ -220,7 +228,7 @@ class _Game:
         found = []
         for entry, seconds_M in zip(self.entered, timed, strict=True):
             design, index, point, reached, known = entry
-            trial = measure(index, self.others, self.others_MK, point, seconds_M, **known)
+            trial = measure(index, Held(self.others), self.others_MK, point, seconds_M, **known)
             found.append((design, trial, reached))
         return found
 
@@ -232,7 +240,7 @@ def _build_and_tune(
     true: Mapping[str, Ints],
     recall: float,
 ) -> Plan | None:
-    """Build over all rows and tune for every kind of query; None where one falls short.
+    """Build over all rows and tune for every modality; None where held-out queries fall short.
 
     What the lists learn of the queries they learn of all; fewer tune and measure.
     """
@@ -252,15 +260,16 @@ def _build_and_tune(
         for k in KS:
             # Fewer queries tell as much by more neighbours of each.
             tuning = queries.tune_MD[: TUNING if k == KS[0] else ROUND_QUERIES]
-            wanted = aim(recall, len(tuning))
-            point, reached = tune(index, tuning, tuning_MK[: len(tuning)], k, wanted)
-            if not reached:
+            own = int(queries.stored)
+            target = tuning_target(recall)
+            start, reached = tune(index, tuning, tuning_MK[: len(tuning)], k, target)
+            point = prove(index, queries.held, held_MK, start, recall, own=own) if reached else None
+            if point is None:
                 return None
             points[name].append(point)
-            own = int(queries.stored)
             seconds_M = times(index, queries.held_MD[:ALONE], point)
             words = known | {"asked": name, "own": own}
-            kept.append(measure(index, queries.held_MD, held_MK, point, seconds_M, **words))
+            kept.append(measure(index, queries.held, held_MK, point, seconds_M, **words))
     return Plan(design, built, points, kept)
 
 

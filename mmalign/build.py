@@ -150,15 +150,24 @@ def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Qu
         none = np.zeros((0, store.manifest.model.dim), np.float32)
         return Queries(none, none)
     rows = np.random.default_rng(1).permutation(vectors.draw(DRAWN + HELD, seed=0))
-    return _split(vectors.gather(rows).astype(np.float32))
+    images = store.caption_owners[rows] if modality == "text" else rows
+    return _split(vectors.gather(rows).astype(np.float32), images)
 
 
-def _split(queries_MD: NDArray[np.float32]) -> Queries:
-    """Equal queries are one: none may tune and measure both."""
+def _split(queries_MD: NDArray[np.float32], images_M: NDArray[np.int64]) -> Queries:
+    """Divide queries in random order into those that tune and those that measure.
+
+    Equal queries are one, and all queries of an image are on one side: what tunes must tell nothing
+    of what measures.
+    """
     first = np.sort(np.unique(queries_MD, axis=0, return_index=True)[1])
-    queries_MD = queries_MD[first]
-    held = min(HELD, len(queries_MD) // 2)
-    return Queries(queries_MD[held:], queries_MD[:held])
+    queries_MD, images_M = queries_MD[first], images_M[first]
+    _, seen, image_M = np.unique(images_M, return_index=True, return_inverse=True)
+    # Images in the order of their first query, as long as these fit.
+    rank_M = np.argsort(np.argsort(seen))[image_M]
+    upto = np.cumsum(np.bincount(rank_M))
+    held_M = rank_M < np.searchsorted(upto, min(HELD, len(queries_MD) // 2), side="right")
+    return Queries(queries_MD[~held_M], queries_MD[held_M], groups_M=images_M[held_M])
 
 
 def _report(modality: str, part: dict[str, Any]) -> None:
@@ -168,8 +177,13 @@ def _report(modality: str, part: dict[str, Any]) -> None:
         say(f"{modality}: measured on held-out queries\n{table(part['measured'])}")
     if part["kind"] == "exact":
         say(f"{modality}: exact search over {part['held']} vectors, nothing to miss")
-    elif part["recall"] is None:
-        say(f"{modality}: {part['name']}; recall not measured, as there are no queries")
+    for trial in part["measured"]:
+        if trial["low"] < part["recall_wanted"]:
+            say(
+                f"{modality}: {trial['queries']} held-out {trial['asked']} queries are too few to "
+                f"be sure of {part['recall_wanted']:.1%}: recall@{trial['point']['k']} lies "
+                f"between {trial['low']:.1%} and {trial['high']:.1%}"
+            )
 
 
 def _query_file(store: Store, queries: str | Path, model: str | Path | None) -> Queries:
@@ -196,8 +210,5 @@ def _query_file(store: Store, queries: str | Path, model: str | Path | None) -> 
             f"the model is {encoder.identity}"
         )
     report_cut(encoder, len(encoder.tokenizer.cut(lines)), "queries")
-    return _split(
-        np.concatenate(
-            [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
-        )
-    )
+    parts = [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
+    return _split(np.concatenate(parts), np.arange(len(lines)))

@@ -24,7 +24,7 @@ from mmalign.index import (
 from mmalign.index.approximate import Approximate
 from mmalign.index.lists import Lists, query_metric
 from mmalign.index.measure import interval, neighbour_recall, places, tune
-from mmalign.index.plan import DESIGNS, aim
+from mmalign.index.plan import DESIGNS
 from mmalign.index.spec import Design, Point
 
 DIM = 32
@@ -210,10 +210,24 @@ def test_what_is_measured_is_what_is_meant() -> None:
     assert places(np.array([[7, 3, 5, -1]]), np.array([[5, 8, 7]])).tolist() == [[2, 4, 0]]
     shares = np.array([0.0, 1.0] * 200)
     low, high = interval(shares)
-    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20)
-    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20)
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20, abs=0.01)
     assert interval(np.ones(100)) == (pytest.approx(0.985), 1.0)
-    assert 0.95 < aim(0.95, 5_000) < aim(0.95, 500) <= 0.96
+
+
+def test_an_interval_knows_that_captions_of_an_image_are_alike() -> None:
+    """Of 95 % intervals about nine in ten hold the truth, and not four in five."""
+    rng, true, images, captions = np.random.default_rng(0), 0.9, 100, 5
+    groups = np.repeat(np.arange(images), captions)
+    covered = []
+    for _ in range(40):
+        of_image = np.repeat(rng.beta(9, 1, images), captions)
+        shares = rng.binomial(10, of_image) / 10
+        low, high = interval(shares, groups)
+        covered.append(low <= true <= high)
+        narrow, wide = interval(shares)
+        assert high - low > 1.3 * (wide - narrow)
+    assert np.mean(covered) >= 0.9
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +263,7 @@ def test_the_planner_keeps_its_promise(built: tuple[Path, np.ndarray, dict[str, 
         (asked, k) for asked in ("text", "image") for k in (10, 100)
     }
     for trial in part["measured"]:
-        assert trial["low"] <= trial["recall"] <= trial["high"] <= 1
-        assert trial["recall"] >= 0.89
-        assert trial["high"] >= 0.9
+        assert 0.9 <= trial["low"] <= trial["recall"] <= trial["high"] <= 1
         assert trial["high"] - trial["low"] < 0.05
     assert len({t["design"] for t in part["tried"]}) >= 4
     assert part["measured"][0]["design"] in table(part["measured"])
@@ -447,13 +459,15 @@ def test_an_index_of_other_vectors_is_refused(
         open_index(folder, "image", [stored[:5]])
 
 
-def test_an_index_without_queries_claims_nothing(tmp_path: Path) -> None:
-    stored = vectors(50_000)
-    part = build_index(tmp_path, "image", [stored], asked={}, recall=0.9, memory=1e9)
-    write_description(tmp_path, {"modalities": {"image": part}})
-    assert part["recall"] is None
-    found = open_index(tmp_path, "image", [stored]).search(stored[:50].astype(np.float32), 1)[1]
-    assert (found[:, 0] == np.arange(50)).mean() > 0.9
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_queries_every_row_is_compared(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing could tell whether an index keeps its promise."""
+    asked = {"text": Queries(texts(1)[:count], texts(1)[:0])}
+    part = build_index(tmp_path, "image", [vectors(50_000)], asked=asked, recall=0.9, memory=1e9)
+    assert (part["kind"], part["recall"], part["measured"]) == ("exact", 1.0, [])
+    assert capsys.readouterr().err.count("too few queries") == 1
 
 
 def test_few_rows_are_compared_one_by_one(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_index import texts, vectors
+from test_index import DIM, texts, vectors
 
+from mmalign import build
 from mmalign.index import Queries, Rows
 from mmalign.index import plan as planner
 from mmalign.index.measure import TURN, in_turns
@@ -132,3 +133,86 @@ def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
     assert made.design == given[2]
     assert len(set(given)) == 3
     assert capsys.readouterr().err.count("does not find 50.0% over all rows") == 2
+
+
+def hard(count: int) -> Any:
+    """Queries that lie anywhere, and so harder to answer than those that lie near rows."""
+    drawn = np.random.default_rng(5).normal(size=(count, DIM)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_held_out_queries_miss_is_looked_for_wider(
+    stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the queries that tune are easy, those that measure are answered as promised."""
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "ROUNDS", (500,))
+    monkeypatch.setattr(planner, "DESIGNS", DESIGNS[:1])
+    starts: list[Point] = []
+    tuned = planner.tune
+
+    def tune(*given: Any) -> Any:
+        found = tuned(*given)
+        if len(given[0].vectors.shards[0]) == 1_000:
+            starts.append(found[0])
+        return found
+
+    monkeypatch.setattr(planner, "tune", tune)
+    rows = vectors(1_000)
+    asked = {"text": Queries(texts(100), hard(120))}
+    if stored:
+        asked["image"] = Queries(texts(100), rows[:200].astype(np.float32), True)
+    made = plan(Rows([rows]), asked, 0.9, memory=1e7)
+    assert made.design.kind == "ivf"
+    assert len(made.kept) == (4 if stored else 2)
+    assert all(trial.low >= 0.9 for trial in made.kept)
+    wider = [
+        made.breadth > start.breadth
+        for made, start in zip(made.points["text"], starts, strict=False)
+    ]
+    assert any(wider)
+
+
+def test_a_promise_that_held_out_queries_miss_is_not_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all lists searched, codes of 4 bits for four dimensions tell too little of them."""
+    monkeypatch.setattr(planner, "EXACT_ROWS", 500)
+    monkeypatch.setattr(planner, "ROUNDS", (500,))
+    monkeypatch.setattr(planner, "DESIGNS", DESIGNS[1:2])
+    monkeypatch.setattr("mmalign.index.measure.DEEPEST", 2)
+    asked = {"text": Queries(vectors(200, 3).astype(np.float32), hard(300))}
+    made = plan(Rows([vectors(4_000)]), asked, 0.5, memory=1e7)
+    assert made.design.kind == "exact"
+    said = capsys.readouterr().err
+    assert "does not find 50.0% over all rows, of tuning and of held-out queries" in said
+    assert "so every row will be compared" in said
+
+
+def test_captions_of_an_image_tune_or_measure() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(40, size=300)
+    queries = build._split(rng.normal(size=(300, 4)).astype(np.float32), images)
+    assert queries.groups_M is not None
+    held = set(queries.groups_M.tolist())
+    assert 100 < len(queries.held_MD) <= 150
+    assert len(queries.tune_MD) + len(queries.held_MD) == 300
+    assert len(queries.groups_M) == len(queries.held_MD) == np.isin(images, list(held)).sum()
+    for count in (0, 1, 2):
+        few = build._split(np.eye(4, dtype=np.float32)[:count], np.arange(count))
+        assert (len(few.tune_MD), len(few.held_MD)) == (count - count // 2, count // 2)
+    same = build._split(np.ones((5, 4), np.float32), np.arange(5))
+    assert (len(same.tune_MD), len(same.held_MD)) == (1, 0)
+
+
+def test_too_few_queries_to_be_sure_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = {"asked": "text", "queries": 12, "low": 0.88, "high": 1.0, "point": {"k": 10}}
+    part = {"kind": "ivf", "tried": [], "measured": [trial], "recall_wanted": 0.9}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "table", lambda trials: "")
+        build._report("image", part)
+        build._report("image", part | {"measured": [trial | {"low": 0.91}]})
+    said = [line for line in capsys.readouterr().err.splitlines() if "too few" in line]
+    assert len(said) == 1
+    assert "12 held-out text queries are too few to be sure of 90.0%: recall@10 lies" in said[0]
