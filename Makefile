@@ -3,9 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+EXTRAS := dev,fonts,photos,sql
+OLDEST ?= python3.11
+NEWEST ?= python3.13
+# Two processes of one thread each: half the time of one process with two threads.
+TEST   := OMP_NUM_THREADS=1 PYTEST_ADDOPTS='-n 2'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-crash check fix bench bench-gpu clean
+.PHONY: help setup demo test test-fast test-floors test-newest test-crash check fix bench bench-gpu clean
 
 help:   ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -15,14 +20,28 @@ setup: $(READY)  ## make .venv and install mmalign with everything it needs (abo
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; ok = (3, 11) <= v <= (3, 13); sys.exit(None if ok else "mmalign needs Python 3.11 to 3.13; this is %d.%d. Name another: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fonts,sql,photos]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
 
 demo: $(READY)  ## draw scenes, train, embed, index and search them: five minutes on two cores
 	$(BIN)/mmalign demo --out demo
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, in two processes
+	$(TEST) $(BIN)/python -m pytest
+
+test-fast: $(READY)  ## the tests that are quick, in one minute: while you work
+	$(TEST) $(BIN)/python -m pytest -m "not slow"
+
+test-floors:  ## run the tests with the lowest versions that setup.cfg allows (another 6 GB)
+	$(OLDEST) -m venv .venv-floors
+	$(OLDEST) tests/floors.py > .venv-floors/floors.txt
+	.venv-floors/bin/pip install --quiet -c .venv-floors/floors.txt -e '.[$(EXTRAS)]'
+	$(TEST) .venv-floors/bin/python -m pytest
+
+test-newest:  ## run the tests with the newest versions that setup.cfg allows (another 6 GB)
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade -e '.[$(EXTRAS)]'
+	$(TEST) .venv-newest/bin/python -m pytest
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
 	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/test_crash*.py
@@ -49,4 +68,4 @@ bench-gpu:  ## the GPU tests and benchmarks on one card; no network, no set-up
 	$(GPU_PYTHON) -m bench topk
 
 clean:  ## remove the environment, caches and the demo
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-floors .venv-newest demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

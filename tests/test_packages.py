@@ -8,12 +8,16 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mmalign
 import mmalign.index
 
+from floors import requirements  # isort: skip
+
 ROOT = Path(__file__).parents[1]
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 410, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 90
 DRAWERS = {"utils.py", "helpers.py", "misc.py", "common.py"}
 
 
@@ -23,6 +27,17 @@ def test_setup_cfg_lists_every_package() -> None:
     listed = set(config["options"]["packages"].split())
     folders = {p.parent.relative_to(ROOT) for p in (ROOT / "mmalign").rglob("__init__.py")}
     assert listed == {".".join(f.parts) for f in folders} | {"mmalign.index"}
+
+
+def test_what_is_tested_together_is_what_setup_cfg_allows() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, equals, version = line.partition("==")
+        if equals:
+            pins[canonicalize_name(name)] = version
+    for requirement in map(Requirement, requirements()):
+        assert any(s.operator == ">=" for s in requirement.specifier), requirement
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def module_names() -> list[str]:

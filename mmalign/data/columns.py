@@ -133,7 +133,7 @@ def shown(name: str) -> str:
     r"""Write a name for a message: cut, and without what would act on a terminal.
 
     >>> shown("a\x1b" + "b" * 100)
-    'a\\x1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb…'
+    'a\\x1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb…'
     """
     cut = name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…"
     return escaped(cut)
