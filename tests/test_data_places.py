@@ -266,3 +266,15 @@ def test_a_file_url_is_the_local_path(tmp_path: Path) -> None:
 )
 def test_what_a_url_is(place: str, url: bool) -> None:
     assert is_url(place) == url
+
+
+def test_files_of_gigabytes_are_not_read_into_memory(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "f", {"a.jpg": jpeg(), "b.jpg": jpeg(1)})
+    for name in ("a.jpg", "b.txt"):
+        with open(folder / name, "wb") as file:
+            file.truncate(3 << 30)
+    catalog = listed(folder)
+    why = "captions cannot be read: it has 3,221 MB, more than 67"
+    assert reasons(catalog.skips) == {"f/b.jpg": why}
+    with pytest.raises(DataError, match="cannot be read: it has 3,221 MB, more than 537"):
+        read_image(catalog.records[0])

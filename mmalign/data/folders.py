@@ -122,7 +122,8 @@ class _Folders:
         for name in dict.fromkeys((*names, *named.values())):
             try:
                 beside = _join(path.rpartition("/")[0], name)
-                contents[name] = places.read(self.uri(beside))
+                most = places.MOST_SIDECAR_BYTES
+                contents[name] = places.read(self.uri(beside), most=most)
             except OSError as error:
                 reason = f"captions cannot be read: {places.reason(error)}"
                 yield self._skip(path, reason, "captions")

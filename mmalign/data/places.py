@@ -16,6 +16,8 @@ from urllib.parse import unquote
 # A scheme of one letter is a Windows drive. fsspec chains schemes: `simplecache::s3://bucket/key`.
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _LOCAL_URL = re.compile(r"(?:file|local)://", re.IGNORECASE)
+# No image has so many bytes, and no sidecar. Each thread holds a whole file while it is decoded.
+MOST_BYTES, MOST_SIDECAR_BYTES = 1 << 29, 1 << 26
 _SPECIAL = {
     stat.S_IFIFO: "named pipe",
     stat.S_IFSOCK: "socket",
@@ -90,18 +92,27 @@ def open_file(place: str) -> Iterator[BinaryIO]:
         yield remote
 
 
-def read(place: str, offset: int = 0, length: int = -1) -> bytes:
+def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTES) -> bytes:
     """Read a regular file, or a part of it; less than `length` where it ends before.
 
+    Args:
+        place: A path or URL.
+        offset: Where to begin.
+        length: How many bytes; -1 up to the end.
+        most: Refuse to read more; behind a URL, the size of a whole file is not asked for.
+
     Raises:
-        OSError: It cannot be read, or is no regular file.
+        OSError: It cannot be read, is no regular file, or has more.
     """
+    _refuse_large(length, most)
     if is_url(place):
         fs, path = file_system(place)
         with foreign_errors():
             end = None if length < 0 else offset + length
             return bytes(fs.cat_file(path, start=offset or None, end=end))
     with open_file(place) as file:
+        if length < 0:
+            _refuse_large(os.fstat(file.fileno()).st_size - offset, most)
         file.seek(offset)
         return file.read(length)
 
@@ -187,6 +198,11 @@ def _open_regular(path: str, flags: int) -> int:
         os.close(number)
         raise
     return number
+
+
+def _refuse_large(size: int, most: int) -> None:
+    if size > most:
+        raise OSError(f"it has {size / 1e6:,.0f} MB, more than {most / 1e6:,.0f}")
 
 
 def refuse_special(mode: int) -> None:

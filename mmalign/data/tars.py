@@ -120,6 +120,9 @@ class _Tar:
             folded = sidecars.folded(name)
             if folded in self.beside:
                 self.skips.add(self._skip(name, "duplicate key"))
+            elif member.size > places.MOST_SIDECAR_BYTES:
+                reason = f"captions cannot be read: it has {member.size / 1e6:,.0f} MB"
+                self.skips.add(self._skip(name, reason, "captions"))
             else:
                 self.beside[folded] = name, _content(tar, member)
         elif why := passed_over(name, lambda: _content(tar, member, HEAD_BYTES)):
