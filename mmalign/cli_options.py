@@ -41,7 +41,8 @@ json_option = click.option(
 )
 model_option = click.option(
     "--model", required=True, metavar="RUN_OR_NAME", type=PLACE,
-    help="A run folder, or an open_clip model as NAME:TAG or NAME:FILE.",
+    help="A run folder, or an open_clip model: NAME:TAG, NAME:FILE, hf-hub:ORG/REPO or "
+    "local-dir:FOLDER.",
 )  # fmt: skip
 store_argument = click.argument("store", type=FolderPath())
 yes_option = click.option(

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmalign.data import Record, Spool, report_skips
 from mmalign.encoding import report_cut
-from mmalign.errors import DataError, UsageError
+from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluate import compare
 from mmalign.model import Encoder, Precision, in_precision, keep_weights, load_model, to_fastest
 from mmalign.pipeline import Encoded, Pipeline
@@ -99,7 +99,7 @@ def embed(
     plain = to_fastest(load_model(model))
     encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
-    store = open_or_new(path, card)
+    store = _open(path, card, plain)
     keep_weights(encoder)
     with Spool() as spool:
         todo = find_todo(store, Wanted(sources, caption_keys, image_column, checksum, part), spool)
@@ -124,6 +124,16 @@ def embed(
 def _drop(store: Store, gone: list[int], yes: bool) -> int:
     require_few(store.path, len(gone), len(open_store(store.path)), yes)
     return delete_rows(store.path, gone, store.manifest.generation) if gone else 0
+
+
+def _open(path: Path, card: ModelCard, plain: Encoder) -> Store:
+    try:
+        return open_or_new(path, card)
+    except IdentityError as error:
+        fault = plain.former_fault(open_store(path).manifest.model.identity)
+        if not fault:
+            raise
+        raise IdentityError(f"{path}: {fault}") from error
 
 
 def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tuple[int, float]:

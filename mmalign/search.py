@@ -73,9 +73,11 @@ class Searcher:
         """
         held = store.manifest.model.identity
         if encoder.identity != held:
+            why = (
+                encoder.former_fault(held) or "search with the model that embedded, or embed again"
+            )
             raise IdentityError(
-                f"{store.path} holds embeddings of {held}, the model is {encoder.identity}: "
-                "search with the model that embedded, or embed again"
+                f"{store.path} holds embeddings of {held}, the model is {encoder.identity}: {why}"
             )
         self.store = store
         self.encoder = encoder

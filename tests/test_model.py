@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import weights_of
-from torch import nn
 
 from mmalign import load_model
 from mmalign.errors import InstallError, ModelError
@@ -134,13 +133,15 @@ def test_open_clip_models_agree_with_open_clip(tmp_path: Path, small_clip: str) 
         assert torch.equal(encoder.towers.state_dict()[f"clip.{name}"], weight)
 
 
-def test_layers_whose_weights_will_be_loaded_draw_none() -> None:
-    generator = torch.get_rng_state()
-    with openclip._NotDrawn():
-        layers = [nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.Embedding(4, 4)]
-        layers.append(nn.MultiheadAttention(4, 2))
-        nn.init.trunc_normal_(layers[0].weight)
-    assert torch.equal(torch.get_rng_state(), generator)
+def test_a_network_without_weights_holds_none(small_clip: str) -> None:
+    """What a checkpoint does not cover is not whatever the memory held."""
+    architecture = {"kind": "open_clip", "name": small_clip}
+    built = openclip.build(architecture)
+    assert all(weight.is_meta for weight in built.parameters())
+    assert not any(buffer.is_meta for buffer in built.buffers())
+    blank = openclip.blank(architecture)
+    assert all(weight.isnan().all() for weight in blank.parameters())
+    assert torch.equal(blank.attn_mask, openclip.module().create_model(small_clip).attn_mask)
 
 
 def test_nothing_is_unpickled(tmp_path: Path, small_clip: str) -> None:

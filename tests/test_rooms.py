@@ -25,7 +25,8 @@ ORDER: list[set[str]] = [
 ]
 DOORS = {
     "faiss": {"mmalign.index.approximate"},
-    "open_clip": {"mmalign.model.openclip"},
+    "open_clip": {"mmalign.model.clip_networks"},
+    "huggingface_hub": {"mmalign.model.clip_networks"},
     "timm": set(),
     "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},
     "tokenizers": {"mmalign.model.tokenizer"},

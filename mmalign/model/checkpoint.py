@@ -15,15 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
-from mmalign.errors import ModelError, nearest, reason_of, shell_command
+from mmalign.errors import ModelError, nearest, shell_command
 from mmalign.model import openclip, tokenizer
 from mmalign.model.encoder import Encoder, Preprocess
 from mmalign.model.presets import PRESETS, Preset
 from mmalign.model.towers import OwnTowers
+from mmalign.model.weights import reason, require_numbers
 
 
 def new_model(preset: str, captions: Iterable[str]) -> Encoder:
@@ -47,7 +49,9 @@ WEIGHTS, ONLY_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors"), "model.s
 
 
 def load_model(name: str | Path, identity: str | None = None) -> Encoder:
-    """Load a run folder, or an open_clip model written `NAME:TAG` or `NAME:FILE`.
+    """Load a run folder, or an open_clip model.
+
+    The latter are written `NAME:TAG`, `NAME:FILE`, `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
 
     Args:
         name: Which one.
@@ -61,17 +65,34 @@ def load_model(name: str | Path, identity: str | None = None) -> Encoder:
     if run.is_dir():
         return _load_run(run, identity)
     architecture, colon, pretrained = str(name).partition(":")
-    if "/" in architecture or architecture.startswith("."):
-        raise ModelError(f"{name}: no such run folder")
-    if colon:
+    if architecture in (openclip.HUB, openclip.FOLDER):
         return openclip.load(architecture, pretrained)
-    if architecture in openclip.names():
-        known = ", ".join(openclip.tags(architecture))
-        raise ModelError(f"{name}: say which weights, as {name}:TAG with one of {known}")
-    raise ModelError(
-        f"{name}: neither a run folder nor an open_clip model: "
-        f"{nearest(architecture, openclip.names())}"
-    )
+    known = {other.lower(): other for other in openclip.names()}
+    meant = known.get(architecture.replace("/", "-").lower())
+    if meant is None and ("/" in architecture or architecture.startswith(".")):
+        raise ModelError(f"{name}: no such run folder")
+    if colon and meant in (None, architecture):
+        return openclip.load(architecture, pretrained)
+    if architecture in PRESETS:
+        raise ModelError(
+            f"{name}: a preset, which has no weights: train it (--set preset={name}) and give the "
+            "folder of the run"
+        )
+    if meant is None:
+        hint = nearest(architecture, known.values())
+        raise ModelError(f"{name}: neither a run folder nor an open_clip model: {hint}")
+    if colon:
+        raise ModelError(
+            f"{name}: neither a run folder nor an open_clip model: "
+            f"did you mean '{meant}:{pretrained}'?"
+        )
+    raise ModelError(f"{name}: say which weights, as {meant}:TAG with one of {_some_tags(meant)}")
+
+
+def _some_tags(name: str, most: int = 8) -> str:
+    tags = openclip.tags(name)
+    more = f" and {len(tags) - most} more" if len(tags) > most else ""
+    return ", ".join(tags[:most]) + more
 
 
 def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
@@ -140,16 +161,24 @@ def drop_weights(run: Path, name: str) -> None:
 
 
 def blank_model(run: Path) -> Encoder:
-    """Build the encoder of a run with weights that are still to be loaded.
+    """Build the encoder of a run with weights that are still to be loaded: until then all are NaN.
 
     Raises:
         ModelError: Its files are missing or damaged.
     """
     description = _description(run)
     try:
-        return _build(run, description)
+        encoder = _build(run, description)
     except UNFIT as error:
         _damaged(run, error)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in encoder.towers.parameters():
+            weight.normal_(std=0.02, generator=generator)
+        openclip.compare_with_public(encoder)
+        for weight in encoder.towers.parameters():
+            weight.fill_(torch.nan)
+    return encoder
 
 
 def _load_run(run: Path, identity: str | None) -> Encoder:
@@ -170,6 +199,8 @@ def _load_run(run: Path, identity: str | None) -> Encoder:
         encoder.towers.load_state_dict(load_file(weights))
     except UNFIT as error:
         _damaged(run, error)
+    require_numbers(encoder.towers, str(weights))
+    openclip.compare_with_public(encoder)
     encoder.source = str(run.absolute())
     return encoder
 
@@ -207,16 +238,20 @@ def _keeper(weights: Path) -> Path:
 
 def _build(run: Path, description: dict[str, Any]) -> Encoder:
     architecture = description["architecture"]
-    if architecture["kind"] == "open_clip":
-        return openclip.wrap(openclip.blank(architecture["name"]), architecture["name"])
-    words = tokenizer.from_json((run / "tokenizer.json").read_text(encoding="utf-8"))
+    # What was trained with, whatever open_clip prepares images with by default.
     preprocess = Preprocess(**description["preprocess"])
+    if architecture["kind"] == "open_clip":
+        clip = openclip.blank(architecture)
+        encoder = openclip.wrap(clip, description["name"], architecture)
+        encoder.preprocess = preprocess
+        return encoder
+    words = tokenizer.from_json((run / "tokenizer.json").read_text(encoding="utf-8"))
     return Encoder(description["name"], _towers(architecture), words, preprocess, architecture)
 
 
 def _damaged(run: Path, error: Exception) -> NoReturn:
     what = f"{run}: the model is damaged or of another version"
-    raise ModelError(f"{what}: {reason_of(error)}") from error
+    raise ModelError(f"{what}: {reason(error)}") from error
 
 
 def _towers(architecture: dict[str, Any]) -> OwnTowers:

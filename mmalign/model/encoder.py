@@ -7,7 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -154,6 +154,21 @@ class Encoder:
                 tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             )
         return f"{self.name}-{digest.hexdigest()[:16]}"
+
+    def former_fault(self, identity: str) -> str:
+        """Say what earlier versions got wrong with these weights, if that led to an identity."""
+        plain = {k: v for k, v in self.architecture.items() if k != "quick_gelu"}
+        size = self.preprocess.size
+        for fault, former in (
+            ("with the wrong activation (GELU, not QuickGELU)", replace(self, architecture=plain)),
+            (
+                "with images prepared as for other weights",
+                replace(self, preprocess=Preprocess(size, resize_mode="shortest")),
+            ),
+        ):
+            if former.identity == identity:
+                return f"an earlier version embedded {fault}: embed again into a new store"
+        return ""
 
     def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:
         """Embed pixels in [0, 255], shape (B, 3, S, S), to unit vectors (B, D); differentiable."""

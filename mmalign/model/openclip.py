@@ -1,261 +1,337 @@
-"""open_clip models behind our towers; the only file that imports open_clip.
+"""open_clip's models by name: which network, which weights, which preprocessing.
 
-torchvision and torch must come from one place: where they do not, open_clip's import fails with
-words that help nobody, so they are replaced here.
+NAME:TAG, NAME:FILE, hf-hub:ORG/REPO, local-dir:FOLDER
+-> architecture, preprocessing, tokenizer, file of weights -> Encoder
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from mmalign.errors import InstallError, ModelError, nearest, reason_of
-from mmalign.model.encoder import Encoder, Preprocess, Tokenizer, Towers
-from mmalign.model.lean import Patches
-
-TORCH_MISMATCH = (
-    "torch and torchvision do not go together: install both from one index, for example "
-    "`pip install --force-reinstall torch torchvision`, or for a CPU-only pair "
-    "`pip install --force-reinstall torch torchvision "
-    "--index-url https://download.pytorch.org/whl/cpu`"
+from mmalign.errors import ModelError, nearest
+from mmalign.model import weights as weight_files
+from mmalign.model.clip_networks import (
+    CONFIG,
+    FOLDER,
+    OpenClipTokenizer,
+    blank,
+    build,
+    cached,
+    create,
+    module,
+    names,
+    quiet,
+    require_network,
+    tags,
+    with_memory,
 )
-# What fills a tensor with random numbers. Of calls inside a function that it has seen, a mode of
-# torch hears nothing, so those of `nn.init` are named as well.
-RANDOM = {
-    Tensor.uniform_,
-    Tensor.normal_,
-    nn.init.uniform_,
-    nn.init.normal_,
-    nn.init.trunc_normal_,
-    nn.init.kaiming_uniform_,
-    nn.init.kaiming_normal_,
-    nn.init.xavier_uniform_,
-    nn.init.xavier_normal_,
+from mmalign.model.encoder import Encoder, Preprocess
+from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
+from mmalign.model.torchscript import is_archive, read_archive
+from mmalign.progress import say
+
+__all__ = [
+    "FOLDER",
+    "HUB",
+    "OpenClipTokenizer",
+    "OpenClipTowers",
+    "blank",
+    "build",
+    "compare_with_public",
+    "load",
+    "module",
+    "names",
+    "plan_of_file",
+    "plan_of_tag",
+    "preprocess_of",
+    "tags",
+    "wrap",
+]
+
+HUB = "hf-hub"
+# As open_clip looks for them in a folder and on the hub, the first one first.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {
+    "bicubic": "bicubic",
+    "bilinear": "bilinear",
+    "random": "bicubic",  # open_clip's choice where nothing is trained
 }
 
 
-def module() -> Any:
-    """Import open_clip, or say in one line why it cannot be."""
-    try:
-        import open_clip
-    except RuntimeError as error:
-        if "torchvision::" in str(error):
-            raise InstallError(f"{TORCH_MISMATCH} ({error})") from None
-        raise
-    return open_clip
+@dataclass
+class Plan:
+    """What is to be built, and with which weights; final."""
+
+    shown: str
+    """The name as a person wrote it."""
+    name: str
+    """The first part of the identity."""
+    architecture: dict[str, Any]
+    """What `build` needs; it is a part of the identity."""
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    """What differs from open_clip's defaults."""
+    file: Path | None = None
+    """The weights; None for random ones."""
+    source: str = ""
+    """The name by which the model is found again, from any folder."""
 
 
-class OpenClipTowers(Towers):
-    """Any CLIP-like open_clip model; final."""
+def require_name(name: str) -> None:
+    """Refuse what is no architecture of open_clip.
 
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip: Any = clip
-        self._bias = None if clip.logit_bias is not None else nn.Parameter(torch.zeros(()))
-        self.cuts_texts = _cuts_texts(clip)
-        self.pools_images = _pools_images(clip)
-
-    @property
-    def log_scale(self) -> nn.Parameter:  # type: ignore[override]
-        """open_clip stores the logarithm too."""
-        return self.clip.logit_scale  # type: ignore[no-any-return]
-
-    @property
-    def logit_bias(self) -> nn.Parameter:  # type: ignore[override]
-        """open_clip's own where the model has one."""
-        return self.clip.logit_bias if self._bias is None else self._bias  # type: ignore[no-any-return]
-
-    def take_pixels(self, preprocess: Preprocess) -> None:
-        """See `Towers`."""
-        visual = self.clip.visual
-        if type(visual) is module().transformer.VisionTransformer and Patches.fits(visual.conv1):
-            visual.conv1 = Patches(visual.conv1, preprocess.mean, preprocess.std)
-            self.takes_pixels = True
-
-    def image_features(self, images_B3SS: Tensor) -> Tensor:
-        """See `Towers`."""
-        if self.training or not self.pools_images:
-            return self.clip.encode_image(images_B3SS)  # type: ignore[no-any-return]
-        # open_clip's own steps, the last of them for the token alone that is kept.
-        visual = self.clip.visual
-        states_BTW = visual._embeds(images_B3SS)
-        first_B = torch.zeros(len(states_BTW), dtype=torch.long, device=states_BTW.device)
-        pooled_BW = visual.ln_post(_one_token(visual.transformer, states_BTW, first_B))
-        return pooled_BW if visual.proj is None else pooled_BW @ visual.proj  # type: ignore[no-any-return]
-
-    def text_features(self, tokens_BT: Tensor) -> Tensor:
-        """See `Towers`."""
-        if not self.cuts_texts:
-            return self.clip.encode_text(tokens_BT)  # type: ignore[no-any-return]
-        # open_clip's own steps, over as many places as there are tokens.
-        clip, places = self.clip, tokens_BT.shape[1]
-        states_BTW = clip.token_embedding(tokens_BT) + clip.positional_embedding[:places]
-        mask_TT = clip.attn_mask[:places, :places]
-        pool = module().transformer.text_global_pool
-        places_BT = torch.arange(places, device=tokens_BT.device).expand(tokens_BT.shape)
-        last_B = pool(places_BT, tokens_BT, clip.text_pool_type, clip.text_eos_id)
-        pooled_BW = clip.ln_final(_one_token(clip.transformer, states_BTW, last_B, mask_TT))
-        projection = clip.text_projection
-        if isinstance(projection, nn.Linear):
-            return projection(pooled_BW)  # type: ignore[no-any-return]
-        return pooled_BW if projection is None else pooled_BW @ projection  # type: ignore[no-any-return]
-
-
-def _cuts_texts(clip: Any) -> bool:
-    """Say whether a text is read by causal attention and known by its last token.
-
-    No token then sees what comes behind it, so padding there can be left out.
+    Raises:
+        ModelError: There is none; the message has the nearest name.
     """
-    return (
-        type(clip) is module().CLIP
-        and clip.attn_mask is not None
-        and clip.text_pool_type in ("argmax", "eos")
-    )
-
-
-def _pools_images(clip: Any) -> bool:
-    """Say whether an image is known by the first token of a plain transformer."""
-    visual = clip.visual
-    return (
-        type(clip) is module().CLIP
-        and type(visual) is module().transformer.VisionTransformer
-        and visual.pool_type == "tok"
-        and visual.attn_pool is None
-        and not visual.output_tokens
-        # Not a part of open_clip's interface.
-        and hasattr(visual, "_embeds")
-    )
-
-
-def _one_token(
-    transformer: Any, states_BTW: Tensor, place_B: Tensor, mask_TT: Tensor | None = None
-) -> Tensor:
-    """Run a transformer; return the states (B, W) of one token of each item.
-
-    The last block runs for these alone, as nobody reads what it makes of the others: of twelve
-    blocks that saves the work of five sixths of one.
-    """
-    rows_B = torch.arange(len(states_BTW), device=states_BTW.device)
-    *blocks, last = transformer.resblocks
-    plain = type(last) is module().transformer.ResidualAttentionBlock and transformer.batch_first
-    if transformer.training or not plain:
-        return transformer(states_BTW, attn_mask=mask_TT)[rows_B, place_B]  # type: ignore[no-any-return]
-    for block in blocks:
-        states_BTW = block(states_BTW, attn_mask=mask_TT)
-    seen_BTW = last.ln_1(states_BTW)
-    hidden_BT = None if mask_TT is None else mask_TT[place_B] < 0
-    query_B1W = seen_BTW[rows_B, place_B][:, None]
-    mixed_B1W, _ = last.attn(
-        query_B1W, seen_BTW, seen_BTW, need_weights=False, key_padding_mask=hidden_BT
-    )
-    one_BW = states_BTW[rows_B, place_B] + last.ls_1(mixed_B1W[:, 0])
-    return one_BW + last.ls_2(last.mlp(last.ln_2(one_BW)))  # type: ignore[no-any-return]
-
-
-class OpenClipTokenizer(Tokenizer):
-    """The tokenizer that belongs to an open_clip model; final."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.backend = module().get_tokenizer(name)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids (B, T), T the model's context length."""
-        return self.backend(list(texts))  # type: ignore[no-any-return]
-
-    def cut(self, texts: Sequence[str]) -> list[str]:
-        """See `Tokenizer`."""
-        most = self.backend.context_length
-        # No text has more tokens than bytes, but for its two marks.
-        return [t for t in texts if len(t.encode()) + 2 > most and self._length(t) > most]
-
-    def _length(self, text: str) -> int:
-        """Tokens of a whole text, its marks included; 0 where open_clip does not tell."""
-        if hasattr(self.backend, "encode"):
-            return len(self.backend.encode(text)) + 2
-        if hasattr(self.backend, "tokenizer"):
-            return len(self.backend.tokenizer(text)["input_ids"])
-        return 0
-
-    def to_json(self) -> str:
-        """The name is enough: open_clip holds the vocabulary."""
-        return json.dumps({"open_clip": self.name})
-
-
-def names() -> list[str]:
-    """Names of all model architectures that open_clip knows."""
-    return list(module().list_models())
-
-
-def tags(name: str) -> list[str]:
-    """Tags of the pretrained weights that open_clip knows for a model."""
-    return list(module().list_pretrained_tags_by_model(name))
+    known = names()
+    if name not in known:
+        hint = nearest(name.replace("/", "-"), known)
+        raise ModelError(f"no open_clip model is called {name!r}: {hint}")
 
 
 def load(name: str, pretrained: str | None) -> Encoder:
-    """Build an open_clip model by name; `pretrained` is a tag, a local file, or None for random.
+    """Build an open_clip model.
+
+    Args:
+        name: An architecture of open_clip; or `hf-hub:ORG/REPO`, `local-dir:FOLDER`.
+        pretrained: A tag, a local file, or None for random weights. After `hf-hub` or `local-dir`
+            what stands behind the colon may be given here.
 
     Raises:
+        InstallError: The tokenizer needs a package that is not installed.
         ModelError: Unknown name or tag, or the weights cannot be had or do not fit.
     """
-    open_clip = module()
-    if name not in names():
-        raise ModelError(f"no open_clip model is called {name!r}: {nearest(name, names())}")
-    if pretrained is not None and not Path(pretrained).is_file() and pretrained not in tags(name):
-        known = ", ".join(tags(name)) or "none"
+    scheme, _, rest = name.partition(":")
+    if scheme in (HUB, FOLDER):
+        place = rest or pretrained or ""
+        plan = _from_hub(place) if scheme == HUB else _from_folder(Path(place))
+        folder = str(plan.file.parent) if scheme == FOLDER and plan.file else None
+        return _encoder(plan, OpenClipTokenizer(plan.architecture, folder))
+    require_name(name)
+    tokenizer = OpenClipTokenizer({"name": name})
+    if pretrained is None:
+        plan = Plan(name, name, {"kind": "open_clip", "name": name})
+    elif pretrained in tags(name):
+        plan = _from_tag(name, pretrained)
+    elif Path(pretrained).is_file():
+        plan = plan_of_file(name, Path(pretrained))
+    else:
+        known = nearest(pretrained, tags(name)) if tags(name) else "it has no tags"
         raise ModelError(
-            f"{name} has no pretrained weights {pretrained!r}: tags {known}, or a file"
+            f"{name} has no pretrained weights {pretrained!r}: {known}; or give {name}:FILE"
         )
-    try:
-        with _NotDrawn() if pretrained else nullcontext():
-            clip = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-    except Exception as error:  # hub, pickle and shape errors of many libraries
-        reason = reason_of(error)
-        raise ModelError(
-            f"{name} with weights {pretrained!r} cannot be loaded: {reason}"
-        ) from error
-    return wrap(clip, name, source=f"{name}:{pretrained}" if pretrained else "")
+    return _encoder(plan, tokenizer)
 
 
-def blank(name: str) -> Any:
-    """Build an open_clip network whose weights are still to be loaded."""
-    with _NotDrawn():
-        return module().create_model(name, pretrained=None, pretrained_text=False)
+def plan_of_tag(name: str, tag: str) -> Plan:
+    """Return what a tag says of a network, without its weights."""
+    cfg = module().get_pretrained_cfg(name, tag)
+    return Plan(
+        f"{name}:{tag}",
+        name,
+        _architecture(name, quick_gelu=bool(cfg.get("quick_gelu"))),
+        _preprocess_config(cfg),
+        source=f"{name}:{tag}",
+    )
 
 
-class _NotDrawn(TorchFunctionMode):
-    """No random weights where others are loaded over them (0.3 to 0.8 s of ViT-B/32); final."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Leave a tensor as it is where random numbers would fill it."""
-        words = kwargs or {}
-        if func in RANDOM:
-            return args[0] if args else words["tensor"]
-        return func(*args, **words)
-
-
-def wrap(clip: Any, name: str, source: str = "") -> Encoder:
+def wrap(
+    clip: Any, name: str, architecture: dict[str, Any], tokenizer: OpenClipTokenizer | None = None
+) -> Encoder:
     """Make an encoder of a built open_clip model."""
-    cfg = module().get_model_preprocess_cfg(clip)
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    preprocess = Preprocess(
-        size=size,
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation=cfg["interpolation"],
+    preprocess = preprocess_of(name, module().get_model_preprocess_cfg(clip))
+    words = tokenizer or OpenClipTokenizer(architecture)
+    return Encoder(name, OpenClipTowers(clip), words, preprocess, architecture)
+
+
+def _encoder(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder:
+    """Build, load the weights, and check both."""
+    try:
+        if plan.file is None:
+            clip = create(plan.architecture, plan.preprocess, device="cpu")
+        else:
+            clip = build(plan.architecture, plan.preprocess)
+    except Exception as error:  # of timm, transformers, the hub
+        weight_files.refuse(plan.shown, error)
+    # Before gigabytes are read.
+    preprocess_of(plan.name, module().get_model_preprocess_cfg(clip))
+    if plan.file is not None:
+        _fill(with_memory(clip), plan)
+    encoder = wrap(clip, plan.name, plan.architecture, tokenizer)
+    encoder.source = plan.source
+    compare_with_public(encoder)
+    return encoder
+
+
+def _fill(clip: Any, plan: Plan) -> None:
+    assert plan.file is not None
+    where = f"{plan.shown} with weights {str(plan.file)!r}"
+    try:
+        if is_archive(plan.file):
+            clip.load_state_dict(_archived(clip, plan.file))
+        else:
+            with quiet():
+                module().load_checkpoint(clip, str(plan.file), strict=True, weights_only=True)
+    except ModelError:
+        raise
+    except Exception as error:  # pickle, safetensors and shape errors of many libraries
+        weight_files.refuse(where, error)
+    weight_files.require_numbers(clip, str(plan.file))
+
+
+def _archived(clip: Any, file: Path) -> dict[str, Tensor]:
+    """Read an archive's weights, less what a network computes by itself and OpenAI's numbers."""
+    computed = {name for name, _ in clip.named_buffers()} - clip.state_dict().keys()
+    others = {"input_resolution", "context_length", "vocab_size", *computed}
+    return {k: v for k, v in read_archive(file)[0].items() if k not in others}
+
+
+def _architecture(name: str, *, quick_gelu: bool) -> dict[str, Any]:
+    """Note an activation only where it is not the name's own: identities of others stay."""
+    own = bool((module().get_model_config(name) or {}).get("quick_gelu"))
+    noted = {"quick_gelu": True} if quick_gelu and not own else {}
+    return {"kind": "open_clip", "name": name, **noted}
+
+
+def _from_tag(name: str, tag: str) -> Plan:
+    plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
+    given = f"{name}-quickgelu" if plan.architecture.get("quick_gelu") else name
+    file = _cached_tag(cfg)
+    if file is None:
+        if not cfg.get("file"):
+            require_network(plan.shown, cfg.get("hf_hub") or cfg.get("url", ""), f"{given}:FILE")
+        try:
+            with quiet():
+                file = Path(module().download_pretrained(cfg))
+        except Exception as error:  # of the hub, of urllib
+            why = weight_files.reason(error)
+            raise ModelError(
+                f"{plan.shown}: the weights cannot be downloaded: {why}; or give {given}:FILE"
+            ) from error
+    plan.file = file
+    return plan
+
+
+def plan_of_file(name: str, file: Path) -> Plan:
+    """Take what the tags of a name agree on; a file says neither activation nor preprocessing."""
+    weight_files.require_weights(file)
+    shown, quick = f"{name}:{file}", False
+    cfgs = [module().get_pretrained_cfg(name, tag) for tag in tags(name)]
+    if is_archive(file):
+        quick = read_archive(file)[1]
+    elif any(c.get("quick_gelu") for c in cfgs) and f"{name}-quickgelu" in names():
+        say(
+            f"{shown}: computed with GELU; weights of OpenAI, MetaCLIP or DFN want QuickGELU: "
+            f"give {name}-quickgelu:{file}"
+        )
+    ways = [_preprocess_config(c) for c in cfgs]
+    usual = max(ways, key=ways.count, default={})
+    odd = [tag for tag, way in zip(tags(name), ways, strict=True) if way != usual]
+    if odd:
+        say(f"{shown}: images are prepared as for most tags of {name}, not as for {', '.join(odd)}")
+    architecture = _architecture(name, quick_gelu=quick)
+    return Plan(shown, name, architecture, usual, file, f"{name}:{file.absolute()}")
+
+
+def _from_folder(folder: Path) -> Plan:
+    shown = f"{FOLDER}:{folder}"
+    if not folder.is_dir():
+        raise ModelError(f"{shown}: no such folder")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{shown}: it has no {CONFIG}")
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        found = [f for end in ("safetensors", "bin", "pth") for f in folder.glob(f"*.{end}")]
+        if len(found) != 1:
+            there = ", ".join(sorted(f.name for f in found)[:5]) or "none"
+            raise ModelError(f"{shown}: which weights? call them {WEIGHTS[0]} (there: {there})")
+    weight_files.require_weights(found[0])
+    return _configured(shown, folder / CONFIG, found[0], f"{FOLDER}:{folder.absolute()}")
+
+
+def _from_hub(repo: str) -> Plan:
+    shown = f"{HUB}:{repo}"
+    if repo.count("/") != 1:
+        raise ModelError(f"{shown}: write {HUB}:ORG/REPO")
+    config, file = cached(repo, (CONFIG,)), cached(repo, HUB_WEIGHTS)
+    if config is None or file is None:
+        require_network(shown, repo, f"{FOLDER}:FOLDER")
+        fetch = module().pretrained.download_pretrained_from_hf
+        try:
+            with quiet():
+                config, file = Path(fetch(repo, CONFIG)), Path(fetch(repo))
+        except Exception as error:  # of the hub
+            why = weight_files.reason(error)
+            raise ModelError(f"{shown}: cannot be downloaded: {why}") from error
+    return _configured(shown, config, file, shown)
+
+
+def _configured(shown: str, config: Path, file: Path, source: str) -> Plan:
+    """Read a model that brings its own configuration."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        network = content["model_cfg"]
+        preprocess = _preprocess_config(content.get("preprocess_cfg") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{shown}: {config.name} cannot be used: {why}") from None
+    # Not its name: a model that moves to another folder stays the same one.
+    architecture = {"kind": "open_clip", "config": network}
+    return Plan(shown, "open_clip", architecture, preprocess, file, source)
+
+
+def _preprocess_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+    return {key: cfg[key] for key in keys if cfg.get(key) is not None}
+
+
+def preprocess_of(name: str, cfg: dict[str, Any]) -> Preprocess:
+    """Read open_clip's preprocessing.
+
+    Raises:
+        ModelError: It is one that this program does not have.
+    """
+    sides = cfg["size"] if isinstance(cfg["size"], (tuple, list)) else (cfg["size"],)
+    problem = ""
+    if len(set(sides)) > 1:
+        problem = f"images of {' x '.join(map(str, sides))} pixels; only squares are"
+    elif cfg["interpolation"] not in INTERPOLATIONS:
+        problem = f"interpolation {cfg['interpolation']!r}; bicubic and bilinear are"
+    elif cfg["resize_mode"] == "longest" and cfg.get("fill_color"):
+        problem = f"borders of colour {cfg['fill_color']}; black is"
+    if problem:
+        raise ModelError(f"{name}: not supported: {problem}")
+    mean, std = (
+        tuple(values) if isinstance(values, (tuple, list)) else (values,) * 3
+        for values in (cfg["mean"], cfg["std"])
+    )
+    return Preprocess(
+        size=int(sides[0]),
+        mean=mean,
+        std=std,
+        interpolation=INTERPOLATIONS[cfg["interpolation"]],
         resize_mode=cfg["resize_mode"],
     )
-    architecture = {"kind": "open_clip", "name": name}
-    towers = OpenClipTowers(clip)
-    return Encoder(name, towers, OpenClipTokenizer(name), preprocess, architecture, source)
+
+
+def _cached_tag(cfg: dict[str, Any]) -> Path | None:
+    """Find the weights of a tag on this machine, as they were downloaded before."""
+    repo, file = os.path.split(cfg.get("hf_hub", ""))
+    if not repo:
+        return None
+    safe = f"{os.path.splitext(file)[0]}.safetensors"
+    wanted = HUB_WEIGHTS if file in ("", HUB_WEIGHTS[1]) else (safe, file)
+    return cached(repo, wanted)

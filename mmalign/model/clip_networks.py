@@ -1,0 +1,247 @@
+"""open_clip's networks and tokenizers; the only file that imports open_clip and its hub.
+
+torchvision and torch must come from one place: where they do not, open_clip's import fails with
+words that help nobody, so they are replaced here.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mmalign.errors import InstallError, ModelError
+from mmalign.model import weights as weight_files
+from mmalign.model.encoder import Tokenizer
+
+TORCH_MISMATCH = (
+    "torch and torchvision do not go together: install both from one index, for example "
+    "`pip install --force-reinstall torch torchvision`, or for a CPU-only pair "
+    "`pip install --force-reinstall torch torchvision "
+    "--index-url https://download.pytorch.org/whl/cpu`"
+)
+FOLDER, CONFIG = "local-dir", "open_clip_config.json"
+REACH_SECONDS = 5
+
+
+def module() -> Any:
+    """Import open_clip, or say in one line why it cannot be."""
+    try:
+        import open_clip
+    except RuntimeError as error:
+        if "torchvision::" in str(error):
+            raise InstallError(f"{TORCH_MISMATCH} ({error})") from None
+        raise
+    return open_clip
+
+
+def names() -> list[str]:
+    """Names of all model architectures that open_clip knows."""
+    return list(module().list_models())
+
+
+def tags(name: str) -> list[str]:
+    """Tags of the pretrained weights that open_clip knows for a model."""
+    return list(module().list_pretrained_tags_by_model(name))
+
+
+class OpenClipTokenizer(Tokenizer):
+    """The tokenizer that belongs to an open_clip model; final."""
+
+    def __init__(self, architecture: dict[str, Any], folder: str | None = None) -> None:
+        """Take an architecture as `build` does, and where the files of its vocabulary lie.
+
+        Raises:
+            InstallError: It needs the package transformers.
+            ModelError: Its vocabulary cannot be had.
+        """
+        self.name = str(architecture.get("name", ""))
+        self.text = _text_config(architecture)
+        try:
+            with quiet():
+                self.backend = self._backend(folder)
+        except ImportError as error:
+            raise InstallError(
+                f"the tokenizer of {self.name or 'this model'} needs a package that is not "
+                f"installed: pip install {error.name or 'transformers'}"
+            ) from None
+        except Exception as error:  # hub errors of many libraries
+            weight_files.refuse(f"the tokenizer of {self.name or 'this model'}", error)
+
+    def _backend(self, folder: str | None) -> Any:
+        if self.name:
+            hub = self.text.get("hf_tokenizer_name")
+            if hub and not cached(hub, ("tokenizer_config.json",)):
+                if find_spec("transformers") is None:
+                    raise ImportError(name="transformers")
+                require_network(hub, "the tokenizer's files")
+            return module().get_tokenizer(self.name)
+        kept = {k: v for k, v in self.text.items() if k != "hf_tokenizer_name"}
+        words = {**kept.pop("tokenizer_kwargs", {}), **kept}
+        if "hf_tokenizer_name" in self.text:
+            source = folder or self.text["hf_tokenizer_name"]
+            return module().tokenizer.HFTokenizer(source, **words)
+        words.pop("tokenizer_mode", None)
+        return module().SimpleTokenizer(**words)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return ids (B, T), T the model's context length."""
+        return self.backend(list(texts))  # type: ignore[no-any-return]
+
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """See `Tokenizer`."""
+        most = self.backend.context_length
+        # No text has more tokens than bytes, but for its two marks.
+        return [t for t in texts if len(t.encode()) + 2 > most and self._length(t) > most]
+
+    def _length(self, text: str) -> int:
+        """Tokens of a whole text, its marks included; 0 where open_clip does not tell."""
+        if hasattr(self.backend, "encode"):
+            return len(self.backend.encode(text)) + 2
+        if hasattr(self.backend, "tokenizer"):
+            return len(self.backend.tokenizer(text)["input_ids"])
+        return 0
+
+    def to_json(self) -> str:
+        """The name is enough: open_clip holds the vocabulary."""
+        return json.dumps({"open_clip": self.name or self.text}, sort_keys=True)
+
+
+def _text_config(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the tokens of a text."""
+    config = architecture.get("config") or module().get_model_config(architecture["name"]) or {}
+    text = config.get("text_cfg", {})
+    keys = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
+    return {
+        "context_length": text.get("context_length", 77),
+        **{key: text[key] for key in keys if text.get(key)},
+    }
+
+
+def blank(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None) -> Any:
+    """Build an open_clip network without weights: all are NaN until some are loaded.
+
+    Args:
+        architecture: `name`, or `config` (open_clip's model_cfg), and `quick_gelu` where the
+            weights want this activation and the architecture by itself has another.
+        preprocess: What differs from open_clip's defaults.
+    """
+    return with_memory(build(architecture, preprocess))
+
+
+def build(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None) -> Any:
+    """Build an open_clip network whose parameters have no memory yet; see `blank`.
+
+    Nothing random is drawn, which takes seconds for a large network. Buffers are there.
+    """
+    thread = threading.get_ident()
+
+    def without_memory(_: nn.Module, __: str, weight: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or weight is None or weight.is_meta:
+            return None
+        return nn.Parameter(weight.to("meta"), weight.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
+    try:
+        # Moved to no device: what has no memory cannot be moved.
+        return create(architecture, preprocess, device=None)
+    except RuntimeError:
+        pass  # some networks of timm run while they are built, to learn their own shapes
+    finally:
+        hook.remove()
+    return create(architecture, preprocess, device="cpu")
+
+
+def with_memory(network: Any) -> Any:
+    """Give memory to the parameters of `build`, all NaN; those that layers share stay shared."""
+    given: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for layer in network.modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if id(weight) not in given:
+                full = torch.full_like(weight, torch.nan, device="cpu")
+                given[id(weight)] = weight, nn.Parameter(full, weight.requires_grad)
+            setattr(layer, name, given[id(weight)][1])
+    return network
+
+
+def create(
+    architecture: dict[str, Any], preprocess: dict[str, Any] | None, device: str | None
+) -> Any:
+    """Build by open_clip's own function, its weights as it draws them; see `blank`."""
+    words = {
+        "load_weights": False,
+        "pretrained_text": False,
+        "device": device,
+        "force_quick_gelu": architecture.get("quick_gelu", False),
+        "force_preprocess_cfg": preprocess or {},
+    }
+    with quiet():
+        if "config" not in architecture:
+            return module().create_model(architecture["name"], **words)
+        with TemporaryDirectory() as folder:
+            (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": architecture["config"]}))
+            return module().create_model(f"{FOLDER}:{folder}", **words)
+
+
+def cached(repo: str, wanted: Sequence[str]) -> Path | None:
+    """Find the first of some files of a repository in the hub's cache; no network is asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repo, name) for name in wanted)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def require_network(shown: str, where: str, instead: str = "") -> None:
+    """Find out in seconds whether a download can begin; libraries try for a minute.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    from huggingface_hub import constants
+
+    host = constants.ENDPOINT
+    if where.startswith("http"):
+        host = "/".join(where.split("/")[:3])
+    why = ""
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            urlopen(Request(host, method="HEAD"), timeout=REACH_SECONDS).close()
+        except HTTPError:
+            pass  # it answers
+        except (OSError, ValueError) as error:
+            why = f"{host} cannot be reached: {getattr(error, 'reason', error)}"
+    if why:
+        other = f"; fetch {where} elsewhere and give {instead}" if instead else ""
+        raise ModelError(f"{shown}: not on this machine, and {why}{other}")
+
+
+class _NotOpenClip(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep open_clip's lines out of the root logger: what matters is said by our own errors."""
+    root, no_lines, nowhere = logging.getLogger(), _NotOpenClip(), logging.NullHandler()
+    root.addFilter(no_lines)
+    # Without a handler, the first of its lines would set up logging for the whole program.
+    root.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        root.removeFilter(no_lines)
+        root.removeHandler(nowhere)

@@ -1,0 +1,110 @@
+"""Files of weights that other programs wrote: what a file is, and why it cannot be loaded.
+
+Only tensors are read. A file that holds other Python objects is refused, never unpickled.
+"""
+
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from torch import nn
+
+from mmalign.errors import ModelError, reason_of
+
+# How files begin that are met in place of weights.
+OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights: run `git lfs pull` there",
+    b"<": "a web page, not weights",
+    b"\xff\xd8": "a JPEG image, not weights",
+    b"\x89PNG": "a PNG image, not weights",
+    b"RIFF": "an image or sound, not weights",
+    b"GIF8": "a GIF image, not weights",
+    b"%PDF": "a PDF, not weights",
+    b"\x1f\x8b": "compressed: unpack it first",
+    b"{": "JSON, not weights",
+}
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+# So many names of weights that do not fit are told, and letters of what a library says.
+TOLD, LONGEST = 3, 300
+
+
+def require_weights(file: Path) -> None:
+    """Look at the first bytes of a file.
+
+    Raises:
+        ModelError: It is no file of weights; the message says what it is.
+    """
+    with open(file, "rb") as content:
+        head = content.read(64)
+    if not head:
+        raise ModelError(f"{file}: is empty")
+    # A safetensors file begins with the length of its JSON, which may be any byte.
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+    if file.suffix == ".safetensors":
+        if not is_safetensors:
+            what = next((w for start, w in OTHERS.items() if head.startswith(start)), "damaged")
+            raise ModelError(f"{file}: no safetensors file: {what}")
+        return
+    if is_safetensors:
+        raise ModelError(f"{file}: a safetensors file: name it with the ending .safetensors")
+    what = next((w for start, w in OTHERS.items() if head.startswith(start)), "")
+    if not what and file.suffix in TORCH_ENDINGS and not head.startswith((ZIP, PICKLE)):
+        what = "no file that torch.save wrote"
+    if what:
+        raise ModelError(f"{file}: {what}")
+
+
+def refuse(where: str, error: Exception) -> NoReturn:
+    """Say in one line why weights cannot be loaded.
+
+    Raises:
+        ModelError: Always.
+    """
+    raise ModelError(f"{where} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Shorten the message of a library to what a person needs of it."""
+    text = str(error).strip() or type(error).__name__
+    if "weights_only" in text or "Weights only" in text:
+        return "it holds Python objects beside weights: save its state_dict() in a file of its own"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines[0].startswith("Error(s) in loading state_dict"):
+        return _misfit(lines[1:])
+    return reason_of(error)[:LONGEST]
+
+
+def _misfit(lines: list[str]) -> str:
+    """Name the first weights of each kind that torch lists: missing, unknown, of another shape."""
+    told = []
+    shapes = [line for line in lines if line.startswith("size mismatch for ")]
+    for start, what in (("Missing key(s)", "missing"), ("Unexpected key(s)", "not in this model")):
+        names = [n for line in lines if line.startswith(start) for n in re.findall('"(.+?)"', line)]
+        if names:
+            told.append(f"{what}: {', '.join(names[:TOLD])}{_more(names)}")
+    if shapes:
+        names = [line.removeprefix("size mismatch for ").partition(":")[0] for line in shapes]
+        sizes = re.findall(r"torch\.Size\((\[.*?\])\)", shapes[0])
+        given, wanted = [*sizes, "?", "?"][:2]
+        first = f"{names[0]} is {given} where the model has {wanted}"
+        told.append(f"other shape: {first}{_more(names, 1)}")
+    return "; ".join(told) or "the weights do not fit"
+
+
+def _more(names: list[str], told: int = TOLD) -> str:
+    return f" and {len(names) - told} more" if len(names) > told else ""
+
+
+def require_numbers(network: nn.Module, where: str) -> None:
+    """Refuse weights that are not numbers, before anything is computed with them.
+
+    Raises:
+        ModelError: A weight is NaN or infinite, or was not in the file.
+    """
+    for name, weight in network.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ModelError(
+                f"{where}: the weights hold NaN or infinity, first in {name}: the file is damaged, "
+                "or its training diverged"
+            )
