@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmalign import kernels
 from mmalign.errors import VectorError
+from mmalign.kernels.groups import sharing, useful_ids
 
 IMPLS = ["reference", "blocked", "triton"]
 ROWS = [1, 2, 63, 65, 257]
@@ -380,3 +381,42 @@ def test_the_call_that_tunes_a_kernel_is_right(name: str, monkeypatch: Any) -> N
     assert torch.allclose(found[0], truth[0], rtol=1e-5)
     for gradient, grad in truth[1].items():
         assert torch.allclose(found[1][gradient], grad, rtol=1e-3, atol=1e-6), gradient
+
+
+def some_sets(rows: int) -> tuple[Tensor, Tensor]:
+    """Up to three captions that an image has, and the one of them that is drawn."""
+    generator = torch.Generator().manual_seed(7)
+    owned = torch.randint(0, rows, (rows, 3), generator=generator)
+    owned[::2, 2] = -1
+    return owned, owned[:, :1]
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_caption_is_no_negative_of_an_image_that_has_it(kind: str, impl: str) -> None:
+    """Also where another of the image's captions was drawn; every implementation by definition."""
+    image, text = (m.float().to(DEVICE) for m in pairs(90, 16))
+    owned, drawn = some_sets(90)
+    struck = (owned[:, None, :] == drawn[None]).any(2).fill_diagonal_(False).to(DEVICE)
+    assert (struck != struck.T).any()
+    logits = 10 * image @ text.T - (5 if kind == "sigmoid" else 0)
+    if kind == "infonce":
+        logits, own = logits.masked_fill(struck, -math.inf), torch.arange(90, device=DEVICE)
+        truth = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    else:
+        signs = 2 * torch.eye(90, device=DEVICE) - 1
+        truth = -F.logsigmoid(signs * logits).masked_fill(struck, 0).sum() / 90
+    groups = (owned.to(DEVICE), drawn.to(DEVICE))
+    loss, grads = evaluate(kind, (image, text), 10.0, -5.0, groups=groups, impl=impl)
+    assert torch.allclose(loss, truth, rtol=1e-5)
+    wanted = evaluate(kind, (image, text), 10.0, -5.0, groups=groups, impl="reference")[1]
+    assert all(torch.allclose(grads[k], wanted[k], rtol=1e-3, atol=1e-6) for k in wanted)
+
+
+def test_ids_that_strike_nothing_out_are_dropped() -> None:
+    owned = torch.tensor([[1, 2, -1], [2, 3, 4], [5, -1, -1]])
+    found = useful_ids(owned, torch.tensor([[1], [2], [5]]), 0)
+    assert found is not None
+    assert [ids.shape[1] for ids in found] == [1, 1]
+    assert sharing(*found).nonzero().tolist() == [[0, 1]]
+    assert useful_ids(owned, torch.tensor([[1], [3], [5]]), 0) is None

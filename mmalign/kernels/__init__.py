@@ -18,6 +18,7 @@ from mmalign.kernels import blocked, checks, losses, reference
 from mmalign.kernels.cached import backward_in_parts
 from mmalign.kernels.candidates import best_candidates
 from mmalign.kernels.exact import TopkImpl, choose_topk, prepare, topk
+from mmalign.kernels.groups import Groups
 from mmalign.kernels.processor import has_int8
 from mmalign.kernels.screens import Corpus
 
@@ -47,7 +48,7 @@ def contrastive_loss(
     text_ND: Tensor,
     logit_scale: Tensor,
     *,
-    groups: Tensor | None = None,
+    groups: Groups | None = None,
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
@@ -58,7 +59,9 @@ def contrastive_loss(
         text_ND: Text embeddings of unit norm, row i belonging to image i, shape (N, D).
         logit_scale: The multiplier of the cosines (not its logarithm), a scalar tensor.
         groups: Integer ids, shape (N,). Rows with an equal id are no negatives of each other:
-            their off-diagonal logits leave both denominators.
+            their off-diagonal logits leave both denominators. Or a pair of matrices, ids of the
+            images (N, L) and of the texts (N, M): an image and a text that share an id are no
+            negatives of each other; negative ids stand for nothing.
         impl: "reference" is dense, "blocked" needs memory O(N D) on any device, "triton" is the
             same fused for a GPU, "auto" is what `choose_loss` says.
         ranks: Processes that bring N rows each; the loss is then over the joined batch and the
@@ -92,7 +95,7 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    groups: Tensor | None = None,
+    groups: Groups | None = None,
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:

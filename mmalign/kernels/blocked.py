@@ -1,6 +1,7 @@
 """Contrastive losses tile by tile: the N x N logits never exist, on any device.
 
-B image rows at hand, N text columns, D dimensions, R x C one tile of logits.
+B image rows at hand, N text columns, D dimensions, R x C one tile of logits, L and M ids
+of an image and a text.
 
 InfoNCE costs 8 N^2 D FLOPs, forward and backward together. One product (2) makes a tile of logits,
 whose exponentials are summed along rows and along columns at once; going back, the tile is made
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmalign.kernels.groups import sharing
 
 # A tile that stays in the cache of a CPU, and one that fills a GPU.
 CPU_TILE = (512, 1024)
@@ -33,8 +36,9 @@ class Problem:
     scale: Tensor
     """The multiplier of the inner products, a scalar."""
     first: int = 0
-    image_groups_B: Tensor | None = None
-    text_groups_N: Tensor | None = None
+    image_ids_BL: Tensor | None = None
+    text_ids_NM: Tensor | None = None
+    """Pairs that share an id, but for the own ones, are left out; see `groups.py`."""
 
     @property
     def own(self) -> slice:
@@ -162,7 +166,7 @@ class _Products:
 
 
 def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield tiles of logits, each in the same memory; pairs of one group hold -inf."""
+    """Yield tiles of logits, each in the same memory; pairs that share an id hold -inf."""
     dtype = accumulator(problem.image_BD)
     texts_ND = problem.text_ND.to(dtype)
     high, wide = CPU_TILE if texts_ND.device.type == "cpu" else GPU_TILE
@@ -175,8 +179,8 @@ def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slic
             torch.mm(scaled_RD, texts_ND[columns].T, out=logits_RC)
             if bias is not None:
                 logits_RC += bias
-            if problem.image_groups_B is not None and problem.text_groups_N is not None:
-                same_RC = problem.image_groups_B[rows, None] == problem.text_groups_N[columns]
+            if problem.image_ids_BL is not None and problem.text_ids_NM is not None:
+                same_RC = sharing(problem.image_ids_BL[rows], problem.text_ids_NM[columns])
                 _own(problem, same_RC, rows, columns).fill_(False)
                 logits_RC.masked_fill_(same_RC, -torch.inf)
             yield rows, columns, logits_RC

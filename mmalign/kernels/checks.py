@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmalign.errors import VectorError, nearest
+from mmalign.kernels.groups import Groups
 
 
 def check_impl(impl: str, known: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def check_triton(module: Any, problem: str | None) -> Any:
 
 
 def check_pairs(
-    image_ND: Tensor, text_ND: Tensor, groups: Tensor | None, scalars: dict[str, Tensor]
+    image_ND: Tensor, text_ND: Tensor, groups: Groups | None, scalars: dict[str, Tensor]
 ) -> None:
     """Refuse what no loss can be made of."""
     if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
@@ -54,13 +55,20 @@ def check_pairs(
     for name, tensor in scalars.items():
         if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
             raise VectorError(f"{name} must be a floating tensor with one element, got {tensor!r}")
-    if groups is not None and (groups.shape != image_ND.shape[:1] or groups.is_floating_point()):
-        raise VectorError(
-            f"groups must be integers of shape ({image_ND.shape[0]},), "
-            f"got {groups.dtype} {tuple(groups.shape)}"
-        )
+    if groups is not None:
+        _check_groups(groups, len(image_ND))
     for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
         check_vectors(name, tensor)
+
+
+def _check_groups(groups: Groups, rows: int) -> None:
+    both = isinstance(groups, tuple)
+    for ids in groups if isinstance(groups, tuple) else (groups,):
+        if ids.ndim != 1 + both or len(ids) != rows or ids.is_floating_point():
+            wanted = f"two matrices of {rows} rows" if both else f"of shape ({rows},)"
+            raise VectorError(
+                f"groups must be integers {wanted}, got {ids.dtype} {tuple(ids.shape)}"
+            )
 
 
 def check_vectors(name: str, matrix_ND: Tensor, first_row: int = 0) -> None:

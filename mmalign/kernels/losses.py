@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mmalign.errors import VectorError
 from mmalign.kernels.blocked import Problem, accumulator
+from mmalign.kernels.groups import Groups, id_sets, useful_ids
 
 # In quotes, as some builds of torch have no process groups.
 Ranks: TypeAlias = "dist.ProcessGroup | None"
@@ -31,7 +32,7 @@ def contrastive_loss(
     text_BD: Tensor,
     logit_scale: Tensor,
     *,
-    groups: Tensor | None,
+    groups: Groups | None,
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
@@ -46,7 +47,7 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    groups: Tensor | None,
+    groups: Groups | None,
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
@@ -62,7 +63,7 @@ class _InfoNCE(torch.autograd.Function):
         image_BD: Tensor,
         text_BD: Tensor,
         logit_scale: Tensor,
-        groups: Tensor | None,
+        groups: Groups | None,
         passes: ModuleType,
         ranks: Ranks,
     ) -> Tensor:
@@ -101,7 +102,7 @@ class _Sigmoid(torch.autograd.Function):
         text_BD: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        groups: Tensor | None,
+        groups: Groups | None,
         passes: ModuleType,
         ranks: Ranks,
     ) -> Tensor:
@@ -136,7 +137,7 @@ def _problem(
     image_BD: Tensor,
     text_BD: Tensor,
     logit_scale: Tensor,
-    groups: Tensor | None,
+    groups: Groups | None,
     ranks: Ranks,
 ) -> Problem:
     """Gather the texts of all ranks, and drop groups that hold one pair each."""
@@ -147,14 +148,29 @@ def _problem(
     text_ND = _gather(text_BD, ranks)
     if groups is None:
         return Problem(image_BD, text_ND, scale, first)
-    groups_N = _gather(groups, ranks)
-    _, groups_N, counts = groups_N.unique(return_inverse=True, return_counts=True)
-    if counts.max() == 1:
-        return Problem(image_BD, text_ND, scale, first)
-    groups_N = groups_N.int()
-    return Problem(
-        image_BD, text_ND, scale, first, groups_N[first : first + len(image_BD)], groups_N
-    )
+    if ranks is not None and not isinstance(groups, tuple):
+        groups = (groups[:, None], groups[:, None])  # numbered by each rank, they would not agree
+        lowest = _lowest(groups[0], ranks)
+        groups = (groups[0] - lowest, groups[1] - lowest)
+    image_ids_BL, text_ids_BM = id_sets(groups)
+    ids = useful_ids(image_ids_BL, _gather_ids(text_ids_BM, ranks), first)
+    return Problem(image_BD, text_ND, scale, first, *(ids or (None, None)))
+
+
+def _lowest(ids: Tensor, ranks: Ranks) -> Tensor:
+    lowest = ids.min()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, ranks)
+    return lowest
+
+
+def _gather_ids(ids_BM: Tensor, ranks: Ranks) -> Tensor:
+    """Join the ids of all ranks; one may have more of them for a pair than another."""
+    if ranks is None:
+        return ids_BM
+    width = torch.tensor(ids_BM.shape[1], device=ids_BM.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX, ranks)
+    padding = (0, int(width) - ids_BM.shape[1])
+    return _gather(torch.nn.functional.pad(ids_BM, padding, value=-1), ranks)
 
 
 def _gradients(

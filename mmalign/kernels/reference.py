@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.errors import VectorError
+from mmalign.kernels.groups import Groups, id_sets, sharing
 
 BLOCK_ROWS = 16_384
 
 
 def contrastive_loss(
-    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, groups: Tensor | None = None
+    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, groups: Groups | None = None
 ) -> Tensor:
     """Symmetric InfoNCE; see `kernels.contrastive_loss`."""
     logits_NN = logit_scale * _similarity(image_ND, text_ND)
@@ -33,7 +34,7 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    groups: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss; see `kernels.sigmoid_loss`."""
     logits_NN = logit_scale * _similarity(image_ND, text_ND) + logit_bias
@@ -84,6 +85,6 @@ def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
         return image_ND.to(dtype) @ text_ND.to(dtype).T
 
 
-def _same_group(groups: Tensor) -> Tensor:
-    """Pairs of different rows with an equal group id, as an (N, N) mask."""
-    return (groups[:, None] == groups[None, :]).fill_diagonal_(False)
+def _same_group(groups: Groups) -> Tensor:
+    """Different images and texts that share an id, as an (N, N) mask."""
+    return sharing(*id_sets(groups)).fill_diagonal_(False)

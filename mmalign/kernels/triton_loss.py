@@ -67,17 +67,17 @@ def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     return kept or configs[-1:]
 
 
-_KEY = ["D", "size_class", "GROUPED"]
+_KEY = ["D", "size_class", "ROW_IDS", "COLUMN_IDS"]
 _PRUNE = {"early_config_prune": _fits}
 
 
 @triton.jit
 def _logits(
-    images, texts, scale, row_groups, column_groups, rows, columns, row_count, column_count, first,
-    D: tl.constexpr, GROUPED: tl.constexpr,
+    images, texts, scale, row_ids, column_ids, rows, columns, row_count, column_count, first,
+    D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scaled products: -inf outside the matrices, and where a pair shares a group."""
+    """One tile of scaled products: -inf outside the matrices, and where a pair shares an id."""
     sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
     rows_in = (rows < row_count)[:, None]
     columns_in = (columns < column_count)[None, :]
@@ -98,13 +98,17 @@ def _logits(
             image, text = image.to(tl.float32), text.to(tl.float32)
         sums = tl.dot(image, text, sums, input_precision=PRECISION)
     logits = tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
-    if GROUPED:
-        row_group = tl.load(row_groups + rows, mask=rows < row_count, other=-1)
-        column_group = tl.load(column_groups + columns, mask=columns < column_count, other=-2)
-        same = row_group[:, None] == column_group[None, :]
+    if ROW_IDS > 0:
+        same = tl.zeros((HIGH, WIDE), dtype=tl.int32)
+        for i in range(ROW_IDS):
+            row_id = tl.load(row_ids + rows * ROW_IDS + i, mask=rows < row_count, other=-1)
+            for j in range(COLUMN_IDS):
+                place = column_ids + columns * COLUMN_IDS + j
+                column_id = tl.load(place, mask=columns < column_count, other=-2)
+                same |= (row_id[:, None] == column_id[None, :]).to(tl.int32)
         # An image keeps its own text.
         own = (rows + first)[:, None] == columns[None, :]
-        logits = tl.where(same & ~own, float("-inf"), logits)
+        logits = tl.where((same != 0) & ~own, float("-inf"), logits)
     return logits
 
 
@@ -127,9 +131,9 @@ def _log_add(a, b):
 @triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
 @triton.jit
 def _statistics_kernel(
-    images, texts, scale, row_groups, column_groups, row_sums, column_sums, own_logits,
+    images, texts, scale, row_ids, column_ids, row_sums, column_sums, own_logits,
     row_count, column_count, first, rows_each, columns_each, size_class,
-    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of one rectangle, along its rows and down its columns, and its own logits."""
@@ -143,8 +147,8 @@ def _statistics_kernel(
         for column in range(first_column, column_end, WIDE):
             columns = column + tl.arange(0, WIDE)
             logits = _logits(
-                images, texts, scale, row_groups, column_groups, rows, columns,
-                row_end, column_end, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
+                images, texts, scale, row_ids, column_ids, rows, columns,
+                row_end, column_end, first, D, ROW_IDS, COLUMN_IDS, HIGH, WIDE, DEEP, PRECISION,
             )  # fmt: skip
             own_column = rows + first
             if (row + first < column + WIDE) & (row + first + HIGH > column):
@@ -167,17 +171,17 @@ def _statistics_kernel(
 @triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
 @triton.jit
 def _infonce_kernel(
-    images, texts, scale, row_groups, column_groups, row_sums, column_sums, weights,
+    images, texts, scale, row_ids, column_ids, row_sums, column_sums, weights,
     row_count, column_count, first, gain, size_class,
-    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Derivative of InfoNCE, times N, by each logit of a tile."""
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
-        images, texts, scale, row_groups, column_groups, rows, columns,
-        row_count, column_count, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
+        images, texts, scale, row_ids, column_ids, rows, columns,
+        row_count, column_count, first, D, ROW_IDS, COLUMN_IDS, HIGH, WIDE, DEEP, PRECISION,
     )  # fmt: skip
     row_sum = tl.load(row_sums + rows, mask=rows < row_count, other=0.0)
     column_sum = tl.load(column_sums + columns, mask=columns < column_count, other=0.0)
@@ -195,17 +199,17 @@ def _infonce_kernel(
 )
 @triton.jit
 def _sigmoid_kernel(
-    images, texts, scale, row_groups, column_groups, bias, losses, slopes, weights,
+    images, texts, scale, row_ids, column_ids, bias, losses, slopes, weights,
     row_count, column_count, first, gain, size_class,
-    D: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Sigmoid loss of each row, the sum of its derivatives, and the derivative by each logit."""
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
-        images, texts, scale, row_groups, column_groups, rows, columns,
-        row_count, column_count, first, D, GROUPED, HIGH, WIDE, DEEP, PRECISION,
+        images, texts, scale, row_ids, column_ids, rows, columns,
+        row_count, column_count, first, D, ROW_IDS, COLUMN_IDS, HIGH, WIDE, DEEP, PRECISION,
     )  # fmt: skip
     logits += tl.load(bias)
     own = (rows + first)[:, None] == columns[None, :]
@@ -238,12 +242,12 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     row_sums = problem.scale.new_empty((parts[0], rows), dtype=torch.float32)
     column_sums = problem.scale.new_empty((parts[1], columns), dtype=torch.float32)
     own_logits = problem.scale.new_empty(rows, dtype=torch.float32)
-    images, texts, groups = _operands(problem)
+    images, texts, ids = _operands(problem)
     with torch.cuda.device_of(images):
         _statistics_kernel[parts](
-            images, texts, problem.scale, *groups, row_sums, column_sums, own_logits,
+            images, texts, problem.scale, *ids, row_sums, column_sums, own_logits,
             rows, columns, problem.first, rows_each, columns_each, _size_class(columns),
-            **_constants(problem),
+            **_constants(problem, ids),
         )  # fmt: skip
     return row_sums.logsumexp(0), column_sums.logsumexp(0), own_logits
 
@@ -252,17 +256,17 @@ def infonce_gradients(
     problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `blocked.infonce_gradients`."""
-    images, texts, (row_groups, column_groups) = _operands(problem)
+    images, texts, ids = _operands(problem)
     columns = len(texts)
     products = _Products(images, texts, wants_image, wants_text)
     with torch.cuda.device_of(images):
         for rows, weights in _slabs(images, columns):
             count = rows.stop - rows.start
             _infonce_kernel[_grid(count, columns)](
-                images[rows], texts, problem.scale, row_groups[rows], column_groups,
+                images[rows], texts, problem.scale, ids[0][rows], ids[1],
                 rows_B[rows].contiguous(), columns_N, weights,
                 count, columns, problem.first + rows.start, products.gain, _size_class(columns),
-                **_constants(problem),
+                **_constants(problem, ids),
             )  # fmt: skip
             products.add(rows, weights)
     return products.result()
@@ -272,7 +276,7 @@ def sigmoid_pass(
     problem: Problem, bias: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `blocked.sigmoid_pass`."""
-    images, texts, (row_groups, column_groups) = _operands(problem)
+    images, texts, ids = _operands(problem)
     columns = len(texts)
     products = _Products(images, texts, wants_image, wants_text)
     loss, by_bias = (torch.zeros((), dtype=torch.float64, device=images.device) for _ in range(2))
@@ -283,10 +287,10 @@ def sigmoid_pass(
             # One sum for each row and tile; wider tiles leave the rest at zero.
             sums = problem.scale.new_zeros((2, -(-columns // narrowest), count))
             _sigmoid_kernel[_grid(count, columns)](
-                images[rows], texts, problem.scale, row_groups[rows], column_groups, bias,
+                images[rows], texts, problem.scale, ids[0][rows], ids[1], bias,
                 sums[0], sums[1], weights,
                 count, columns, problem.first + rows.start, products.gain, _size_class(columns),
-                **_constants(problem),
+                **_constants(problem, ids),
             )  # fmt: skip
             loss += sums[0].sum(dtype=torch.float64)
             by_bias += sums[1].sum(dtype=torch.float64)
@@ -327,17 +331,26 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Matrices, and groups (any tensors where there are none)."""
+    """Matrices, and ids (any tensors where there are none)."""
     images, texts = problem.image_BD, problem.text_ND
-    if problem.image_groups_B is None or problem.text_groups_N is None:
+    if problem.image_ids_BL is None or problem.text_ids_NM is None:
         return images, texts, (images, texts)
-    return images, texts, (problem.image_groups_B.contiguous(), problem.text_groups_N.contiguous())
+    return images, texts, (_padded(problem.image_ids_BL, -1), _padded(problem.text_ids_NM, -2))
 
 
-def _constants(problem: Problem) -> dict[str, Any]:
+def _padded(ids_NL: Tensor, nothing: int) -> Tensor:
+    """Widen ids to a power of two, so that few kernels are compiled and tuned."""
+    width = ids_NL.shape[1]
+    wider = (1 << (width - 1).bit_length()) - width
+    return torch.nn.functional.pad(ids_NL, (0, wider), value=nothing).contiguous()
+
+
+def _constants(problem: Problem, ids: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    grouped = problem.image_ids_BL is not None
     return {
         "D": problem.image_BD.shape[1],
-        "GROUPED": problem.image_groups_B is not None,
+        "ROW_IDS": ids[0].shape[1] if grouped else 0,
+        "COLUMN_IDS": ids[1].shape[1] if grouped else 0,
         "PRECISION": "ieee" if problem.image_BD.dtype == torch.float32 else "tf32",
     }
 
