@@ -16,10 +16,10 @@ from mmalign import kernels
 from mmalign.data import Record, Skip, report_skips, scan
 from mmalign.encoding import Texts, report_cut
 from mmalign.errors import DataError
-from mmalign.metrics import accuracy, recall_at
+from mmalign.metrics import accuracy, mean_reciprocal_rank, recall_at
 from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.pipeline import Pipeline
-from mmalign.progress import bar
+from mmalign.progress import bar, say
 
 KS = (1, 5, 10)
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.", "{}")
@@ -47,8 +47,9 @@ def evaluate(
 
     Returns:
         `image_retrieval_recall@k` (text->image) and `text_retrieval_recall@k` (image->text) for
-        k of 1, 5, 10; with classes also `acc1`, `acc5`, `mean_per_class_recall`; and the counts
-        `images`, `captions`, `skipped`.
+        k of 1, 5, 10, and the mean reciprocal ranks `image_retrieval_mrr@10` and
+        `text_retrieval_mrr@10`; with classes also `acc1`, `acc5`, `mean_per_class_recall`; and
+        the counts `images`, `captions`, `skipped`.
     """
     encoder = model if isinstance(model, Encoder) else to_fastest(load_model(model))
     catalog = scan(
@@ -60,6 +61,8 @@ def evaluate(
     texts_PD = np.concatenate(texts)
     owners_P = np.repeat(np.arange(len(records)), [len(t) for t in texts])
     report: dict[str, Any] = retrieval(images_ND, texts_PD, owners_P)
+    if warning := too_few(len(records)):
+        say(warning)
     if classes:
         report |= _zero_shot(encoder, records, images_ND, classes, label_key)
     counts = {"images": len(records), "captions": len(texts_PD), "skipped": len(skips)}
@@ -67,7 +70,7 @@ def evaluate(
 
 
 def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]) -> dict[str, Any]:
-    """Recall in both directions; `owners_P[p]` is the image that caption p belongs to."""
+    """Recall and MRR in both directions; `owners_P[p]` is the image that caption p belongs to."""
     images, texts = torch.from_numpy(images_ND), torch.from_numpy(texts_PD)
     numbers_N = np.arange(len(images_ND))
     report: dict[str, Any] = {}
@@ -79,7 +82,18 @@ def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]
         ranked = kernels.topk(queries, candidates, depth)[1]
         recalls = recall_at(ranked.numpy(), owners, wanted, KS)
         report |= {f"{name}_recall@{k}": value for k, value in recalls.items()}
+        mrr = mean_reciprocal_rank(ranked.numpy(), owners, wanted)
+        report[f"{name}_mrr@{max(KS)}"] = mrr
     return report
+
+
+def too_few(images: int) -> str | None:
+    """Say which recalls mean nothing, as among so few images they are always 1; None if all do."""
+    free = [k for k in KS if k >= images]
+    if not free:
+        return None
+    names = ", ".join(f"recall@{k}" for k in free)
+    return f"warning: among {images} images {names} is 100 % by construction: bring more"
 
 
 def encode_records(

@@ -34,6 +34,20 @@ def recall_at(
     return {k: float(hit_MK[:, :k].any(axis=1).mean()) for k in ks}
 
 
+def mean_reciprocal_rank(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints) -> float:
+    """Mean over queries of 1 / rank of the first right candidate, 0 where none is among the K.
+
+    Arguments are those of `recall_at`.
+
+    >>> ranked = np.array([[0, 1], [0, 1], [1, 0]])
+    >>> mean_reciprocal_rank(ranked, np.array([0, 1]), np.array([0, 1, 1]))
+    0.8333333333333334
+    """
+    hit_MK = (owners_N[ranked_MK] == wanted_M[:, None]) & (ranked_MK >= 0)
+    ranks_M = hit_MK.argmax(axis=1) + 1
+    return float(np.where(hit_MK.any(axis=1), 1 / ranks_M, 0.0).mean())
+
+
 def accuracy(ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """Zero-shot classification: `acc1`, `acc5` and `mean_per_class_recall`.
 

@@ -1,0 +1,103 @@
+"""Whether validation measures anything: samples of it that are trained on too.
+
+N training samples, V validation samples.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.data import Pixels, Record
+
+Ints = NDArray[np.int64]
+# Bits in which two pictures that look the same may differ, and levels (of 255) of their blurs.
+NEAR_BITS, NEAR_LEVELS = 4, 12.0
+BLUR = 16
+# Pairs of pictures that are compared by their looks; of more, a part of the validation is.
+MOST_PAIRS = 1 << 30
+AT_ONCE = 1 << 22
+# Plain pictures are alike in their outlines; of so many the blurs are compared.
+MOST_LOOKED_AT = 64
+
+
+def shared_samples(training: Pixels, validation: Pixels) -> dict[str, list[tuple[Record, Record]]]:
+    """Find validation samples that are trained on, each under the first way that shows it.
+
+    Returns:
+        Pairs of a validation and a training record by "the same sample" (one place or
+        id), "the same file" (equal contents) and "the same picture" (re-encoded or resized).
+    """
+    places = {key: i for i, r in enumerate(training.records) for key in _names(r)}
+    files: dict[int, int] = {}
+    for i, content in enumerate(training.contents_N.tolist()):
+        files.setdefault(content, i)
+    files.pop(0, None)  # not read
+    twins: dict[str, list[tuple[Record, Record]]] = {}
+    alone: list[int] = []
+    for v, (record, content) in enumerate(
+        zip(validation.records, validation.contents_N.tolist(), strict=True)
+    ):
+        place = next((places[key] for key in _names(record) if key in places), None)
+        if place is not None:
+            twins.setdefault("the same sample", []).append((record, training.records[place]))
+        elif content in files:
+            twins.setdefault("the same file", []).append((record, training.records[files[content]]))
+        else:
+            alone.append(v)
+    for v, t in _look_alike(training, validation, np.array(alone, np.int64)):
+        pair = (validation.records[v], training.records[t])
+        twins.setdefault("the same picture", []).append(pair)
+    return twins
+
+
+def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
+    """Say in one line what validation shares with training; None where it shares nothing."""
+    twins = shared_samples(training, validation)
+    if not twins:
+        return None
+    count, total = sum(map(len, twins.values())), len(validation.records)
+    ways = ", ".join(f"{len(pairs)} {way}" for way, pairs in twins.items())
+    one, other = next(iter(twins.values()))[0]
+    which = f"all {total}" if count == total else f"{count} of {total}"
+    return (
+        f"warning: {which} validation samples are trained on too ({ways}; the first: "
+        f"{one.uri} is {other.uri}): recall on them shows what was memorized"
+    )
+
+
+def _names(record: Record) -> list[str]:
+    """What names a sample: its place, and its id where that is more than a name of a file."""
+    return [f"uri {record.uri}", *([f"id {record.id}"] if record.given_id else [])]
+
+
+def _look_alike(training: Pixels, validation: Pixels, alone_V: Ints) -> list[tuple[int, int]]:
+    """Pairs of validation and training rows whose pictures look the same."""
+    if training.cache_NSS3 is None or validation.cache_NSS3 is None or not len(alone_V):
+        return []
+    most = max(1, MOST_PAIRS // len(training.records))
+    asked = alone_V[:: -(-len(alone_V) // most)]
+    step = max(1, AT_ONCE // len(asked))
+    looks_A = validation.looks_N[asked].view(np.uint64)
+    candidates: dict[int, list[int]] = {}
+    for start in range(0, len(training.records), step):
+        looks_T = training.looks_N[start : start + step].view(np.uint64)
+        near_AT = np.bitwise_count(looks_A[:, None] ^ looks_T[None]) <= NEAR_BITS
+        for a, t in zip(*np.nonzero(near_AT), strict=True):
+            candidates.setdefault(int(asked[a]), []).append(start + int(t))
+    pairs = []
+    for v, rows in candidates.items():
+        blur = _blur(validation.cache_NSS3[v])
+        for t in rows[:MOST_LOOKED_AT]:
+            if np.abs(blur - _blur(training.cache_NSS3[t])).max() <= NEAR_LEVELS:
+                pairs.append((v, t))
+                break
+    return pairs
+
+
+def _blur(pixels_SS3: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Means over a grid of 16 x 16 areas, which hardly feel a resize or another JPEG."""
+    edges = np.linspace(0, len(pixels_SS3), BLUR + 1).astype(np.int64)
+    sums = np.add.reduceat(pixels_SS3.astype(np.float32), edges[:-1], axis=0)
+    sums = np.add.reduceat(sums, edges[:-1], axis=1)
+    sizes = np.diff(edges).astype(np.float32)
+    means: NDArray[np.float32] = sums / (sizes[:, None, None] * sizes[None, :, None])
+    return means
