@@ -79,7 +79,7 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 
 
 @main.command()
-@_sources()
+@_sources(required=False)
 @click.option(
     "--val",
     multiple=True,
@@ -93,7 +93,7 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @click.option("--model", metavar="NAME", help="An open_clip architecture.")
 @click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Its weights.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, on its data.")
 @_columns
 @_json
 def train(
@@ -113,7 +113,7 @@ def train(
     \b
     Example:  mmalign train --data 'pairs-{000..005}.tar' --val val.tar --out run
               mmalign train --data photos/ --out run --set epochs=20 --set augment.flip=true
-              mmalign train --data photos/ --out run --resume
+              mmalign train --out run --resume
     """
     from mmalign.config import override, read_toml
     from mmalign.train import configure

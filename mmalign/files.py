@@ -448,6 +448,36 @@ def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 return
 
 
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[bool]:
+    """Hold a folder; False where another process holds it.
+
+    The system ends the hold with the process, however that ends. Where there are no locks of
+    folders, everybody gets True.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        yield True
+        return
+    try:
+        yield _held_by_us(handle)
+    finally:
+        os.close(handle)
+
+
+def _held_by_us(handle: int) -> bool:
+    if not fcntl:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _lock(file: BinaryIO) -> bool:
     """Wait until nobody else has a lock on an open file; it goes when the file is closed."""
     try:

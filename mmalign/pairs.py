@@ -1,11 +1,15 @@
 """Training and validation pairs in memory: pixels by row, tokens by caption, all joined by number.
 
-N images, P captions, B images of a batch, C captions drawn for each, S side in pixels, T tokens.
+N images, P captions, B images of a batch, C captions drawn for each, L captions an image has at
+most, S side in pixels, T tokens of a caption, X tokens of all captions.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +35,13 @@ from mmalign.model import Encoder
 Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 ENCODED_AT_ONCE = 256
+TOKENIZED_AT_ONCE = 10_000
 # A crop is taken from an image this much larger than the model's input.
 CROP_ROOM = 1.125
-LEFT_RIGHT = ("left", "right", "左", "右")
+# Words that a mirror makes wrong; 左右 ("about", or both sides) is none of them.
+LEFT_RIGHT = re.compile(
+    r"(?<![a-z])(?:left|right)(?:most|wards?|hand|handed|side)?(?![a-z])|左(?!右)|(?<!左)右"
+)
 MIRROR_LIMIT = 0.01
 
 
@@ -46,7 +54,9 @@ class Batch:
     """uint8 pixels."""
     tokens_BCT: Tensor
     groups_BC: Tensor
-    """Equal captions have equal numbers: they are no negatives of each other."""
+    """Equal captions have equal numbers."""
+    owned_BL: Tensor
+    """The numbers of all captions that an image has, drawn or not; padded with -1."""
     lost: tuple[Skip, ...] = ()
 
 
@@ -56,20 +66,51 @@ class Pairs:
 
     pixels: Pixels
     starts: Ints
-    tokens_PT: Tensor
-    lengths_P: Tensor
-    groups_P: Tensor
+    tokens_X: NDArray[np.uint16] | NDArray[np.int32]
+    """Tokens of all captions, one behind the other, without padding."""
+    token_starts: Ints
+    """Where the tokens of each caption begin, and where the last one's end: (P + 1,)."""
+    groups_P: Ints
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def captions(self) -> int:
+        """Number of captions."""
+        return len(self.token_starts) - 1
 
     @property
     def owners_P(self) -> Ints:
         """The image of each caption."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
+    def tokens(self, captions: Ints) -> Tensor:
+        """Token ids of some captions, int64, padded with 0 to the longest: (*captions.shape, T)."""
+        firsts = self.token_starts[captions][..., None]
+        lengths = self.token_starts[captions + 1][..., None] - firsts
+        steps_T = np.arange(lengths.max())
+        places = np.minimum(firsts + steps_T, len(self.tokens_X) - 1)
+        return torch.from_numpy(np.where(steps_T < lengths, self.tokens_X[places], 0)).long()
+
+    def token_counts(self) -> Tensor:
+        """Count the captions that hold each token, (U,) int64; all of them hold the padding."""
+        counts_U = np.zeros(int(self.tokens_X.max()) + 1, np.int64)
+        for rows in _parts(self.captions, TOKENIZED_AT_ONCE):
+            sorted_PT = np.sort(self.tokens(rows).numpy(), axis=1)
+            new_PT = np.ones(sorted_PT.shape, np.bool_)
+            new_PT[:, 1:] = sorted_PT[:, 1:] != sorted_PT[:, :-1]
+            counts_U += np.bincount(sorted_PT[new_PT], minlength=len(counts_U))
+        counts_U[0] = self.captions
+        return torch.from_numpy(counts_U)
+
     def sampler(self, batch_size: int, captions_per_image: int, seed: int) -> Sampler:
         """Shuffled batches over the pairs."""
+        if len(self) < 2:
+            raise TrainingError(
+                "there is 1 training sample: pairs are learned by telling them apart, "
+                "so bring at least 2"
+            )
         if batch_size > len(self):
             raise TrainingError(
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
@@ -81,13 +122,16 @@ class Pairs:
     def batch(self, draw: Draw) -> Batch:
         """Gather the pixels and tokens of a draw."""
         pixels, good, lost = self.pixels.fetch(draw.rows_B)
-        captions_BC = torch.from_numpy(draw.captions_BC[good])
-        longest = max(1, int(self.lengths_P[captions_BC].max()))
+        rows_B, captions_BC = draw.rows_B[good], draw.captions_BC[good]
+        counts_B1 = (self.starts[rows_B + 1] - self.starts[rows_B])[:, None]
+        steps_L = np.arange(counts_B1.max())
+        every_BL = np.minimum(self.starts[rows_B][:, None] + steps_L, len(self.groups_P) - 1)
         return Batch(
             draw.step,
             torch.from_numpy(pixels).permute(0, 3, 1, 2),
-            self.tokens_PT[captions_BC][:, :, :longest].long(),
-            self.groups_P[captions_BC],
+            self.tokens(captions_BC),
+            torch.from_numpy(self.groups_P[captions_BC]),
+            torch.from_numpy(np.where(steps_L < counts_B1, self.groups_P[every_BL], -1)),
             tuple(lost),
         )
 
@@ -116,31 +160,47 @@ def load_pairs(
     if not pixels.records:
         raise TrainingError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
     captions = [c for r in pixels.records for c in r.captions]
-    report_cut(encoder, len(encoder.tokenizer.cut(list(dict.fromkeys(captions)))))
-    tokens = encoder.tokenizer(captions)
     counts = [len(r.captions) for r in pixels.records]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    number = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-    groups = torch.tensor([number[c] for c in captions])
-    lengths = encoder.text_lengths(tokens)
-    return Pairs(pixels, starts, tokens.int(), lengths, groups), skips
+    # Equal for equal captions, not negative, and with a bit to spare.
+    groups_P = np.array([hash(c) for c in captions], np.int64) & (np.iinfo(np.int64).max >> 1)
+    return Pairs(pixels, starts, *_tokenize(encoder, captions), groups_P), skips
 
 
-def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors, Ints]:
+def _tokenize(encoder: Encoder, captions: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+    """Return all tokens in two or four bytes each, and where those of each caption begin."""
+    pieces, lengths, cut = [], [], 0
+    for start in range(0, len(captions), TOKENIZED_AT_ONCE):
+        texts = captions[start : start + TOKENIZED_AT_ONCE]
+        cut += len(encoder.tokenizer.cut(texts))
+        tokens_PT = encoder.tokenizer(texts)
+        lengths_P = encoder.text_lengths(tokens_PT)
+        read_PT = torch.arange(tokens_PT.shape[1]) < lengths_P[:, None]
+        tokens_X = tokens_PT[read_PT].numpy()
+        small = int(tokens_X.max()) <= np.iinfo(np.uint16).max
+        pieces.append(tokens_X.astype(np.uint16 if small else np.int32))
+        lengths.append(lengths_P.numpy())
+    report_cut(encoder, cut)
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    return np.concatenate(pieces), starts
+
+
+def encode_pairs(
+    encoder: Encoder, pairs: Pairs, at_once: int = ENCODED_AT_ONCE
+) -> tuple[Vectors, Vectors, Ints]:
     """Embed all images (N, D) and captions (P, D); the third array is the image of each caption.
 
     Images that cannot be decoded any more are left out together with their captions.
     """
     images, decoded = [], []
-    for rows in _parts(len(pairs)):
+    for rows in _parts(len(pairs), at_once):
         pixels, good, _ = pairs.pixels.fetch(rows)
         images.append(encoder.encode_images(pixels))
         decoded.append(rows[good])
     texts = []
     with torch.inference_mode():
-        for rows in _parts(len(pairs.tokens_PT)):
-            longest = max(1, int(pairs.lengths_P[rows].max()))
-            tokens = pairs.tokens_PT[rows][:, :longest].long().to(encoder.device)
+        for rows in _parts(pairs.captions, at_once):
+            tokens = pairs.tokens(rows).to(encoder.device)
             texts.append(encoder.text_vectors(tokens).cpu().numpy())
     number = np.full(len(pairs), -1)
     kept = np.concatenate(decoded)
@@ -149,20 +209,27 @@ def encode_pairs(encoder: Encoder, pairs: Pairs) -> tuple[Vectors, Vectors, Ints
     return np.concatenate(images), np.concatenate(texts)[owners >= 0], owners[owners >= 0]
 
 
-def _parts(count: int) -> list[Ints]:
-    return np.array_split(np.arange(count), -(-count // ENCODED_AT_ONCE))
+def _parts(count: int, size: int) -> list[Ints]:
+    return np.array_split(np.arange(count), -(-count // size))
 
 
 def report_losses(run: Path, skips: Sequence[Skip], total: int) -> None:
     """List what is not trained on in the run's skipped.jsonl, and say how much it is."""
     where = run / "skipped.jsonl"
     if skips:
-        files.append_lines(where, [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips])
+        listed = set(where.read_text(encoding="utf-8").splitlines()) if where.exists() else set()
+        rows = [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips]
+        # A resumed run meets them again.
+        new = [row for row in rows if json.dumps(row, ensure_ascii=False) not in listed]
+        files.append_lines(where, new)
     report_skips(skips, total, where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:
-    """Say whether mirrored images still fit their captions: not where these say left and right."""
+    """Say whether mirrored images still fit their captions: not where these say left and right.
+
+    English and Chinese captions are understood; for others `augment.flip` says it.
+    """
     captions = [c.lower() for r in records for c in r.captions]
-    sided = sum(any(word in c for word in LEFT_RIGHT) for c in captions)
+    sided = sum(LEFT_RIGHT.search(c) is not None for c in captions)
     return sided <= MIRROR_LIMIT * len(captions)

@@ -5,6 +5,8 @@
 The part in brackets is `trainer.py`; what it needs is put together here.
 """
 
+import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,17 +19,32 @@ import numpy as np
 import torch
 
 from mmalign import files
-from mmalign.config import dump
+from mmalign.config import dump, read_toml
 from mmalign.data import Record, Skip, scan
 from mmalign.errors import ConfigError, UsageError
-from mmalign.model import Encoder, blank_model, new_model, save_description
-from mmalign.pairs import can_mirror, load_pairs, report_losses
+from mmalign.leakage import describe_leakage
+from mmalign.model import Encoder, blank_model, has_weights, new_model, save_description
+from mmalign.pairs import Pairs, can_mirror, load_pairs, report_losses
 from mmalign.progress import say
-from mmalign.trainer import TrainConfig, Trainer, configure
+from mmalign.resume import (
+    check_contents,
+    check_listing,
+    check_settings,
+    fingerprint,
+    listing_hash,
+    read_state,
+)
+from mmalign.runlog import METRICS
+from mmalign.settings import TrainConfig, configure, limits_reached, refuse_complete
+from mmalign.trainer import Trainer
 
 __all__ = ["TrainConfig", "configure", "train"]
 
-MIN_HELD_OUT = 200
+# Without validation pairs so many images are held out, where there are enough of them.
+MIN_IMAGES, MIN_HELD_OUT, MAX_HELD_OUT = 200, 50, 1000
+HELD_OUT, MOST_HELD_OUT = 0.05, 0.1
+CONFIG = "config.toml"
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 def train(
@@ -42,23 +59,50 @@ def train(
 
     Args:
         config: How.
-        sources: Training pairs, as `data.scan` takes them.
+        sources: Training pairs, as `data.scan` takes them; without any, those of the
+            configuration, or those that the run to be resumed was trained on.
         out: The run folder: new, or with `resume` the one to go on with.
-        val: Validation pairs; by default a share of the training images is held out.
-        resume: Go on from the last saved state, with the batches that would have come.
+        val: Validation pairs, likewise; by default a share of the training images is held out.
+        resume: Go on from the last saved state, with the batches that would have come. The result
+            is that of an unbroken run bit for bit (but for `minutes`, as a clock repeats nothing).
 
     Returns:
         The last line of metrics.jsonl: recall on the validation pairs, samples per second, the
         share of time spent waiting for data.
 
     Raises:
-        TrainingError: The loss is NaN, or a batch is larger than the data.
+        TrainingError: The loss is NaN, a batch is larger than the data, or a run cannot be resumed
+            as its data has changed or this machine lacks its arithmetic.
+        ConfigError: A resumed run is told to be another one.
         DataError: A source is empty.
     """
     started = time.monotonic()
-    run = _open_run(Path(out), config, resume)
-    records, val_records, skips = _read(config, sources, val)
-    encoder = blank_model(run) if resume else _new_encoder(config, records)
+    run = Path(out)
+    if resume and not (run / CONFIG).exists():
+        raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
+    if any(os.path.realpath(source) == os.path.realpath(run) for source in (*sources, *val)):
+        raise UsageError(f"--out {run}: is a source; name another folder for the run")
+    run.mkdir(parents=True, exist_ok=True)
+    with files.sole_user(run) as alone:
+        if not alone:
+            raise UsageError(f"{run}: another process is training there")
+        state = _open_run(run, config, resume)
+        config = _with_sources(config, sources, val, run if resume else None)
+        return _train(config, run, state, started)
+
+
+def _train(
+    config: TrainConfig, run: Path, state: dict[str, Any] | None, started: float
+) -> dict[str, Any]:
+    records, val_records, skips = _read(config)
+    if state is None:
+        encoder = _new_encoder(config, records)
+        save_description(encoder, run)
+    else:
+        check_listing(run, state, records, val_records)
+        encoder = blank_model(run)
+    # From here on a run that is killed can be resumed: what it is told is written down.
+    files.write_text(run / CONFIG, dump(config))
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
@@ -71,18 +115,23 @@ def train(
             else (None, [])
         )
         report_losses(run, [*skips, *lost, *lost_held], total)
+        _warn(pairs, held)
         trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
-        if resume:
-            trainer.load()
-        else:
-            files.write_text(run / "config.toml", dump(config))
-            save_description(encoder, run)
+        if state is not None:
+            check_contents(run, state, pairs.pixels, held.pixels if held else None)
+            trainer.load(state)
+        trainer.recorded = {
+            "listed": listing_hash(records, val_records),
+            "training": fingerprint(pairs.pixels),
+            "validation": fingerprint(held.pixels) if held else {},
+        }
         return trainer.run_all()
 
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """Lend a folder for decoded images; a resumed run decodes them again."""
+    files.remove(folder)  # of a process that was killed
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -90,48 +139,130 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_run(run: Path, config: TrainConfig, resume: bool) -> Path:
-    if resume:
-        if not (run / "state.pt").exists():
-            raise UsageError(f"{run}: nothing to resume: there is no state.pt")
-        return run
+def _open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+    """Return the state to go on from; None where training starts at its beginning."""
     if config.model and config.preset != TrainConfig.preset:
         raise ConfigError(f"give preset={config.preset} or model={config.model}, not both")
-    if (run / "config.toml").exists():
-        raise UsageError(f"{run}: holds a run already: go on with --resume, or name another --out")
-    run.mkdir(parents=True, exist_ok=True)
-    return run
+    state = read_state(run) if resume else None
+    if state is None:
+        if (run / "state.pt").exists() or (not resume and has_weights(run)):
+            raise UsageError(
+                f"{run}: holds a run already: go on with --resume, or name another --out"
+            )
+        if has_weights(run):
+            raise UsageError(f"{run}: nothing to resume: there is no state.pt")
+        if (run / CONFIG).exists():
+            say(f"{run}: its training was stopped before anything was saved: it starts anew")
+        for left in (METRICS, "events", "skipped.jsonl"):
+            files.remove(run / left)
+        return None
+    check_settings(run, _recorded(run), config)
+    steps_per_epoch = len(state["training"]["samples"]) // config.batch_size
+    reached = limits_reached(config, state["step"], steps_per_epoch, state["elapsed_s"])
+    refuse_complete(run, config, reached)
+    return state
 
 
-def _read(
-    config: TrainConfig, sources: Sequence[str], val: Sequence[str]
-) -> tuple[list[Record], list[Record], list[Skip]]:
+def _recorded(run: Path) -> TrainConfig:
+    return configure(read_toml(run / CONFIG), str(run / CONFIG))
+
+
+def _with_sources(
+    config: TrainConfig, sources: Sequence[str], val: Sequence[str], resumed: Path | None
+) -> TrainConfig:
+    """Write into a configuration what it trains on, with names that hold in every folder."""
+    before = _recorded(resumed) if resumed else config
+    data = tuple(map(_anywhere, sources)) or config.data or before.data
+    if not data:
+        raise UsageError("no training data: give --data SRC")
+    return replace(config, data=data, val=tuple(map(_anywhere, val)) or config.val or before.val)
+
+
+def _anywhere(source: str) -> str:
+    return source if "://" in source else os.path.abspath(source)
+
+
+def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
     """List training and validation records, and all that was left out."""
     columns: dict[str, Any] = {
         "caption_keys": config.caption_keys,
         "image_column": config.image_column,
     }
-    catalog = scan(sources, **columns, need_captions=True)
-    if val:
-        other = scan(val, **columns, need_captions=True)
+    catalog = scan(config.data, **columns, need_captions=True)
+    if config.val:
+        other = scan(config.val, **columns, need_captions=True)
         return catalog.records, other.records, [*catalog.skips, *other.skips]
-    count = min(1000, round(config.held_out * len(catalog.records)))
-    if len(catalog.records) < MIN_HELD_OUT or not count:
+    images = len(catalog.records)
+    count = held_out_images(images, config.held_out)
+    if not count:
+        say(f"no --val given, and none of {images} images held out: the last weights are kept")
         return catalog.records, [], catalog.skips
-    say(f"no --val given: {count} of {len(catalog.records)} images are held out to validate on")
-    order = np.random.default_rng(config.seed).permutation(len(catalog.records))
-    chosen = set(order[:count].tolist())
+    say(f"no --val given: {count} of {images} images are held out to validate on")
+    chosen = set(np.random.default_rng(config.seed).permutation(images)[:count].tolist())
     held = [r for i, r in enumerate(catalog.records) if i in chosen]
     rest = [r for i, r in enumerate(catalog.records) if i not in chosen]
     return rest, held, catalog.skips
 
 
-def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
-    torch.manual_seed(config.seed)
-    if config.model:
-        from mmalign.model import openclip
+def held_out_images(images: int, share: float | None) -> int:
+    """Return how many of some images are held out, see `TrainConfig.held_out`.
 
-        return openclip.load(config.model, config.pretrained)
-    if config.pretrained:
-        raise ConfigError("pretrained needs model: say which architecture the weights belong to")
-    return new_model(config.preset, [c for r in records for c in r.captions])
+    Fewer than 50 say little; more than a tenth would be missed in training.
+
+    >>> [held_out_images(n, None) for n in (1, 20, 199, 200, 600, 10_000, 1_000_000)]
+    [0, 0, 0, 20, 50, 500, 1000]
+    >>> held_out_images(20, 0.1)
+    2
+    """
+    if share is not None:
+        return min(MAX_HELD_OUT, round(share * images))
+    if images < MIN_IMAGES:
+        return 0
+    least = min(MIN_HELD_OUT, math.floor(MOST_HELD_OUT * images))
+    return min(MAX_HELD_OUT, max(least, round(HELD_OUT * images)))
+
+
+def _warn(pairs: Pairs, held: Pairs | None) -> None:
+    """Say what makes a training or its validation worthless."""
+    contents_N = pairs.pixels.contents_N
+    for what, values in (("captions", pairs.groups_P), ("images", contents_N[contents_N != 0])):
+        if len(values) > 1 and (values == values[0]).all():
+            say(
+                f"warning: all {len(values)} {what} are equal: nothing tells the pairs apart, "
+                "so nothing is learned"
+            )
+    if held is not None and (leak := describe_leakage(pairs.pixels, held.pixels)):
+        say(leak)
+
+
+def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
+    # The caller's random numbers go on as they were.
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        if config.model:
+            from mmalign.model import openclip
+
+            encoder = openclip.load(config.model, config.pretrained)
+        elif config.pretrained:
+            raise ConfigError(
+                "pretrained needs model: say which architecture the weights belong to"
+            )
+        else:
+            encoder = new_model(config.preset, [c for r in records for c in r.captions])
+    if config.loss == "siglip" and float(encoder.towers.logit_bias.detach()) == 0:
+        _start_sigmoid(encoder)
+    return encoder
+
+
+def _start_sigmoid(encoder: Encoder) -> None:
+    """Set scale and bias to the sigmoid loss's own where a model comes without a bias.
+
+    At a CLIP's scale of 100 and no bias nearly every negative is taken for a pair, and the first
+    gradients destroy the model.
+
+    Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
+    """
+    with torch.no_grad():
+        encoder.towers.log_scale.fill_(math.log(SIGMOID_SCALE))
+        encoder.towers.logit_bias.fill_(SIGMOID_BIAS)
+    say(f"{encoder.name} has no bias: siglip starts at scale {SIGMOID_SCALE}, bias {SIGMOID_BIAS}")

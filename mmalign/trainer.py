@@ -1,113 +1,40 @@
 """The training loop: what one step is, when recall is measured, what is saved and resumed.
 
-B images of a batch, C captions drawn for each, D dimensions, T tokens.
+B images of a batch, C captions drawn for each, L captions an image has at most, D
+dimensions, T tokens.
 """
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign import files, kernels
-from mmalign.config import build, require
-from mmalign.data import Augment, Skip, read_ahead
-from mmalign.errors import TrainingError, UsageError, VectorError
-from mmalign.evaluate import retrieval
+from mmalign import kernels
+from mmalign.data import Draw, Skip, read_ahead
+from mmalign.errors import TrainingError, VectorError
+from mmalign.evaluate import retrieval, too_few
+from mmalign.interrupts import stop_requests
+from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import Encoder, drop_weights, fastest_device, save_model
 from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
-from mmalign.pairs import Batch, Pairs, encode_pairs, report_losses
+from mmalign.pairs import ENCODED_AT_ONCE, Batch, Pairs, encode_pairs, report_losses
 from mmalign.progress import bar, say
+from mmalign.resume import write_state
 from mmalign.runlog import RunLog
+from mmalign.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
 from mmalign.words import WordHead
 
-DEFAULT_EPOCHS = 30.0
 LOG_SECONDS = 10.0
 # Share of the training after which images have their full size.
 GROWN_AT = 0.7
 SAVE_SECONDS = 300.0
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Every field can stand in a TOML file or behind `--set`."""
-
-    preset: str = "tiny"
-    """One of our own presets, trained from scratch."""
-    model: str | None = None
-    """An open_clip architecture, in place of a preset."""
-    pretrained: str | None = None
-    """Its weights: a tag, or a local file."""
-    caption_keys: tuple[str, ...] = ("captions",)
-    image_column: str | None = None
-    loss: Literal["infonce", "siglip"] = "infonce"
-    epochs: float | None = None
-    """Passes over the images; 30 where neither this nor `minutes` is set."""
-    minutes: float | None = None
-    """Time from the call to the last step; the learning rate follows the clock."""
-    batch_size: int = 128
-    part_size: int | None = None
-    """Images encoded at a time. A larger batch is encoded in parts, twice, in the memory of one
-    part, and its loss evaluated once; batch norms then see a part, not the batch."""
-    captions_per_image: int = 5
-    """Captions drawn for each image of a batch; the image is encoded once for all of them."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.5
-    warmup: float = 0.05
-    """Share of the training with a rising learning rate."""
-    average: float = 0.99
-    """Decay of the moving average of the weights, which is what is validated and saved."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    validations: int = 10
-    """Times that recall is measured on the way."""
-    held_out: float = 0.05
-    """Share of the training images to validate on where no validation source is given."""
-    seed: int = 0
-    caption_loss: float = 0.2
-    """Weight of a contrast between two captions of each image, which teaches paraphrases."""
-    word_loss: float = 0.3
-    """Weight of predicting an image's words; see words.py."""
-    start_size: float = 0.67
-    """Side of the images in the first steps, as a share of the model's own; they grow to it on the
-    way, where the model takes any size. The same minutes then hold more passes, and the last of
-    them are sharp."""
-    augment: Augment = field(default_factory=Augment)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "part_size", "captions_per_image", "validations"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("learning_rate", "clip_norm", "epochs", "minutes"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "above 0")
-        for name in ("warmup", "average", "held_out"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        require(0 < self.start_size <= 1, "start_size", self.start_size, "above 0 and at most 1")
-        for name in ("weight_decay", "caption_loss", "word_loss", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-
-
-FINE_TUNING: dict[str, Any] = {
-    "captions_per_image": 1,
-    "learning_rate": 1e-5,
-    "weight_decay": 0.2,
-    "caption_loss": 0.0,
-    "word_loss": 0.0,
-    "augment": {"crop_min": 0.9, "colour": 0.0, "erase": 0.0},
-}
-"""What differs where good weights are only to be adapted: less help, smaller steps."""
-
-
-def configure(values: dict[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a configuration; with `model` among the values, what is not said is `FINE_TUNING`."""
-    if values.get("model") is None:
-        return build(TrainConfig, values, where)
-    augment = {**FINE_TUNING["augment"], **values.get("augment", {})}
-    return build(TrainConfig, {**FINE_TUNING, **values, "augment": augment}, where)
 
 
 def image_side(full: int, start: float, progress: float) -> int:
@@ -131,7 +58,11 @@ class _State:
     step: int = 0
     elapsed_s: float = 0.0
     best: float = -1.0
+    """Largest validation score so far, and where several were equal, the smallest loss."""
+    best_loss: float = math.inf
     best_step: int = 0
+    validated: int = 0
+    """Validations that were due so far."""
 
 
 class Trainer:
@@ -157,7 +88,9 @@ class Trainer:
         self.device = fastest_device()
         self.towers = encoder.on(self.device).towers
         self.sampler = pairs.sampler(config.batch_size, config.captions_per_image, config.seed)
-        self.words = WordHead(encoder.dim, pairs.tokens_PT).to(self.device)
+        with _seeded(config.seed, self.device):
+            head = WordHead(encoder.dim, pairs.token_counts(), pairs.captions)
+        self.words = head.to(self.device)
         self.towers.train()  # `validate` alone leaves this mode, for its own time
         self.trained = torch.nn.ModuleList([self.towers, self.words])
         self.optimizer = adamw(self.trained, config.learning_rate, config.weight_decay)
@@ -165,10 +98,12 @@ class Trainer:
         self.state = _State()
         self.started = started
         self.lost: dict[str, Skip] = {}
+        self.reported = self.saved_step = 0
         self.saved: list[str] = []
-        epochs = config.epochs or (math.inf if config.minutes else DEFAULT_EPOCHS)
-        self.steps = epochs * self.sampler.steps_per_epoch
-        self.image_arithmetic = self.text_arithmetic = Arithmetic()
+        self.steps = epochs_of(config) * self.sampler.steps_per_epoch
+        self.arithmetic: dict[str, Arithmetic] = {}
+        self.recorded: dict[str, Any] = {}
+        """What `save` adds to the state: the fingerprint of the data."""
 
     @property
     def progress(self) -> float:
@@ -182,29 +117,39 @@ class Trainer:
         return self.state.elapsed_s + time.monotonic() - self.started
 
     def run_all(self) -> dict[str, Any]:
-        """Train to the end, or to Ctrl-C; both leave a state to resume from."""
-        if self.progress >= 1:
-            raise UsageError(f"{self.run}: training is complete; --set epochs=N makes it longer")
-        self._choose_arithmetic()
-        batches = read_ahead(self.pairs.batch, self.sampler.draws(self.state.step))
-        log = RunLog(self.run)
+        """Train to the end, or to Ctrl-C or SIGTERM; both leave a state to resume from."""
+        reached = limits_reached(
+            self.config, self.state.step, self.sampler.steps_per_epoch, self.elapsed_s
+        )
+        refuse_complete(self.run, self.config, reached)
+        if not self.arithmetic:
+            self.arithmetic = self._choose_arithmetic()
+        self._introduce()
+        first_step = self.state.step
+        batches = read_ahead(self.pairs.batch, self.sampler.draws(first_step))
+        log = RunLog(self.run, first_step)
         form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         try:
-            with bar("train", 100, "%", form) as shown:
-                result = self._loop(batches, log, shown)
+            with stop_requests() as stop, bar("train", 100, "%", form) as shown:
+                result = self._loop(batches, log, shown, stop)
         except KeyboardInterrupt:
-            self.save()
-            say(f"stopped at step {self.state.step}; go on with --resume")
+            kept = (
+                f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved yet"
+            )
+            say(f"stopped ({kept}); go on with `mmalign train --out {self.run} --resume`")
             raise
         finally:
             batches.close()  # type: ignore[attr-defined]
             log.close()
         return result
 
-    def _loop(self, batches: Any, log: RunLog, shown: Any) -> dict[str, Any]:
+    def _loop(
+        self, batches: Any, log: RunLog, shown: Any, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
         seen = waited_s = 0.0
         loop_started = logged = saved = time.monotonic()
-        validated = math.floor(self.progress * self.config.validations)
+        due_so_far = math.floor(self.progress * self.config.validations)
+        self.state.validated = min(self.state.validated, due_so_far)
         row: dict[str, Any] = {}
         while True:
             asked = time.monotonic()
@@ -214,7 +159,8 @@ class Trainer:
             seen += len(batch.images_B3SS)
             now, progress = time.monotonic(), self.progress
             done = progress >= 1
-            due = done or math.floor(progress * self.config.validations) > validated
+            due_so_far = math.floor(progress * self.config.validations)
+            due = done or due_so_far > self.state.validated
             if due or now - logged > LOG_SECONDS:
                 row = self._row(float(loss), seen, waited_s, now - loop_started)
                 shown.set_postfix_str(
@@ -223,22 +169,23 @@ class Trainer:
                 )
                 if due:
                     row |= self.validate()
-                    validated = math.floor(progress * self.config.validations)
+                    self.state.validated = due_so_far
                 log.write(row)
                 logged = now
             shown.update(100 * progress - shown.n)
-            if now - saved > SAVE_SECONDS or done:
+            # Beside new best weights at once: a kill then costs neither without the other.
+            if due or now - saved > SAVE_SECONDS or stop():
                 self.save()
-                saved = now
+                saved = time.monotonic()
             if done:
+                self._drop_weights(keep=1)
                 return row
+            if stop():
+                raise KeyboardInterrupt
 
     def step(self, batch: Batch) -> Tensor:
         """Take one step and return its loss; nothing moves where the loss is not finite."""
         config = self.config
-        # Dropout and crops are functions of seed and step: a resumed run repeats an unbroken one.
-        torch.manual_seed(config.seed * 1_000_003 + batch.step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + batch.step)
         for skip in batch.lost:
             self.lost[skip.uri] = skip
         rate = learning_rate(self.progress, config.learning_rate, config.warmup)
@@ -246,8 +193,11 @@ class Trainer:
             group["lr"] = rate
         start = config.start_size if self.towers.any_size else 1.0
         side = image_side(self.encoder.preprocess.size, start, self.progress)
-        images = config.augment(batch.images_B3SS, side, generator).to(self.device)
-        loss = self._backward(images, batch)
+        # Dropout and crops are functions of seed and step: a resumed run repeats an unbroken one.
+        seed = config.seed * 1_000_003 + batch.step
+        images = config.augment(batch.images_B3SS, side, torch.Generator().manual_seed(seed))
+        with _seeded(seed, self.device):
+            loss = self._backward(images, batch)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -260,13 +210,16 @@ class Trainer:
     def _backward(self, images: Tensor, batch: Batch) -> Tensor:
         """Add the gradients of a batch; whole, or in parts that fit the memory."""
         tokens_BCT, groups_BC = batch.tokens_BCT.to(self.device), batch.groups_BC.to(self.device)
+        owned_BL = batch.owned_BL.to(self.device)
 
         def encode(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             flat = self._text_vectors(part[1].flatten(0, 1))
-            return self._image_vectors(part[0]), flat.unflatten(0, part[1].shape[:2])
+            # Images wait on the host: a part of them is all that the device must hold.
+            images = self._image_vectors(part[0].to(self.device))
+            return images, flat.unflatten(0, part[1].shape[:2])
 
         def objective(image_BD: Tensor, text_BCD: Tensor) -> Tensor:
-            return self._loss(image_BD, text_BCD, tokens_BCT, groups_BC)
+            return self._loss(image_BD, text_BCD, tokens_BCT, (groups_BC, owned_BL))
 
         size = self.config.part_size or len(images)
         try:
@@ -285,116 +238,220 @@ class Trainer:
     def _diverged(self, what: str, step: int) -> TrainingError:
         return TrainingError(
             f"{what} at step {step}: lower learning_rate (now {self.config.learning_rate}); "
-            f"{self.run} holds the last good weights"
+            "the weights of before are kept"
         )
 
     def _loss(
-        self, image_BD: Tensor, text_BCD: Tensor, tokens_BCT: Tensor, groups_BC: Tensor
+        self,
+        image_BD: Tensor,
+        text_BCD: Tensor,
+        tokens_BCT: Tensor,
+        numbers: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Images against captions; captions against captions; images against words."""
+        groups_BC, owned_BL = numbers
         columns = range(tokens_BCT.shape[1])
-        losses = [self._align(image_BD, text_BCD[:, c], groups_BC[:, c]) for c in columns]
+        # No caption of an image is a negative of it, drawn in this column or not.
+        losses = [
+            self._align(image_BD, text_BCD[:, c], (owned_BL, groups_BC[:, c, None]))
+            for c in columns
+        ]
         loss = torch.stack(losses).mean()
         if self.config.caption_loss and len(columns) > 1:
             # Each column against the one before it: two captions of an image are a pair as well.
             losses = [
-                self._align(text_BCD[:, c - 1], text_BCD[:, c], groups_BC[:, c]) for c in columns
+                self._align(
+                    text_BCD[:, c - 1],
+                    text_BCD[:, c],
+                    _of_either(groups_BC[:, c - 1], groups_BC[:, c], owned_BL),
+                )
+                for c in columns
             ]
             loss = loss + self.config.caption_loss * torch.stack(losses).mean()
         if self.config.word_loss:
             loss = loss + self.config.word_loss * self.words(image_BD, tokens_BCT)
         return loss
 
-    def _align(self, one_BD: Tensor, other_BD: Tensor, groups_B: Tensor) -> Tensor:
+    def _align(
+        self, one_BD: Tensor, other_BD: Tensor, groups: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         scale, bias = self.towers.logit_scale, self.towers.logit_bias
         if self.config.loss == "infonce":
-            return kernels.contrastive_loss(one_BD, other_BD, scale, groups=groups_B)
-        return kernels.sigmoid_loss(one_BD, other_BD, scale, bias, groups=groups_B)
+            return kernels.contrastive_loss(one_BD, other_BD, scale, groups=groups)
+        return kernels.sigmoid_loss(one_BD, other_BD, scale, bias, groups=groups)
 
     def _image_vectors(self, images: Tensor) -> Tensor:
-        return self.image_arithmetic.apply(
+        return self.arithmetic["image"].apply(
             self.towers, lambda: self.encoder.image_vectors(images), self.device
         )
 
     def _text_vectors(self, tokens: Tensor) -> Tensor:
-        return self.text_arithmetic.apply(
+        return self.arithmetic["text"].apply(
             self.towers, lambda: self.encoder.text_vectors(tokens), self.device
         )
 
-    def _choose_arithmetic(self) -> None:
-        batch = self.pairs.batch(next(self.sampler.draws(0)))
+    def _choose_arithmetic(self) -> dict[str, Arithmetic]:
+        """Return the arithmetic of both towers, measured on as many samples as are encoded once."""
+        if self.config.arithmetic != "auto":
+            chosen = Arithmetic(bfloat16=self.config.arithmetic == "bfloat16")
+            return {"image": chosen, "text": chosen}
+        draw = next(self.sampler.draws(0))
+        size = self.config.part_size or self.config.batch_size
+        batch = self.pairs.batch(Draw(draw.step, draw.rows_B[:size], draw.captions_BC[:size]))
         generator = torch.Generator().manual_seed(0)
         side = self.encoder.preprocess.size
         images = self.config.augment(batch.images_B3SS, side, generator).to(self.device)
         tokens = batch.tokens_BCT.flatten(0, 1).to(self.device)
-        self.image_arithmetic = fastest(
-            self.towers, lambda: self.encoder.image_vectors(images), self.device, is_image=True
-        )
-        self.text_arithmetic = fastest(
-            self.towers, lambda: self.encoder.text_vectors(tokens), self.device, is_image=False
-        )
+        with _seeded(self.config.seed, self.device):
+            return {
+                "image": fastest(
+                    self.towers,
+                    lambda: self.encoder.image_vectors(images),
+                    self.device,
+                    is_image=True,
+                ),
+                "text": fastest(
+                    self.towers,
+                    lambda: self.encoder.text_vectors(tokens),
+                    self.device,
+                    is_image=False,
+                ),
+            }
+
+    def _introduce(self) -> None:
         size = sum(p.numel() for p in self.towers.parameters()) / 1e6
         vectors = torch.empty(self.config.batch_size, self.encoder.dim, device=self.device)
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
-            f"{len(self.pairs.tokens_PT)} captions; images in {self.image_arithmetic}, "
-            f"texts in {self.text_arithmetic}, loss {kernels.choose_loss(vectors, vectors)}"
+            f"{self.pairs.captions} captions; images in {self.arithmetic['image']}, "
+            f"texts in {self.arithmetic['text']}, loss {kernels.choose_loss(vectors, vectors)}"
         )
+        if self.held is not None and (warning := too_few(len(self.held))):
+            say(warning)
 
     def validate(self) -> dict[str, Any]:
-        """Measure the averaged weights; save them as the model if they are the best so far."""
-        score, recalls = 0.0, {}
-        with self.average.applied(self.towers):
-            if self.held is not None:
-                recalls = retrieval(*encode_pairs(self.encoder, self.held))
-                both = (recalls[f"{kind}_retrieval_recall@10"] for kind in ("image", "text"))
-                score = sum(both) / 2
-                say(
-                    f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
-                    f"{_percent(recalls, 'image')}, image->text {_percent(recalls, 'text')}"
-                )
-            if self.held is None or score > self.state.best:
-                self.state.best, self.state.best_step = score, self.state.step
-                self._save_best()
-        return recalls | {"best_step": self.state.best_step}
+        """Measure the averaged weights; save them as the model if none before were better.
 
-    def _save_best(self) -> None:
-        """Save the weights at hand as the model; of those this session saved, the last two stay.
-
-        The one before may just be read by somebody.
+        Better is a higher mean reciprocal rank, of both directions together, and where that is
+        equal a lower validation loss; of equals the later wins. Without validation pairs the last
+        weights are the best.
         """
-        name = save_model(self.encoder, self.run, steps=self.state.step)
-        self.saved = [*(n for n in self.saved if n != name), name]
-        for old in self.saved[:-2]:
-            drop_weights(self.run, old)
-        del self.saved[:-2]
+        state = self.state
+        report: dict[str, Any] = {}
+        with self.average.applied(self.towers):
+            better = True
+            if self.held is not None:
+                report, score = self._measure(self.held)
+                before, now = (state.best, -state.best_loss), (score, -report["validation_loss"])
+                better = not now < before
+            if better:
+                if self.held is not None:
+                    state.best, state.best_loss = score, report["validation_loss"]
+                state.best_step = state.step
+                self.saved.append(save_model(self.encoder, self.run, steps=state.step))
+                self._drop_weights(keep=2)  # somebody may just be reading the one before
+        return report | {"best_step": state.best_step}
+
+    def _measure(self, held: Pairs) -> tuple[dict[str, Any], float]:
+        at_once = min(ENCODED_AT_ONCE, self.config.part_size or ENCODED_AT_ONCE)
+        images_ND, texts_PD, owners_P = encode_pairs(self.encoder, held, at_once)
+        report = retrieval(images_ND, texts_PD, owners_P)
+        firsts_N = np.unique(owners_P, return_index=True)[1]
+        images = torch.from_numpy(images_ND).to(self.device)
+        texts = torch.from_numpy(texts_PD[firsts_N]).to(self.device)
+        with torch.no_grad():
+            report["validation_loss"] = float(self._align(images, texts))
+        score = (report["image_retrieval_mrr@10"] + report["text_retrieval_mrr@10"]) / 2
+        note = "; saturated: the validation loss decides" if score == 1 else ""
+        say(
+            f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
+            f"{_percent(report, 'image')}, image->text {_percent(report, 'text')}, "
+            f"loss {report['validation_loss']:.3f}{note}"
+        )
+        return report, score
+
+    def _drop_weights(self, keep: int) -> None:
+        """Of the weights that this session saved, keep the last, and those that stores need."""
+        self.saved = list(dict.fromkeys(reversed(self.saved)))[::-1]
+        for name in self.saved[:-keep]:
+            drop_weights(self.run, name)
+        del self.saved[:-keep]
 
     def save(self) -> None:
-        """Write everything that resuming needs."""
-        state = {
-            "step": self.state.step,
+        """Write everything that resuming needs.
+
+        Raises:
+            OSError: It cannot be written; what was saved before is whole.
+        """
+        state = self.recorded | {
+            **asdict(self.state),
             "elapsed_s": self.elapsed_s,
-            "best": self.state.best,
-            "best_step": self.state.best_step,
             "towers": self.towers.state_dict(),
             "words": self.words.state_dict(),
             "average": self.average.weights,
             "average_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
+            "arithmetic": {name: asdict(a) for name, a in self.arithmetic.items()},
+            "asked_arithmetic": self.config.arithmetic,
+            "machine": self._machine(),
         }
-        files.write_through(self.run / "state.pt", lambda path: _write_state(state, path))
-        if self.lost:
+        write_state(self.run, state)
+        self.saved_step = self.state.step
+        if len(self.lost) > self.reported:
+            self.reported = len(self.lost)
             report_losses(self.run, list(self.lost.values()), len(self.pairs))
 
-    def load(self) -> None:
-        """Continue from what `save` wrote."""
-        state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
-        self.state = _State(state["step"], state["elapsed_s"], state["best"], state["best_step"])
-        self.towers.load_state_dict(state["towers"])
-        self.words.load_state_dict(state["words"])
-        self.average.weights = state["average"]
-        self.average.steps = state["average_steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            TrainingError: The weights do not fit, or this machine lacks the arithmetic.
+        """
+        try:
+            self.state = _State(**{f.name: state[f.name] for f in fields(_State)})
+            self.towers.load_state_dict(state["towers"])
+            self.words.load_state_dict(state["words"])
+            self.average.weights = {k: v.to(self.device) for k, v in state["average"].items()}
+            self.average.steps = state["average_steps"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.saved_step = self.state.step
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"{self.run}: state.pt does not fit the run: {reason}") from error
+        # The optimizer's state brings its settings along; what --resume was told counts.
+        for group, decay in zip(
+            self.optimizer.param_groups, (self.config.weight_decay, 0.0), strict=True
+        ):
+            group["weight_decay"] = decay
+        if self.config.arithmetic == state["asked_arithmetic"]:
+            self._take_arithmetic(state)
+
+    def _take_arithmetic(self, state: dict[str, Any]) -> None:
+        """Go on in the arithmetic that a run began in."""
+        arithmetic = {name: Arithmetic(**a) for name, a in state["arithmetic"].items()}
+        before, now = state["machine"], self._machine()
+        lacking = any(a.bfloat16 for a in arithmetic.values()) and not has_bfloat16(self.device)
+        if lacking or before["device"] != now["device"]:
+            kind = "bfloat16" if lacking else before["device"]
+            raise TrainingError(
+                f"{self.run}: cannot be resumed here bit for bit: it is trained in {kind}, which "
+                "this machine does not have; --set arithmetic=float32 goes on all the same"
+            )
+        other = [f"{k} {now[k]} (was {before[k]})" for k in now if now[k] != before[k]]
+        if other:
+            say(
+                f"warning: resumed with {', '.join(other)}: equal to an unbroken run up to "
+                "rounding only"
+            )
+        self.arithmetic = arithmetic
+
+    def _machine(self) -> dict[str, Any]:
+        """What else decides the last digits."""
+        return {
+            "device": self.device.type,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+        }
 
     def _row(self, loss: float, seen: float, waited_s: float, seconds: float) -> dict[str, Any]:
         return {
@@ -409,10 +466,22 @@ class Trainer:
         }
 
 
-def _write_state(state: dict[str, Any], path: str) -> None:
-    # Given a name, torch forgets why the system did not take its bytes.
-    with open(path, "wb") as file:
-        torch.save(state, file)
+def _of_either(one_B: Tensor, other_B: Tensor, owned_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids that two captions share where either is a caption of the other's image as well.
+
+    Even ids compare the second caption with the first one's image, odd ids the other way round.
+    """
+    even_BL, odd_BL = (torch.where(owned_BL < 0, -1, 2 * owned_BL + odd) for odd in (0, 1))
+    rows = torch.cat([even_BL, 2 * one_B[:, None] + 1], dim=1)
+    return rows, torch.cat([2 * other_B[:, None], odd_BL], dim=1)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw torch's own random numbers from a seed; those of the caller go on as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _percent(recalls: dict[str, Any], kind: str) -> str:

@@ -1,7 +1,7 @@
 """A second task for the image tower while it trains: say which words its captions have.
 
-B images, C captions, D dimensions, P captions of the whole set, T tokens, U tokens of the
-tokenizer, V tokens that the captions have.
+B images, C captions, D dimensions, T tokens, U tokens of the tokenizer, V tokens that the captions
+have.
 
 A contrastive loss teaches an image only what tells it apart from the rest of its batch. Predicting
 words compares it with the whole vocabulary at once, which is worth much where images are few and
@@ -24,18 +24,13 @@ class WordHead(nn.Module):
     number_U: Tensor
     """Number of each token of the tokenizer among those of the captions."""
 
-    def __init__(self, dim: int, tokens_PT: Tensor) -> None:
-        """Weigh tokens by how rare they are among all captions, padded with 0."""
+    def __init__(self, dim: int, count_U: Tensor, captions: int) -> None:
+        """Weigh tokens by how rare they are: in so many of all captions each of them occurs."""
         super().__init__()
-        every = int(tokens_PT.max()) + 1
-        # Tokens are counted once a caption.
-        owner_P1 = torch.arange(len(tokens_PT), dtype=torch.int64)[:, None]
-        once = (tokens_PT.long() + every * owner_P1).unique() % every
-        count_U = torch.bincount(once, minlength=every)
         there = count_U.nonzero()[:, 0]
-        idf_V = torch.log(len(tokens_PT) / (1 + count_U[there])).clamp(min=0)
+        idf_V = torch.log(captions / (1 + count_U[there])).clamp(min=0)
         idf_V[there == 0] = 0
-        number_U = torch.zeros(every, dtype=torch.int64)
+        number_U = torch.zeros(len(count_U), dtype=torch.int64)
         number_U[there] = torch.arange(len(there))
         self.score = nn.Linear(dim, len(there))
         self.register_buffer("idf_V", idf_V, persistent=False)

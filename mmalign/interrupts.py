@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM as a request that a loop meets between two steps, with nothing half done."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = b"\nstopping after this step; again: stop at once, without saving it\n"
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Lend a function that says whether somebody asked to stop; a second signal interrupts at once.
+
+    Outside the main thread no signal arrives, and the answer is always no.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, _: FrameType | None) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+        # Not through a stream of Python's: the signal may have come while that is written to.
+        with contextlib.suppress(OSError):
+            os.write(2, NOTICE)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    try:
+        yield lambda: bool(heard)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

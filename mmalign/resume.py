@@ -1,0 +1,157 @@
+"""What a stopped training goes on from, and whether it may.
+
+A resumed training equals an unbroken one bit for bit, or is refused with the reason. So its state
+holds, beside weights and optimizer, what it was trained on and in which arithmetic.
+
+N samples.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmalign import files
+from mmalign.data import Pixels, Record
+from mmalign.errors import ConfigError, TrainingError
+
+Ints = NDArray[np.int64]
+STATE = "state.pt"
+# What decides the network, the samples and their order: another value is another training.
+FIXED = (
+    "preset", "model", "pretrained", "caption_keys", "image_column", "held_out", "seed",
+    "batch_size", "captions_per_image",
+)  # fmt: skip
+
+
+def read_state(run: Path) -> dict[str, Any] | None:
+    """Read what `write_state` wrote; None where nothing was saved yet.
+
+    Raises:
+        TrainingError: The file is damaged, or of an earlier version.
+    """
+    file = run / STATE
+    if not file.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        state["listed"], state["training"], state["validation"], state["arithmetic"]
+    except KeyError:
+        raise TrainingError(
+            f"{file}: of an earlier version, which did not record its data: it cannot be resumed; "
+            "train into another --out"
+        ) from None
+    except Exception as error:  # torch has many, and none of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"{file}: damaged: {reason}; train into another --out") from error
+    return state
+
+
+def write_state(run: Path, state: dict[str, Any]) -> None:
+    """Write a state; the one before stays until this one is whole.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def write(path: str) -> None:
+        # Given a name, torch forgets why the system did not take its bytes.
+        with open(path, "wb") as file:
+            torch.save(state, file)
+
+    files.write_through(run / STATE, write)
+
+
+def check_settings(run: Path, before: Any, now: Any) -> None:
+    """Refuse a configuration that makes another training of a run.
+
+    Raises:
+        ConfigError: A field that is fixed when a run begins has another value.
+    """
+    for name in FIXED:
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            raise ConfigError(
+                f"{run}: {name} is fixed when a run begins: it is {old}, not {new}; "
+                "leave it out, or train into another --out"
+            )
+
+
+def sample_hashes(records: Sequence[Record]) -> Ints:
+    """Hash id and captions of each sample, in their order."""
+    return np.array([_hash((r.id, r.captions)) for r in records], np.int64)
+
+
+def listing_hash(training: Sequence[Record], validation: Sequence[Record]) -> int:
+    """Hash ids and captions of all samples that were listed, those that cannot be read included."""
+    hashes = [sample_hashes(records).tobytes() for records in (training, validation)]
+    return _hash(hashes)
+
+
+def fingerprint(pixels: Pixels) -> dict[str, torch.Tensor]:
+    """Return what tells the samples of a training from others: ids, captions, contents."""
+    return {
+        "samples": torch.from_numpy(sample_hashes(pixels.records)),
+        "contents": torch.from_numpy(pixels.contents_N),
+    }
+
+
+def check_listing(
+    run: Path, state: dict[str, Any], training: Sequence[Record], validation: Sequence[Record]
+) -> None:
+    """Refuse samples with other ids or captions than a run began with, before any is decoded.
+
+    Raises:
+        TrainingError: They differ; how many, and the first of them.
+    """
+    if listing_hash(training, validation) == state["listed"]:
+        return
+    known = {h for part in _parts(state) for h in part["samples"].tolist()}
+    records = [*training, *validation]
+    now = sample_hashes(records).tolist()
+    new = [r.uri for r, h in zip(records, now, strict=True) if h not in known]
+    gone = len(known.difference(now))
+    if new or gone:
+        first = f" (the first: {new[0]})" if new else ""
+        _changed(run, f"{len(new)} samples are new or have other captions{first}, {gone} are gone")
+    _changed(run, "the same samples come in another order")
+
+
+def check_contents(run: Path, state: dict[str, Any], training: Pixels, validation: Any) -> None:
+    """Refuse images with other contents than a run began with.
+
+    Raises:
+        TrainingError: They differ; how many, and the first of them.
+    """
+    for before, pixels in zip(_parts(state), (training, validation), strict=True):
+        if pixels is None or not before:
+            if pixels is None and not before:
+                continue
+            _changed(run, "there are validation samples now, or none any more")
+        now = fingerprint(pixels)
+        if not torch.equal(before["samples"], now["samples"]):
+            _changed(run, "other samples can be decoded than before")
+        other = (before["contents"] != now["contents"]).nonzero()[:, 0].tolist()
+        if other:
+            first = pixels.records[other[0]].uri
+            _changed(run, f"{len(other)} images have other contents (the first: {first})")
+
+
+def _parts(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return state["training"], state["validation"]
+
+
+def _changed(run: Path, what: str) -> None:
+    raise TrainingError(
+        f"{run}: cannot be resumed, as its data has changed: {what}; "
+        "bring back the data of before, or train into another --out"
+    )
+
+
+def _hash(value: object) -> int:
+    digest = hashlib.blake2b(repr(value).encode("utf-8", "backslashreplace"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little", signed=True)
