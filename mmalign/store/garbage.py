@@ -6,7 +6,6 @@ about to be committed: see `manifest.py` on what is announced before it is remov
 """
 
 import contextlib
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from mmalign.store.manifest import Manifest
 AGE_S = 3600.0
 # An index that is being built may write nothing for hours.
 UNFINISHED_AGE_S = 24 * 3600.0
-OURS = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
@@ -98,8 +96,12 @@ def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
 
 def _files(store: Path) -> dict[str, Path]:
     """Return the shards and indexes that are there, by their names as in `Manifest.removing`."""
-    shards = {f"shards/{p.stem}": p for p in store.glob("shards/*.arrow") if OURS.fullmatch(p.stem)}
-    folders = (p for p in store.glob("index/*") if p.is_dir() and OURS.fullmatch(p.name))
+    shards = {
+        f"shards/{p.stem}": p
+        for p in store.glob("shards/*.arrow")
+        if manifests.SHARD.fullmatch(p.name)
+    }
+    folders = (p for p in store.glob("index/*") if p.is_dir() and manifests.INDEX.fullmatch(p.name))
     return shards | {f"index/{p.name}": p for p in folders}
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from mmalign.errors import StoreError, UsageError
 from mmalign.store import failures
 from mmalign.store import manifest as manifests
 from mmalign.store.manifest import Manifest
+
+INSIDE = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)*")
 
 
 @dataclass
@@ -76,7 +79,11 @@ def look(store: Path, sample: float = 1.0) -> Findings:
         findings.damage |= wrong
         if not wrong:
             hashes = json.loads(description.read_bytes())["sha256"]
-            large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
+            # The hash of a description vouches for who wrote it, and that may be anybody.
+            if all(INSIDE.fullmatch(name) for name in hashes):
+                large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
+            else:
+                findings.damage[description] = f"names what is no file of an index: {[*hashes]}"
     drawn = random.sample(sorted(large), math.ceil(len(large) * sample))
     findings.damage |= _unlike({file: large[file] for file in drawn})
     findings.lines = failures.read(failures.path_of(store))[1]

@@ -15,7 +15,8 @@ import base64
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from mmalign.progress import say
 
 FORMAT = 2
 TRIES = 100
+# What a store may name: files inside of it, and no other. A manifest may be anybody's.
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+SHARD, INDEX = re.compile(rf"{NAME}\.arrow"), re.compile(NAME)
+REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index)/{NAME}")
+SHA256 = re.compile("[0-9a-f]{64}")
+MOST_ROWS, MOST_DIM, MOST_BYTES = 2**31 - 1, 2**16, 2**48
 
 Bools = NDArray[np.bool_]
 
@@ -148,26 +155,80 @@ def parse(content: bytes) -> Manifest:
 
     Raises:
         ValueError: It is not what was written.
-        StoreError: It is, by another version of mmalign.
+        StoreError: It is, by another version of mmalign, or by something that is not mmalign.
     """
-    values = json.loads(content)
-    if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
-    hashed = values.pop("sha256", None)
-    if hashed != hashlib.sha256(canonical(values)).hexdigest():
+    try:
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        hashed = values.pop("sha256", None)
+        written = hashlib.sha256(canonical(values)).hexdigest()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if hashed != written:
         early = "format 1 of an early mmalign: embed into a new store"
         raise ValueError(early if values.get("format") == 1 else "its hash does not fit")
-    if values["format"] != FORMAT:
-        raise StoreError(f"format {values['format']}; this mmalign reads format {FORMAT}")
-    index = values["index"]
-    return Manifest(
-        generation=values["generation"],
-        model=ModelCard(**values["model"]),
-        shards=tuple(Shard(**s) for s in values["shards"]),
-        index=IndexCard(**index) if index else None,
-        removing=tuple(values.get("removing", ())),
-        previous=values.get("previous", ""),
+    if values.get("format") != FORMAT:
+        raise StoreError(f"format {values.get('format')!r}; this mmalign reads format {FORMAT}")
+    try:
+        index = values["index"]
+        manifest = Manifest(
+            generation=values["generation"],
+            model=ModelCard(**values["model"]),
+            shards=tuple(Shard(**s) for s in values["shards"]),
+            index=IndexCard(**index) if index else None,
+            removing=tuple(values.get("removing", ())),
+            previous=values.get("previous", ""),
+        )
+        wrong = next(_wrong(manifest), None)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        wrong = f"its fields: {error}"
+    if wrong:
+        raise StoreError(f"not made by mmalign, and not used: {wrong}")
+    return manifest
+
+
+def _wrong(held: Manifest) -> Iterator[str]:
+    """Yield what mmalign writes into no manifest: names of other places, sizes that cannot be."""
+    if not _is_count(held.generation, 10**18):
+        yield f"generation {held.generation!r}"
+    if not _is_count(held.model.dim, MOST_DIM) or held.model.dim < 1:
+        yield f"{held.model.dim!r} dimensions"
+    if not {type(held.model.identity), type(held.model.source)} <= {str}:
+        yield f"the model {held.model.identity!r} of {held.model.source!r}"
+    for shard in held.shards:
+        yield from (f"the shard {shard.name!r} with {what}" for what in _wrong_of(shard))
+    if len({shard.name for shard in held.shards}) < len(held.shards):
+        yield "a shard twice"
+    if held.index and not (_fits(INDEX, held.index.name) and _fits(SHA256, held.index.sha256)):
+        yield f"the index {held.index.name!r} with the hash {held.index.sha256!r}"
+    yield from (
+        f"{name!r}, no file of a store" for name in held.removing if not _fits(REMOVING, name)
     )
+    if held.previous and not _fits(SHA256, held.previous):
+        yield f"the hash {held.previous!r}"
+
+
+def _wrong_of(shard: Shard) -> Iterator[str]:
+    if not _fits(SHARD, shard.name):
+        yield "a name of other than 64 small letters and digits, and .arrow"
+    if not (_is_count(shard.rows, MOST_ROWS) and _is_count(shard.bytes, MOST_BYTES)):
+        yield f"{shard.rows!r} rows and {shard.bytes!r} bytes"
+    if not _fits(SHA256, shard.sha256):
+        yield f"the hash {shard.sha256!r}"
+    bits = base64.b64decode(shard.deleted, validate=True)
+    if bits and len(bits) != (shard.rows + 7) // 8:
+        yield f"{len(bits)} bytes of deletions for {shard.rows} rows"
+    if not _is_count(shard.deleted_rows, shard.rows) or bool(bits) != bool(shard.deleted_rows):
+        yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"
+
+
+def _fits(pattern: re.Pattern[str], text: Any) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
+def _is_count(number: Any, most: int) -> bool:
+    return type(number) is int and 0 <= number <= most
 
 
 def path_of(store: Path, generation: int) -> Path:

@@ -1,0 +1,127 @@
+"""A store of somebody else: what its manifest names is inside of it, or nobody follows it there."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_samples import CARD, fill, row, write_index
+
+from mmalign import files
+from mmalign.errors import StoreError
+from mmalign.store import Writer, compact, delete, open_store, repair, verify
+from mmalign.store import manifest as manifests
+
+
+def forge(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the next generation with whatever an author likes, and the hash that fits it."""
+    newest = manifests.generations(store)[0]
+    values = json.loads(newest.read_bytes())
+    values["generation"] += 1
+    change(values)
+    del values["sha256"]
+    values["sha256"] = hashlib.sha256(manifests.canonical(values)).hexdigest()
+    path = manifests.path_of(store, manifests.number_of(newest) + 1)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def shard(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda held: held["shards"][0].update(values)
+
+
+def field(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda held: held.update(values)
+
+
+HOSTILE = {
+    "a shard elsewhere": shard(name="../../home/id_rsa"),
+    "a shard by an absolute path": shard(name="/etc/passwd"),
+    "a shard of Windows' elsewhere": shard(name="..\\..\\x.arrow"),
+    "a hidden shard": shard(name=".x.arrow"),
+    "a shard without its ending": shard(name="x"),
+    "a name that ends in a line": shard(name="x.arrow\n"),
+    "a long name": shard(name="x" * 300 + ".arrow"),
+    "no name": shard(name=None),
+    "rows below zero": shard(rows=-1),
+    "rows without end": shard(rows=10**15),
+    "half a row": shard(rows=9.5),
+    "bytes below zero": shard(bytes=-1),
+    "a hash that is a path": shard(sha256="../x"),
+    "more deleted than there are": shard(deleted_rows=11, deleted="//8="),
+    "deleted and not said which": shard(deleted_rows=1),
+    "deletions of other rows": shard(deleted_rows=1, deleted="AAAAAAAA"),
+    "deletions that are no base64": shard(deleted_rows=1, deleted="é"),
+    "an unknown field": shard(colour="red"),
+    "a shard twice": lambda held: held["shards"].append(held["shards"][0]),
+    "shards that are a text": field(shards="x"),
+    "a shard that is a number": field(shards=[1]),
+    "no model": field(model=None),
+    "no dimensions": lambda held: held["model"].update(dim=0),
+    "dimensions without end": lambda held: held["model"].update(dim=10**9),
+    "a truth for a number": lambda held: held["model"].update(dim=True),
+    "an index elsewhere": field(index={"name": "../..", "sha256": "0" * 64}),
+    "an index without a hash": field(index={"name": "abc", "sha256": ""}),
+    "to remove what is elsewhere": field(removing=["shards/../../home/id_rsa"]),
+    "to remove what is none of its files": field(removing=["../home"]),
+    "to remove a number": field(removing=[1]),
+    "made from a path": field(previous="../x"),
+    "no shards": lambda held: held.pop("shards"),
+    "no format": lambda held: held.pop("format"),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_manifest_is_refused_in_one_line(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "id_rsa").write_text("key")
+    store = tmp_path / "s.store"
+    fill(store, range(10))
+    forge(store, change)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def add() -> None:
+        with Writer(store, CARD) as writer:
+            writer.add(row(77))
+
+    acts: list[Callable[[], object]] = [
+        lambda: open_store(store),
+        lambda: verify(store),
+        lambda: repair(store),
+        lambda: compact(store),
+        lambda: delete(store, ["id1"]),
+        add,
+    ]
+    for act in acts:
+        with pytest.raises(StoreError, match=r"manifest-\d{8}\.json: (not made by|format)") as told:
+            act()
+        assert "\n" not in str(told.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_mmalign_writes_is_not_refused(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    write_index(tmp_path)
+    delete(tmp_path, ["id1", "id9"])
+    forge(tmp_path, field(removing=["shards/0123456789abcdef", "index/x", "manifest-00000001"]))
+    assert verify(tmp_path) == []
+    assert compact(tmp_path).rows == 8
+
+
+def test_a_manifest_that_is_nested_without_end_is_no_generation(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    (tmp_path / "manifest-00000099.json").write_bytes(b"[" * 1_000_000)
+    assert len(open_store(tmp_path)) == 3
+
+
+def test_an_index_that_names_other_files_is_damaged(tmp_path: Path) -> None:
+    fill(tmp_path, range(3))
+    folder = write_index(tmp_path)
+    files.write_json(folder / "index.json", {"name": "abc", "sha256": {"../../x": "0" * 64}})
+    held = files.sha256(folder / "index.json")
+    forge(tmp_path, field(index={"name": "abc", "sha256": held}))
+    (told,) = [line for line in verify(tmp_path) if "no file of an index" in line]
+    assert told.startswith(f"{folder / 'index.json'}: ")
