@@ -119,7 +119,8 @@ def test_a_manifest_that_is_nested_without_end_is_no_generation(tmp_path: Path) 
 
 def test_an_index_that_names_other_files_is_damaged(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
-    folder = write_index(tmp_path)
+    folder = tmp_path / "index" / "abc"
+    folder.mkdir(parents=True)
     files.write_json(folder / "index.json", {"name": "abc", "sha256": {"../../x": "0" * 64}})
     held = files.sha256(folder / "index.json")
     forge(tmp_path, field(index={"name": "abc", "sha256": held}))

@@ -71,6 +71,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         ("len(list_filter(captions, lambda c: c like '%狗')) > 1", lambda n: n % 3 == 2),
         ("label = 'dress'\n  and price > 1 -- and no more", lambda n: n % 2 == 0 and n > 2),
         ("false", lambda n: False),
+        ("LABEL = 'dress' and Price < 3", lambda n: n % 2 == 0 and meta(n)["price"] < 3),
+        ("label = 'dress' or Label = 'shoe'", lambda n: True),
+        ("try_cast(mixed as double) < 3", lambda n: n == 1),
+        ("captions[1] like 'a dog, 8.%' and not captions @> ['x']", lambda n: n == 8),
+        ("price > 1 and price % 2 = 0", lambda n: meta(n)["price"] in range(2, COUNT, 2)),
     ],
 )
 def test_finds_what_is_true(store: Store, expression: str, wanted: Callable[[int], bool]) -> None:
@@ -83,6 +88,36 @@ def test_a_field_of_few_rows_and_shards(tmp_path: Path) -> None:
     held = fill(tmp_path, (row(n, **({"rare": n} if n in (3, 23) else {})) for n in range(COUNT)))
     assert where(held, "rare > 0").tolist() == [3, 23]
     assert len(where(held, "rare is null")) == COUNT - 2
+
+
+@pytest.mark.parametrize("name", ["#row", "#ROW", "Row", "row", "rowid", "stored", "visible"])
+def test_a_field_of_any_name_hides_nothing(tmp_path: Path, name: str) -> None:
+    held = fill(tmp_path, (row(n, **{name: 1, "n": n}) for n in range(5)))
+    quoted = f'"{name}"'
+    assert where(held, f"{quoted} = 1 and n > 2").tolist() == [3, 4]
+    assert where(held, f"{quoted} = 0").tolist() == []
+
+
+def test_fields_that_differ_only_in_case_are_told_apart_or_named(tmp_path: Path) -> None:
+    held = fill(tmp_path, (row(n, price=n, Price=-n) for n in range(5)))
+    assert where(held, "price = 3").tolist() == [3]
+    assert where(held, "Price = -3").tolist() == [3]
+    with pytest.raises(UsageError, match=r"differ only in case: \['Price', 'price'\]"):
+        where(held, "PRICE = 3")
+    with pytest.raises(UsageError, match="differ only in case"):
+        where(held, "price = 3 or Price = 3")
+
+
+def test_time_and_memory_have_limits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[where.__module__]
+    with monkeypatch.context() as patch:
+        patch.setitem(module.CONFIG, "memory_limit", "100kB")
+        with pytest.raises(UsageError, match="it needs more memory than 100kB, which is the most"):
+            where(store, "label = 'dress'")
+    monkeypatch.setattr(module, "FUNCTIONS", module.FUNCTIONS | {"range"})
+    monkeypatch.setattr(module, "SECONDS", 0.05)
+    with pytest.raises(UsageError, match="it takes longer than 0 s, which is the most"):
+        where(store, "len(list_filter(range(200000 + length(id)), lambda x: x % 7 = 1)) = 1")
 
 
 def test_deleted_rows_are_not_found_and_do_not_move_others(tmp_path: Path) -> None:
@@ -127,7 +162,18 @@ def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
         ("columns(*) = 'x'", "a star has no place here"),
         ("#1 = 'x'", "a positional_reference has no place here"),
         ("id = $1", "nothing after it"),
-        ("sum(price) > 1", "cannot contain aggregates"),
+        ("sum(price) > 1", r"sum\(\) is no function that is allowed"),
+        ("count(*) > 1", r"count_star\(\) is no function"),
+        ("sleep_ms(1000) is null", r"sleep_ms\(\) is no function"),
+        ("write_log('x') is null", r"write_log\(\) is no function"),
+        ("current_setting('threads') = '1'", r"current_setting\(\) is no function"),
+        ("len(range(20000000)) > 0", r"range\(\) is no function"),
+        ("repeat(label, 1000000) = ''", r"repeat\(\) is no function"),
+        ("random() < 0.5", r"random\(\) is no function"),
+        ("main.lower(label) = 'x'", r"lower\(\) is no function"),
+        ("lowr(label) = 'x'", r"lowr\(\) is no function.*did you mean 'lower'"),
+        ("length(label) = (((((((((" + "(" * 990 + "1" + ")" * 999, "nest|depth|deep"),
+        (f"id = '{'x' * 20_000}'", "20007 letters, 20000 is the most"),
         ("read_text('/etc/hosts') = ''", "read_text"),
         ("getenv('HOME') = ''", "getenv"),
         ("nope(id)", "nope"),
@@ -135,7 +181,20 @@ def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
         ("price", "of type DOUBLE, not true or false"),
         ("1", "not true or false"),
         ("label::int = 1", "Could not convert string 'dress'"),
-        ("label = 'dress' or Label = 'x'", "differ only in case"),
+        (
+            "len(list_filter(captions, lambda x: list_filter(captions, lambda y: x = y) = [])) = 0",
+            "lambda has no place inside of a lambda",
+        ),
+        (
+            "list_transform(captions, lambda x: x || x) = []",
+            r"\|\| has no place inside of a lambda",
+        ),
+        ("captions = [x for x in captions if x = '']", "struct_pack has no place"),
+        ("array_to_string([array_to_string(captions, id)], id) = ''", "inside of itself"),
+        (f"id = {'[' * 9}id{']::text' * 9}", "more than 4 casts inside of each other"),
+        ("replace(id, 'i', id) = ''", r"replace\(\) is no function"),
+        ("mixed < 3", r"mixed is text here; write try_cast\(mixed as double\)"),
+        ("mixed::double < 3", r"mixed is text here; write try_cast\(mixed as double\)"),
     ],
 )
 def test_what_is_no_expression_is_said_in_one_line(
@@ -144,7 +203,8 @@ def test_what_is_no_expression_is_said_in_one_line(
     with pytest.raises(UsageError, match=said) as caught:
         where(store, expression)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"where {expression!r}: ")
+    assert str(caught.value).startswith(f"where {expression!r}: "[:180])
+    assert len(str(caught.value)) < 1500
 
 
 def test_nothing_can_be_read_written_or_loaded(store: Store, tmp_path: Path) -> None:

@@ -3,11 +3,18 @@
     expression -> parsed, checked -> the columns and meta fields it names -> DuckDB over the shards
 
 The shards stay where they are, memory-mapped; DuckDB is shown the columns that hold no vectors. It
-runs in memory, sees no file and no network, and cannot be told otherwise.
+runs in memory, sees no file and no network, and cannot be told otherwise. An expression may be a
+stranger's: it is made of the functions listed here, and its length, memory and time have limits.
 """
 
 import json
+import re
+import secrets
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,19 +30,49 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 COLUMNS = ("id", "uri", "captions", "meta")
+MOST_LETTERS, MOST_SHOWN = 20_000, 200
+SECONDS, SECONDS_PER_ROW = 10.0, 2e-5
+"""An ordinary expression takes 3e-6 s a row, as the JSON of every row is parsed."""
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "python_enable_replacements": False,
     "temp_directory": "",
+    "memory_limit": "1GB",
+    "threads": 4,
 }
-QUERY = 'SELECT "#row" FROM visible WHERE '
 # What an expression may be made of: no subquery, window, parameter or star.
 PARTS = {
     "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
     "FUNCTION", "LAMBDA", "OPERATOR", "TYPE",
 }  # fmt: skip
+# None of these makes much of little, as `range` and `repeat` do: DuckDB does not count among its
+# memory what an expression holds at a time, so that the limit above would not stop it.
+ALLOWED = """
++ - * / // % ** ^ & | ~ << >> @ abs ceil ceiling floor round trunc sign sqrt cbrt exp ln log log2
+log10 pow power mod greatest least isnan isinf isfinite even fmod || ~~ !~~ ~~* !~~* ~~~ ^@
+like_escape not_like_escape ilike_escape not_ilike_escape lower upper lcase ucase length len strlen
+trim ltrim rtrim left right substr substring contains starts_with prefix suffix ends_with instr
+strpos position translate reverse concat concat_ws split_part strip_accents nfc_normalize
+levenshtein jaro_winkler_similarity jaccard regexp_matches regexp_full_match regexp_extract ascii
+unicode list_value list_contains list_has array_contains array_has list_has_any list_has_all
+array_has_any array_has_all && @> <@ array_length array_to_string list_extract list_element
+array_extract list_position array_position list_indexof list_filter array_filter filter
+list_transform array_transform list_apply array_apply apply list_max list_min list_sum list_avg
+list_count list_any_value list_first list_last list_distinct list_unique list_sort list_slice
+array_slice list_bool_and list_bool_or list_concat flatten struct_pack struct_extract row -> ->>
+json_extract json_extract_string json_extract_path json_extract_path_text json_value json_exists
+json_contains json_type json_array_length json_keys json_valid date_part datepart date_trunc
+datetrunc date_diff datediff date_sub datesub year month day hour minute second week quarter decade
+century dayofweek isodow dayofyear dayname monthname last_day epoch strftime strptime try_strptime
+make_date make_timestamp to_timestamp age now today current_date get_current_timestamp to_years
+to_months to_weeks to_days to_hours to_minutes to_seconds ifnull nullif coalesce if
+"""
+FUNCTIONS = frozenset(ALLOWED.split())
+# What these join would double from lambda to lambda, so they have no place in one.
+JOINING = {"||", "concat", "concat_ws", "list_concat", "list_value", "struct_pack", "row"}
+MOST_CASTS = 4
 # The SQL type of a meta field whose values all have these JSON types; any other mixture is text.
 TYPES = [
     ({"BIGINT", "UBIGINT"}, "HUGEINT"),
@@ -53,36 +90,143 @@ def where(store: Store, expression: str) -> Ints:
 
     Raises:
         InstallError: DuckDB is not installed.
-        UsageError: The expression cannot be parsed or evaluated, or names what no row has.
+        UsageError: The expression cannot be parsed or evaluated, names what no row has or what is
+            not on the list of functions, or needs more time or memory than there is for one.
     """
     try:
         import duckdb
     except ImportError:
         raise InstallError("rows by SQL need DuckDB: pip install 'mmalign[sql]'") from None
+    shown = " ".join(expression.split())
+    shown = repr(expression) if len(expression) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]!r}..."
     with duckdb.connect(":memory:", config=CONFIG) as connection:
+        found = _Search(connection)
+        seconds = SECONDS + SECONDS_PER_ROW * store.manifest.physical_rows
         try:
-            fields = _fields(_parse(connection, expression))
-            if not store.manifest.physical_rows:
-                return np.zeros(0, np.int64)
-            connection.register("stored", _table(store))
-            connection.execute(f"CREATE TEMP VIEW visible AS {_view(connection, fields)}")
-            connection.execute("SET lock_configuration = true")
-            # A number or a text would pass for true; who deletes by one has mistyped.
-            _require_truth(connection, expression)
-            # The same text that was parsed, so that it means what was checked.
-            found = connection.execute(QUERY + expression).fetchnumpy()["#row"]
+            if len(expression) > MOST_LETTERS:
+                told = f"{len(expression)} letters, {MOST_LETTERS} is the most"
+                raise UsageError(told)
+            with _interrupting(connection, seconds):
+                numbers = found.rows(store, expression)
+        except duckdb.InterruptException:
+            told = f"it takes longer than {seconds:.0f} s, which is the most"
+            raise UsageError(f"where {shown}: {told}") from None
+        except duckdb.OutOfMemoryException:
+            told = f"it needs more memory than {CONFIG['memory_limit']}, which is the most"
+            raise UsageError(f"where {shown}: {told}") from None
+        except RecursionError:
+            raise UsageError(f"where {shown}: it is nested too deeply") from None
         except (duckdb.Error, UsageError) as error:
-            # What follows a blank line are candidates and a drawing of the place.
-            told = str(error).split("\n\n")[0].splitlines()
-            reason = " ".join(line for line in told if not line.startswith("\t"))
-            raise UsageError(f"where {expression!r}: {reason}") from None
-    numbers = np.sort(np.asarray(found, np.int64))
+            raise UsageError(f"where {shown}: {found.reason(error)}") from None
+    numbers = np.sort(np.asarray(numbers, np.int64))
     return numbers if store.live is None else numbers[store.live[numbers]]
 
 
-def _parse(connection: "Connection", expression: str) -> dict[str, Any]:
+@contextmanager
+def _interrupting(connection: "Connection", seconds: float) -> Iterator[None]:
+    """End what DuckDB does in the block when its time is over, and what it begins then."""
+    done = threading.Event()
+
+    def watch() -> None:
+        over = done.wait(seconds)
+        while not over:
+            connection.interrupt()
+            over = done.wait(0.02)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watching.join()
+
+
+@dataclass
+class _Search:
+    """One expression on its way to rows; final."""
+
+    connection: "Connection"
+    # No field of meta can have these names, so none is hidden by them, and none hides them.
+    row: str = field(default_factory=lambda: f"row {secrets.token_hex(8)}")
+    view: str = field(default_factory=lambda: f"visible {secrets.token_hex(8)}")
+    texts: list[str] = field(default_factory=list)
+    """Fields of meta that the expression names and that are compared as text."""
+
+    @property
+    def query(self) -> str:
+        """All but the expression."""
+        return f'SELECT "{self.row}" FROM "{self.view}" WHERE '
+
+    def rows(self, store: Store, expression: str) -> Any:
+        """Return the numbers of the rows for which an expression is true, in any order."""
+        fields = _fields(_parse(self.connection, self.query, expression))
+        if not store.manifest.physical_rows:
+            return np.zeros(0, np.int64)
+        self.connection.register("stored", _table(store, self.row))
+        view = self._view(fields)
+        self.connection.execute(f'CREATE TEMP VIEW "{self.view}" AS {view}')
+        self.connection.execute("SET lock_configuration = true")
+        # A number or a text would pass for true; who deletes by one has mistyped.
+        _require_truth(self.connection, self.view, expression)
+        # The same text that was parsed, so that it means what was checked.
+        return self.connection.execute(self.query + expression).fetchnumpy()[self.row]
+
+    def reason(self, error: Exception) -> str:
+        """Tell in one line what is wrong, and what would be right."""
+        # What follows a blank line are candidates and a drawing of the place.
+        told = str(error).split("\n\n")[0].splitlines()
+        reason = " ".join(line.strip() for line in told if not line.startswith("\t"))
+        reason = reason.replace(f'"{self.view}".', "")
+        if self.texts and re.search("explicit cast|Could not convert|Cannot compare", reason):
+            name = self.texts[0]
+            quoted = name if name.isidentifier() else _quoted(name)
+            reason += f": {quoted} is text here; write try_cast({quoted} as double) for a number"
+        return reason
+
+    def _view(self, fields: list[list[str]]) -> str:
+        """Write the query that gives every named field of meta its column and its type."""
+        columns = [f'"{self.row}"', "id", "uri", "captions", "meta::JSON AS meta"]
+        kinds = self._kinds([name for names in fields for name in names])
+        for names in fields:
+            held = [name for name in names if kinds[name]]
+            if not held:
+                held = [self._in_other_letters(names[0])]
+                kinds |= self._kinds(held)
+            if len(held) > 1:
+                raise UsageError(f"fields that differ only in case: {held}: write meta->>'name'")
+            kind = kinds[held[0]]
+            self.texts += [held[0]] if kind == "VARCHAR" else []
+            value = f"json_extract_string(meta, {_pointer(held[0])})"
+            columns.append(f"{value}::{kind} AS {_quoted(names[0])}")
+        return f"SELECT {', '.join(columns)} FROM stored"
+
+    def _kinds(self, names: list[str]) -> dict[str, str | None]:
+        """Return the SQL types of fields of meta; None where no row has one."""
+        if not names:
+            return {}
+        kinds = ", ".join(f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names)
+        (found,) = self.connection.execute(f"SELECT {kinds} FROM stored").fetchall()
+        return {
+            n: _type({t for t in types or () if t}) for n, types in zip(names, found, strict=True)
+        }
+
+    def _in_other_letters(self, asked: str) -> str:
+        """Return the one field of meta that is called so but for the case of its letters."""
+        every = self.connection.execute("SELECT DISTINCT unnest(json_keys(meta)) FROM stored")
+        known: list[str] = sorted(name for (name,) in every.fetchall())
+        same = [name for name in known if name.lower() == asked.lower()]
+        if len(same) > 1:
+            raise UsageError(f"fields that differ only in case: {same}: write one as it is here")
+        if same:
+            return same[0]
+        hint = f"{nearest(asked, [*COLUMNS, *known])} (text is written in 'single quotes')"
+        raise UsageError(f"no column and no field of meta is called {asked!r}: {hint}")
+
+
+def _parse(connection: "Connection", query: str, expression: str) -> dict[str, Any]:
     """Return the syntax tree of an expression, after checking that it is one and nothing else."""
-    around, tree = _tree(connection, "true"), _tree(connection, expression)
+    around, tree = _tree(connection, query + "true"), _tree(connection, query + expression)
     if tree["error"]:
         near = tree["error_message"] if expression.strip() else "it is empty"
         raise UsageError(f"not a SQL expression: {near} (text is written in 'single quotes')")
@@ -94,20 +238,56 @@ def _parse(connection: "Connection", expression: str) -> dict[str, Any]:
         if node["class"] not in PARTS:
             part = node["class"].lower()
             raise UsageError(f"a {part} has no place here: compare columns and fields of meta")
+        name = node.get("function_name")
+        if name is not None and (name not in FUNCTIONS or "schema" in node or "catalog" in node):
+            words = [known for known in FUNCTIONS if known.isidentifier()]
+            raise UsageError(
+                f"{name}() is no function that is allowed here: {nearest(name, words)}"
+            )
+    _require_cheap(clause, ())
     return clause
 
 
-def _require_truth(connection: "Connection", expression: str) -> None:
-    described = connection.execute(f"DESCRIBE SELECT ({expression}\n) FROM visible").fetchall()
+def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
+    """Refuse what can make a great deal of little, by where it stands in a tree.
+
+    DuckDB can be interrupted only between some thousand rows, so each of them must be cheap.
+    """
+    if isinstance(tree, list):
+        for inner in tree:
+            _require_cheap(inner, above)
+    elif isinstance(tree, dict):
+        name = tree.get("function_name", "")
+        kind = "lambda" if "class" in tree and _is_lambda(tree) else name
+        if tree.get("class") == "CAST":
+            kind = "cast"
+        if "lambda" in above and (kind == "lambda" or kind in JOINING | {"array_to_string"}):
+            raise UsageError(f"{kind} has no place inside of a lambda")
+        if kind == "array_to_string" and kind in above:
+            raise UsageError(f"{kind} has no place inside of itself")
+        if kind == "cast" and above.count(kind) >= MOST_CASTS:
+            raise UsageError(f"more than {MOST_CASTS} casts inside of each other")
+        for inner in tree.values():
+            _require_cheap(inner, (*above, kind) if kind else above)
+
+
+def _is_lambda(node: dict[str, Any]) -> bool:
+    """Tell `lambda c: ...`, which has variables, from `field -> 'name'`, which reads JSON."""
+    return node["class"] == "LAMBDA" and node.get("syntax_type") != "SINGLE_ARROW"
+
+
+def _require_truth(connection: "Connection", view: str, expression: str) -> None:
+    asked = f'DESCRIBE SELECT ({expression}\n) FROM "{view}"'
+    described = connection.execute(asked).fetchall()
     kind = described[0][1]
     if kind != "BOOLEAN":
         raise UsageError(f"it is of type {kind}, not true or false")
 
 
-def _tree(connection: "Connection", expression: str) -> dict[str, Any]:
+def _tree(connection: "Connection", query: str) -> dict[str, Any]:
     # Without empty values, a tree holds no field for what was not written.
     call = "SELECT json_serialize_sql(?, skip_null := true, skip_empty := true)"
-    ((answer,),) = connection.execute(call, [QUERY + expression]).fetchall()
+    ((answer,),) = connection.execute(call, [query]).fetchall()
     tree: dict[str, Any] = json.loads(answer)
     return tree
 
@@ -124,41 +304,27 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _nodes(inner)
 
 
-def _fields(clause: dict[str, Any]) -> list[str]:
-    """Return the fields of meta that an expression names."""
+def _fields(clause: dict[str, Any]) -> list[list[str]]:
+    """Return the fields of meta that an expression names; SQL takes those of a list for one."""
     used = {n["column_names"][0] for n in _nodes(clause) if n["class"] == "COLUMN_REF"}
     for node in _nodes(clause):
-        # `lambda c: ...` names its own variables; `field -> 'name'` reads JSON.
-        if node["class"] == "LAMBDA" and node.get("syntax_type") != "SINGLE_ARROW":
+        if _is_lambda(node):
             used -= {n["column_names"][0] for n in _nodes(node["lhs"]) if "column_names" in n}
-    fields = sorted(name for name in used if name.lower() not in COLUMNS)
-    if len({name.lower() for name in fields}) < len(fields):
-        raise UsageError(f"fields that differ only in case: {fields}: write meta->>'name'")
-    return fields
+    fields = defaultdict(list)
+    for name in sorted(used):
+        if name.lower() not in COLUMNS:
+            fields[name.lower()].append(name)
+    return list(fields.values())
 
 
-def _table(store: Store) -> pa.Table:
+def _table(store: Store, row: str) -> pa.Table:
     """Show the shards as one table, uncopied and without vectors, its rows numbered."""
     numbers = pa.array(np.arange(store.manifest.physical_rows, dtype=np.int64))
-    return pa.Table.from_batches(store.batches(COLUMNS)).append_column("#row", numbers)
+    return pa.Table.from_batches(store.batches(COLUMNS)).append_column(row, numbers)
 
 
-def _view(connection: "Connection", fields: list[str]) -> str:
-    """Write the query that gives every named field of meta its column and its type."""
-    columns = ['"#row"', "id", "uri", "captions", "meta::JSON AS meta"]
-    if fields:
-        kinds = ", ".join(f"list(DISTINCT json_type(meta, {_pointer(f)}))" for f in fields)
-        (found,) = connection.execute(f"SELECT {kinds} FROM stored").fetchall()
-        for field, types in zip(fields, found, strict=True):
-            kind = _type({t for t in types or () if t})
-            if kind is None:
-                known = connection.execute("SELECT DISTINCT unnest(json_keys(meta)) FROM stored")
-                names = [*COLUMNS, *(name for (name,) in known.fetchall())]
-                hint = f"{nearest(field, names)} (text is written in 'single quotes')"
-                raise UsageError(f"no column and no field of meta is called {field!r}: {hint}")
-            value = f"json_extract_string(meta, {_pointer(field)})"
-            columns.append(f'{value}::{kind} AS "{field.replace(chr(34), chr(34) * 2)}"')
-    return f"SELECT {', '.join(columns)} FROM stored"
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _type(kinds: Iterable[str]) -> str | None:
