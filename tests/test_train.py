@@ -52,10 +52,12 @@ def test_a_run_folder_holds_what_it_should(run: Path) -> None:
 
 def test_it_learns(tmp_path: Path, scenes: Path) -> None:
     """The same few scenes again and again: the right one comes among the first ten of 96."""
-    config = replace(QUICK, epochs=25, learning_rate=3e-3, augment=Augment(1.0, colour=0, erase=0))
+    config = replace(
+        QUICK, batch_size=16, epochs=25, learning_rate=2e-3, augment=Augment(1.0, colour=0, erase=0)
+    )
     result = train(config, [str(scenes)], tmp_path / "run", val=[str(scenes)])
     assert result["image_retrieval_recall@10"] > 0.5  # by chance: 0.10
-    assert result["loss"] < 2.0  # at the start: ln 32 = 3.5
+    assert result["loss"] < 1.6  # at the start: ln 16 = 2.8
 
 
 def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path, small_clip: str) -> None:
