@@ -6,13 +6,14 @@ Run again, it adds what is new or changed; killed, it goes on where the last com
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmalign.data import Record, Spool, report_skips
+from mmalign.data import Record, Spool, counted, report_skips
 from mmalign.encoding import report_cut
 from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluate import compare
@@ -31,7 +32,7 @@ from mmalign.store import (
     open_store,
     require_few,
 )
-from mmalign.todo import Todo, Wanted, find_todo, removed
+from mmalign.todo import Settling, Todo, Wanted, find_todo, removed
 
 COMMIT_SECONDS = 60.0
 # Samples that are embedded in float32 as well, to say what eight bits cost.
@@ -40,18 +41,30 @@ COMPARED = 128
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What a run of `embed` did."""
+    """What a run of `embed` did; each sample that it found ends in one of the first five."""
 
     added: int
-    """Rows that are new, or replace one whose source has changed."""
+    """Samples that the store did not have."""
     changed: int
-    """Samples whose source has changed since they were embedded."""
+    """Samples with a new row in place of their old one: other content, captions, metadata, or
+    another place."""
     present: int
+    """Samples that the store holds as they are."""
     failed: int
+    """Samples that cannot be used; `Store.failures` lists them with the reasons."""
+    passed_over: int
+    """Files that are no images by their ending."""
+    moved: int
+    """Of the changed, those whose row followed their content to another place."""
+    read: int
+    """Images that were read."""
+    encoded: int
+    """Of them, those whose vectors were computed; the others were embedded before."""
     removed: int
     """Rows deleted as their source is gone; only where that was asked for."""
     rows: int
     images_per_s: float
+    """Images read in a second, from the end of the scan."""
     precision: str
 
 
@@ -103,22 +116,26 @@ def embed(
     keep_weights(encoder)
     with Spool() as spool:
         todo = find_todo(store, Wanted(sources, caption_keys, image_column, checksum, part), spool)
-        present = todo.present
         if got == "int8" and len(spool) >= COMPARED:
             _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))
         del plain
-        added, seconds = _write(Writer(path, card), encoder, todo, thumbnails)
-    _list_failures(path, todo)
-    dropped = _drop(store, removed(store, sources, todo), yes) if drop_removed else 0
-    failed, rows = sum(not s.kept for s in todo.skips), len(open_store(path))
-    changed = f" ({todo.changed} had changed)" if todo.changed else ""
-    gone_too = f", {dropped} removed" if dropped else ""
-    say(
-        f"{added} added{changed}, {present} already there, {failed} failed{gone_too}: "
-        f"{rows} rows in {out}"
+        work = _Work(Writer(path, card), encoder, todo, thumbnails)
+        work.run()
+    counts = work.counts()
+    _list_failures(path, todo, counts)
+    dropped = _drop(store, removed(work.settling), yes) if drop_removed else 0
+    report = EmbedReport(
+        **counts,
+        moved=work.moved,
+        read=work.read,
+        encoded=work.pipeline.encoded,
+        removed=dropped,
+        rows=len(open_store(path)),
+        images_per_s=work.read / max(work.seconds, 1e-9),
+        precision=got,
     )
-    rate = added / max(seconds, 1e-9)
-    return EmbedReport(added, todo.changed, present, failed, dropped, rows, rate, got)
+    say(_in_words(report, out))
+    return report
 
 
 def _drop(store: Store, gone: list[int], yes: bool) -> int:
@@ -136,24 +153,63 @@ def _open(path: Path, card: ModelCard, plain: Encoder) -> Store:
         raise IdentityError(f"{path}: {fault}") from error
 
 
-def _write(writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> tuple[int, float]:
-    """Embed what is to be; return the number of rows and the seconds it took."""
-    pipeline = Pipeline(encoder, thumbnails=thumbnails)
-    started = committed_at = time.monotonic()
-    added = 0
-    with writer, bar("embed", len(todo.records)) as progress:
-        for good, lost in pipeline.run(todo.records):
-            todo.skips += lost
-            for encoded in good:
-                writer.add(_row(encoded))
-            if time.monotonic() - committed_at > COMMIT_SECONDS:
-                writer.commit()
-                committed_at = time.monotonic()
-            added += len(good)
-            progress.update(len(good) + len(lost))
-            progress.set_postfix_str(pipeline.describe(), refresh=False)
-    report_cut(encoder, pipeline.texts.cut)
-    return added, time.monotonic() - started
+class _Work:
+    """Reads what the scan found, and writes the rows that come of it; final."""
+
+    def __init__(self, writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> None:
+        self.writer, self.todo, self.settling = writer, todo, Settling(todo)
+        self.pipeline = Pipeline(encoder, thumbnails=thumbnails, known=todo.held.known)
+        self.outcomes: Counter[str] = Counter()
+        self.moved = self.read = 0
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Read, embed and write everything, and commit now and then."""
+        started = committed_at = time.monotonic()
+        with self.writer, bar("embed", len(self.todo.records)) as progress:
+            for good, lost in self.pipeline.run(self.todo.records):
+                self.todo.skips += lost
+                self._write(good)
+                if time.monotonic() - committed_at > COMMIT_SECONDS:
+                    self.writer.commit()
+                    committed_at = time.monotonic()
+                self.read += len(good) + len(lost)
+                progress.update(len(good) + len(lost))
+                progress.set_postfix_str(self.pipeline.describe(), refresh=False)
+        report_cut(self.pipeline.encoder, self.pipeline.texts.cut)
+        self.seconds = time.monotonic() - started
+
+    def _write(self, good: Sequence[Encoded]) -> None:
+        records, checksums = [e.record for e in good], [e.item.checksum for e in good]
+        for encoded, settled in zip(good, self.settling.settle(records, checksums), strict=True):
+            self.outcomes[settled.outcome] += 1
+            self.moved += settled.moved
+            if not settled.as_it_is:
+                self.writer.add(_row(encoded, settled.id), settled.replaces)
+
+    def counts(self) -> dict[str, int]:
+        """Count what became of each sample."""
+        return {
+            "added": self.outcomes["added"],
+            "changed": self.outcomes["changed"],
+            "present": self.outcomes["present"] + self.todo.present,
+            "failed": counted(self.todo.skips, "sample"),
+            "passed_over": counted(self.todo.skips, "ending"),
+        }
+
+
+def _in_words(report: EmbedReport, out: str | Path) -> str:
+    parts = [
+        f"{report.added} added",
+        f"{report.changed} changed" + (f" ({report.moved} moved)" if report.moved else ""),
+        f"{report.present} already there",
+        f"{report.failed} failed",
+        f"{report.passed_over} passed over",
+        f"{report.removed} removed",
+    ]
+    always = (0, 2, 3)
+    told = [p for i, p in enumerate(parts) if i in always or not p.startswith("0 ")]
+    return f"{', '.join(told)}: {report.rows} rows in {out}"
 
 
 def _say_what_it_costs(plain: Encoder, encoder: Encoder, sample: list[Record]) -> None:
@@ -164,10 +220,10 @@ def _say_what_it_costs(plain: Encoder, encoder: Encoder, sample: list[Record]) -
         say(f"int8 is not compared with float32: {error}")
 
 
-def _row(encoded: Encoded) -> Row:
+def _row(encoded: Encoded, name: str) -> Row:
     record = encoded.record
     return Row(
-        id=record.id,
+        id=name,
         uri=record.uri,
         captions=record.captions,
         image_embedding=encoded.image_D,
@@ -179,15 +235,16 @@ def _row(encoded: Encoded) -> Row:
     )
 
 
-def _list_failures(path: Path, todo: Todo) -> None:
+def _list_failures(path: Path, todo: Todo, counts: dict[str, int]) -> None:
     """List what was lost, and say how much; what was lost before and is not now is resolved."""
-    lost = {s.uri: s for s in todo.skips}
+    listed = {s.uri: s for s in todo.skips if s.lost != "nothing"}
     rows: list[dict[str, Any]] = [
-        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in lost.values()
+        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in listed.values()
     ]
     store = open_store(path)
-    before = [f for f in store.failures() if f["uri"] not in lost and not f["embedded"]]
+    before = [f for f in store.failures() if f["uri"] not in listed and not f["embedded"]]
     there = store.find([f["id"] for f in before])
     rows += [{**f, "reason": None} for f, row in zip(before, there, strict=True) if row >= 0]
     add_failures(path, rows)
-    report_skips(todo.skips, todo.total, path / "failures.jsonl")
+    used = counts["added"] + counts["changed"] + counts["present"]
+    report_skips(todo.skips, found=todo.found, used=used, where=path / "failures.jsonl")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import kernels
-from mmalign.data import Record, Skip, report_skips, scan
+from mmalign.data import Record, Skip, counted, found_in, report_skips, scan
 from mmalign.encoding import Texts, report_cut
 from mmalign.errors import DataError
 from mmalign.metrics import accuracy, mean_reciprocal_rank, recall_at
@@ -57,7 +57,8 @@ def evaluate(
     )
     records, images_ND, texts, lost = encode_records(encoder, catalog.records)
     skips = [*catalog.skips, *lost]
-    report_skips(skips, len(catalog.records) + len([s for s in catalog.skips if not s.kept]))
+    found = found_in(len(catalog.records), catalog.skips)
+    report_skips(skips, found=found, used=len(records))
     texts_PD = np.concatenate(texts)
     owners_P = np.repeat(np.arange(len(records)), [len(t) for t in texts])
     report: dict[str, Any] = retrieval(images_ND, texts_PD, owners_P)
@@ -65,7 +66,11 @@ def evaluate(
         say(warning)
     if classes:
         report |= _zero_shot(encoder, records, images_ND, classes, label_key)
-    counts = {"images": len(records), "captions": len(texts_PD), "skipped": len(skips)}
+    counts = {
+        "images": len(records),
+        "captions": len(texts_PD),
+        "skipped": counted(skips, "sample"),
+    }
     return report | counts
 
 

@@ -213,7 +213,7 @@ def _parts(count: int, size: int) -> list[Ints]:
     return np.array_split(np.arange(count), -(-count // size))
 
 
-def report_losses(run: Path, skips: Sequence[Skip], total: int) -> None:
+def report_losses(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
     """List what is not trained on in the run's skipped.jsonl, and say how much it is."""
     where = run / "skipped.jsonl"
     if skips:
@@ -222,7 +222,7 @@ def report_losses(run: Path, skips: Sequence[Skip], total: int) -> None:
         # A resumed run meets them again.
         new = [row for row in rows if json.dumps(row, ensure_ascii=False) not in listed]
         files.append_lines(where, new)
-    report_skips(skips, total, where)
+    report_skips(skips, found=found, used=used, where=where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:

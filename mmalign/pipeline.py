@@ -13,7 +13,7 @@ B items of a batch, S side of an image in pixels, D dimensions.
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ from mmalign.data import (
 )
 from mmalign.encoding import InHalves, Texts, is_out_of_memory
 from mmalign.heap import keep_memory
+from mmalign.held import Known
 from mmalign.model import Encoder
 
 T = TypeVar("T")
@@ -62,9 +63,11 @@ class Item:
     checksum: bytes
     """sha256 of the encoded image."""
     stamp: int
-    """What its source looked like when it was read, see `data.stamp`."""
+    """What its source looked like before it was read, see `data.stamp`."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What its camera wrote into it, see `data.image_meta`."""
+    known: Known | None = None
+    """Its vectors, where it was embedded before; it is not decoded then."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Stage:
     name: str
     workers: int
     busy_s: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -94,7 +97,7 @@ class Stage:
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self.busy_s += time.perf_counter() - started
 
 
@@ -105,9 +108,23 @@ class Pipeline:
     the thumbnail, and because a GPU's decoder may not say that an image is damaged.
     """
 
-    def __init__(self, encoder: Encoder, *, thumbnails: bool) -> None:
-        """Take an encoder, and whether a small picture of each image is wanted."""
-        self.encoder, self.thumbnails = encoder, thumbnails
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        thumbnails: bool,
+        known: Callable[[bytes], Known | None] = lambda checksum: None,
+    ) -> None:
+        """Prepare to encode.
+
+        Args:
+            encoder: Makes the vectors.
+            thumbnails: Make a small picture of each image.
+            known: Returns what was made before of an image with some checksum; called in threads.
+        """
+        self.encoder, self.thumbnails, self.known = encoder, thumbnails, known
+        self.encoded = 0
+        """Images whose vectors were computed."""
         self.images = modality.of(encoder)["image"]
         self.texts = Texts(encoder)
         self.decoded, self.jpegs = InHalves(self._decoded), InHalves(self._jpegs)
@@ -184,7 +201,7 @@ class Pipeline:
         with self.decoding.working():
             # Taken before the image is read: a change in between is then seen the next time.
             try:
-                seen = stamp(record)
+                seen = record.stamp or stamp(record)
             except OSError:
                 seen = 0  # reading it will say why
             item = read_and_decode(record, partial(self._item, seen))
@@ -194,6 +211,11 @@ class Pipeline:
             return record, item
 
     def _item(self, seen: int, content: bytes) -> Item:
+        checksum = hashlib.sha256(content).digest()
+        known = self.known(checksum)
+        if known and (known.thumbnail or not self.thumbnails):
+            small = known.thumbnail if self.thumbnails else b""
+            return Item(None, b"", small, checksum, seen, image_meta(content), known)
         shape = self.encoder.preprocess
         later = self.decodes_on_device and suits_device(content)
         how = (shape.size, shape.resize_mode, shape.interpolation)
@@ -202,7 +224,7 @@ class Pipeline:
                 pixels_SS3=None if later else fit_image(image, *how),
                 jpeg=content if later else b"",
                 thumbnail=thumbnail(image) if self.thumbnails else b"",
-                checksum=hashlib.sha256(content).digest(),
+                checksum=checksum,
                 stamp=seen,
                 meta=image_meta(content),
             )
@@ -216,20 +238,37 @@ class Pipeline:
             return [], lost
         with self.encoding.working():
             images_BD = self._images([item for _, item in good])
-            texts = self.texts([record.captions for record, _ in good])
+            texts = self._texts(good)
         rows = zip(good, images_BD, texts, strict=True)
         return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
 
     def _images(self, items: Sequence[Item]) -> Vectors:
         """Embed images that are decoded, and such that are not yet."""
         images_BD = np.empty((len(items), self.encoder.dim), np.float32)
+        for row, item in enumerate(items):
+            if item.known:
+                images_BD[row] = item.known.image_D
+        with self.encoding.lock:
+            self.encoded += sum(item.known is None for item in items)
         for encode, rows in (
-            (self.decoded, [i for i, item in enumerate(items) if not item.jpeg]),
+            (self.decoded, [i for i, item in enumerate(items) if item.pixels_SS3 is not None]),
             (self.jpegs, [i for i, item in enumerate(items) if item.jpeg]),
         ):
             if rows:
                 images_BD[rows] = encode([items[i] for i in rows])
         return images_BD
+
+    def _texts(self, good: Sequence[tuple[Record, Item]]) -> list[Vectors]:
+        """Embed the captions of images, but for those that are known with their image."""
+        known = [item.known.texts if item.known else {} for _, item in good]
+        pairs = list(zip([record.captions for record, _ in good], known, strict=True))
+        new = self.texts([[c for c in captions if c not in old] for captions, old in pairs])
+        texts = []
+        for (captions, old), vectors_CD in zip(pairs, new, strict=True):
+            fresh = iter(vectors_CD)
+            each = [old[c] if c in old else next(fresh) for c in captions]
+            texts.append(np.stack(each) if each else vectors_CD)
+        return texts
 
     def _decoded(self, items: Sequence[Item]) -> Vectors:
         return self.images.encode(self.images.batch([item.pixels_SS3 for item in items]))

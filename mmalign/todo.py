@@ -3,12 +3,13 @@
 N rows of the store, deleted ones included.
 """
 
-import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +17,24 @@ from numpy.typing import NDArray
 from mmalign import modality
 from mmalign.data import (
     Record,
-    SampleProblem,
     Skip,
     Spool,
     expand,
+    found_in,
     in_threads,
     nothing_usable,
-    read_image,
+    other_id,
     spelled,
     stamp,
     stream,
 )
+from mmalign.held import Held, Places, Row, below
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
 
 # Samples whose place in the store is looked up at once.
 LOOKED_UP = 1_000
-COLUMNS = ("uri", "captions", "meta", "stamp", "checksum")
+Outcome = Literal["added", "changed", "present"]
 
 
 @dataclass(frozen=True)
@@ -47,92 +49,204 @@ class Wanted:
     part: tuple[int, int] = (1, 1)
     """(i, n): only the i-th of n equal parts of the samples."""
 
-    def takes(self, record: Record) -> bool:
+    def takes(self, found: Record | Skip) -> bool:
         """Say whether a sample is in this part, on whichever machine it is asked."""
         number, parts = self.part
-        return zlib.crc32(record.id.encode()) % parts == number - 1
+        return zlib.crc32(found.id.encode()) % parts == number - 1
 
 
 @dataclass
 class Todo:
-    """What a scan found; `records` are to be embedded; final."""
+    """What a scan found; `records` are to be read; final."""
 
     records: Spool
+    held: Held
     seen_N: NDArray[np.bool_]
-    """Rows of the store that the sources still have."""
-    samples: int = 0
-    changed: int = 0
-    """Of the records, those that the store holds in an older state."""
+    """Rows of the store that the sources still have, or may have."""
+    places: Places = field(default_factory=lambda: Places((), ()))
+    found: int = 0
+    """Samples and files of this part that were found, usable or not."""
+    present: int = 0
+    """Samples that the store holds as they are, as far as can be told without reading them."""
+    captions: int = 0
+    """Samples that have a caption."""
     skips: list[Skip] = field(default_factory=list)
 
     @property
-    def present(self) -> int:
-        """Samples that the store holds as they are."""
-        return self.samples - len(self.records)
-
-    @property
-    def total(self) -> int:
-        """Samples that were found, with those that cannot be used."""
-        return self.samples + sum(not s.kept for s in self.skips)
+    def samples(self) -> int:
+        """Samples that a scan found nothing wrong with."""
+        return self.present + len(self.records)
 
 
 def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
-    """Scan sources for what a store lacks, or holds in an older state; it is put on the spool.
+    """Scan sources for what a store lacks, or may hold in an older state; it is put on the spool.
 
-    A sample is as it was where its size, time of last change, captions and metadata are; where
-    only the time differs, its content decides.
+    A sample is as it was where its place, size, time of last change, captions and metadata are.
 
     Raises:
         DataError: A source does not exist, or none holds a usable sample.
     """
-    todo = Todo(spool, np.zeros(store.manifest.physical_rows, np.bool_))
+    todo = Todo(spool, Held(store), np.zeros(store.manifest.physical_rows, np.bool_))
 
-    def records() -> Iterator[Record]:
-        for found in stream(wanted.sources, wanted.caption_keys, wanted.image_column):
-            if isinstance(found, Skip):
-                todo.skips.append(found)
-            else:
-                todo.samples += 1
-                yield found
+    def records() -> Generator[Record, None, None]:
+        with closing(stream(wanted.sources, wanted.caption_keys, wanted.image_column)) as scanned:
+            for found in scanned:
+                if isinstance(found, Record):
+                    yield found
+                elif found.lost == "place" or wanted.takes(found):
+                    todo.skips.append(found)
 
-    everything = parts(records(), LOOKED_UP)
-    for found in everything:
-        mine = [record for record in found if wanted.takes(record)]
-        todo.samples -= len(found) - len(mine)
-        _add_lacking(todo, store, mine, wanted.checksum)
+    with closing(records()) as scanned:
+        for some in parts(scanned, LOOKED_UP):
+            _sort(todo, some, wanted)
+    todo.found = found_in(todo.samples, todo.skips)
     if not todo.samples and wanted.part[1] == 1:
         raise nothing_usable(wanted.sources, todo.skips, wanted.caption_keys)
-    # What can no longer be used is not gone: its row stays.
-    rows = store.find([s.id for s in todo.skips]) if len(store) else np.zeros(0, np.int64)
-    todo.seen_N[rows[rows >= 0]] = True
+    _see_what_cannot_be_used(todo)
+    places = expand(wanted.sources)
+    scanned_places = [*places, *(spelled(p) for p in places)]
+    unread = [s.uri for s in todo.skips if s.lost == "place"]
+    todo.places = Places(below(scanned_places), below(unread))
     return todo
 
 
-def removed(store: Store, sources: Sequence[str], todo: Todo) -> list[int]:
+def _sort(todo: Todo, records: Sequence[Record], wanted: Wanted) -> None:
+    """Tell the samples that the store holds as they are from those that must be read."""
+    rows = todo.held.of(records)
+    todo.seen_N[[row["number"] for row in rows if row]] = True
+    mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
+    workers = modality.decode_workers()
+    stamps = in_threads(_stamp, [record for record, _ in mine], workers, ahead=4 * workers)
+    for (record, row), seen in zip(mine, stamps, strict=True):
+        todo.captions += bool(record.captions)
+        as_it_was = row and row["uri"] == record.uri and row["stamp"] == seen
+        if as_it_was and not wanted.checksum:
+            todo.present += 1
+        else:
+            todo.records.add(replace(record, stamp=seen))
+
+
+def _stamp(record: Record) -> int:
+    try:
+        return stamp(record)
+    except OSError:
+        return 0  # reading it will say why
+
+
+def _see_what_cannot_be_used(todo: Todo) -> None:
+    """What can no longer be used is not gone: its row stays."""
+    store = todo.held.store
+    lost = [s for s in todo.skips if s.lost != "place"]
+    if len(store) and lost:
+        rows = store.find([s.id for s in lost])
+        todo.seen_N[rows[rows >= 0]] = True
+        for found in todo.held.at([s.uri for s in lost]):
+            todo.seen_N[[row["number"] for row in found]] = True
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a sample that was read."""
+
+    outcome: Outcome
+    id: str
+    """Under which its row is put into the store."""
+    replaces: tuple[str, ...] = ()
+    """Ids of other rows, which go."""
+    moved: bool = False
+    """It lay elsewhere, or was called otherwise, when it was last embedded."""
+    as_it_is: bool = False
+    """The row of the store says all that there is to say."""
+
+
+class Settling:
+    """Decides for each sample that was read which row it is; one sample after the other; final."""
+
+    def __init__(self, todo: Todo) -> None:
+        """Take what the scan found."""
+        self.todo, self.held = todo, todo.held
+        self.taken: set[int] = set()
+        """Rows that followed their content to another place."""
+        self._moved: dict[bytes, Iterator[int]] = {}
+
+    def settle(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Settled]:
+        """Say what becomes of some samples, given the checksums of their images."""
+        rows = self.held.of(records)
+        return [self._settle(*one) for one in zip(records, rows, checksums, strict=True)]
+
+    def _settle(self, record: Record, row: Row | None, checksum: bytes) -> Settled:
+        if row is None:
+            return self._new(record, checksum)
+        (told,) = self.held.store.rows([row["number"]], ("captions", "meta", "checksum"))
+        name, old = self._name(record, row), row["id"]
+        words = told["captions"] == list(record.captions) and told["meta"] == meta_json(record.meta)
+        other_place = _container(record.uri, record) != _container(row["uri"], record)
+        if told["checksum"] == checksum:
+            same = words and name == old and not other_place
+            written = same and row["uri"] == record.uri and row["stamp"] == record.stamp
+            outcome: Outcome = "present" if same else "changed"
+            return Settled(outcome, name, _other(name, old), other_place, written)
+        followed = self._which_moved(checksum)
+        return Settled("changed", name, _other(name, old, *followed), bool(followed))
+
+    def _new(self, record: Record, checksum: bytes) -> Settled:
+        followed = self._which_moved(checksum)
+        name = record.id if self._is_free(record.id) else other_id(record)
+        outcome: Outcome = "changed" if followed else "added"
+        return Settled(outcome, name, _other(name, *followed), bool(followed))
+
+    def _name(self, record: Record, row: Row) -> str:
+        """Keep the id of a row, unless its source says another one now, and it is free."""
+        old: str = row["id"]
+        if not record.given_id or old in (record.id, other_id(record)):
+            return old
+        return record.id if self._is_free(record.id) else old
+
+    def _is_free(self, name: str) -> bool:
+        holder = self.held.holder(name)
+        return holder < 0 or holder in self.taken
+
+    def _which_moved(self, checksum: bytes) -> list[str]:
+        """Take a row of some content whose place is gone; return its id, if there is one."""
+        if checksum not in self._moved:
+            rows = self.held.with_content(checksum)
+            self._moved[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
+        number = next(self._moved[checksum], None)
+        if number is None:
+            return []
+        self.taken.add(number)
+        return [self.held.store.rows([number], ("id",))[0]["id"]]
+
+    def _has_gone(self, number: int) -> bool:
+        if self.todo.seen_N[number]:
+            return False
+        (row,) = self.held.store.rows([number], ("uri",))
+        return self.todo.places.gone(row["uri"])
+
+
+def removed(settling: Settling) -> list[int]:
     """List the rows whose images lay in the sources and were not seen there.
 
-    What could not be listed to its end may still hold what was not seen: below such a place
-    nothing counts as removed.
+    What could not be listed to its end, or read, may still hold what was not seen: below such a
+    place nothing counts as removed, nor does what has the name of such a file.
     """
-    places = expand(sources)
-    inside = _below([*places, *(spelled(p) for p in places)])
-    unread = [s for s in todo.skips if s.lost == "place"]
-    for skip in unread:
-        say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
-    unsure = _below([s.uri for s in unread])
+    todo, store = settling.todo, settling.held.store
+    for skip in todo.skips:
+        if skip.lost == "place":
+            say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
+    unread = [s.uri for s in todo.skips if s.reason.startswith("cannot be read")]
+    rows = settling.held.at(unread)
+    names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
     gone_N = ~todo.seen_N if store.live is None else ~todo.seen_N & store.live
+    gone_N[list(settling.taken)] = False
     gone = []
     for numbers in parts(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
             uri = row["uri"]
-            if uri.startswith(inside) and not uri.startswith(unsure):
+            inside = uri.startswith(todo.places.scanned) and _file_name(uri) not in names
+            if inside and todo.places.gone(uri):
                 gone.append(number)
     return gone
-
-
-def _below(places: Iterable[str]) -> tuple[str, ...]:
-    """Return how the uris begin that lie in some folders, tars and tables."""
-    return tuple(place.rstrip("/") + end for place in places for end in ("/", "#"))
 
 
 def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -141,47 +255,14 @@ def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     return iter(lambda: list(islice(rest, size)), [])
 
 
-def _add_lacking(todo: Todo, store: Store, records: Sequence[Record], checksum: bool) -> None:
-    """Note what the store does not hold as it is, and what it holds."""
-    if not len(store):
-        for record in records:
-            todo.records.add(record)
-        return
-    rows, records = _held(store, records)
-    todo.seen_N[[row["number"] for row in rows if row]] = True
-    pairs = list(zip(records, rows, strict=True))
-    workers = modality.decode_workers()
-    changed = in_threads(lambda pair: _changed(*pair, checksum), pairs, workers, ahead=4 * workers)
-    for record, row, new in zip(records, rows, changed, strict=True):
-        if new:
-            todo.records.add(record)
-            todo.changed += bool(row)
+def _other(name: str, *ids: str) -> tuple[str, ...]:
+    return tuple(i for i in dict.fromkeys(ids) if i != name)
 
 
-def _changed(record: Record, row: dict[str, Any], checksum: bool) -> bool:
-    if not row:
-        return True
-    try:
-        if row["stamp"] == stamp(record) and not checksum:
-            return False
-        content = hashlib.sha256(read_image(record)).digest()
-    except (SampleProblem, OSError):
-        # It cannot be read: let the embedding say so.
-        return True
-    words = (row["captions"], row["meta"])
-    return words != (list(record.captions), meta_json(record.meta)) or content != row["checksum"]
+def _file_name(uri: str) -> str:
+    return PurePosixPath(uri).name
 
 
-def _held(store: Store, records: Sequence[Record]) -> tuple[list[dict[str, Any]], list[Record]]:
-    """Find the row of each record, {} for none; a record whose id is taken gets its uri as id."""
-    found: list[dict[str, Any]] = [{} for _ in records]
-    named = list(records)
-    for _ in range(2):
-        numbers = store.find([r.id for r in named])
-        there = np.flatnonzero(numbers >= 0)
-        for i, row in zip(there.tolist(), store.rows(numbers[there], COLUMNS), strict=True):
-            if row["uri"] == named[i].uri:
-                found[i] = {**row, "number": int(numbers[i])}
-            else:
-                named[i] = replace(named[i], id=named[i].uri)
-    return found, named
+def _container(uri: str, record: Record) -> str:
+    """Return the file that a sample lies in: the number of its row in a table is no place."""
+    return uri.rpartition("#")[0] if record.row >= 0 else uri

@@ -20,7 +20,7 @@ import torch
 
 from mmalign import files
 from mmalign.config import dump, read_toml
-from mmalign.data import Record, Skip, scan
+from mmalign.data import Record, Skip, found_in, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.leakage import describe_leakage
 from mmalign.model import Encoder, blank_model, has_weights, new_model, save_description
@@ -106,7 +106,7 @@ def _train(
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
-    total = len(records) + len(val_records) + len([s for s in skips if not s.kept])
+    found = found_in(len(records) + len(val_records), skips)
     with _scratch(run / "cache") as cache:
         pairs, lost = load_pairs(encoder, records, cache / "train.npy", crops=crops, label="decode")
         held, lost_held = (
@@ -114,7 +114,8 @@ def _train(
             if val_records
             else (None, [])
         )
-        report_losses(run, [*skips, *lost, *lost_held], total)
+        used = len(pairs) + (len(held) if held else 0)
+        report_losses(run, [*skips, *lost, *lost_held], found=found, used=used)
         _warn(pairs, held)
         trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
         if state is not None:

@@ -399,7 +399,8 @@ class Trainer:
         self.saved_step = self.state.step
         if len(self.lost) > self.reported:
             self.reported = len(self.lost)
-            report_losses(self.run, list(self.lost.values()), len(self.pairs))
+            found, lost = len(self.pairs), list(self.lost.values())
+            report_losses(self.run, lost, found=found, used=found - len(lost))
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote.

@@ -330,23 +330,37 @@ def skips_of(count: int, lost: Lost = "sample") -> list[Skip]:
 
 
 def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    report_skips(skips_of(1), 100, "skipped.jsonl")
+    report_skips(skips_of(1), found=100, used=99, where="skipped.jsonl")
     quiet = capsys.readouterr()
-    report_skips(skips_of(2), 100, "skipped.jsonl")
+    report_skips(skips_of(2), found=100, used=98, where="skipped.jsonl")
     loud = capsys.readouterr()
     assert quiet.err.startswith("1 of 100 samples skipped (1 not an image); listed in skipped.")
     assert loud.err.startswith("warning: 2 of 100 samples skipped (2 not an image)")
     assert quiet.out == loud.out == ""
-    report_skips([*skips_of(50, lost="captions"), *skips_of(1)], 100)
-    assert capsys.readouterr().err.splitlines() == [
-        "1 of 100 samples skipped (1 not an image)",
-        "warning: captions of 50 of 100 samples cannot be used (50 not an image)",
-    ]
-    report_skips([], 100)
+    report_skips([], found=100, used=100)
     assert capsys.readouterr().err == ""
+
+
+def test_captions_places_and_repeats_are_told_apart_from_samples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report_skips(skips_of(5, lost="captions"), found=5, used=5)
+    assert capsys.readouterr().err == "warning: captions of 5 not used (5 not an image)\n"
+    skips = [*skips_of(3, lost="captions"), Skip("t", "/t.tar", "tar breaks off", "place")]
+    report_skips(skips, found=900, used=900)
+    told = "captions of 3 not used (3 not an image); 1 not read to the end (1 tar breaks off)"
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    report_skips(skips_of(2, lost="nothing"), found=7, used=7)
+    assert capsys.readouterr().err == "2 given twice, used once\n"
+
+
+@pytest.mark.parametrize(("found", "used"), [(10, 10), (10, 7)])
+def test_a_sample_that_is_counted_twice_or_never_is_a_bug(found: int, used: int) -> None:
+    with pytest.raises(AssertionError, match=f"10 samples were found, and became {used} used, 2 f"):
+        report_skips(skips_of(2), found=found, used=used)
 
 
 def test_all_skipped_is_an_error_with_an_example() -> None:
     with pytest.raises(DataError, match="none of the 3 samples .*3 not an image; .*/s/0: not an"):
-        report_skips(skips_of(3), 3)
-    report_skips(skips_of(3, lost="captions"), 3)
+        report_skips(skips_of(3), found=3, used=0)
+    report_skips(skips_of(3, lost="captions"), found=3, used=3)

@@ -131,7 +131,7 @@ def test_a_file_that_is_no_image_is_refused_and_not_searched_by_its_name(
         assert result.exit_code == 1
         assert result.stdout == ""
         assert result.stderr.count("\n") == 1
-        assert f"{name}: cannot search by this image: not an image" in result.stderr
+        assert f"{name}: cannot search by this image: image type not supported" in result.stderr
 
 
 def test_the_words_of_a_file_name_can_be_searched_as_the_message_says(

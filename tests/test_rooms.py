@@ -19,6 +19,7 @@ ORDER: list[set[str]] = [
         "mmalign.optimization",
         "mmalign.runlog",
         "mmalign.words",
+        "mmalign.held",
         "mmalign.interrupts",
         "mmalign.leakage",
         "mmalign.resume",

@@ -1,25 +1,30 @@
 """Sources that change between two runs of embed: what follows, what stays, what is deleted."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import jpeg, write_tar
+from stub_encoder import use_stub
 
 from mmalign.embed import EmbedReport, embed
 from mmalign.errors import StoreError
-from mmalign.store import open_store
+from mmalign.store import Store, open_store
 
 
 @pytest.fixture
-def put(run: Path, tmp_path: Path) -> Callable[..., EmbedReport]:
+def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., EmbedReport]:
     """Embed sources into one store."""
+    use_stub(monkeypatch)
 
     def embed_into(*sources: object, **words: Any) -> EmbedReport:
-        return embed(run, list(map(str, sources)), tmp_path / "s.store", **words)
+        return embed("stub", list(map(str, sources)), tmp_path / "s.store", **words)
 
     return embed_into
 
@@ -117,3 +122,220 @@ def test_more_than_a_tenth_is_dropped_only_if_it_is_meant(
     assert ids(tmp_path) == [f"f/{name}.jpg" for name in ("a", "b", "c", "d", "new")]
     assert put(folder, drop_removed=True, yes=True).removed == 2
     assert ids(tmp_path) == ["f/c.jpg", "f/d.jpg", "f/new.jpg"]
+
+
+# ---------------------------------------------------------------- rows follow their content
+
+
+def counts(report: EmbedReport) -> tuple[int, int, int, int, int]:
+    """Added, changed, of them moved, already there; and vectors that were computed."""
+    return report.added, report.changed, report.moved, report.present, report.encoded
+
+
+def places(tmp_path: Path) -> dict[str, str]:
+    """The uri of each row by its id, below the test's own folder."""
+    store = open_store(tmp_path / "s.store")
+    uris = [uri.removeprefix(f"{tmp_path}/") for uri in store.column("uri")]
+    return dict(zip(store.column("id"), uris, strict=True))
+
+
+def test_a_moved_folder_keeps_its_rows(put: Callable[..., EmbedReport], tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x" / "photos", "a b c")
+    put(folder)
+    (tmp_path / "y").mkdir()
+    moved = folder.rename(tmp_path / "y" / "photos")
+    assert counts(put(moved)) == (0, 3, 3, 0, 0)
+    assert places(tmp_path) == {f"photos/{n}.jpg": f"y/photos/{n}.jpg" for n in "abc"}
+    # Renamed, the ids are those of a new store.
+    renamed = moved.rename(tmp_path / "y" / "pictures")
+    assert counts(put(renamed)) == (0, 3, 3, 0, 0)
+    assert places(tmp_path) == {f"pictures/{n}.jpg": f"y/pictures/{n}.jpg" for n in "abc"}
+    report = put(renamed)
+    assert counts(report) == (0, 0, 0, 3, 0)
+    assert report.read == 0
+
+
+def test_files_that_are_renamed_swapped_and_copied(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "f", "a b c d")
+    put(folder)
+    # The captions stay where they are: c takes over the one that lies beside its new name.
+    (folder / "c.jpg").rename(folder / "new.jpg")
+    (folder / "a.jpg").rename(folder / "t")
+    (folder / "b.jpg").rename(folder / "a.jpg")
+    (folder / "t").rename(folder / "b.jpg")
+    (folder / "copy.jpg").write_bytes((folder / "d.jpg").read_bytes())
+    report = put(folder)
+    assert counts(report) == (1, 3, 1, 1, 0)
+    store = open_store(tmp_path / "s.store")
+    rows = {r["id"]: r for r in store.rows(range(store.manifest.physical_rows), ("id", "checksum"))}
+    assert ids(tmp_path) == [f"f/{n}.jpg" for n in ("a", "b", "copy", "d", "new")]
+    assert rows["f/copy.jpg"]["checksum"] == rows["f/d.jpg"]["checksum"]
+    assert_fresh(tmp_path, folder)
+
+
+def test_a_file_elsewhere_of_equal_name_is_no_moved_one(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    """A disk that is not mounted, and another that is."""
+    put(fill(tmp_path / "one" / "DCIM", "a b"))
+    (tmp_path / "one").rename(tmp_path / "unplugged")
+    assert counts(put(fill(tmp_path / "two" / "DCIM", "a b", 50))) == (2, 0, 0, 0, 2)
+    assert len(ids(tmp_path)) == 4
+    # One of them again, and a copy of it: nothing has moved.
+    (tmp_path / "unplugged").rename(tmp_path / "one")
+    fill(tmp_path / "three" / "DCIM", "a")
+    assert counts(put(tmp_path / "three" / "DCIM")) == (1, 0, 0, 0, 0)
+    assert len(ids(tmp_path)) == 5
+
+
+def test_a_file_that_moves_from_a_tar_to_a_folder(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    tar = write_tar(tmp_path / "t.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
+    folder = fill(tmp_path / "f", "x")
+    put(tar, folder)
+    write_tar(tar, [("b.jpg", jpeg(2))])
+    (folder / "a.jpg").write_bytes(jpeg(1))
+    # Only the folder: whether the tar still has it was not looked at.
+    assert counts(put(folder)) == (1, 0, 0, 1, 0)
+    assert len(ids(tmp_path)) == 4
+    (folder / "again.jpg").write_bytes(jpeg(1))
+    assert counts(put(tar, folder)) == (0, 1, 1, 3, 0)
+    assert ids(tmp_path) == ["f/a.jpg", "f/again.jpg", "f/x.jpg", "t/b"]
+
+
+def test_a_row_inserted_in_a_table_with_ids_changes_nothing(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    table = tmp_path / "t.parquet"
+    write_table(table, [1, 2, 3])
+    put(table)
+    write_table(table, [7, 1, 2, 3])
+    assert counts(put(table)) == (1, 0, 0, 3, 1)
+    assert sorted(ids(tmp_path)) == ["t/1", "t/2", "t/3", "t/7"]
+    report = put(table)
+    assert (report.present, report.read) == (4, 0)
+    # Without ids it is the number of a row that names it, and nothing is computed twice.
+    other = tmp_path / "u.parquet"
+    write_table(other, [11, 12, 13], with_id=False)
+    put(other)
+    write_table(other, [17, 11, 12, 13], with_id=False)
+    assert counts(put(other)) == (1, 3, 0, 0, 1)
+    assert_fresh(tmp_path, table, other)
+
+
+def test_two_tables_of_one_name_keep_their_rows(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    tables = []
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        tables.append(tmp_path / name / "t.parquet")
+        write_table(tables[-1], [1, 2], first=10 * i)
+    for order in ([0], [1], [0, 1], [1, 0]):
+        put(*(tables[i] for i in order))
+    assert len(ids(tmp_path)) == 4
+    write_table(tables[1], [9, 1, 2], first=10)
+    assert counts(put(tables[1], tables[0])) == (1, 0, 0, 4, 1)
+
+
+def test_a_table_that_names_other_images_by_its_ids(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    fill(tmp_path / "f", "a b c d")
+    table = tmp_path / "t.csv"
+    table.write_text("id,image\n" + "".join(f"{i},f/{n}.jpg\n" for i, n in enumerate("abc")))
+    put(table)
+    table.write_text("id,image\n0,f/b.jpg\n1,f/a.jpg\n2,f/d.jpg\n")
+    assert counts(put(table)) == (0, 3, 0, 0, 1)
+    assert places(tmp_path) == {"t/0": "f/b.jpg", "t/1": "f/a.jpg", "t/2": "f/d.jpg"}
+
+
+def test_a_folder_in_a_folder_is_no_other_source(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "f", "a")
+    fill(folder / "sub", "b", 5)
+    put(folder)
+    assert counts(put(folder / "sub")) == (0, 0, 0, 1, 0)
+    assert counts(put(folder / "sub", folder)) == (0, 0, 0, 2, 0)
+    assert ids(tmp_path) == ["f/a.jpg", "f/sub/b.jpg"]
+    # A table that names one of the files, with words of its own, is.
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\nf/a.jpg,other words\n")
+    assert counts(put(table, folder)) == (1, 0, 0, 2, 0)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_touched_files_are_read_once(put: Callable[..., EmbedReport], tmp_path: Path) -> None:
+    folder = fill(tmp_path / "f", "a b c")
+    put(folder)
+    for file in folder.glob("*.jpg"):
+        os.utime(file, (1, 1))
+    reports = [put(folder) for _ in range(3)]
+    assert [r.read for r in reports] == [3, 0, 0]
+    assert [counts(r) for r in reports] == [(0, 0, 0, 3, 0)] * 3
+    report = put(folder, checksum=True)
+    assert (report.read, report.present) == (3, 3)
+    assert_fresh(tmp_path, folder)
+
+
+def test_other_words_cost_no_image(put: Callable[..., EmbedReport], tmp_path: Path) -> None:
+    folder = fill(tmp_path / "f", "a b")
+    put(folder)
+    (folder / "a.txt").write_text("another word\npicture 0")
+    assert counts(put(folder)) == (0, 1, 0, 1, 0)
+    assert_fresh(tmp_path, folder)
+
+
+def test_vectors_of_a_damaged_shard_are_not_used_again(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "f", "a b")
+    put(folder)
+    (shard,) = (tmp_path / "s.store" / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    at = content.index(vector_bytes(tmp_path))
+    content[at] ^= 1
+    shard.write_bytes(content)
+    for file in folder.glob("*.jpg"):
+        os.utime(file, (1, 1))
+    assert put(folder).encoded == 2
+    assert_fresh(tmp_path, folder)
+
+
+def vector_bytes(tmp_path: Path) -> bytes:
+    return open_store(tmp_path / "s.store").vectors("image")[0][0].tobytes()
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def write_table(file: Path, numbers: list[int], *, with_id: bool = True, first: int = 0) -> None:
+    """Write pictures into a table; the number of a picture is its id."""
+    columns: dict[str, Any] = {"image": [jpeg(first + n) for n in numbers]}
+    columns["caption"] = [f"picture {n}" for n in numbers]
+    if with_id:
+        columns["id"] = [str(n) for n in numbers]
+    pq.write_table(pa.table(columns), file)
+
+
+def content_of(store: Store) -> dict[str, Any]:
+    """All that a store says of each place."""
+    numbers = range(store.manifest.physical_rows) if store.live is None else store.live.nonzero()[0]
+    names = ("uri", "captions", "meta", "stamp", "checksum", "image_embedding", "text_embedding")
+    rows = store.rows(list(numbers), names)
+    assert len({row["uri"] for row in rows}) == len(rows)
+    return {row.pop("uri"): row for row in rows}
+
+
+def assert_fresh(tmp_path: Path, *sources: object) -> None:
+    """Hold that the store is, but for its ids, what it would be if it were made now."""
+    with tempfile.TemporaryDirectory() as new:
+        embed("stub", list(map(str, sources)), Path(new) / "s.store")
+        fresh = content_of(open_store(Path(new) / "s.store"))
+    assert content_of(open_store(tmp_path / "s.store")) == fresh

@@ -5,6 +5,7 @@ catalog.py   `scan`: sources in, records and skips out
 spool.py     samples on disk while a source is scanned
 places.py    local paths and URLs: opened and listed in one way
 kinds.py     which files are images, by ending and by content
+gone.py      whether something is there no more
 folders.py   images in a folder
 tars.py      WebDataset tars, local or remote
 sidecars.py  files beside an image that describe it
@@ -29,7 +30,9 @@ from mmalign.data.batches import Sampler as Sampler
 from mmalign.data.batches import in_threads as in_threads
 from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog
+from mmalign.data.catalog import counted as counted
 from mmalign.data.catalog import expand as expand
+from mmalign.data.catalog import found_in as found_in
 from mmalign.data.catalog import nothing_usable as nothing_usable
 from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import report_skips as report_skips
@@ -44,6 +47,7 @@ from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.device import decode_on as decode_on
 from mmalign.data.device import suits_device as suits_device
+from mmalign.data.gone import is_gone as is_gone
 from mmalign.data.kinds import is_image_content as is_image_content
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
@@ -55,6 +59,8 @@ from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
 from mmalign.data.samples import stamp as stamp
 from mmalign.data.spool import Spool as Spool
+from mmalign.data.spool import is_derived as is_derived
+from mmalign.data.spool import other_id as other_id
 
 __all__ = [
     "MAX_PIXELS",
@@ -68,17 +74,22 @@ __all__ = [
     "Sampler",
     "Skip",
     "Spool",
+    "counted",
     "decode_all",
     "decode_on",
     "decode_stream",
     "decoded",
     "expand",
     "fit_image",
+    "found_in",
     "image_meta",
     "in_threads",
+    "is_derived",
+    "is_gone",
     "is_image_content",
     "nothing_usable",
     "open_image",
+    "other_id",
     "read_ahead",
     "read_and_decode",
     "read_image",

@@ -3,15 +3,23 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from mmalign.data import folders, places, tables, tars
 from mmalign.data.columns import Asked, listed
 from mmalign.data.kinds import SOURCE_SUFFIXES, suffix
-from mmalign.data.samples import DEFAULT_CAPTION_KEY, Found, Record, SampleProblem, Skip
+from mmalign.data.samples import (
+    DEFAULT_CAPTION_KEY,
+    Found,
+    Lost,
+    Record,
+    SampleProblem,
+    Skip,
+)
 from mmalign.data.spool import Names
 from mmalign.errors import DataError, nearest
 from mmalign.progress import bar, say
@@ -67,9 +75,10 @@ def scan(
             records.append(found)
     if need_captions:
         # A caption problem explains the missing caption; one line a sample is enough.
-        explained = {s.uri for s in skips if s.kept}
-        skips = [s for s in skips if not (s.reason == "no caption" and s.uri in explained)]
-        skips = [replace(s, lost="sample") if s.uri in explained else s for s in skips]
+        bare = {s.uri for s in skips if s.reason == "no caption"}
+        explained = {s.uri: replace(s, lost="sample") for s in skips if s.kept and s.uri in bare}
+        skips = [s for s in skips if s.uri not in explained or not (s.kept or s.uri in bare)]
+        skips += explained.values()
     if not records:
         raise nothing_usable(sources, skips, caption_keys, image_column)
     return Catalog(records, skips)
@@ -77,25 +86,26 @@ def scan(
 
 def stream(
     sources: Sequence[str], caption_keys: Sequence[str], image_column: str | None = None
-) -> Iterator[Record | Skip]:
+) -> Generator[Record | Skip, None, None]:
     """Yield what `scan` lists, one by one: memory does not grow with the number of samples.
 
     Where no sample has a caption, the columns there are are said at the end.
     """
     samples = described = 0
-    for found in _stream(sources, Asked(caption_keys, image_column)):
-        if isinstance(found, Record):
-            samples += 1
-            described += bool(found.captions)
-        else:
-            # A caption that cannot be read was found all the same.
-            described += found.kept
-        yield found
+    with closing(_stream(sources, Asked(caption_keys, image_column))) as scanned:
+        for found in scanned:
+            if isinstance(found, Record):
+                samples += 1
+                described += bool(found.captions)
+            else:
+                # A caption that cannot be read was found all the same.
+                described += found.kept
+            yield found
     if samples and not described and caption_keys:
         say(f"no captions found: {_looked_for(sources, Asked(caption_keys, image_column))}")
 
 
-def _stream(sources: Sequence[str], asked: Asked) -> Iterator[Record | Skip]:
+def _stream(sources: Sequence[str], asked: Asked) -> Generator[Record | Skip, None, None]:
     with closing(Names()) as names, bar("scan", unit="samples") as progress:
         for place in expand(sources):
             for found in map(_printable, _scan_one(place, asked)):
@@ -168,25 +178,56 @@ def read_image(record: Record) -> bytes:
         raise SampleProblem(f"cannot be read: {places.reason(error)}") from None
 
 
-def report_skips(skips: Sequence[Skip], total: int, where: Path | str | None = None) -> None:
-    """Say how many samples were left out and why; a warning above 1 %, an error at 100 %."""
-    lost = [s for s in skips if s.lost in ("sample", "place")]
-    if total and len(lost) >= total:
-        first = f"; the first, {lost[0].uri}: {lost[0].reason}"
-        raise DataError(f"none of the {total} samples can be used: {_reasons(lost)}{first}")
-    captions = [s for s in skips if s.lost == "captions"]
-    others = [s for s in skips if s.lost == "ending"]
-    for some, what in (
-        (lost, "{} samples skipped"),
-        (captions, "captions of {} samples cannot be used"),
-    ):
-        if some:
-            loud = len(some) > MAX_SILENT_SKIPS * total
-            said = f"{what.format(f'{len(some)} of {total}')} ({_reasons(some)})"
-            listed_in = f"; listed in {where}" if where else ""
-            say(f"{'warning: ' if loud else ''}{said}{listed_in}")
-    if others:
-        say(f"{sum(s.count for s in others)} other files passed over ({_endings(others)})")
+def counted(skips: Iterable[Skip], *kinds: Lost) -> int:
+    """Count the samples, or files, that skips of some kinds stand for."""
+    return sum(s.count for s in skips if s.lost in kinds)
+
+
+def found_in(records: int, skips: Iterable[Skip]) -> int:
+    """Count the samples and files that a scan found, given the number of its records."""
+    return records + counted(skips, "sample", "ending")
+
+
+def report_skips(
+    skips: Sequence[Skip], *, found: int, used: int, where: Path | str | None = None
+) -> None:
+    """Say what was left out and why; a warning above 1 %, an error where nothing is used.
+
+    Args:
+        skips: Each is counted as what it costs: a sample, captions, a place, or an ending.
+        found: How many samples and files the scan found, see `found_in`.
+        used: How many samples are used.
+        where: The file that lists the skips.
+
+    Raises:
+        DataError: Not one sample is used.
+        AssertionError: A sample was counted twice, or not at all: a fault of mmalign.
+    """
+    of = {lost: [s for s in skips if s.lost == lost] for lost in get_args(Lost)}
+    failed, passed_over = counted(skips, "sample"), counted(skips, "ending")
+    if found != used + failed + passed_over:
+        ends = f"{used} used, {failed} failed, {passed_over} passed over"
+        raise AssertionError(f"{found} samples were found, and became {ends}: a bug of mmalign")
+    total = used + failed
+    if failed and not used:
+        first = f"; the first, {of['sample'][0].uri}: {of['sample'][0].reason}"
+        raise DataError(f"none of the {total} samples can be used: {_reasons(of['sample'])}{first}")
+    told = []
+    if failed:
+        told.append(f"{failed} of {total} samples skipped ({_reasons(of['sample'])})")
+    if of["captions"]:
+        told.append(f"captions of {len(of['captions'])} not used ({_reasons(of['captions'])})")
+    if of["place"]:
+        told.append(f"{len(of['place'])} not read to the end ({_reasons(of['place'])})")
+    if told:
+        few = MAX_SILENT_SKIPS * total
+        loud = bool(of["place"]) or failed > few or len(of["captions"]) > few
+        listed = f"; listed in {where}" if where else ""
+        say(f"{'warning: ' if loud else ''}{'; '.join(told)}{listed}")
+    if passed_over:
+        say(f"{passed_over} other files passed over ({_endings(of['ending'])})")
+    if of["nothing"]:
+        say(f"{len(of['nothing'])} given twice, used once")
 
 
 def _scan_one(place: str, asked: Asked) -> Found:

@@ -16,8 +16,9 @@ CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
 
 # What a skip costs: one sample; only the captions of one, which is used without them; an unknown
 # number of samples of a place that cannot be listed to its end (a folder, a tar, a table), none of
-# which may be taken as removed; or a file passed over because its ending is on no list.
-Lost = Literal["sample", "captions", "place", "ending"]
+# which may be taken as removed; a file passed over because its ending is on no list; or nothing, as
+# the sample was found once before.
+Lost = Literal["sample", "captions", "place", "ending", "nothing"]
 
 
 class SampleProblem(DataError):
@@ -45,6 +46,8 @@ class Record:
     """The source itself names the sample (a table with an id column): the id decides which sample
     this is, wherever its row has moved to. Else an id is made from names of files or rows, and
     says no more than the uri does."""
+    stamp: int = 0
+    """What `stamp` said of it when it was scanned; 0 where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)

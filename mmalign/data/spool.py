@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 from mmalign.data.samples import Record, Skip
 
@@ -19,17 +20,22 @@ class Names:
     def __init__(self) -> None:
         self._db = sqlite3.connect("")
         self._db.execute("CREATE TABLE name (id TEXT PRIMARY KEY, uri TEXT) WITHOUT ROWID")
+        self._db.execute("CREATE TABLE place (uri TEXT PRIMARY KEY) WITHOUT ROWID")
 
     def unique(self, found: Record) -> Record | Skip:
         """Return the record under a free id, or a skip where it was seen before."""
         held = self._uri(found.id)
         if held is not None and held != found.uri:
-            found = replace(found, id=found.uri, given_id=False)
+            found = replace(found, id=other_id(found))
             held = self._uri(found.id)
-        if held is not None:
-            return Skip(found.id, found.uri, "given twice")
+        if held is not None or (is_derived(found.id, found.uri) and not self._is_first(found.uri)):
+            return Skip(found.id, found.uri, "given twice", lost="nothing")
         self._db.execute("INSERT INTO name VALUES (?, ?)", (found.id, found.uri))
         return found
+
+    def _is_first(self, uri: str) -> bool:
+        """Note a file that is known by its place alone: a folder, and one in it, both have it."""
+        return self._db.execute("INSERT OR IGNORE INTO place VALUES (?)", (uri,)).rowcount == 1
 
     def close(self) -> None:
         """Forget all names."""
@@ -38,6 +44,26 @@ class Names:
     def _uri(self, name: str) -> str | None:
         row = self._db.execute("SELECT uri FROM name WHERE id = ?", (name,)).fetchone()
         return None if row is None else row[0]
+
+
+def other_id(record: Record) -> str:
+    """Return the id that a record has where its own is taken: that of its row, or its uri.
+
+    Called with that id in the record, it returns its own one where that can be told.
+    """
+    if not (record.given_id and record.row >= 0):
+        return record.uri
+    table = f"{record.path}#"
+    return record.id.removeprefix(table) if record.id.startswith(table) else table + record.id
+
+
+def is_derived(name: str, uri: str) -> bool:
+    """Say whether an id was made of the place alone: a name in a folder or a tar, or the uri."""
+    if name == uri or uri.endswith(f"/{name}"):
+        return True
+    container, _, member = uri.partition(".tar#")
+    source, _, key = name.partition("/")
+    return bool(member) and PurePosixPath(container).name == source and member.startswith(f"{key}.")
 
 
 class Spool:

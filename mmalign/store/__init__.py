@@ -30,6 +30,7 @@ from mmalign.store.reader import open_or_new as open_or_new
 from mmalign.store.reader import open_store as open_store
 from mmalign.store.repair import RepairReport as RepairReport
 from mmalign.store.repair import repair as repair
+from mmalign.store.schema import UNKNOWN as UNKNOWN
 from mmalign.store.schema import Row as Row
 from mmalign.store.schema import meta_json as meta_json
 from mmalign.store.writer import ROWS_PER_SHARD as ROWS_PER_SHARD
@@ -37,6 +38,7 @@ from mmalign.store.writer import Writer as Writer
 
 __all__ = [
     "ROWS_PER_SHARD",
+    "UNKNOWN",
     "CompactReport",
     "ModelCard",
     "RepairReport",

@@ -72,6 +72,20 @@ class Store:
             raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
         return [file.vectors(modality) for file in self._files]
 
+    def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:
+        """Copy the vectors of one row: of "image" shape (1, D), of "text" one for each caption."""
+        shard = self.shard_of(number)
+        first = self._ends[shard] - self.manifest.shards[shard].rows
+        column = self._file(shard).column(f"{modality}_embedding").slice(int(number - first), 1)
+        if not pa.types.is_fixed_size_list(column.type):
+            column = column.flatten()
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return flat.reshape(-1, self.manifest.model.dim)  # type: ignore[no-any-return]
+
+    def shard_of(self, number: int) -> int:
+        """Return which shard a row lies in."""
+        return int(np.searchsorted(self._ends, number, side="right"))
+
     @cached_property
     def live(self) -> Bools | None:
         """Which rows are not deleted, shape (N,); None where all are live."""

@@ -1,5 +1,6 @@
 """Rows into shards, shards into a manifest generation; a crash costs what was not committed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ class Writer:
         """
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self._rows: dict[str, Row] = {}
+        self._replaced: set[str] = set()
         self._known = Known(store, model.dim)
         files.make_folder(store / "shards")
         manifests.commit(store, self._check, model)
@@ -39,8 +41,14 @@ class Writer:
         manifests.require_model(self.store, held, self.model)
         return held
 
-    def add(self, row: Row) -> bool:
-        """Take a row; True when that filled a shard and committed it."""
+    def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
+        """Take a row; True when that filled a shard and committed it.
+
+        Args:
+            row: It replaces the row that has its id.
+            replaces: Ids of other rows that go in the same commit.
+        """
+        self._replaced.update(replaces)
         self._rows.pop(row.id, None)
         self._rows[row.id] = row
         if len(self._rows) < self.rows_per_shard:
@@ -58,10 +66,11 @@ class Writer:
 
         def change(base: Manifest) -> Manifest:
             others = [s for s in self._check(base).shards if s.name != shard.name]
-            return replace(base, shards=(*self._known.without(others, ids), shard))
+            gone = [*ids, *self._replaced]
+            return replace(base, shards=(*self._known.without(others, gone), shard))
 
         manifests.commit(self.store, change, self.model)
-        self._rows = {}
+        self._rows, self._replaced = {}, set()
 
     def __enter__(self) -> "Writer":
         return self

@@ -1,0 +1,46 @@
+"""Whether what a uri names is there no more, as far as that can be told."""
+
+import os
+
+from mmalign.data import places
+
+# Half a character of a name that is not UTF-8, as a uri escapes it: the name itself is not known.
+ESCAPED = "\\\\udc"
+
+
+def is_gone(uri: str, *, inside: bool) -> bool:
+    """Say whether a sample that a scan did not find is gone: doubt says no.
+
+    Args:
+        uri: A path, a URL, or a member of a tar or row of a table behind `#`.
+        inside: It lies in what was scanned, and the scan reached its end: a member that was not
+            found in its tar, or a file of a remote folder that was not listed, is gone.
+    """
+    if places.is_url(uri):
+        return inside or not _remote_exists(uri)
+    if ESCAPED in uri:
+        return inside and "#" in uri
+    if _exists(uri):
+        return False
+    # A name may hold the sign itself.
+    cuts = (i for i, sign in enumerate(uri) if sign == "#")
+    return inside or not any(_exists(uri[:cut]) for cut in cuts)
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remote_exists(uri: str) -> bool:
+    try:
+        fs, path = places.file_system(uri.partition("#")[0])
+        with places.foreign_errors():
+            return bool(fs.exists(path))
+    except OSError:
+        return True

@@ -1,0 +1,223 @@
+"""What a store holds, found by place and by content: which row a sample is, and which one moved.
+
+A row follows its content. What lies where a row says is that row's sample, whatever it is called
+now; where a source itself names its samples, the name decides. A file that is new may be one that
+lay elsewhere before: then some row has its checksum, and the place of that row is gone.
+
+N rows of the store, deleted ones included; D dimensions.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign import files
+from mmalign.data import Record, is_derived, is_gone, other_id
+from mmalign.store import UNKNOWN, Store
+from mmalign.store.ids import hashes
+
+Ints = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+Row = dict[str, Any]
+# What tells whether a sample is as it was, without its image.
+OUTLINE = ("id", "uri", "stamp")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the store holds of an image with some content."""
+
+    image_D: Vectors
+    texts: dict[str, Vectors]
+    """The vectors of its captions."""
+    thumbnail: bytes
+
+
+class _Lookup:
+    """Rows by a value of theirs, about 16 bytes a row; final."""
+
+    def __init__(
+        self, store: Store, column: str, hashed: Callable[[Any], NDArray[np.uint64]]
+    ) -> None:
+        found = [hashed(batch.column(0)) for batch in store.batches((column,))]
+        hashes_N = np.concatenate(found) if found else np.zeros(0, np.uint64)
+        rows_N = np.arange(len(hashes_N)) if store.live is None else np.flatnonzero(store.live)
+        order = np.argsort(hashes_N[rows_N], kind="stable")
+        small = np.uint32 if len(hashes_N) < 2**32 else np.int64
+        self.hashes, self.rows = hashes_N[rows_N][order], rows_N[order].astype(small)
+
+    def candidates(self, hashes_M: NDArray[np.uint64]) -> list[Ints]:
+        """Return, for each of M hashes, the live rows that have it, the first one first."""
+        starts = np.searchsorted(self.hashes, hashes_M)
+        ends = np.searchsorted(self.hashes, hashes_M, side="right")
+        return [self.rows[a:b].astype(np.int64) for a, b in zip(starts, ends, strict=True)]
+
+
+class Held:
+    """The rows of one generation, by what they are rows of; final. Safe to use from threads."""
+
+    def __init__(self, store: Store) -> None:
+        """Take a store; what is looked up is read when it is first asked for."""
+        self.store = store
+        self._lock = threading.Lock()
+        self._sound: dict[int, bool] = {}
+
+    @cached_property
+    def _places(self) -> _Lookup:
+        return _Lookup(self.store, "uri", lambda column: hashes(column.to_pylist()))
+
+    @cached_property
+    def _contents(self) -> _Lookup:
+        return _Lookup(self.store, "checksum", _first_bytes)
+
+    def at(self, uris: Sequence[str]) -> list[list[Row]]:
+        """Return the rows of each of some places: number, id, uri, stamp."""
+        if not len(self.store):
+            return [[] for _ in uris]
+        found = self._places.candidates(hashes(uris))
+        rows = iter(self._rows(np.concatenate([np.zeros(0, np.int64), *found])))
+        return [
+            [row for row in islice(rows, len(numbers)) if row["uri"] == uri]
+            for uri, numbers in zip(uris, found, strict=True)
+        ]
+
+    def of(self, records: Sequence[Record]) -> list[Row | None]:
+        """Return the row that each record is the sample of, as far as its place or name tells."""
+        if not len(self.store):
+            return [None for _ in records]
+        placed = self.at([r.uri for r in records])
+        pairs = list(zip(records, placed, strict=True))
+        named = self._named([pair for pair in pairs if pair[0].given_id])
+        return [named.get(record.id) or _same(record, rows) for record, rows in pairs]
+
+    def _named(self, pairs: Sequence[tuple[Record, list[Row]]]) -> dict[str, Row]:
+        """Return the rows of records whose source names them, by the ids of the records.
+
+        Args:
+            pairs: The records, and the rows of their places.
+        """
+        # Two tables of one name may each give one id. A table that holds its images is known by
+        # its place; another by that most of the files it names are rows of a table of its name.
+        every = Counter(_prefix(r.id) for r, rows in pairs if r.row < 0)
+        known = Counter(
+            _prefix(r.id)
+            for r, rows in pairs
+            if r.row < 0 and any(_prefix(row["id"]) == _prefix(r.id) for row in rows)
+        )
+        found: dict[str, Row] = {}
+        for name in (lambda r: r.id, other_id):
+            numbers = self.store.find([name(r) for r, _ in pairs])
+            there = np.flatnonzero(numbers >= 0)
+            for i, row in zip(there.tolist(), self._rows(numbers[there]), strict=True):
+                record, prefix = pairs[i][0], _prefix(pairs[i][0].id)
+                same = _same_place(record, row)
+                if same or (record.row < 0 and 2 * known[prefix] >= every[prefix]):
+                    found.setdefault(record.id, row)
+        return found
+
+    def holder(self, name: str) -> int:
+        """Return the row that has an id, or -1."""
+        return int(self.store.find([name])[0]) if len(self.store) else -1
+
+    def with_content(self, checksum: bytes) -> Ints:
+        """Return the rows whose image has a checksum."""
+        if not len(self.store) or checksum == UNKNOWN:
+            return np.zeros(0, np.int64)
+        numbers = self._contents.candidates(_first_bytes_of(checksum))[0]
+        rows = self.store.rows(numbers, ("checksum",))
+        same = [row["checksum"] == checksum for row in rows]
+        return numbers[same]
+
+    def known(self, checksum: bytes) -> Known | None:
+        """Return what was made of an image with this content, if it was embedded before."""
+        for number in self.with_content(checksum)[:1].tolist():
+            if not self._is_sound(self.store.shard_of(number)):
+                break
+            (row,) = self.store.rows([number], ("captions", "thumbnail"))
+            texts_CD = self.store.vectors_of("text", number)
+            texts = dict(zip(row["captions"], texts_CD, strict=True))
+            return Known(self.store.vectors_of("image", number)[0], texts, row["thumbnail"])
+        return None
+
+    def _is_sound(self, shard: int) -> bool:
+        """Say whether a shard is what was written: damage that was copied would look whole."""
+        with self._lock:
+            if shard not in self._sound:
+                card = self.store.manifest.shards[shard]
+                path = self.store.path / "shards" / card.name
+                self._sound[shard] = files.sha256(path) == card.sha256
+            return self._sound[shard]
+
+    def _rows(self, numbers: Ints) -> list[Row]:
+        found = self.store.rows(numbers, OUTLINE)
+        return [
+            {**row, "number": number} for row, number in zip(found, numbers.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a scan has looked, and where it could not look to the end."""
+
+    scanned: tuple[str, ...]
+    """How the uris begin of what lies in the sources."""
+    unsure: tuple[str, ...]
+
+    def gone(self, uri: str) -> bool:
+        """Say whether what a scan did not see is there no more, neither at its place."""
+        if uri.startswith(self.unsure):
+            return False
+        return is_gone(uri, inside=uri.startswith(self.scanned))
+
+
+def below(places: Iterable[str]) -> tuple[str, ...]:
+    """Return how the uris begin that lie in some folders, tars and tables."""
+    return tuple(place.rstrip("/") + end for place in places for end in ("/", "#"))
+
+
+def _same(record: Record, rows: Sequence[Row]) -> Row | None:
+    """Return the row that lies where a record does, and was found in the same way.
+
+    A picture may lie in a folder and be named by a table, each with its own captions: two samples.
+    """
+    if record.given_id and record.row >= 0:
+        return None
+    for row in rows:
+        if row["id"] == record.id:
+            return row
+    derived = is_derived(record.id, record.uri)
+    for row in rows:
+        named = row["id"] in (record.uri, *([] if derived else [other_id(record)]))
+        same_table = not derived and _prefix(row["id"]) == _prefix(record.id)
+        if named or same_table or (derived and is_derived(row["id"], record.uri)):
+            return row
+    return None
+
+
+def _same_place(record: Record, row: Row) -> bool:
+    if record.row >= 0:
+        return bool(row["uri"].rpartition("#")[0] == record.path)
+    return bool(row["uri"] == record.uri)
+
+
+def _prefix(name: str) -> str:
+    return PurePosixPath(name).parts[0] if name.startswith("/") else name.partition("/")[0]
+
+
+def _first_bytes(column: Any) -> NDArray[np.uint64]:
+    width = column.type.byte_width
+    content = np.frombuffer(column.buffers()[1], np.uint8)
+    rows = content[column.offset * width : (column.offset + len(column)) * width]
+    return np.ascontiguousarray(rows.reshape(-1, width)[:, :8]).view(np.uint64)[:, 0]
+
+
+def _first_bytes_of(checksum: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(checksum[:8], np.uint64)
