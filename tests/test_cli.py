@@ -108,7 +108,7 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
         (["search", "x.store", "q", "-k", "many"], "'many' is not a valid integer"),
         (["search", "x.store", "q", "--to", "words"], "'words' is not one of 'image', 'text'"),
         (["embed", "--data", "x", "--out", "y"], "Missing option '--model'"),
-        (["train", "--out", "y"], "Missing option '--data'"),
+        (["train", "--out", "y"], "no training data: give --data SRC"),
         (["index", "x.store", "--recall", "most"], "'most' is not a valid float"),
         (["index", "x.store", "--recall", "1.5"], "--recall 1.5 must be above 0 and at most 1"),
         (["index", "x.store", "--memory", "much"], "--memory much: write an amount such as 300MB"),

@@ -55,7 +55,7 @@ def test_training_counts_captions_that_are_cut(
 ) -> None:
     train(QUICK, [str(wordy)], tmp_path / "run", val=[str(wordy)])
     said = capsys.readouterr().err
-    assert said.count("warning: 2 captions are longer than nano reads") == 2
+    assert said.count("warning: 3 captions are longer than nano reads") == 2
 
 
 def test_a_long_query_is_answered_and_said(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

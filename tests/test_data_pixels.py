@@ -170,6 +170,12 @@ def test_a_thread_of_an_image_is_refused_where_scaling_would_blow_it_up() -> Non
     assert fit_image(line, 224, "squash").shape == (224, 224, 3)
 
 
+def undecoded(records: list[Record]) -> Pixels:
+    """Pixels that are decoded when they are asked for."""
+    unread = np.zeros(len(records), np.int64)
+    return Pixels(records, side_8, None, 3, unread, unread)
+
+
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
     """Six images, of which numbers 1 and 4 cannot be decoded."""
@@ -186,19 +192,19 @@ def test_cache_equals_direct_decoding(records: list[Record], tmp_path: Path) -> 
     images, places, lost = pixels.fetch(rows)
     assert places == [0, 1, 2]
     assert lost == []
-    direct, _, _ = Pixels(good, side_8, None, 3).fetch(rows)
+    direct, _, _ = undecoded(good).fetch(rows)
     assert np.array_equal(images, direct)
     assert np.array_equal(direct, [side_8(jpeg(i)) for i in (5, 0, 3)])
 
 
 def test_without_a_cache_fetch_drops_and_reports(records: list[Record]) -> None:
-    images, places, lost = Pixels(records, side_8, None, 3).fetch(np.array([4, 3, 1, 0]))
+    images, places, lost = undecoded(records).fetch(np.array([4, 3, 1, 0]))
     assert places == [1, 3]
     assert np.array_equal(images, [side_8(jpeg(3)), side_8(jpeg(0))])
     assert [s.id for s in lost] == ["f/4.jpg", "f/1.jpg"]
     assert all(s.reason.startswith("not an image") for s in lost)
     with pytest.raises(DataError, match="none of 2 images can be decoded: not an image"):
-        Pixels(records, side_8, None, 3).fetch(np.array([4, 1]))
+        undecoded(records).fetch(np.array([4, 1]))
 
 
 def test_no_room_for_a_cache_means_none(

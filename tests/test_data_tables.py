@@ -75,8 +75,8 @@ def test_an_id_column_names_samples_wherever_their_rows_are(tmp_path: Path) -> N
         assert rows == {f"t/{c}": (order.index(c), True) for c in order}
     (tmp_path / "c.csv").write_text("id,image\n1,a.jpg\n1,b.jpg\n,c.jpg\n")
     given = [(r.id, r.given_id) for r in listed(tmp_path / "c.csv").records]
-    # An id that stands twice, or not at all, names nothing.
-    assert given == [("c/1", True), (f"{tmp_path}/b.jpg", False), ("c/c.jpg", False)]
+    # Where an id stands twice or not at all, the place of the image stands in for it.
+    assert given == [("c/1", True), (f"{tmp_path}/b.jpg", True), ("c/c.jpg", False)]
 
 
 def test_tsv_and_a_caption_that_is_not_utf8(tmp_path: Path) -> None:

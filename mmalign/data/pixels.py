@@ -144,7 +144,9 @@ def look(pixels_SS3: Array) -> int:
     sums = pixels_SS3[:, :, 1].astype(np.int64)
     edges = [np.arange(n + 1) * side // n for n in (LOOK_ROWS, LOOK_COLUMNS)]
     sums = np.add.reduceat(np.add.reduceat(sums, edges[0][:-1], axis=0), edges[1][:-1], axis=1)
-    means = sums / (np.diff(edges[0])[:, None] * np.diff(edges[1])[None])
+    # An image of fewer pixels than areas has empty areas, which stand for their first pixel.
+    heights, widths = (np.maximum(np.diff(e), 1) for e in edges)
+    means = sums / (heights[:, None] * widths[None])
     bits = np.packbits(means[:, 1:] > means[:, :-1])
     return int.from_bytes(bits.tobytes(), "little", signed=True)
 
