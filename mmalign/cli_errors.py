@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
-from mmalign.errors import MmalignError, nearest, reason_of
+from mmalign.errors import MmalignError, nearest, one_line, reason_of
 from mmalign.progress import close_bars
 from mmalign.terminal import printable
 
@@ -94,7 +94,7 @@ class Commands(click.Group):
 def complain(message: str) -> None:
     """Print the one line that a failing command ends with."""
     close_bars()
-    line = printable(message)
+    line = printable(one_line(message))
     if len(line) > MAX_MESSAGE:
         line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
     with contextlib.suppress(OSError):

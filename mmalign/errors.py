@@ -76,7 +76,12 @@ def reason_of(error: BaseException) -> str:
     "Error(s) in loading: Missing key(s): 'a'."
     """
     said = getattr(error, "strerror", None) or str(error)
-    return re.sub(r"\s*[\r\n]+\s*", " ", str(said).strip()) or type(error).__name__
+    return one_line(str(said)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Join the lines of a message."""
+    return re.sub(r"\s*[\r\n]+\s*", " ", text.strip())
 
 
 def shell_command(*words: object) -> str:

@@ -43,7 +43,7 @@ def out_of_memory_of_torch() -> Exception:
 # What a command may meet, how it then ends, and what is said.
 ENDS: list[tuple[Callable[[], BaseException], int, str]] = [
     (lambda: DataError("photos: no images found"), 1, "photos: no images found"),
-    (lambda: StoreError("a\nb"), 1, r"a\nb"),
+    (lambda: StoreError("not read:\n\ta reason"), 1, "not read: a reason"),
     (lambda: IdentityError("two models"), 1, "two models"),
     (lambda: UsageError("--k 0 must be above 0"), 2, "--k 0 must be above 0"),
     (lambda: OSError(errno.ENOSPC, "No space left on device", "/d/x"), 1, "/d/x: No space left"),

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -193,3 +194,57 @@ def test_a_remote_place_that_fails_is_named(
     said = complaint("embed", "--model", run, "--data", f"memory://bucket/{place}", "--out", out)
     assert "memory://" in said
     assert not out.exists()
+
+
+# ---------------------------------------------------------------- SQL
+
+
+@pytest.mark.parametrize(
+    "words", [["search", "red"], ["delete"], ["export", "--to", "out", "--format", "npy"]]
+)
+def test_a_database_that_fails_is_one_line(
+    words: list[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import duckdb
+
+    monkeypatch.chdir(tmp_path)
+    command = [words[0], store, *words[1:], "--where", "true"]
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise duckdb.IOException("IO Error: cannot open\n  the database")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(duckdb, "connect", fail)
+        said = complaint(*command)
+        assert "does not start: IO Error: cannot open the database" in said
+    with monkeypatch.context() as patch:
+        patch.setattr("mmalign.store.where._require_truth", fail)
+        said = complaint(*command, code=2)
+        assert "IO Error: cannot open the database" in said
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "duckdb", None)
+        assert "pip install 'mmalign[sql]'" in complaint(*command)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- texts of other encodings
+
+
+def test_files_of_words_are_utf8_whatever_the_locale(
+    store: Path, run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Python takes for an encoding where nobody names one.
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "cp1252")
+    monkeypatch.setattr("locale.getencoding", lambda: "cp1252")
+    words = tmp_path / "words.txt"
+    words.write_bytes("红色的圆\n蓝色的方块\n".encode())
+    result = CliRunner().invoke(main, ["index", str(shutil.copytree(store, tmp_path / "s")),
+                                       "--queries", str(words)])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    words.write_bytes("红色的圆\n".encode("gbk"))
+    said = complaint("index", store, "--queries", words, code=1)
+    assert f"{words}: queries must be UTF-8 text" in said
+    said = complaint("evaluate", "--model", run, "--data", scenes, "--classes", words, code=2)
+    assert f"{words}: not a text file" in said
+    said = complaint("train", "--data", scenes, "--out", tmp_path / "r", "--config", words, code=2)
+    assert f"{words}: not valid TOML" in said

@@ -19,7 +19,7 @@ from typing import Any
 
 from mmalign.data.arrow_tables import images_of, open_table
 from mmalign.data.samples import SampleProblem
-from mmalign.errors import DataError
+from mmalign.errors import DataError, reason_of
 
 # Groups that are kept on the disk may take so much, and no more than a share of what is free.
 KEPT_BYTES, FREE_SHARE = 8 << 30, 8
@@ -145,7 +145,7 @@ def _read_group(path: str, group: int, column: str) -> _Group:
                 for chunk in table.chunks(group, column):
                     yield from images_of(chunk)
         except Exception as error:  # Arrow's own, and those of each file system
-            problem = f"rows of the table cannot be read: {error}".splitlines()[0]
+            problem = f"rows of the table cannot be read: {reason_of(error)}"
 
     try:
         read = _Group(images(), folder)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mmalign.errors import InstallError, UsageError, nearest
+from mmalign.errors import InstallError, UsageError, nearest, reason_of
 from mmalign.store.reader import Store
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def where(store: Store, expression: str) -> Ints:
         raise InstallError("rows by SQL need DuckDB: pip install 'mmalign[sql]'") from None
     shown = " ".join(expression.split())
     shown = repr(expression) if len(expression) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]!r}..."
-    with duckdb.connect(":memory:", config=CONFIG) as connection:
+    with _connected() as connection:
         found = _Search(connection)
         seconds = SECONDS + SECONDS_PER_ROW * store.manifest.physical_rows
         try:
@@ -222,6 +222,17 @@ class _Search:
             return same[0]
         hint = f"{nearest(asked, [*COLUMNS, *known])} (text is written in 'single quotes')"
         raise UsageError(f"no column and no field of meta is called {asked!r}: {hint}")
+
+
+def _connected() -> "Connection":
+    import duckdb
+
+    try:
+        return duckdb.connect(":memory:", config=CONFIG)
+    except duckdb.Error as error:
+        raise InstallError(
+            f"DuckDB {duckdb.__version__} does not start: {reason_of(error)}"
+        ) from None
 
 
 def _parse(connection: "Connection", query: str, expression: str) -> dict[str, Any]:
