@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mmalign import kernels
 from mmalign.data import Record, Skip, counted, found_in, report_skips, scan
+from mmalign.data.columns import plain
 from mmalign.encoding import Texts, report_cut
-from mmalign.errors import DataError
+from mmalign.errors import DataError, nearest
 from mmalign.metrics import accuracy, mean_reciprocal_rank, recall_at
 from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.pipeline import Pipeline
@@ -152,7 +153,11 @@ def _zero_shot(
     label_key: str,
 ) -> dict[str, float]:
     number = {name: i for i, name in enumerate(classes)}
-    labels = [str(r.meta.get(label_key, "")) for r in records]
+    fields = {name: name for r in records for name in r.meta}
+    field = fields.get(label_key) or {plain(name): name for name in fields}.get(plain(label_key))
+    if field is None:
+        raise DataError(f"no sample has a field {label_key!r}: {nearest(label_key, fields)}")
+    labels = [str(r.meta.get(field, "")) for r in records]
     known = np.array([label in number for label in labels])
     if not known.any():
         raise DataError(

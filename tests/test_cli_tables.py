@@ -41,6 +41,14 @@ def test_columns_are_named_by_options(run: Path, shop: Path, tmp_path: Path) -> 
     assert 'image_column = "photo"' in (tmp_path / "r" / "config.toml").read_text()
 
 
+def test_labels_are_found_like_columns(run: Path, shop: Path) -> None:
+    columns = ("--image-column", "photo", "--caption-key", "description")
+    words = ("evaluate", "--model", run, "--data", shop, *columns, "--classes", "000,001")
+    assert answer(*words, "--label-key", "Code")["acc1"] >= 0
+    said = complaint(1, *words, "--label-key", "kode")
+    assert "no sample has a field 'kode': did you mean 'code'?" in said
+
+
 def test_times_decimals_and_bytes_of_a_table_can_be_filtered(run: Path, tmp_path: Path) -> None:
     table: dict[str, Any] = {
         "image": [jpeg(i) for i in range(3)],

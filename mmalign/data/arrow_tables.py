@@ -4,6 +4,7 @@ A table comes in groups of rows: parquet's row groups, or Arrow's record batches
 without their images; the images of a group are read as one stream.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -55,7 +56,9 @@ def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
             with pq.ParquetFile(file, metadata=metadata, **options) as parquet:
                 yield ParquetTable(parquet)
         else:
-            with pa.PythonFile(file) if is_url(path) else pa.memory_map(path) as source:
+            with (
+                pa.PythonFile(file) if is_url(path) else pa.memory_map(os.fsencode(path)) as source
+            ):
                 yield IpcTable(source, metadata)
 
 
