@@ -12,6 +12,7 @@ NAMES = (
     "ranks",
     "standin",
     "store",
+    "tokens",
     "topk",
     "train",
 )
