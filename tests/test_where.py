@@ -120,6 +120,20 @@ def test_time_and_memory_have_limits(store: Store, monkeypatch: pytest.MonkeyPat
         where(store, "len(list_filter(range(200000 + length(id)), lambda x: x % 7 = 1)) = 1")
 
 
+def test_long_rows_are_evaluated_few_at_a_time(tmp_path: Path) -> None:
+    """What an expression holds of all rows that are evaluated at once counts in no limit."""
+    one = row(0, 0)
+    rows = (
+        replace(one, id=f"id{n}", meta=json.dumps({"n": n, "t": "x" * 9000})) for n in range(90)
+    )
+    held = fill(tmp_path, rows, rows_per_shard=40)
+    shown = sys.modules[where.__module__]._table(held, "row")
+    sizes = [batch.nbytes for batch in shown.to_batches()]
+    assert 4 <= len(sizes) <= 10
+    assert max(sizes) < 300_000
+    assert where(held, "n % 7 = 3 and length(upper(t)) = 9000").tolist() == list(range(3, 90, 7))
+
+
 def test_deleted_rows_are_not_found_and_do_not_move_others(tmp_path: Path) -> None:
     fill(tmp_path, (row(n, label="x") for n in range(COUNT)))
     delete(tmp_path, ["id0", "id11", "id24"])
@@ -192,6 +206,11 @@ def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
         ("captions = [x for x in captions if x = '']", "struct_pack has no place"),
         ("array_to_string([array_to_string(captions, id)], id) = ''", "inside of itself"),
         (f"id = {'[' * 9}id{']::text' * 9}", "more than 4 casts inside of each other"),
+        (f"concat({'meta, ' * 500}meta) = id", "502 columns and fields, 500 is the most"),
+        (
+            f"list_filter([{'1, ' * 200}1], lambda x: upper(meta) = id) = []",
+            "201 numbers and texts beside a lambda, 200 is the most",
+        ),
         ("replace(id, 'i', id) = ''", r"replace\(\) is no function"),
         ("mixed < 3", r"mixed is text here; write try_cast\(mixed as double\)"),
         ("mixed::double < 3", r"mixed is text here; write try_cast\(mixed as double\)"),

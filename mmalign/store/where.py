@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +73,9 @@ FUNCTIONS = frozenset(ALLOWED.split())
 # What these join would double from lambda to lambda, so they have no place in one.
 JOINING = {"||", "concat", "concat_ws", "list_concat", "list_value", "struct_pack", "row"}
 MOST_CASTS = 4
+# An expression may hold for each row as much as it names columns and lists numbers, and DuckDB
+# evaluates some thousand rows at a time: it is given fewer of them where they are long.
+MOST_COLUMNS, MOST_BESIDE_LAMBDA, BYTES_AT_A_TIME = 500, 200, 2**18
 # The SQL type of a meta field whose values all have these JSON types; any other mixture is text.
 TYPES = [
     ({"BIGINT", "UBIGINT"}, "HUGEINT"),
@@ -256,7 +259,18 @@ def _parse(connection: "Connection", query: str, expression: str) -> dict[str, A
                 f"{name}() is no function that is allowed here: {nearest(name, words)}"
             )
     _require_cheap(clause, ())
+    _require_few_parts(clause)
     return clause
+
+
+def _require_few_parts(clause: dict[str, Any]) -> None:
+    kinds = Counter(node["class"] for node in _nodes(clause))
+    if kinds["COLUMN_REF"] > MOST_COLUMNS:
+        raise UsageError(f"{kinds['COLUMN_REF']} columns and fields, {MOST_COLUMNS} is the most")
+    constants = kinds["CONSTANT"]
+    if any(map(_is_lambda, _nodes(clause))) and constants > MOST_BESIDE_LAMBDA:
+        told = f"{constants} numbers and texts beside a lambda, {MOST_BESIDE_LAMBDA} is the most"
+        raise UsageError(told)
 
 
 def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
@@ -331,7 +345,14 @@ def _fields(clause: dict[str, Any]) -> list[list[str]]:
 def _table(store: Store, row: str) -> pa.Table:
     """Show the shards as one table, uncopied and without vectors, its rows numbered."""
     numbers = pa.array(np.arange(store.manifest.physical_rows, dtype=np.int64))
-    return pa.Table.from_batches(store.batches(COLUMNS)).append_column(row, numbers)
+    few = (part for batch in store.batches(COLUMNS) for part in _of_few_bytes(batch))
+    return pa.Table.from_batches(few).append_column(row, numbers)
+
+
+def _of_few_bytes(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    rows = max(1, len(batch) * BYTES_AT_A_TIME // max(1, batch.nbytes))
+    for first in range(0, len(batch), rows):
+        yield batch.slice(first, rows)
 
 
 def _quoted(name: str) -> str:
