@@ -63,7 +63,7 @@ class Exact(Index):
         scores, rows = kernels.topk(queries, self.corpus or self.shards, width, allow=allow)
         scores_MK = np.full((len(queries), k), -np.inf, np.float32)
         rows_MK = np.full((len(queries), k), -1, np.int64)
-        scores_MK[:, :width], rows_MK[:, :width] = scores, rows
+        scores_MK[:, :width], rows_MK[:, :width] = scores.numpy(), rows.numpy()
         rows_MK[rows_MK >= 0] += self.first_row
         return scores_MK, rows_MK
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,14 @@ from mmalign.terminal import printable
 ACTIVE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-class _Place(click.ParamType[Any]):
+# click's own class takes a type parameter since 8.4 only.
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType
+
+
+class _Place(ParamType):
     """A path or another name of a place; `~` is the home folder, which a shell reads only bare."""
 
     name = "text"
