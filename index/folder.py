@@ -73,7 +73,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Read index.json."""
     try:
         return json.loads((folder / "index.json").read_bytes())  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder / 'index.json'}: index cannot be read: {error}") from None
 
 
@@ -87,7 +87,14 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     """
     if folder is None:
         return Exact(shards)
-    content = describe(folder)
+    try:
+        return _opened(folder, describe(folder), modality, shards)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        told = f"not made by mmalign: {type(error).__name__}: {error}"
+        raise StoreError(f"{folder / 'index.json'}: {told}") from None
+
+
+def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
     if content["format"] != FORMAT:
         other = f"index of format {content['format']}, this mmalign reads {FORMAT}"
         raise StoreError(f"{folder}: {other}: {shell_command('index', folder.parents[1])}")
@@ -97,7 +104,7 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     file = folder / f"{modality}.faiss"
     for name, size in content["bytes"].items():
         beside = folder / name
-        if beside.stem == modality and not (beside.exists() and beside.stat().st_size == size):
+        if beside.stem == modality and not (beside.is_file() and beside.stat().st_size == size):
             raise StoreError(f"{beside}: missing, or its size is not what was written")
     if _head(file) != content["heads"][file.name]:
         raise StoreError(f"{file}: damaged: its first bytes are not what was written")

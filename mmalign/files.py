@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -325,7 +326,9 @@ def claim(path: Path, content: bytes) -> bool:
 
 def claimed(path: Path) -> bytes:
     """Read what `claim` has written under a name."""
-    return (path / path.name if path.is_dir() else path).read_bytes()
+    file = path / path.name if path.is_dir() else path
+    require_regular(file)
+    return file.read_bytes()
 
 
 def _named(temporary: Path, path: Path) -> bool:
@@ -513,7 +516,18 @@ def _is_torn(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is there and is no file, before it is opened: to read from a pipe may never end.
+
+    Raises:
+        OSError: It is a folder, a pipe, a device; or there is nothing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content."""
+    require_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ import pytest
 from store_samples import CARD, fill, row, write_index
 
 from mmalign import files
+from mmalign.build import build
 from mmalign.errors import StoreError
-from mmalign.store import Writer, compact, delete, open_store, repair, verify
+from mmalign.search import Searcher
+from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
 
 
@@ -117,6 +122,17 @@ def test_a_manifest_that_is_nested_without_end_is_no_generation(tmp_path: Path) 
     assert len(open_store(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"sha256": 1}', b"[" * 100_000])
+def test_a_description_that_is_none_is_damage(tmp_path: Path, content: bytes) -> None:
+    fill(tmp_path, range(3))
+    file = write_index(tmp_path) / "index.json"
+    file.write_bytes(content)
+    forge(tmp_path, field(index={"name": "abc", "sha256": files.sha256(file)}))
+    assert any(str(file) in line for line in verify(tmp_path))
+    assert repair(tmp_path).index_dropped
+    assert open_store(tmp_path).index_folder is None
+
+
 def test_an_index_that_names_other_files_is_damaged(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     folder = tmp_path / "index" / "abc"
@@ -126,3 +142,83 @@ def test_an_index_that_names_other_files_is_damaged(tmp_path: Path) -> None:
     forge(tmp_path, field(index={"name": "abc", "sha256": held}))
     (told,) = [line for line in verify(tmp_path) if "no file of an index" in line]
     assert told.startswith(f"{folder / 'index.json'}: ")
+
+
+@pytest.mark.parametrize("name", ["index", "shards"])
+def test_nothing_is_removed_or_moved_behind_a_link(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An archive can hold links. Behind one lie folders and files with names that indexes have."""
+    store, home = tmp_path / "s.store", tmp_path / "home"
+    fill(store, range(3))
+    (home / "documents").mkdir(parents=True)
+    (home / "documents" / "letter.txt").write_text("x")
+    (home / ".draft.tmp").write_text("x")
+    (home / "table.arrow").write_text("x")
+    for shard in (store / "shards").iterdir() if name == "shards" else ():
+        shard.rename(home / shard.name)
+        (store / "shards").rmdir()
+    (store / name).symlink_to(home)
+    index = {"name": "documents", "sha256": "0" * 64}
+    forge(store, field(index=index, removing=["index/documents", "shards/table"]))
+    then = time.time() - 10 * 24 * 3600
+    for path in [store, *store.rglob("*"), *home.rglob("*")]:
+        os.utime(path, (then, then))
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    for now in (False, True):
+        compact(store, now=now)
+        assert f"{store / name}: a link to another place: nothing is" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="a link to another place, where nothing is moved"):
+        repair(store)
+    assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
+
+
+def test_nothing_is_moved_to_or_written_behind_a_link(tmp_path: Path) -> None:
+    store, home = tmp_path / "s.store", tmp_path / "home"
+    fill(store, range(3))
+    home.mkdir()
+    (home / "profile").write_text("x")
+    (store / "damaged").symlink_to(home)
+    (store / "failures.jsonl").symlink_to(home / "profile")
+    with pytest.raises(StoreError, match="damaged: a link to another place"):
+        repair(store)
+    with pytest.raises(StoreError, match=r"failures.jsonl: a link to another file"):
+        add_failures(store, [{"id": "a", "uri": "a", "reason": "torn", "embedded": False}])
+    assert [(p.name, p.read_text()) for p in home.iterdir()] == [("profile", "x")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("name", ["shard", "manifest-00000077.json", "failures.jsonl", "index"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, range(3))
+    file = tmp_path / name
+    if name == "shard":
+        (file,) = (tmp_path / "shards").iterdir()
+    if name == "index":
+        file = write_index(tmp_path) / "index.json"
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    acts: list[Callable[[], object]] = [
+        lambda: verify(tmp_path),
+        lambda: repair(tmp_path),
+        lambda: (open_store(tmp_path).column("id"), open_store(tmp_path).failures(), 1 / 0),
+    ]
+    for act in acts[: 2 if name == "index" else 3]:
+        with pytest.raises((StoreError, OSError), match="not a regular file") as told:
+            act()
+        assert str(file) in str(told.value)
+
+
+def test_an_exact_search_reads_no_file_of_an_index(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAISS is not safe against a hostile file; README tells how to search without it."""
+    copy = Path(shutil.copytree(store, tmp_path / "s.store"))
+    write_index(copy)
+    searcher = Searcher.open(copy)
+    assert len(searcher.search("a red circle", 3, exact=True)) == 3
+    assert "index" not in capsys.readouterr().err
+    assert len(searcher.search("a red circle", 3)) == 3
+    assert "index.json: not made by mmalign: KeyError: 'format'" in capsys.readouterr().err
+    build(copy)
+    assert len(Searcher.open(copy).search("a red circle", 3)) == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.errors import shell_command
+from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store.manifest import canonical
 
@@ -37,6 +37,8 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
 
     With a reason of None a sample that was listed is resolved.
     """
+    if path_of(store).is_symlink():
+        raise StoreError(f"{path_of(store)}: a link to another file: nothing is written there")
     listed = _last_words(read(path_of(store))[0])
     fresh = []
     for failure in failures:
@@ -52,7 +54,10 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the lines that are as they were written; tell what is wrong with the others."""
-    return _parse(path.read_bytes() if path.exists() else b"")
+    if not path.exists():
+        return [], []
+    files.require_regular(path)
+    return _parse(path.read_bytes())
 
 
 def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:

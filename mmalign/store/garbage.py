@@ -35,10 +35,14 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
         StoreError: A generation cannot be read, so that what it needs cannot be told.
     """
     model = manifests.newest(store).model
+    linked = manifests.linked_folders(store)
+    for folder in linked:
+        say(f"warning: {folder}: a link to another place: nothing is removed there")
     announced = manifests.commit(store, lambda base: _announcing(store, base, now), model)
     removed: list[str] = []
     freed = 0
-    gone = [manifests.file_of(store, name) for name in announced.removing]
+    named = (manifests.file_of(store, name) for name in announced.removing)
+    gone = [path for path in named if path.parent not in linked]
     old = [path for path in gone if path.parent == store]
     # Oldest first, so that a number that is free again is below all that are there. All before the
     # files, as a generation must not come back after a power cut when its shards do not.
@@ -102,12 +106,16 @@ def _files(store: Path) -> dict[str, Path]:
         if manifests.SHARD.fullmatch(p.name)
     }
     folders = (p for p in store.glob("index/*") if p.is_dir() and manifests.INDEX.fullmatch(p.name))
-    return shards | {f"index/{p.name}": p for p in folders}
+    found = shards | {f"index/{p.name}": p for p in folders}
+    linked = manifests.linked_folders(store)
+    return {name: path for name, path in found.items() if path.parent not in linked}
 
 
 def _leftovers(store: Path) -> list[Path]:
     """List what killed writers left under temporary names. To remove it loses nobody a commit."""
-    folders = (store, store / "shards", *(p for p in store.glob("index/*") if p.is_dir()))
+    linked = manifests.linked_folders(store)
+    indexes = [p for p in store.glob("index/*") if p.is_dir() and not p.is_symlink()]
+    folders = (store, *(p for p in (store / "shards", *indexes) if not {p, p.parent} & {*linked}))
     found = (path for folder in folders for path in files.leftovers(folder))
     return [path for path in found if _is_older(path, AGE_S)]
 

@@ -78,8 +78,12 @@ def look(store: Path, sample: float = 1.0) -> Findings:
         wrong = _unlike({description: card.sha256})
         findings.damage |= wrong
         if not wrong:
-            hashes = json.loads(description.read_bytes())["sha256"]
             # The hash of a description vouches for who wrote it, and that may be anybody.
+            try:
+                hashes = dict(json.loads(description.read_bytes())["sha256"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                findings.damage[description] = "not made by mmalign"
+                continue
             if all(INSIDE.fullmatch(name) for name in hashes):
                 large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
             else:

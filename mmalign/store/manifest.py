@@ -242,6 +242,15 @@ def file_of(store: Path, name: str) -> Path:
     return store / f"{name}{ending}"
 
 
+def linked_folders(store: Path) -> list[Path]:
+    """Return what stands in a store for one of its folders and is a link to another place.
+
+    There may lie anything, under names that a manifest of anybody's may give.
+    """
+    folders = (store / name for name in ("shards", "index", "damaged"))
+    return [f for f in folders if f.exists() and f.resolve().parent != store.resolve()]
+
+
 def number_of(file: Path) -> int:
     """Return the generation of a file."""
     return int(file.stem[9:])

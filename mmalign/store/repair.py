@@ -52,10 +52,13 @@ def repair(path: str | Path) -> RepairReport:
     Rows of undamaged shards stay, those included that only a damaged generation names.
 
     Raises:
-        StoreError: No generation can be read.
+        StoreError: No generation can be read, or a folder of the store is a link.
     """
     store = Path(path)
     held = manifests.newest(store)
+    for folder in manifests.linked_folders(store):
+        told = "a link to another place, where nothing is moved: put the folder itself there"
+        raise StoreError(f"{folder}: {told}")
     found = health.look(store)
     evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
     # A collector that announced a removal in a damaged generation may be at it still.

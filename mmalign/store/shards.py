@@ -122,6 +122,7 @@ def _mapped(path: Path) -> pa.BufferReader:
     What is read through `source` itself Arrow asks the kernel for, page by page: four times as slow
     where the pages are there, and a whole shard from the disk where a row was wanted.
     """
+    files.require_regular(path)
     with pa.memory_map(str(path)) as source:
         first, size = source.read_buffer(1), source.size()
     return pa.BufferReader(pa.foreign_buffer(first.address, size, base=first))
