@@ -359,7 +359,8 @@ def test_a_filter_keeps_the_recall_and_every_hit(
             assert allow[found[0, :possible]].all()
             assert (found[0, possible:] == -1).all()
             shares[name] += neighbour_recall(found, true[:, :possible]).tolist()
-            if name == "far":
+            # Where few of the nearest are missing, the index may still look beyond them.
+            if name == "far" and share < 0.9:
                 assert exactly
             elif share >= 0.33:
                 assert not exactly
