@@ -22,6 +22,8 @@ from mmalign.train import TrainConfig, train
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
+# Tests neither read nor leave what was measured on this machine.
+os.environ["MMALIGN_CACHE"] = "off"
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on the CPU; they read this when they are imported.
     os.environ["TRITON_INTERPRET"] = "1"

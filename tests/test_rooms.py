@@ -11,7 +11,7 @@ ORDER: list[set[str]] = [
     {"mmalign.errors", "mmalign.terminal", "mmalign.values"},
     {"mmalign.arrow_values"},
     {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress"},
-    {"mmalign.cli_options", "mmalign.cli_errors"},
+    {"mmalign.cli_options", "mmalign.cli_errors", "mmalign.measured"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
     {
@@ -55,6 +55,7 @@ DOORS = {
 NO_TORCH = (
     "mmalign.store",
     "mmalign.data.catalog",
+    "mmalign.measured",
     "mmalign.metrics",
     "mmalign.cli",
     "mmalign.cli_errors",
