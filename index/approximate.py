@@ -7,7 +7,6 @@ N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
 # mypy: disable-error-code="attr-defined, call-arg, arg-type, assignment, no-any-return"
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,7 +271,7 @@ def _file(index: Any, vectors: Rows, lists: Lists, shown: bool) -> None:
     numbers = np.zeros(vectors.live, np.int64)
     owner = np.zeros(vectors.live, np.int64)
     with (
-        tempfile.TemporaryFile() as file,
+        files.scratch_file() as file,
         bar("index", vectors.live, "vectors", shown=shown) as progress,
     ):
         first = 0
@@ -285,7 +284,8 @@ def _file(index: Any, vectors: Rows, lists: Lists, shown: bool) -> None:
                 len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(owner[part]),
                 faiss.swig_ptr(coded),
             )  # fmt: skip
-            file.write(coded)
+            with files.naming(files.scratch_folder()):
+                file.write(coded.data)
             first = part.stop
             progress.update(len(numbers_B))
         file.flush()

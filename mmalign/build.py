@@ -76,7 +76,8 @@ def build(
     folder = store.path / "index" / name
     files.make_folder(folder)
     try:
-        modalities = _build_all(store, folder, recall, budget, own_words)
+        with files.scratch_in(store.path):
+            modalities = _build_all(store, folder, recall, budget, own_words)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,

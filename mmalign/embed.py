@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmalign import files
 from mmalign.data import Record, Spool, counted, report_skips
 from mmalign.encoding import report_cut
 from mmalign.errors import DataError, IdentityError, UsageError
@@ -114,7 +115,7 @@ def embed(
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = _open(path, card, plain)
     keep_weights(encoder)
-    with Spool() as spool:
+    with files.scratch_in(path), Spool() as spool:
         todo = find_todo(store, Wanted(sources, caption_keys, image_column, checksum, part), spool)
         if got == "int8" and len(spool) >= COMPARED:
             _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))

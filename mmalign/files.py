@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -169,7 +170,7 @@ class Draft(io.BufferedIOBase):
 
 def sync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder survive a power cut."""
-    with _naming(folder):
+    with naming(folder):
         try:
             disk.sync_folder(folder)
         except OSError as error:
@@ -190,7 +191,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Name the file in an error; the system does so when a file is opened, not when written."""
     try:
         yield
@@ -205,7 +206,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     """Lend a name beside `path` that no other process or thread has; nothing is left under it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with _naming(path):
+        with naming(path):
             yield temporary
     finally:
         # What cannot be removed is garbage, and no reason to call a finished write a failure.
@@ -443,7 +444,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """Open a file at its end; True where nobody else can (some file systems have no locks)."""
     while True:
-        with _naming(path), disk.append(path) as file:
+        with naming(path), disk.append(path) as file:
             alone = _lock(file)
             # Whoever was waited for may have put another file in its place.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -514,6 +515,38 @@ def _is_torn(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() not in (b"", b"\n")
+
+
+_scratch: list[Path] = []
+
+
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[None]:
+    """Let the temporary files of a block lie beside what it writes, or in the folder around it.
+
+    It holds for all threads: who decodes is another one than who asked for it.
+    """
+    _scratch.append(folder.absolute())
+    try:
+        yield
+    finally:
+        _scratch.remove(folder.absolute())
+
+
+def scratch_folder() -> Path:
+    """Return where large temporary files go: /tmp, which is memory on many systems, comes last."""
+    if any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")):
+        return Path(tempfile.gettempdir())
+    beside = (next(f for f in (s, *s.parents) if f.is_dir()) for s in reversed(_scratch))
+    found = (f for f in (*beside, Path("/var/tmp")) if f.is_dir() and os.access(f, os.W_OK))
+    return next(found, None) or Path(tempfile.gettempdir())
+
+
+def scratch_file() -> BinaryIO:
+    """Open a file that has no name, and is gone when it is closed or the process ends."""
+    folder = scratch_folder()
+    with naming(folder):
+        return tempfile.TemporaryFile(dir=folder)
 
 
 def require_regular(path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_full_disk_is_said_with_its_place(
 
     pq.write_table(pa.table({"image": IMAGES}), tmp_path / "t.parquet")
     (record, *_) = listed(tmp_path / "t.parquet").records
-    monkeypatch.setattr(row_images.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(row_images.files, "scratch_file", full)
     with pytest.raises(DataError, match=r"t\.parquet: no room for its images in /.*TMPDIR"):
         read_image(record)
 

@@ -5,7 +5,9 @@ import errno
 import inspect
 import io
 import json
+import os
 import random
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
@@ -346,3 +348,48 @@ def test_without_locks_lines_are_appended_as_well(
 def folder(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+# ---------------------------------------------------------------- temporary files
+
+
+@pytest.fixture
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has said where temporary files go."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_temporary_files_lie_beside_what_is_written(tmp_path: Path) -> None:
+    alone = files.scratch_folder()
+    assert alone == Path("/var/tmp") or not os.access("/var/tmp", os.W_OK)
+    with files.scratch_in(tmp_path):
+        with files.scratch_in(tmp_path / "a.store" / "not yet"), files.scratch_file() as file:
+            assert files.scratch_folder() == tmp_path
+            assert os.fstat(file.fileno()).st_dev == tmp_path.stat().st_dev
+            assert list(tmp_path.iterdir()) == []
+            (tmp_path / "a.store").mkdir()
+            assert files.scratch_folder() == tmp_path / "a.store"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(files.scratch_folder).result() == tmp_path
+    assert files.scratch_folder() == alone
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_temporary_files_lie_elsewhere_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != tmp_path and access(p, mode))
+    with files.scratch_in(tmp_path):
+        assert files.scratch_folder() != tmp_path
+
+
+def test_temporary_files_lie_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with files.scratch_in(tmp_path / "a.store"):
+        assert files.scratch_folder() == tmp_path

@@ -150,7 +150,8 @@ def test_a_bad_vector_is_named(bad: float) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_an_error_while_rows_are_filed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approximate.tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b", 0))
+    full = partial(open, "/dev/full", "r+b", 0)
+    monkeypatch.setattr(approximate.files, "scratch_file", full)
     with pytest.raises(OSError, match="No space left"):
         small_index(vectors(2_000))
 

@@ -1,17 +1,23 @@
 """Overlapped encoding: order kept, losses named, texts once, memory bounded."""
 
+import re
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import jpeg, write_pairs
 from PIL import Image
 
+from mmalign import files
 from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_image, scan
 from mmalign.data.spool import Names, Spool
+from mmalign.embed import embed
 from mmalign.encoding import InHalves, Texts
 from mmalign.errors import DataError
 from mmalign.model import Encoder, new_model
@@ -292,3 +298,40 @@ def test_names_are_made_unique(seen: list[Record], wanted: str) -> None:
     last = found[-1]
     assert (last.reason if isinstance(last, Skip) else last.id) == wanted
     names.close()
+
+
+def test_what_embed_and_index_put_aside_lies_in_the_folder_of_the_store(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/tmp is memory on many systems. Named by who asks: the samples, images of a table, codes."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    asked: dict[str, Path] = {}
+    scratch_file = files.scratch_file
+
+    def seen() -> object:
+        caller = sys._getframe(1).f_globals["__name__"]
+        asked[caller] = files.scratch_folder()
+        return scratch_file()
+
+    monkeypatch.setattr(files, "scratch_file", seen)
+    table = pa.table({"image": [jpeg(n) for n in range(4)], "caption": list("abcd")})
+    pq.write_table(table, tmp_path / "images.parquet")
+    place = tmp_path / "out" / "a.store"
+    place.parent.mkdir()
+    embed(run, [str(tmp_path / "images.parquet")], place)
+    assert set(asked) == {"mmalign.data.spool", "mmalign.data.row_images"}
+    assert asked["mmalign.data.spool"] == place.parent
+    assert asked["mmalign.data.row_images"] in (place.parent, place)
+    assert not any(p.suffix == ".tmp" for p in tmp_path.rglob("*"))
+
+
+def test_no_other_temporary_files_are_made() -> None:
+    """SQLite has one of its own, in the first of $SQLITE_TMPDIR, $TMPDIR, /var/tmp."""
+    found = {
+        file.name
+        for folder in ("mmalign", "index")
+        for file in (Path(__file__).parents[1] / folder).rglob("*.py")
+        if re.search(r"TemporaryFile\(|mkstemp|mkdtemp", file.read_text(encoding="utf-8"))
+    }
+    assert found == {"files.py"}

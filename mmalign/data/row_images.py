@@ -6,7 +6,6 @@ are read in any order. Memory depends neither on the size of a group nor on the 
 
 import os
 import shutil
-import tempfile
 import threading
 import weakref
 from array import array
@@ -14,9 +13,9 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from mmalign import files
 from mmalign.data.arrow_tables import images_of, open_table
 from mmalign.data.samples import SampleProblem
 from mmalign.errors import DataError, reason_of
@@ -56,8 +55,8 @@ def _outline(path: str) -> tuple[Any, list[int]]:
 class _Group:
     """The images of one group of rows, in a file without a name; final."""
 
-    def __init__(self, images: Iterable[bytes | str | None], folder: str | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    def __init__(self, images: Iterable[bytes | str | None]) -> None:
+        self._file = files.scratch_file()
         weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         self._ends = array("Q", [0])
@@ -123,7 +122,7 @@ class _Groups:
     def _keep(self, key: tuple[str, str, int], group: _Group) -> None:
         with self._lock:
             self._held[key] = group
-            free = shutil.disk_usage(_folder() or tempfile.gettempdir()).free
+            free = shutil.disk_usage(files.scratch_folder()).free
             room = min(KEPT_BYTES, free // FREE_SHARE)
             # Threads may be at the end of one group and at the beginning of the next.
             while len(self._held) > 2 and sum(g.size for g in self._held.values()) > room:
@@ -135,7 +134,6 @@ _kept = _Groups()
 
 def _read_group(path: str, group: int, column: str) -> _Group:
     metadata, _ = _outline(path)
-    folder = _folder()
     problem = ""
 
     def images() -> Iterable[bytes | str | None]:
@@ -148,18 +146,11 @@ def _read_group(path: str, group: int, column: str) -> _Group:
             problem = f"rows of the table cannot be read: {reason_of(error)}"
 
     try:
-        read = _Group(images(), folder)
+        read = _Group(images())
     except OSError as error:
-        place = folder or tempfile.gettempdir()
+        place = files.scratch_folder()
         raise DataError(
             f"{path}: no room for its images in {place}: {error.strerror} (set TMPDIR)"
         ) from None
     read.broken = problem
     return read
-
-
-def _folder() -> str | None:
-    """Return where large files may lie for a while; /tmp is memory on many systems."""
-    chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    large = Path("/var/tmp")
-    return str(large) if not chosen and os.access(large, os.W_OK) else None

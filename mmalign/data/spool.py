@@ -2,11 +2,11 @@
 
 import pickle
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from mmalign import files
 from mmalign.data.samples import Record, Skip
 
 
@@ -70,7 +70,8 @@ class Spool:
     """A list of records in a temporary file; final. Used as a context manager it is closed."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
+        self._folder = files.scratch_folder()
+        self._file = files.scratch_file()
         self._count = 0
 
     def __enter__(self) -> "Spool":
@@ -84,7 +85,8 @@ class Spool:
 
     def add(self, record: Record) -> None:
         """Put a record at the end."""
-        pickle.dump(record, self._file)
+        with files.naming(self._folder):
+            pickle.dump(record, self._file)
         self._count += 1
 
     def __iter__(self) -> Iterator[Record]:
