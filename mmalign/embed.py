@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.data import Record, Spool, counted, report_skips
+from mmalign.data import Record, Spool, counted, refuse_own_sources, report_skips
 from mmalign.encoding import report_cut
 from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluate import compare
@@ -104,12 +104,14 @@ def embed(
         DataError: Nothing usable in the sources.
         IdentityError: The store belongs to another model.
         StoreError: More than a tenth of the rows would be deleted. All else is done.
+        UsageError: The store is a source, lies in one, or holds one.
     """
     if not 1 <= part[0] <= part[1]:
         raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
     if drop_removed and part[1] > 1:
         raise UsageError("--drop-removed looks at all samples: run it without --shard")
     path = Path(out)
+    refuse_own_sources(path, sources)
     plain = to_fastest(load_model(model))
     encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)

@@ -20,7 +20,7 @@ import torch
 
 from mmalign import files
 from mmalign.config import dump, read_toml
-from mmalign.data import Record, Skip, found_in, scan
+from mmalign.data import Record, Skip, found_in, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.leakage import describe_leakage
 from mmalign.model import Encoder, blank_model, has_weights, new_model, save_description
@@ -80,8 +80,7 @@ def train(
     run = Path(out)
     if resume and not (run / CONFIG).exists():
         raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
-    if any(os.path.realpath(source) == os.path.realpath(run) for source in (*sources, *val)):
-        raise UsageError(f"--out {run}: is a source; name another folder for the run")
+    refuse_own_sources(run, (*(sources or config.data), *(val or config.val)))
     run.mkdir(parents=True, exist_ok=True)
     with files.sole_user(run) as alone:
         if not alone:

@@ -35,6 +35,7 @@ from mmalign.data.catalog import expand as expand
 from mmalign.data.catalog import found_in as found_in
 from mmalign.data.catalog import nothing_usable as nothing_usable
 from mmalign.data.catalog import read_image as read_image
+from mmalign.data.catalog import refuse_own_sources as refuse_own_sources
 from mmalign.data.catalog import report_skips as report_skips
 from mmalign.data.catalog import scan as scan
 from mmalign.data.catalog import stream as stream
@@ -93,6 +94,7 @@ __all__ = [
     "read_ahead",
     "read_and_decode",
     "read_image",
+    "refuse_own_sources",
     "report_skips",
     "scan",
     "spelled",

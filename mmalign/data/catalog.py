@@ -21,7 +21,7 @@ from mmalign.data.samples import (
     Skip,
 )
 from mmalign.data.spool import Names
-from mmalign.errors import DataError, nearest
+from mmalign.errors import DataError, UsageError, nearest
 from mmalign.progress import bar, say
 
 MAX_SILENT_SKIPS = 0.01
@@ -141,6 +141,41 @@ def expand(sources: Sequence[str]) -> list[str]:
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
     return found
+
+
+def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
+    """Refuse a folder for results that is a source, lies in a source folder, or holds a source.
+
+    Raises:
+        UsageError: It is, does, or holds one.
+        DataError: A source does not exist.
+    """
+    folder = os.path.realpath(out)
+    for place in expand(sources):
+        if places.is_url(place):
+            continue
+        source = os.path.realpath(place)
+        if _is_same(folder, source):
+            how = "is a source"
+        elif _lies_in(folder, source):
+            how = f"lies in the source {place}"
+        elif _lies_in(source, folder):
+            how = f"holds the source {place}"
+        else:
+            continue
+        raise UsageError(f"--out {out}: {how}; name a folder beside it")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return any(_is_same(str(parent), folder) for parent in Path(path).parents)
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Say whether two names are of one file or folder; case may not count, and links lead there."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def _is_there(place: str) -> bool:
