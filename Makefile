@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := dev,fonts,photos,sql
+EXTRAS := dev,fonts,photos,sql,web
 OLDEST ?= python3.11
 NEWEST ?= python3.13
 # Two processes of one thread each: half the time of one process with two threads.

@@ -35,7 +35,6 @@ from mmalign.data import (
     image_meta,
     in_threads,
     read_and_decode,
-    stamp,
     suits_device,
     thumbnail,
 )
@@ -63,7 +62,7 @@ class Item:
     checksum: bytes
     """sha256 of the encoded image."""
     stamp: int
-    """What its source looked like before it was read, see `data.stamp`."""
+    """What its source looked like before it was read, see `data.Stamps`."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What its camera wrote into it, see `data.image_meta`."""
     known: Known | None = None
@@ -199,12 +198,8 @@ class Pipeline:
 
     def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
         with self.decoding.working():
-            # Taken before the image is read: a change in between is then seen the next time.
-            try:
-                seen = record.stamp or stamp(record)
-            except OSError:
-                seen = 0  # reading it will say why
-            item = read_and_decode(record, partial(self._item, seen))
+            # The stamp was taken before the image is read: a change in between is seen next time.
+            item = read_and_decode(record, partial(self._item, record.stamp))
             if isinstance(item, Item):
                 # What stands beside an image wins over what its camera wrote into it.
                 record = replace(record, meta={**item.meta, **record.meta})

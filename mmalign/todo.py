@@ -19,13 +19,13 @@ from mmalign.data import (
     Record,
     Skip,
     Spool,
+    Stamps,
     expand,
     found_in,
     in_threads,
     nothing_usable,
     other_id,
     spelled,
-    stamp,
     stream,
 )
 from mmalign.held import Held, Places, Row, below
@@ -71,11 +71,19 @@ class Todo:
     captions: int = 0
     """Samples that have a caption."""
     skips: list[Skip] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=Stamps)
 
     @property
     def samples(self) -> int:
         """Samples that a scan found nothing wrong with."""
         return self.present + len(self.records)
+
+    def stamp_of(self, record: Record) -> int:
+        """Say what tells whether a sample has changed; 0 where it cannot be looked at."""
+        try:
+            return self.stamps.of(record)
+        except OSError:
+            return 0  # reading it will say why
 
 
 def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
@@ -116,7 +124,7 @@ def _sort(todo: Todo, records: Sequence[Record], wanted: Wanted) -> None:
     todo.seen_N[[row["number"] for row in rows if row]] = True
     mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
     workers = modality.decode_workers()
-    stamps = in_threads(_stamp, [record for record, _ in mine], workers, ahead=4 * workers)
+    stamps = in_threads(todo.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers)
     for (record, row), seen in zip(mine, stamps, strict=True):
         todo.captions += bool(record.captions)
         as_it_was = row and row["uri"] == record.uri and row["stamp"] == seen
@@ -124,13 +132,6 @@ def _sort(todo: Todo, records: Sequence[Record], wanted: Wanted) -> None:
             todo.present += 1
         else:
             todo.records.add(replace(record, stamp=seen))
-
-
-def _stamp(record: Record) -> int:
-    try:
-        return stamp(record)
-    except OSError:
-        return 0  # reading it will say why
 
 
 def _see_what_cannot_be_used(todo: Todo) -> None:

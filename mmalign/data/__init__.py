@@ -58,7 +58,7 @@ from mmalign.data.places import spelled as spelled
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
-from mmalign.data.samples import stamp as stamp
+from mmalign.data.samples import Stamps as Stamps
 from mmalign.data.spool import Spool as Spool
 from mmalign.data.spool import is_derived as is_derived
 from mmalign.data.spool import other_id as other_id
@@ -75,6 +75,7 @@ __all__ = [
     "Sampler",
     "Skip",
     "Spool",
+    "Stamps",
     "counted",
     "decode_all",
     "decode_on",
@@ -98,7 +99,6 @@ __all__ = [
     "report_skips",
     "scan",
     "spelled",
-    "stamp",
     "stream",
     "suits_device",
     "thumbnail",

@@ -198,6 +198,8 @@ def _expand_url(url: str) -> list[str]:
     try:
         fs, path = places.file_system(url)
         with places.foreign_errors():
+            # What was listed some time ago may be out of date.
+            fs.invalidate_cache()
             return sorted(map(fs.unstrip_protocol, fs.glob(path))) if "*" in path else [url]
     except OSError as error:
         raise DataError(f"{url}: cannot be opened: {places.reason(error)}") from None

@@ -17,7 +17,7 @@ def is_gone(uri: str, *, inside: bool) -> bool:
             found in its tar, or a file of a remote folder that was not listed, is gone.
     """
     if places.is_url(uri):
-        return inside or not _remote_exists(uri)
+        return inside or not places.exists(uri.partition("#")[0])
     if ESCAPED in uri:
         return inside and "#" in uri
     if _exists(uri):
@@ -35,12 +35,3 @@ def _exists(path: str) -> bool:
     except OSError:
         return True
     return True
-
-
-def _remote_exists(uri: str) -> bool:
-    try:
-        fs, path = places.file_system(uri.partition("#")[0])
-        with places.foreign_errors():
-            return bool(fs.exists(path))
-    except OSError:
-        return True

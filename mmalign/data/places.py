@@ -1,16 +1,20 @@
 """Places where samples lie: local paths, and URLs that fsspec knows.
 
 A local path is never parsed as a URL, so its name may hold `::`, `#` or `%`. Only regular files are
-opened: reading a named pipe would wait for ever.
+opened: reading a named pipe would wait for ever. What fails behind a URL is tried again.
 """
 
+import inspect
+import io
 import os
+import random
 import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import unquote
 
 # A scheme of one letter is a Windows drive. fsspec chains schemes: `simplecache::s3://bucket/key`.
@@ -18,6 +22,23 @@ _URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE
 _LOCAL_URL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 # No image has so many bytes, and no sidecar. Each thread holds a whole file while it is decoded.
 MOST_BYTES, MOST_SIDECAR_BYTES = 1 << 29, 1 << 26
+# Reading from a URL is tried so often, with a pause before the second try, and twice that before
+# the third. No answer is waited for longer.
+TRIES, PAUSE_S, TIMEOUT_S = 3, 0.5, 120.0
+# What a server says of a moment: too slow, too early, too many. And of a file that is not there.
+_PASSING, _ABSENT = (408, 425, 429), (404, 410)
+# Errors that say the same when one asks again.
+_FINAL = (
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
+    ImportError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError,
+)  # fmt: skip
+# What file systems call the things that change with a file, in small letters without signs.
+_VERSION = {
+    "blobid", "checksum", "contentmd5", "crc", "crc32c", "created", "datetime", "digest", "etag",
+    "generation", "lastmodified", "lastwritetime", "md5", "md5hash", "modificationtime", "modified",
+    "modify", "mtime", "sha", "size", "updated", "versionid",
+}  # fmt: skip
+WEB_EXTRA = "pip install 'mmalign[web]'"
 _SPECIAL = {
     stat.S_IFIFO: "named pipe",
     stat.S_IFSOCK: "socket",
@@ -25,6 +46,9 @@ _SPECIAL = {
     stat.S_IFBLK: "device",
     stat.S_IFDIR: "folder",
 }
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +85,14 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    with foreign_errors():
-        fs, path = fsspec.core.url_to_fs(url)
-        return fs, str(path)
+    try:
+        with foreign_errors():
+            fs, path = fsspec.core.url_to_fs(url)
+            return fs, str(path)
+    except OSError as error:
+        if isinstance(error.__cause__, ImportError) and url.startswith(("http://", "https://")):
+            raise OSError(f"it is read by an extra: {WEB_EXTRA}") from None
+        raise
 
 
 def spelled(place: str) -> str:
@@ -86,10 +115,8 @@ def open_file(place: str) -> Iterator[BinaryIO]:
             yield file
         return
     fs, path = file_system(place)
-    with foreign_errors():
-        remote = fs.open(path, "rb")
-    with remote:
-        yield remote
+    with _patiently(lambda: fs.open(path, "rb")) as remote:
+        yield io.BufferedReader(_Patient(remote))
 
 
 def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTES) -> bytes:
@@ -107,14 +134,39 @@ def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTE
     _refuse_large(length, most)
     if is_url(place):
         fs, path = file_system(place)
-        with foreign_errors():
-            end = None if length < 0 else offset + length
-            return bytes(fs.cat_file(path, start=offset or None, end=end))
+        end = None if length < 0 else offset + length
+        content = bytes(_ask(fs.cat_file, path, start=offset or None, end=end))
+        # Some servers know no parts, and send the whole file.
+        return content[offset:end] if 0 <= length < len(content) else content
     with open_file(place) as file:
         if length < 0:
             _refuse_large(os.fstat(file.fileno()).st_size - offset, most)
         file.seek(offset)
         return file.read(length)
+
+
+def exists(url: str) -> bool:
+    """Say whether there is something behind a URL; doubt says yes."""
+    try:
+        fs, path = file_system(url)
+        _ask(fs.info, path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def version(url: str) -> list[str]:
+    """Return what a server says of a file that changes when the file does: ETag, time, size.
+
+    Raises:
+        OSError: It says nothing.
+    """
+    fs, path = file_system(url)
+    told = _ask(fs.info, path, tries=1)
+    named = {re.sub("[^a-z0-9]", "", str(name).lower()): value for name, value in told.items()}
+    return [f"{name}={named[name]}" for name in sorted(named.keys() & _VERSION)]
 
 
 def list_local(folder: str) -> list[Entry]:
@@ -133,8 +185,7 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
     Raises:
         OSError: It cannot be listed; FileNotFoundError where there is none.
     """
-    with foreign_errors():
-        listed = fs.ls(folder, detail=True)
+    listed = _ask(fs.ls, folder, detail=True)
     here = folder.rstrip("/")
     found = []
     for info in listed:
@@ -151,15 +202,89 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
     return sorted(found, key=lambda e: e.name)
 
 
+class _Patient(io.RawIOBase):
+    """A file behind a URL; what cannot be read is tried again; final."""
+
+    def __init__(self, remote: Any) -> None:
+        self._remote = remote
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._remote.seekable())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._remote.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._remote.tell())
+
+    def readinto(self, into: Any) -> int:
+        at = self.tell()
+
+        def read() -> bytes:
+            if self.tell() != at:
+                self.seek(at)
+            return bytes(self._remote.read(len(into)))
+
+        content = _patiently(read)
+        into[: len(content)] = content
+        return len(content)
+
+
+def _ask(method: Callable[..., T], *args: Any, tries: int = TRIES, **words: Any) -> T:
+    """Call a method of a file system, with a limit of time where it takes one."""
+    if inspect.iscoroutinefunction(getattr(method, "__wrapped__", None)):
+        words["timeout"] = TIMEOUT_S
+    return _patiently(lambda: method(*args, **words), tries)
+
+
+def _patiently(call: Callable[[], T], tries: int = TRIES) -> T:
+    """Call what may fail for a moment, a few times.
+
+    Raises:
+        OSError: It fails still, or for good.
+    """
+    with foreign_errors():
+        for number in range(1, tries):
+            try:
+                return call()
+            except Exception as error:
+                if not _may_pass(_true_error(error)):
+                    raise
+            # Not all threads at once.
+            time.sleep(PAUSE_S * 2 ** (number - 1) * random.uniform(1, 1.5))
+        return call()
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in _PASSING
+    return not isinstance(error, _FINAL)
+
+
+def _true_error(error: Exception) -> Exception:
+    """Return what went wrong: fsspec's HTTP says of any error that there is no such file."""
+    cause = error.__cause__
+    if not (isinstance(error, FileNotFoundError) and isinstance(cause, Exception)):
+        return error
+    absent = isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in _ABSENT
+    return error if absent else cause
+
+
 @contextmanager
 def foreign_errors() -> Iterator[None]:
     """Turn whatever a file system raises into an `OSError` with its words."""
     try:
         yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(str(error) or type(error).__name__) from error
+    except Exception as raised:
+        error = _true_error(raised)
+        if isinstance(error, OSError) and str(error):
+            raise error from None
+        said = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+        raise OSError(said or type(error).__name__) from raised
 
 
 def reason(error: OSError) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mmalign.data.places import is_url, local_path
+from mmalign.data.places import is_url, local_path, version
 from mmalign.errors import DataError
 
 DEFAULT_CAPTION_KEY = "captions"
@@ -47,7 +47,7 @@ class Record:
     this is, wherever its row has moved to. Else an id is made from names of files or rows, and
     says no more than the uri does."""
     stamp: int = 0
-    """What `stamp` said of it when it was scanned; 0 where nobody asked."""
+    """What `Stamps` said of it when it was scanned; 0 where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +86,37 @@ class JoinedSkips:
         return iter(self._skips.values())
 
 
-def stamp(record: Record) -> int:
-    """Return 64 bits that change when a sample does, as far as can be told without its image.
+class Stamps:
+    """Says when samples have changed, without reading them; final. Safe to use in threads."""
 
-    They cover captions, metadata, length and, for local files, size and time of the last change;
-    never 0. A member of a tar carries the time of its tar.
-    """
-    known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
-    if not is_url(record.path):
-        status = os.stat(local_path(record.path))
-        # The size of a tar or a table is not that of the sample.
+    def __init__(self) -> None:
+        """Know nothing of any place yet: what is said of a tar or a table is asked once."""
+        self._versions: dict[str, list[str]] = {}
+
+    def of(self, record: Record) -> int:
+        """Return 64 bits that change when a sample does, as far as can be told without its image.
+
+        They cover captions, metadata, length and what is known of the file: size and time of the
+        last change; behind a URL ETag, time and size, as far as its server tells them. Never 0. A
+        member of a tar carries the time of its tar.
+
+        Raises:
+            OSError: The file cannot be looked at.
+        """
+        known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
         alone = record.length < 0 and record.row < 0
-        known += [status.st_mtime_ns, status.st_size if alone else 0]
-    digest = hashlib.blake2b(repr(known).encode("utf-8", "backslashreplace"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") or 1
+        if not is_url(record.path):
+            status = os.stat(local_path(record.path))
+            # The size of a tar or a table is not that of the sample.
+            known += [status.st_mtime_ns, status.st_size if alone else 0]
+        elif alone:
+            known += version(record.path)
+        else:
+            if record.path not in self._versions:
+                self._versions[record.path] = version(record.path)
+            known += self._versions[record.path]
+        digest = hashlib.blake2b(repr(known).encode("utf-8", "backslashreplace"), digest_size=8)
+        return int.from_bytes(digest.digest(), "little") or 1
 
 
 Found = Iterable[Record | Skip]
