@@ -35,6 +35,7 @@ def build_index(
     asked: Mapping[str, Queries],
     recall: float,
     memory: float,
+    share: float = 1.0,
     live_N: Bools | None = None,
 ) -> dict[str, Any]:
     """Choose, build and write the index of one modality; return its part of index.json.
@@ -46,10 +47,11 @@ def build_index(
         asked: Queries by their modality; the first one decides the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
+        share: Which part this is of what was given for all indexes of a store.
         live_N: Which rows are not deleted; None where all are live.
     """
     vectors = Rows(shards, live_N)
-    made = plan(vectors, asked, recall, memory)
+    made = plan(vectors, asked, recall, memory, share)
     if made.index is not None:
         approximate.save(made.index, folder / f"{modality}.faiss")
     promised = made.kept[0] if made.kept else None

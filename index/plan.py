@@ -95,7 +95,13 @@ class Plan:
     """What the rounds measured."""
 
 
-def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: float) -> Plan:
+def plan(
+    vectors: Rows,
+    asked: Mapping[str, Queries],
+    recall: float,
+    memory: float,
+    share: float = 1.0,
+) -> Plan:
     """Choose, build and tune an index.
 
     Args:
@@ -103,15 +109,18 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
         asked: Queries by their modality; the first one decides the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
+        share: Which part this is of what was given for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(Design("exact"))
-    fitting = [d for d in DESIGNS if _bytes(d, vectors) <= memory]
+    possible = [d for d in DESIGNS if d.divides(vectors.dim)]
+    fitting = [d for d in possible if _bytes(d, vectors) <= memory]
     if not fitting:
-        least = min(_bytes(d, vectors) for d in DESIGNS)
+        enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
+        part = f", which is {share:.0%} of --memory" if share < 1 else ""
         say(
-            f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.0f} MB, so every row will "
-            f"be compared; {least / 1e6:,.0f} MB are enough for one"
+            f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.1f} MB{part}, so every row "
+            f"will be compared; --memory {enough}MB is enough for one"
         )
         return Plan(Design("exact"))
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
@@ -124,7 +133,7 @@ def plan(vectors: Rows, asked: Mapping[str, Queries], recall: float, memory: flo
     if not designs:
         near = max(tried, key=attrgetter("recall"))
         say(
-            f"no index within {memory / 1e6:,.0f} MB finds {recall:.1%}, so every row will be "
+            f"no index within {memory / 1e6:,.1f} MB finds {recall:.1%}, so every row will be "
             f"compared; the nearest is {near.design} with {near.recall:.1%}"
         )
         return Plan(Design("exact"), tried=tried)

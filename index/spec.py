@@ -3,6 +3,7 @@
 N rows, M queries, D dimensions, K neighbours.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class Design:
     def lists(self, rows: int) -> int:
         """Inverted lists for so many rows: a power of two."""
         return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
+
+    def divides(self, dim: int) -> bool:
+        """Say whether vectors of a width can be coded: some codes take two or four dims at once."""
+        together = re.search(r"PQ/(\d)", self.code)
+        return together is None or dim % int(together[1]) == 0
 
     def factory(self, rows: int, dim: int) -> str:
         """Name of the index for FAISS's factory."""

@@ -1,5 +1,6 @@
 """`mmalign index`: an index generation over a store, with its recall measured on text queries."""
 
+import math
 import re
 import secrets
 import time
@@ -34,9 +35,12 @@ UNITS = {
     "MB": 1e6,
     "GB": 1e9,
     "TB": 1e12,
+    "PB": 1e15,
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
+    "TIB": 2**40,
+    "PIB": 2**50,
 }
 
 
@@ -110,6 +114,7 @@ def memory_bytes(text: str | float) -> float:
     try:
         assert found
         amount = float(found[1]) * UNITS[found[2].upper() or "B"]
+        assert math.isfinite(amount)
     except (AssertionError, KeyError, ValueError):
         raise UsageError(f"--memory {text}: write an amount such as 300MB or 2GB") from None
     if amount <= 0:
@@ -133,9 +138,10 @@ def _build_all(
             if own_words is not None:
                 asked = {other: own_words}
             asked["image"] = replace(drawn["image"], stored=True)
+        share = counts[name] / sum(counts.values())
         modalities[name] = build_index(
-            folder, name, store.vectors(name), asked=asked, recall=recall,
-            memory=memory * counts[name] / sum(counts.values()), live_N=live[name],
+            folder, name, store.vectors(name), asked=asked, recall=recall, memory=memory * share,
+            share=share, live_N=live[name],
         )  # fmt: skip
     return modalities
 

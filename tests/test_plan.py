@@ -9,7 +9,7 @@ from test_index import DIM, texts, vectors
 from mmalign import build
 from mmalign.index import Queries, Rows
 from mmalign.index import plan as planner
-from mmalign.index.measure import TURN, in_turns
+from mmalign.index.measure import TURN, Trial, in_turns
 from mmalign.index.plan import DESIGNS, plan
 from mmalign.index.spec import Design, Point
 
@@ -100,10 +100,42 @@ def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFi
     asked = {"text": Queries(texts(100), texts(100))}
     made = plan(Rows([vectors(60_000)]), asked, 0.9, memory=100_000)
     assert made.design.kind == "exact"
-    assert (
-        "no index of 60,000 vectors fits 0 MB, so every row will be compared"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "no index of 60,000 vectors fits 0.1 MB, so every row will be compared" in said
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_memory_that_is_called_enough_is_enough(
+    share: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what the user writes, of which an index of one modality gets a share."""
+    asked = {"text": Queries(texts(100), texts(100))}
+    plan(Rows([vectors(60_000)]), asked, 0.9, memory=1e3 * share, share=share)
+    said = capsys.readouterr().err
+    enough = float(said.split("--memory ")[-1].split("MB is enough")[0]) * 1e6
+    tried: list[list[Design]] = []
+
+    def rounds(designs: list[Design], *_: object, **__: object) -> tuple[list[Design], list[Trial]]:
+        tried.append(designs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmalign.index.plan._rounds", rounds)
+    with pytest.raises(KeyboardInterrupt):
+        plan(Rows([vectors(60_000)]), asked, 0.9, memory=enough * share, share=share)
+    assert tried[0]
+
+
+@pytest.mark.parametrize("dim", [1, 6, 30, 33])
+def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of four dims at once need a width that four divides; others take their place."""
+    monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
+    monkeypatch.setattr("mmalign.index.plan.ROUNDS", (300,))
+    stored = np.random.default_rng(0).standard_normal((400, dim)).astype(np.float32)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    asked = {"text": Queries(stored[:20], stored[20:40])}
+    made = plan(Rows([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
+    assert {t.design for t in made.tried}
+    assert made.design.divides(dim)
 
 
 @pytest.mark.parametrize("count", [1, 3])

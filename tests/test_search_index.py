@@ -2,13 +2,18 @@
 
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import small_store
 
 from mmalign import Searcher, open_store
-from mmalign.build import build
-from mmalign.errors import StoreError
+from mmalign.build import build, memory_bytes
+from mmalign.errors import StoreError, UsageError
 from mmalign.index.plan import DESIGNS
 from mmalign.store import delete, verify
 
@@ -120,3 +125,51 @@ def test_an_interrupted_build_leaves_the_old_index(
         build(indexed)
     assert open_store(indexed).manifest.index == before
     assert len(list((indexed / "index").iterdir())) == 1
+
+
+@pytest.mark.parametrize("captions", [0, 2])
+@pytest.mark.parametrize("count", [1, 2, 20, 200])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize(("recall", "memory"), [(0.95, "1KB"), (1, "1PB")])
+def test_small_stores_are_indexed_and_searched(
+    count: int, captions: int, alike: bool, recall: float, memory: str, tmp_path: Path
+) -> None:
+    rows = [small_store.row(number, captions) for number in range(count)]
+    if alike:
+        one = rows[0].image_embedding
+        texts = np.tile(one, (captions, 1))
+        rows = [replace(r, image_embedding=one, text_embeddings=texts) for r in rows]
+    store = small_store.fill(tmp_path / "small.store", rows, rows_per_shard=100)
+    parts = build(store.path, recall=recall, memory=memory)["modalities"]
+    assert {name: part["kind"] for name, part in parts.items()} == (
+        {"image": "exact", "text": "exact"} if captions else {"image": "exact"}
+    )
+    encoder: Any = SimpleNamespace(identity=small_store.CARD.identity)
+    searcher = Searcher(open_store(store.path), encoder)
+    searcher.encode = lambda query: rows[0].image_embedding[None]  # type: ignore[method-assign]
+    hits = searcher.search("anything", k=10)
+    assert [h.row for h in hits] == sorted(h.row for h in hits) or not alike
+    assert len(hits) == min(10, count)
+    assert hits[0].row == 0
+    if captions:
+        assert len(searcher.search("anything", k=10, to="text")) == min(10, count * captions)
+    else:
+        with pytest.raises(StoreError, match="the store has no captions to search"):
+            searcher.search("anything", to="text")
+
+
+def test_an_empty_store_says_how_to_fill_it(tmp_path: Path) -> None:
+    store = small_store.fill(tmp_path / "empty.store", [])
+    with pytest.raises(StoreError, match="the store has no rows yet: first `mmalign embed "):
+        build(store.path)
+
+
+@pytest.mark.parametrize("memory", ["1e999GB", "0", "-1GB", "1 XB", "1.2.3GB", ""])
+def test_an_amount_of_memory_that_is_none_is_one_line(memory: str) -> None:
+    with pytest.raises(UsageError, match="^--memory .*(write an amount such as|above 0)"):
+        memory_bytes(memory)
+
+
+def test_amounts_of_memory_are_read_as_they_are_written() -> None:
+    written = ("1KB", "1 pb", "2TiB", "1PiB", "1e3", 5)
+    assert [memory_bytes(x) for x in written] == [1e3, 1e15, 2.0**41, 2.0**50, 1e3, 5]
