@@ -1,13 +1,15 @@
 """The planner: rounds on samples, fair timings, and what it says of what cannot be had."""
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_index import DIM, texts, vectors
 
 from mmalign import build
-from mmalign.index import Queries, Rows
+from mmalign.index import Queries, Rows, approximate
 from mmalign.index import plan as planner
 from mmalign.index.measure import TURN, Trial, in_turns
 from mmalign.index.plan import DESIGNS, plan
@@ -248,3 +250,20 @@ def test_too_few_queries_to_be_sure_are_said(capsys: pytest.CaptureFixture[str])
     said = [line for line in capsys.readouterr().err.splitlines() if "too few" in line]
     assert len(said) == 1
     assert "12 held-out text queries are too few to be sure of 90.0%: recall@10 lies" in said[0]
+
+
+def test_a_build_leaves_threads_and_random_numbers_of_the_process_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planner, "EXACT_ROWS", 10)
+    monkeypatch.setattr(planner, "ROUNDS", (300,))
+
+    def state() -> tuple[Any, ...]:
+        drawn = (np.random.get_state(), random.getstate(), torch.get_rng_state())  # noqa: NPY002
+        threads = (torch.get_num_threads(), approximate.faiss.omp_get_max_threads())
+        return *threads, *map(str, drawn)
+
+    before = state()
+    asked = {"text": Queries(texts(20), texts(20))}
+    assert plan(Rows([vectors(400)]), asked, 0.1, memory=1e7).index is not None
+    assert state() == before
