@@ -29,32 +29,43 @@ HELD_OUT_SCENES = 1_000
 FEW_PASSES = 4
 # Held-out scenes to look for, by (row, number of the caption: English first, then Chinese).
 LOOKED_FOR = ((7, 0), (8, 4), (21, 1), (34, 7), (50, 2), (61, 6))
+LAST_LOOKED_FOR = max(row for row, _ in LOOKED_FOR)
 
 
-def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict[str, Any]:
+def demo(
+    out: str | Path,
+    *,
+    scenes: int = 12_000,
+    minutes: float = 4.0,
+    held_out: int = HELD_OUT_SCENES,
+) -> dict[str, Any]:
     """Run the whole path and leave run/, scenes.store/, sheet.png and report.json in a folder.
 
     Args:
-        out: The folder; it must not hold a demo yet.
+        out: The folder; it must be new or empty.
         scenes: Scenes to train on.
         minutes: Time to train.
+        held_out: Scenes to search that are never seen in training.
 
     Returns:
-        The content of report.json: recall@1/5/10 for 1,000 scenes never seen in training, in each
+        The content of report.json: recall@1/5/10 for the scenes never seen in training, in each
         language and direction, and the seconds of every step.
     """
     folder = Path(out)
-    if (folder / "run").exists() or (folder / "scenes.store").exists():
-        raise UsageError(f"{folder}: holds a demo already: remove it, or name another --out")
+    if not held_out > LAST_LOOKED_FOR:
+        raise UsageError(f"held_out={held_out} must be above {LAST_LOOKED_FOR}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        holds = "holds a demo already" if (folder / "run").exists() else "is not empty"
+        raise UsageError(f"{folder}: {holds}: remove it, or name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    training, held_out = folder / "scenes-train.tar", folder / "scenes-test.tar"
+    training, unseen = folder / "scenes-train.tar", folder / "scenes-test.tar"
     run, store = folder / "run", folder / "scenes.store"
     keys = tuple(LANGUAGES.values())
 
-    with _timed("draw", seconds), bar("draw", scenes + HELD_OUT_SCENES) as progress:
+    with _timed("draw", seconds), bar("draw", scenes + held_out) as progress:
         _draw(training, scenes, 1, progress.update)
-        _draw(held_out, HELD_OUT_SCENES, 2, progress.update)
+        _draw(unseen, held_out, 2, progress.update)
     with _timed("train", seconds):
         config = TrainConfig(
             preset="nano",
@@ -72,12 +83,12 @@ def demo(out: str | Path, *, scenes: int = 12_000, minutes: float = 4.0) -> dict
         )
         passes = train(config, [str(training)], run)["epoch"]
     with _timed("embed", seconds):
-        embed(run, [str(held_out)], store, caption_keys=keys)
+        embed(run, [str(unseen)], store, caption_keys=keys)
     with _timed("index", seconds):
         build(store)
     with _timed("evaluate", seconds):
         recalls = {
-            language: evaluate(run, [str(held_out)], caption_keys=[key])
+            language: evaluate(run, [str(unseen)], caption_keys=[key])
             for language, key in LANGUAGES.items()
         }
     with _timed("search", seconds):
@@ -114,15 +125,17 @@ def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -
         strips.append(Strip(query, tiles_of(searcher.store, hits, own)))
     first = {name: r["image_retrieval_recall@1"] for name, r in recalls.items()}
     note = (
-        f"1,000 scenes never seen in training; recall@1: English {first['english']:.1%}, "
-        f"Chinese {first['chinese']:.1%}. Green: the scene that the caption was written for."
+        f"{len(searcher.store):,} scenes never seen in training; recall@1: "
+        f"English {first['english']:.1%}, Chinese {first['chinese']:.1%}. "
+        "Green: the scene that the caption was written for."
     )
     draw_sheet(strips, path, "Words find pictures", note)
 
 
 def _summary(folder: Path, report: dict[str, Any]) -> None:
     took = sum(report["seconds"].values()) / 60
-    say(f"\n1,000 scenes never seen in training, in two languages ({took:.1f} min):")
+    unseen = report["recall"]["english"]["images"]
+    say(f"\n{unseen:,} scenes never seen in training, in two languages ({took:.1f} min):")
     for language, recalls in report["recall"].items():
         for name, kind in (("text->image", "image"), ("image->text", "text")):
             values = " / ".join(f"{recalls[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in KS)

@@ -118,8 +118,9 @@ class Trainer:
 
     def run_all(self) -> dict[str, Any]:
         """Train to the end, or to Ctrl-C or SIGTERM; both leave a state to resume from."""
+        # Of what was trained: getting ready may take longer than the minutes that are given.
         reached = limits_reached(
-            self.config, self.state.step, self.sampler.steps_per_epoch, self.elapsed_s
+            self.config, self.state.step, self.sampler.steps_per_epoch, self.state.elapsed_s
         )
         refuse_complete(self.run, self.config, reached)
         if not self.arithmetic:

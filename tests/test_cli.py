@@ -304,6 +304,7 @@ def test_index_and_info_print_one_object(own_store: Path) -> None:
     assert answer("verify", own_store) == {"damaged": []}
 
 
+@pytest.mark.slow
 def test_embed_train_and_evaluate_print_one_object(
     run: Path, scenes: Path, own_store: Path, tmp_path: Path
 ) -> None:
@@ -323,6 +324,7 @@ def test_embed_train_and_evaluate_print_one_object(
     assert row["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_process_says_it_in_one_line_without_traceback(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mmalign", "info", str(tmp_path), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

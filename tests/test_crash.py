@@ -111,6 +111,7 @@ def assert_no_garbage_stays(life: Life) -> None:
     assert not list(life.path.rglob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", SINGLE)
 def test_the_power_goes(tmp_path: Path, act: str) -> None:
     """Before every operation; whatever of the unsynced has reached the disk, or nothing of it."""
@@ -134,6 +135,7 @@ def test_the_power_goes(tmp_path: Path, act: str) -> None:
     cut(life.disk.count, "end", life.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", SOME)
 def test_a_process_dies_and_another_goes_on(tmp_path: Path, act: str) -> None:
     """What the second one is told is done must not stand on what the first had not synced."""
@@ -183,6 +185,7 @@ def test_a_process_dies_and_another_does_it_again(tmp_path: Path, act: str) -> N
         ACTS[act](life)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", SOME)
 def test_nothing_is_tidied_up_by_the_dead(tmp_path: Path, act: str) -> None:
     """A kill as the code sees it: an exception that comes again at whatever it still tries."""
@@ -208,6 +211,7 @@ def test_nothing_is_tidied_up_by_the_dead(tmp_path: Path, act: str) -> None:
 ERRORS = [(errno.ENOSPC, False), (errno.EIO, True), (errno.ENOSPC, True), (errno.EIO, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "stays"), ERRORS if FULL else ERRORS[:2])
 @pytest.mark.parametrize("act", SOME)
 def test_the_disk_refuses(tmp_path: Path, act: str, code: int, stays: bool) -> None:
@@ -267,6 +271,7 @@ PAIRS = [
 QUICK = [("replace", "write"), ("compact", "write"), ("index", "compact"), ("few", "days later")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "other"), PAIRS if FULL else QUICK)
 def test_somebody_else_comes_between(tmp_path: Path, act: str, other: str) -> None:
     """Between any two operations; both are done, or one is told that it was not."""

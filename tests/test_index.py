@@ -216,6 +216,7 @@ def test_what_is_measured_is_what_is_meant() -> None:
     assert interval(np.ones(100)) == (pytest.approx(0.985), 1.0)
 
 
+@pytest.mark.slow
 def test_an_interval_knows_that_captions_of_an_image_are_alike() -> None:
     """Of 95 % intervals about nine in ten hold the truth, and not four in five."""
     rng, true, images, captions = np.random.default_rng(0), 0.9, 100, 5
@@ -254,6 +255,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, d
     return folder, np.where(live[:, None], stored, np.float16(0)), part
 
 
+@pytest.mark.slow
 def test_the_planner_keeps_its_promise(built: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
     folder, stored, part = built
     live = (stored != 0).any(axis=1)
@@ -329,6 +331,7 @@ def filters(scores: np.ndarray, share: float) -> dict[str, np.ndarray]:
     return {"anywhere": anywhere, "far": far, "holed": holed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 @pytest.mark.parametrize("asked", ["text", "image"])
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.33, 0.9])

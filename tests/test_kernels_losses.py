@@ -211,6 +211,7 @@ def test_error_is_that_of_honest_arithmetic(
         assert mistake <= max(theirs[name], floors.get(name, floor)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
 @pytest.mark.parametrize(("scale", "grouped"), [(1.0, True), (100.0, False)])
 def test_triton_over_many_tiles(kind: str, scale: float, grouped: bool, monkeypatch: Any) -> None:

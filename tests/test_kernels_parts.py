@@ -81,6 +81,7 @@ def test_batch_norm_moves_once() -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_ranks_are_one_batch(count: int, tmp_path: Path) -> None:
     """Processes joined by gloo, in float64: see rank_worker.py for what each of them checks."""

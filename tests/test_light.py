@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 HEAVY = "{'torch','faiss','open_clip','triton','numpy','pyarrow','webdataset','PIL'}"
@@ -69,6 +71,7 @@ print("changed", [name for name in before if before[name] != after[name]])
 """
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_nothing() -> None:
     command = [sys.executable, "-c", SIDE_EFFECTS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -25,23 +25,31 @@ from mmalign.model import new_model, save_model
 from mmalign.store import delete
 
 
+@pytest.mark.slow
 def test_demo_leaves_everything_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = demo(tmp_path / "demo", scenes=300, minutes=0.2)
+    report = demo(tmp_path / "demo", scenes=300, minutes=0.02, held_out=100)
     names = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {"run", "scenes.store", "sheet.png", "report.json"} <= names
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
-    assert report["recall"]["chinese"]["images"] == 1000
-    assert report["recall"]["english"]["captions"] == 4000
+    assert report["recall"]["chinese"]["images"] == 100
+    assert report["recall"]["english"]["captions"] == 400
     assert ("was seen only" in capsys.readouterr().err) == (report["passes"] < FEW_PASSES)
     with Image.open(tmp_path / "demo" / "sheet.png") as sheet:
         assert sheet.width > 800
     store = open_store(tmp_path / "demo" / "scenes.store")
-    assert len(store) == 1000
+    assert len(store) == 100
     assert store.manifest.index is not None
     with pytest.raises(UsageError, match="holds a demo already"):
         demo(tmp_path / "demo")
+
+
+def test_a_demo_writes_nothing_into_a_folder_of_other_things(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not empty: remove it, or name another --out"):
+        demo(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.json"]
 
 
 def test_scenes_are_the_same_every_time() -> None:
@@ -61,6 +69,7 @@ def test_embedding_twice_adds_nothing(run: Path, scenes: Path, store: Path, tmp_
     assert open_store(copy).manifest.generation == generation
 
 
+@pytest.mark.slow
 def test_embedding_more_adds_only_what_is_new(run: Path, scenes: Path, tmp_path: Path) -> None:
     out, more = tmp_path / "s.store", tmp_path / "more.tar"
     write_scenes(more, 10, seed=8, tick=lambda: None)
@@ -76,6 +85,7 @@ def test_embedding_more_adds_only_what_is_new(run: Path, scenes: Path, tmp_path:
     assert "more/000004" in [h.id for h in hits]
 
 
+@pytest.mark.slow
 def test_embedding_that_is_killed_goes_on(run: Path, store: Path, tmp_path: Path) -> None:
     scenes, out = tmp_path / "many.tar", tmp_path / "killed.store"
     write_scenes(scenes, 400, seed=4, tick=lambda: None)
@@ -301,6 +311,7 @@ def test_zero_shot_needs_known_classes(run: Path, tmp_path: Path) -> None:
         evaluate(run, [str(tar)], classes=["horse"])
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_the_hits(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mmalign", "search", str(store), "两个红色星形", "-k", "4"]
     sheet = tmp_path / "hits.png"

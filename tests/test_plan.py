@@ -39,6 +39,7 @@ def test_contestants_take_turns() -> None:
     assert asked == expected + [("one", 1)] * 21 + [("other", 2)] * 21
 
 
+@pytest.mark.slow
 def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings are made up: the third design is the best, the second needs less than half more."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
@@ -175,6 +176,7 @@ def hard(count: int) -> Any:
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_what_held_out_queries_miss_is_looked_for_wider(
     stored: bool, monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ def reference(name: str, tag: str) -> Any:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:QuickGELU mismatch")  # of what open_clip's own recipe does
 @pytest.mark.parametrize(("name", "tag"), pairs())
 def test_a_tag_builds_the_network_that_open_clip_builds(name: str, tag: str) -> None:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,33 +54,37 @@ def follow(result: Result, code: int = 1, **values: str | Path) -> None:
 # ---------------------------------------------------------------- every message of the source
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """Yield the file and text of every message, `{}` for what is filled in; no docstrings."""
-    for folder in ("mmalign", "index"):
-        for file in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            bodies = [n for n in ast.walk(tree) if isinstance(n, ast.Expr)]
-            docstrings = {id(n.value) for n in bodies if isinstance(n.value, ast.Constant)}
-            inner = {
-                id(p) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for p in n.values
-            }
-            for node in ast.walk(tree):
-                if id(node) in docstrings | inner:
-                    continue
-                if isinstance(node, ast.JoinedStr):
-                    parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
-                    yield file.name, "".join(map(str, parts))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield file.name, node.value
+@cache
+def nodes() -> list[tuple[str, list[ast.AST]]]:
+    """The name of every file of the source, and all that stands in it."""
+    files = [f for folder in ("mmalign", "index") for f in (ROOT / folder).rglob("*.py")]
+    return [(f.name, list(ast.walk(ast.parse(f.read_text(encoding="utf-8"))))) for f in files]
+
+
+@cache
+def messages() -> list[tuple[str, str]]:
+    """The file and text of every message, `{}` for what is filled in; no docstrings."""
+    found = []
+    for name, held in nodes():
+        passed = {id(n.value) for n in held if isinstance(n, ast.Expr)}
+        passed |= {id(p) for n in held if isinstance(n, ast.JoinedStr) for p in n.values}
+        for node in held:
+            if id(node) in passed:
+                continue
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                found.append((name, "".join(map(str, parts))))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append((name, node.value))
+    return found
 
 
 def commands_made() -> Iterator[list[str]]:
     """Yield the words of every call of `errors.shell_command`, `{}` for what is filled in."""
-    for folder in ("mmalign", "index"):
-        for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == "shell_command":
-                    yield [str(a.value) if isinstance(a, ast.Constant) else "{}" for a in node.args]
+    for _, held in nodes():
+        for node in held:
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "shell_command":
+                yield [str(a.value) if isinstance(a, ast.Constant) else "{}" for a in node.args]
 
 
 def test_commands_in_messages_exist_with_their_options() -> None:
@@ -221,6 +226,7 @@ def test_more_than_a_tenth_of_the_rows_is_deleted_with_yes(own_store: Path) -> N
     assert call(*words, "--yes").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_made_smaller(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs", 5)
     words = ["train", "--data", pairs, "--out", tmp_path / "run", "--set", "epochs=1"]
