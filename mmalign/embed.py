@@ -55,6 +55,8 @@ class EmbedReport:
     """Samples that cannot be used; `Store.failures` lists them with the reasons."""
     passed_over: int
     """Files that are no images by their ending."""
+    cut_captions: int
+    """Captions embedded now that are longer than the model reads: the end of each is left out."""
     moved: int
     """Of the changed, those whose row followed their content to another place."""
     read: int
@@ -129,6 +131,7 @@ def embed(
     dropped = _drop(store, removed(work.settling), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
+        cut_captions=work.pipeline.texts.cut,
         moved=work.moved,
         read=work.read,
         encoded=work.pipeline.encoded,

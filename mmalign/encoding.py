@@ -45,9 +45,10 @@ class Texts:
         for first in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[first : first + TEXTS_AT_ONCE]
             found |= zip(part, self._encode(part), strict=True)
-        cut = len(self.encoder.tokenizer.cut(missing))
+        cut = self.encoder.tokenizer.cut(missing)
         with self._lock:
-            self.cut += cut
+            # Another thread may have had the same at the same time.
+            self.cut += sum(c not in self._known for c in cut)
             for caption in asked:
                 self._known[caption] = found[caption]
                 self._known.move_to_end(caption)

@@ -27,6 +27,8 @@ from mmalign.progress import bar, say
 MAX_SILENT_SKIPS = 0.01
 # Columns are listed of so many tables.
 MAX_TABLES = 3
+# Samples whose metadata is looked at for what might be their captions.
+MAX_DESCRIBED = 1_000
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 HINTS = {end: "unpack it first" for end in PACKED} | {end: "save it as .csv" for end in SHEETS}
@@ -66,11 +68,14 @@ def scan(
     """
     records: list[Record] = []
     skips: list[Skip] = []
+    fields: dict[str, None] = {}
     for found in _stream(sources, Asked(caption_keys, image_column)):
         if isinstance(found, Skip):
             skips.append(found)
         elif need_captions and not found.captions:
             skips.append(Skip(found.id, found.uri, "no caption"))
+            if len(skips) < MAX_DESCRIBED:
+                fields.update(dict.fromkeys(found.meta))
         else:
             records.append(found)
     if need_captions:
@@ -80,7 +85,7 @@ def scan(
         skips = [s for s in skips if s.uri not in explained or not (s.kept or s.uri in bare)]
         skips += explained.values()
     if not records:
-        raise nothing_usable(sources, skips, caption_keys, image_column)
+        raise nothing_usable(sources, skips, caption_keys, image_column, list(fields))
     return Catalog(records, skips)
 
 
@@ -89,38 +94,52 @@ def stream(
 ) -> Generator[Record | Skip, None, None]:
     """Yield what `scan` lists, one by one: memory does not grow with the number of samples.
 
-    Where no sample has a caption, the columns there are are said at the end.
+    Where no sample has a caption, it is said at the end what there is: columns, other files.
     """
     samples = described = 0
-    with closing(_stream(sources, Asked(caption_keys, image_column))) as scanned:
+    fields: dict[str, None] = {}
+    others: list[Skip] = []
+    asked = Asked(caption_keys, image_column)
+    with closing(_stream(sources, asked)) as scanned:
         for found in scanned:
             if isinstance(found, Record):
                 samples += 1
                 described += bool(found.captions)
+                if not described and samples < MAX_DESCRIBED:
+                    fields.update(dict.fromkeys(found.meta))
             else:
                 # A caption that cannot be read was found all the same.
                 described += found.kept
+                if not described and found.lost == "ending" and len(others) < MAX_DESCRIBED:
+                    others.append(found)
             yield found
     if samples and not described and caption_keys:
-        say(f"no captions found: {_looked_for(sources, Asked(caption_keys, image_column))}")
+        say(f"no captions found: {_looked_for(sources, asked, list(fields), others)}")
 
 
 def _stream(sources: Sequence[str], asked: Asked) -> Generator[Record | Skip, None, None]:
     with closing(Names()) as names, bar("scan", unit="samples") as progress:
-        for place in expand(sources):
+        for number, place in enumerate(expand(sources)):
             for found in map(_printable, _scan_one(place, asked)):
                 progress.update()
-                yield found if isinstance(found, Skip) else names.unique(found)
+                if isinstance(found, Skip):
+                    yield names.once(found, number)
+                else:
+                    yield names.unique(found)
 
 
-def _looked_for(sources: Sequence[str], asked: Asked) -> str:
-    """Say where captions were looked for, and which columns the first tables have."""
+def _looked_for(
+    sources: Sequence[str], asked: Asked, fields: Sequence[str], others: Sequence[Skip]
+) -> str:
+    """Say where captions were looked for, and what there is: columns, metadata, other files."""
     told = f"looked for under {', '.join(asked.caption_keys)} (see --caption-key)"
     found = [place for place in expand(sources) if tables.is_table(place)]
     for place in found[:MAX_TABLES]:
         with suppress(DataError):
             told += f"; {place} has the columns {listed(tables.column_names(place, asked))}"
-    return told
+    if fields and not found:
+        told += f"; beside the images are the fields {listed(fields)}"
+    return told + (f"; other files there are {_endings(others)}" if others else "")
 
 
 def expand(sources: Sequence[str]) -> list[str]:
@@ -318,8 +337,17 @@ def nothing_usable(
     skips: Sequence[Skip],
     keys: Sequence[str],
     image_column: str | None = None,
+    fields: Sequence[str] = (),
 ) -> DataError:
-    """Make the error for sources without a single usable sample."""
+    """Make the error for sources without a single usable sample.
+
+    Args:
+        sources: As they were given.
+        skips: Why none is.
+        keys: Where captions were looked for.
+        image_column: And the images of tables.
+        fields: What the metadata of the samples holds.
+    """
     where = ", ".join(sources)
     if len(skips) == 1 and skips[0].count == 1 and skips[0].lost != "ending":
         return DataError(f"{skips[0].uri}: {skips[0].reason}")
@@ -333,7 +361,9 @@ def nothing_usable(
     if unread:
         message += f"; {unread[0].uri}: {unread[0].reason}"
     if any(s.reason == "no caption" for s in samples):
-        message += f"; captions were {_looked_for(sources, Asked(keys, image_column))}"
+        message += (
+            f"; captions were {_looked_for(sources, Asked(keys, image_column), fields, others)}"
+        )
     return DataError(message)
 
 

@@ -11,7 +11,7 @@ from mmalign.data.samples import Record, Skip
 
 
 class Names:
-    """Makes ids unique among all that were seen; final.
+    """Makes ids unique among all that were seen, and skips that two sources have; final.
 
     Two files of one id are told apart by their uri. SQLite keeps the names in a temporary file of
     its own, which is gone with the process.
@@ -21,6 +21,8 @@ class Names:
         self._db = sqlite3.connect("")
         self._db.execute("CREATE TABLE name (id TEXT PRIMARY KEY, uri TEXT) WITHOUT ROWID")
         self._db.execute("CREATE TABLE place (uri TEXT PRIMARY KEY) WITHOUT ROWID")
+        key = "PRIMARY KEY (uri, reason)"
+        self._db.execute(f"CREATE TABLE skip (uri, reason, source, {key}) WITHOUT ROWID")
 
     def unique(self, found: Record) -> Record | Skip:
         """Return the record under a free id, or a skip where it was seen before."""
@@ -32,6 +34,20 @@ class Names:
             return Skip(found.id, found.uri, "given twice", lost="nothing")
         self._db.execute("INSERT INTO name VALUES (?, ?)", (found.id, found.uri))
         return found
+
+    def once(self, skip: Skip, source: int) -> Skip:
+        """Return a skip, or one that costs nothing where an earlier source had the same.
+
+        Args:
+            skip: What a source holds and cannot be used.
+            source: The number of the source: in one, a name may stand twice.
+        """
+        self._db.execute(
+            "INSERT OR IGNORE INTO skip VALUES (?, ?, ?)", (skip.uri, skip.reason, source)
+        )
+        asked = "SELECT source FROM skip WHERE uri = ? AND reason = ?"
+        (first,) = self._db.execute(asked, (skip.uri, skip.reason)).fetchone()
+        return skip if first == source else replace(skip, reason="given twice", lost="nothing")
 
     def _is_first(self, uri: str) -> bool:
         """Note a file that is known by its place alone: a folder, and one in it, both have it."""
