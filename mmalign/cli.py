@@ -140,7 +140,8 @@ def train(
 @click.option("--thumbnails/--no-thumbnails", default=True, help="Keep a small picture of each.")
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto",
-    show_default=True, help="Arithmetic; auto is the fastest that keeps a cosine of 0.999.",
+    show_default=True,
+    help="Arithmetic; auto is bfloat16 where the processor has it and cosines stay at 0.999.",
 )  # fmt: skip
 @click.option("--checksum", is_flag=True, help="Compare the content of images that are there.")
 @click.option("--drop-removed", is_flag=True, help="Delete rows whose image left its source.")

@@ -12,6 +12,10 @@ Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Trans
 (its vector-wise quantization).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -27,18 +31,61 @@ def weight_levels() -> int:
     return LEVELS if has_vnni() else NARROW_LEVELS
 
 
-def quantize(module: nn.Module) -> None:
+def quantize(network: nn.Module, encode: Callable[[], object]) -> None:
     """Replace the large linear layers of a network that is only used to encode, in place.
 
-    Attention of PyTorch reads its layers' weights itself and is left: `lean.expose_attention` comes
-    first. So is open_clip's last layer for texts, which is asked for its class.
+    Some owners read the weights of their layers and never call these; bytes are of no use to
+    them. Which do so is seen while the network runs, with its own layers.
+
+    Args:
+        network: What is changed.
+        encode: Runs all of the network's parts.
     """
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
-            if child.weight.numel() >= WORTH and name != "text_projection":
-                setattr(module, name, Linear8(child))
-        elif not isinstance(child, nn.MultiheadAttention):
-            quantize(child)
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    plain = [layer for layer in layers if type(layer).forward is nn.Linear.forward]
+    with _watched(plain) as watched:
+        encode()
+        called = {id(layer) for layer in watched if layer.calls == layer.reads > 0}
+    for owner in list(network.modules()):
+        for name, layer in list(owner.named_children()):
+            # open_clip asks its last layer for texts for its class.
+            if not isinstance(layer, nn.Linear) or name == "text_projection":
+                continue
+            if id(layer) in called and layer.weight.numel() >= WORTH:
+                setattr(owner, name, Linear8(layer))
+
+
+@contextmanager
+def _watched(layers: list[nn.Linear]) -> Iterator[list["_Watched"]]:
+    """Make layers count what is done with them."""
+    kinds = [type(layer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__dict__.update(calls=0, reads=0)
+            layer.__class__ = _Watched
+        yield cast("list[_Watched]", layers)
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+            del layer.__dict__["calls"], layer.__dict__["reads"]
+
+
+class _Watched(nn.Linear):
+    """A linear layer that counts how often it is called, and its weights are read; final."""
+
+    calls: int
+    reads: int
+    # Some of open_clip's layers ask for the type of weights, but not of those with this.
+    int8_original_dtype = torch.float32
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(states)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.reads += 1
+        return super().__getattr__(name)
 
 
 class Linear8(nn.Module):

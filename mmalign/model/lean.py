@@ -176,5 +176,5 @@ class Patches(nn.Module):
         if isinstance(self.product, Linear8):
             maps_RO = self.product.of_bytes(rows_RW)
         else:
-            maps_RO = self.product(rows_RW.to(self.product.weight.dtype).sub_(MIDDLE))
+            maps_RO = self.product(rows_RW.to(self.product.bias.dtype).sub_(MIDDLE))
         return maps_RO.view(-1, across, across, maps_RO.shape[1]).permute(0, 3, 1, 2)

@@ -1,31 +1,47 @@
 """The arithmetic that a trained model encodes in: float32, bfloat16, or eight bits on request.
 
 The model stays the same one: its identity is that of its float32 weights, and vectors of all
-precisions lie in one space. How far they lie apart is measured, not assumed.
+precisions lie in one space. How far they lie apart is measured, not assumed. That also compares
+what stands in for a network's own layers here (lean.py, int8.py) with these layers.
 
 B items, S side of an image in pixels, D dimensions.
 """
 
 import copy
+import hashlib
+import json
+import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mmalign.errors import UsageError
+from mmalign.errors import UsageError, reason_of
 from mmalign.kernels.processor import has_bfloat16, has_int8, packs_bfloat16
+from mmalign.measured import Figures, measured
 from mmalign.model import int8, lean
 from mmalign.model.encoder import Encoder, Towers, Vectors
+from mmalign.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
-PROBED, TRIES = 8, 3
-# What `auto` must gain to leave float32, and how near it must stay.
-WORTH, CLOSE = 1.1, 0.999
-PROBE_WORDS = "a photo of a brown dog that runs on the beach beside the sea"
+# How near the furthest vector of the probe must stay: for `auto` to leave float32, and for what was
+# asked for by name to be rounding and no fault.
+CLOSE, ROUNDED = 0.999, 0.99
+ROUNDS = 5
+PROBE_TEXTS = (
+    "a", "!", "a photo of a brown dog that runs on the beach beside the sea",
+    "two people, one of them with a red umbrella, wait at a crossing in the rain", "No. 4711",
+    "一只狗在海滩上奔跑", "ein Fahrrad lehnt an der Wand", "sea " * 40,
+)  # fmt: skip
+# What says that a network is not made as this program expects it.
+OTHERWISE = (
+    AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError,
+)  # fmt: skip
 
 
 class CastTowers(Towers):
@@ -50,35 +66,58 @@ class CastTowers(Towers):
 def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     """Return the same model for encoding only, and the precision it got.
 
+    Some images and texts are encoded in both precisions first. Where a network is not made as this
+    program expects it, or a vector is not the rounded one of float32, one warning says so and the
+    encoder is returned as it is.
+
     Args:
         encoder: In float32; it is left as it is.
-        precision: "auto" is bfloat16 where the machine multiplies it faster and the vectors of
-            some noise keep a cosine of 0.999, else float32. "int8" needs a CPU.
+        precision: "auto" is bfloat16 where the processor multiplies it itself and every vector of
+            the probe keeps a cosine of 0.999, else float32. "int8" needs a CPU; one line says
+            where it is slower there than bfloat16 or float32.
 
     Raises:
         UsageError: "int8" is asked for on a GPU or a build of torch that cannot.
     """
-    if precision == "int8":
-        if encoder.device.type != "cpu" or not has_int8():
-            raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
-        towers = _lean(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
-        int8.quantize(towers)
-        return _same_model(encoder, towers), "int8"
+    if precision == "int8" and (encoder.device.type != "cpu" or not has_int8()):
+        raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
     if precision == "float32" or (precision == "auto" and not has_bfloat16(encoder.device)):
         return encoder, "float32"
-    cast = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
-    if encoder.device.type == "cpu" and packs_bfloat16():
-        lean.pack(cast)
-    candidate = _same_model(encoder, cast)
-    if precision == "auto" and not _better(candidate, encoder):
+    kind: Literal["bfloat16", "int8"] = "int8" if precision == "int8" else "bfloat16"
+    plain_BD = _probe(encoder)
+    try:
+        candidate = _in_eight_bits(encoder) if kind == "int8" else _in_bfloat16(encoder)
+        least = float(cosines(_probe(candidate), plain_BD).min())
+        problem = "" if least >= ROUNDED else f"the least cosine of the two is {least:.3f}"
+    except OTHERWISE as error:
+        least, problem = 0.0, reason_of(error)
+    if problem:
+        say(f"warning: {encoder.name} is encoded in float32, not in {kind}: {problem}")
+    if problem or (precision == "auto" and least < CLOSE):
         return encoder, "float32"
-    return candidate, "bfloat16"
+    if kind == "int8":
+        _say_whether_it_pays(encoder, candidate)
+    return candidate, kind
 
 
 def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
     """Cosine of each pair of unit vectors, shape (B,)."""
     products_B: Vectors = np.einsum("bd,bd->b", some_BD, other_BD)
     return products_B
+
+
+def _in_bfloat16(encoder: Encoder) -> Encoder:
+    towers = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
+    if encoder.device.type == "cpu" and packs_bfloat16():
+        lean.pack(towers)
+    return _same_model(encoder, towers)
+
+
+def _in_eight_bits(encoder: Encoder) -> Encoder:
+    towers = _lean(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
+    eight = _same_model(encoder, towers)
+    int8.quantize(towers, lambda: _probe(eight))
+    return eight
 
 
 def _lean(encoder: Encoder, dtype: torch.dtype) -> Towers:
@@ -96,27 +135,58 @@ def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
     return other
 
 
-def _better(candidate: Encoder, encoder: Encoder) -> bool:
-    """Try both on noise and one text: the candidate must be faster and hardly differ."""
-    side = encoder.preprocess.size
-    shape = (PROBED, side, side, 3)
-    pixels_BSS3 = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    words = [PROBE_WORDS] * PROBED
-
-    def encode(model: Encoder) -> Vectors:
-        return np.concatenate([model.encode_images(pixels_BSS3), model.encode_texts(words)])
-
-    near = cosines(encode(candidate), encode(encoder)).mean() >= CLOSE
-    return bool(near) and _seconds(lambda: encode(encoder)) > WORTH * _seconds(
-        lambda: encode(candidate)
-    )
+def _probe(encoder: Encoder) -> Vectors:
+    """Encode some images and texts that lie far from each other."""
+    images = encoder.encode_images(_probe_images(encoder.preprocess.size))
+    return np.concatenate([images, encoder.encode_texts(PROBE_TEXTS)])
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Time the best of some tries: a busy moment must not decide which numbers are stored."""
-    times = []
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _probe_images(side: int) -> NDArray[np.uint8]:
+    """Noise, slopes, and surfaces with edges as photographs have them, (B, S, S, 3)."""
+    random = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, side, side, generator=random)
+    along = torch.linspace(0, 1, side)
+    slope = along[:, None].expand(3, side, side)
+    colours = torch.stack([along.expand(side, side), along[:, None].expand(side, side),
+                           (along[:, None] + along) / 2])  # fmt: skip
+    coarse = torch.rand(2, 3, 5, 5, generator=random)
+    smooth, blocks = (F.interpolate(coarse, (side, side), mode=m) for m in ("bicubic", "nearest"))
+    slopes = torch.stack([slope, colours])
+    images_B3SS = torch.cat([noise, slopes, smooth, blocks]).mul(255).round_().clamp_(0, 255)
+    return images_B3SS.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _say_whether_it_pays(encoder: Encoder, eight: Encoder) -> None:
+    """Say where eight bits are slower than what `auto` may take; measured once on a machine."""
+    usual = "bfloat16" if has_bfloat16(encoder.device) else "float32"
+    architecture = json.dumps([encoder.architecture, encoder.preprocess.size], sort_keys=True)
+    figures = measured(
+        "encoding",
+        {
+            "model": f"{encoder.name}-{hashlib.sha256(architecture.encode()).hexdigest()[:8]}",
+            "threads": torch.get_num_threads(),
+            "unit": "seconds of some images, median",
+        },
+        (usual, "int8"),
+        lambda: _seconds({
+            usual: _in_bfloat16(encoder) if usual == "bfloat16" else encoder, "int8": eight,
+        }),
+    )  # fmt: skip
+    share = figures[usual] / figures["int8"]
+    if share < 1:
+        say(
+            f"--precision int8 does not pay on this machine: {encoder.name} encodes images at "
+            f"{share:.2f} of its speed in {usual}; leave --precision out"
+        )
+
+
+def _seconds(encoders: dict[str, Encoder]) -> Figures:
+    """Time the encoding of some images, each way after the other, so that both meet the same."""
+    images_BSS3 = _probe_images(next(iter(encoders.values())).preprocess.size)
+    taken: dict[str, list[float]] = {name: [] for name in encoders}
+    for _ in range(ROUNDS):
+        for name, encoder in encoders.items():
+            started = time.perf_counter()
+            encoder.encode_images(images_BSS3)
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
