@@ -357,7 +357,7 @@ def save(index: Any, path: Path) -> None:
     """Write the FAISS file, whole or not at all; the lists of an IVF into one of their own."""
     core = _core(index)
     if not isinstance(core, faiss.IndexIVF):
-        files.write_through(path, lambda name: faiss.write_index(index, name))
+        files.write_through(path, lambda name: faiss.write_index(index, files.utf8_name(name)))
         return
     lists = faiss.downcast_InvertedLists(core.invlists)
     where: list[tuple[int, int]] = []
@@ -411,7 +411,7 @@ def load(path: Path, held: int, dim: int) -> Any:
             # worth it (2.5 ms a query in place of 1), and a query reads few pages from a disk.
             faiss.downcast_InvertedLists(_core(index).invlists).prefetch_nthread = 0
         else:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            index = faiss.read_index(files.utf8_name(path), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
     if index.ntotal != held or index.d != dim:

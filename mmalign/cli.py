@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from mmalign import __version__, cli_store
+from mmalign import __version__, cli_store, files
 from mmalign.cli_errors import Commands
-from mmalign.cli_options import PLACE, show
+from mmalign.cli_options import PLACE, TEXT, show
 from mmalign.cli_options import json_option as _json
 from mmalign.cli_options import model_option as _model
 from mmalign.cli_options import print_values as _print
@@ -51,11 +51,11 @@ def _sources(required: bool = True) -> Callable[[Command], Command]:
 def _columns(command: Command) -> Command:
     """Add the options that name columns of tables."""
     keys = click.option(
-        "--caption-key", "caption_keys", multiple=True, metavar="KEY",
+        "--caption-key", "caption_keys", multiple=True, metavar="KEY", type=TEXT,
         help="Where captions stand in the .json or table; repeatable. Default: captions.",
     )  # fmt: skip
     image = click.option(
-        "--image-column", metavar="NAME",
+        "--image-column", metavar="NAME", type=TEXT,
         help="Where images, or their paths, stand in a table. Default: image, path, url, ...",
     )  # fmt: skip
     return keys(image(command))
@@ -270,7 +270,11 @@ def search(
         draw_sheet([Strip(query[0], tiles_of(searcher.store, hits), picture)], Path(sheet))
     if as_json:
         rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
-        answer = {"query": query[0], "hits": rows, "index": searcher.describe_index()}
+        answer = {
+            "query": files.in_utf8(query[0]),
+            "hits": rows,
+            "index": searcher.describe_index(),
+        }
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
         return
     for hit in hits:
@@ -311,7 +315,7 @@ def _query(words: tuple[str, ...]) -> str | bytes:
         from mmalign.progress import say
 
         say(f"{typed!r} looks like a file, but names none: searched as words")
-    return typed
+    return files.in_utf8(typed)
 
 
 def _ends_as_image(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmalign import files
 from mmalign.terminal import printable
 
 # Control characters that JSON lets stand as they are, and a terminal may act on.
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType
+
+
+class _Text(ParamType):
+    """Words; in UTF-8, as terminals write them, also where the locale says nothing of it."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        return files.in_utf8(str(value))
 
 
 class _Place(ParamType):
@@ -42,7 +52,7 @@ class FolderPath(_Place):
         return Path(super().convert(value, param, ctx))
 
 
-PLACE = _Place()
+PLACE, TEXT = _Place(), _Text()
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )
@@ -56,7 +66,7 @@ yes_option = click.option(
     "--yes", is_flag=True, help="Delete even if it is more than a tenth of the rows."
 )
 where_option = click.option(
-    "--where", "where", metavar="SQL",
+    "--where", "where", metavar="SQL", type=TEXT,
     help="Rows by SQL over id, uri, captions, meta and the fields of meta.",
 )  # fmt: skip
 

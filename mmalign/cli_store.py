@@ -9,6 +9,7 @@ import click
 
 from mmalign.cli_options import (
     PLACE,
+    TEXT,
     FolderPath,
     json_option,
     model_option,
@@ -135,7 +136,7 @@ def _as_lists(report: Any) -> dict[str, Any]:
 
 @click.command()
 @store_argument
-@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.argument("ids", nargs=-1, metavar="[ID]...", type=TEXT)
 @where_option
 @click.option("--dry-run", is_flag=True, help="Tell what would be deleted, and delete nothing.")
 @yes_option

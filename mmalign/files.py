@@ -517,6 +517,34 @@ def _is_torn(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
+def in_utf8(text: str) -> str:
+    """Return a name or word as its bytes read in UTF-8; as it is where they are none.
+
+    Python holds bytes that the locale's encoding has no letters for as halves of characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(text).decode()
+    return text
+
+
+def utf8_name(path: Path | str) -> str:
+    """Write a path for a library that knows no names but those in UTF-8.
+
+    Where the locale has another encoding, Python holds the bytes of a name in a way of its own.
+
+    Raises:
+        OSError: The name is not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        told = "the name is not UTF-8, and a library needs one: rename it"
+        raise OSError(errno.EILSEQ, told, str(path)) from None
+
+
 _scratch: list[Path] = []
 
 

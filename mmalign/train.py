@@ -80,6 +80,7 @@ def train(
     run = Path(out)
     if resume and not (run / CONFIG).exists():
         raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
+    files.utf8_name(run)
     refuse_own_sources(run, (*(sources or config.data), *(val or config.val)))
     run.mkdir(parents=True, exist_ok=True)
     with files.sole_user(run) as alone:

@@ -210,9 +210,13 @@ def test_a_pattern_that_the_shell_expanded_is_explained() -> None:
 
 
 def test_the_home_folder_is_found_where_the_shell_does_not_write_it_out(
-    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(store.parent))
     assert search(Path("~") / store.name, "red").exit_code == 0
-    words = ["embed", "--model=~/no-run", "--data=~/no-photos", f"--out={tmp_path / 's'}"]
-    assert f"{store.parent}/no-run" in CliRunner().invoke(main, words).stderr
+    for model, data, missing in (
+        ("~/no-run", scenes, "no-run"),
+        ("~/no-run", "~/no-photos", "no-photos"),
+    ):
+        words = ["embed", f"--model={model}", f"--data={data}", f"--out={tmp_path / 's'}"]
+        assert f"{store.parent}/{missing}" in CliRunner().invoke(main, words).stderr

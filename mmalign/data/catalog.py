@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from mmalign import files
 from mmalign.data import folders, places, tables, tars
 from mmalign.data.columns import Asked, listed
 from mmalign.data.kinds import SOURCE_SUFFIXES, suffix
@@ -314,7 +315,8 @@ def _printable(found: Record | Skip) -> Record | Skip:
         found.uri.encode()
         return found
     except UnicodeEncodeError:
-        id_, uri = (s.encode(errors="backslashreplace").decode() for s in (found.id, found.uri))
+        names = (files.in_utf8(name) for name in (found.id, found.uri))
+        id_, uri = (name.encode(errors="backslashreplace").decode() for name in names)
         return replace(found, id=id_, uri=uri)
 
 

@@ -5,7 +5,7 @@ import os
 from mmalign.data import places
 
 # Half a character of a name that is not UTF-8, as a uri escapes it: the name itself is not known.
-ESCAPED = "\\\\udc"
+ESCAPED = "\\udc"
 
 
 def is_gone(uri: str, *, inside: bool) -> bool:
@@ -27,9 +27,19 @@ def is_gone(uri: str, *, inside: bool) -> bool:
     return inside or not any(_exists(uri[:cut]) for cut in cuts)
 
 
+def _is_foreign(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _exists(path: str) -> bool:
     try:
-        os.lstat(path)
+        # The locale of this process may have no letters for what was recorded in UTF-8.
+        name: str | bytes = path.encode() if _is_foreign(path) else path
+        os.lstat(name)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:

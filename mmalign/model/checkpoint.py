@@ -112,7 +112,7 @@ def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
         k: v.detach().cpu().contiguous().clone() for k, v in encoder.towers.state_dict().items()
     }
     name = _weights_name(encoder.identity_with(state))
-    files.write_through(run / name, lambda path: save_file(state, path))
+    files.write_through(run / name, lambda path: save_file(state, files.utf8_name(path)))
     save_description(encoder, run, weights=name, steps=steps)
     return name
 
@@ -196,7 +196,7 @@ def _load_run(run: Path, identity: str | None) -> Encoder:
         raise ModelError(f"{run}: not a run folder: {weights.name} is missing")
     try:
         encoder = _build(run, description)
-        encoder.towers.load_state_dict(load_file(weights))
+        encoder.towers.load_state_dict(load_file(files.utf8_name(weights)))
     except UNFIT as error:
         _damaged(run, error)
     require_numbers(encoder.towers, str(weights))

@@ -190,7 +190,9 @@ def create(
         if "config" not in architecture:
             return module().create_model(architecture["name"], **words)
         with TemporaryDirectory() as folder:
-            (Path(folder) / CONFIG).write_text(json.dumps({"model_cfg": architecture["config"]}))
+            (Path(folder) / CONFIG).write_text(
+                json.dumps({"model_cfg": architecture["config"]}), encoding="utf-8"
+            )
             return module().create_model(f"{FOLDER}:{folder}", **words)
 
 

@@ -5,6 +5,7 @@
 N rows, P captions, D dimensions.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,7 +167,8 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def _part(number: int, images: Path, metadata: Path, texts: Path | None = None) -> Part:
     image_ND = _vectors(images)
     try:
-        rows = {metadata: pq.read_metadata(metadata).num_rows}
+        with pa.memory_map(os.fsencode(metadata)) as file:
+            rows = {metadata: pq.read_metadata(file).num_rows}
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{metadata}: cannot be read: {error}") from None
     if texts:
@@ -202,7 +204,7 @@ def read_records(
         part: The part.
         columns: Their names, all by default; those that are absent are left out.
     """
-    with pq.ParquetFile(part.metadata) as file:
+    with pa.memory_map(os.fsencode(part.metadata)) as source, pq.ParquetFile(source) as file:
         held = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
         wanted = [name for name in held if columns is None or name in columns]
         batches = file.iter_batches(ROWS_AT_A_TIME, columns=wanted)

@@ -5,6 +5,7 @@ shard is used before Arrow has compared it with its bounds; a shard that fails i
 """
 
 import contextlib
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _mapped(path: Path) -> pa.BufferReader:
     where the pages are there, and a whole shard from the disk where a row was wanted.
     """
     files.require_regular(path)
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(os.fsencode(path)) as source:
         first, size = source.read_buffer(1), source.size()
     return pa.BufferReader(pa.foreign_buffer(first.address, size, base=first))
 
