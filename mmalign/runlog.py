@@ -1,6 +1,10 @@
 """How a training goes: a line of metrics.jsonl and a TensorBoard event for every number."""
 
+import contextlib
 import json
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +18,70 @@ class RunLog:
 
     def __init__(self, run: Path, step: int = 0) -> None:
         """Go on at a step: what a training that was killed logged beyond it is taken back."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.file = run / METRICS
         if self.file.exists():
             files.rewrite(self.file, lambda content: _until(content, step))
-        self.events = SummaryWriter(str(run / "events"), purge_step=step + 1)
+        self.events = _Events(run / "events", step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log the numbers of one moment, `step` among them."""
+        """Log the numbers of one moment, `step` among them.
+
+        Raises:
+            OSError: They cannot be written.
+        """
         files.append_lines(self.file, [row])
-        for name, value in row.items():
-            self.events.add_scalar(name, value, row["step"])
+        self.events.write(row["step"], row)
 
     def close(self) -> None:
-        """Flush what is not written yet."""
+        """Close the files."""
         self.events.close()
+
+
+class _Events:
+    """A file of TensorBoard events; final.
+
+    TensorBoard's own writer has a thread that meets a full disk with a traceback, and tells the
+    caller only later, without the name of the file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """Begin a file; of earlier files, events at or beyond a step no longer count."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        # TensorBoard knows its files by the name's beginning, and reads them in order.
+        now, place = int(time.time()), f"{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"events.out.tfevents.{now:010d}.{place}.{time.monotonic_ns()}"
+        self.file = open(self.path, "xb")  # noqa: SIM115
+        start = SessionLog(status=SessionLog.START)
+        try:
+            self._add(Event(wall_time=now, file_version="brain.Event:2"))
+            self._add(Event(wall_time=now, step=purge_step, session_log=start))
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Add one event for all numbers of a step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # told already, when it was written
+            self.file.close()
+
+    def _add(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        try:
+            RecordWriter(self.file).write(event.SerializeToString())
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def _until(content: bytes, step: int) -> bytes:
