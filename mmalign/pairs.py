@@ -71,6 +71,7 @@ class Pairs:
     token_starts: Ints
     """Where the tokens of each caption begin, and where the last one's end: (P + 1,)."""
     groups_P: Ints
+    """A number of each caption: equal captions have equal ones."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -162,8 +163,9 @@ def load_pairs(
     captions = [c for r in pixels.records for c in r.captions]
     counts = [len(r.captions) for r in pixels.records]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # Equal for equal captions, not negative, and with a bit to spare.
-    groups_P = np.array([hash(c) for c in captions], np.int64) & (np.iinfo(np.int64).max >> 1)
+    # In order of appearance: the same in every process.
+    numbers: dict[str, int] = {}
+    groups_P = np.array([numbers.setdefault(c, len(numbers)) for c in captions], np.int64)
     return Pairs(pixels, starts, *_tokenize(encoder, captions), groups_P), skips
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmalign import kernels
 from mmalign.data import Draw, Skip, read_ahead
-from mmalign.errors import TrainingError, VectorError
+from mmalign.errors import TrainingError, VectorError, shell_command
 from mmalign.evaluate import retrieval, too_few
 from mmalign.interrupts import stop_requests
 from mmalign.kernels.processor import has_bfloat16
@@ -127,8 +127,8 @@ class Trainer:
             self.arithmetic = self._choose_arithmetic()
         self._introduce()
         first_step = self.state.step
-        batches = read_ahead(self.pairs.batch, self.sampler.draws(first_step))
         log = RunLog(self.run, first_step)
+        batches = read_ahead(self.pairs.batch, self.sampler.draws(first_step))
         form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         try:
             with stop_requests() as stop, bar("train", 100, "%", form) as shown:
@@ -137,7 +137,8 @@ class Trainer:
             kept = (
                 f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved yet"
             )
-            say(f"stopped ({kept}); go on with `mmalign train --out {self.run} --resume`")
+            again = shell_command("train", "--out", self.run, "--resume")
+            say(f"stopped ({kept}); go on with {again}")
             raise
         finally:
             batches.close()  # type: ignore[attr-defined]

@@ -97,7 +97,8 @@ def test_commands_in_messages_exist_with_their_options() -> None:
 
 def test_commands_are_whole_so_that_they_can_be_pasted() -> None:
     """`errors.shell_command` quotes the place; a command without its place is no remedy."""
-    assert [m for m in messages() if re.search(r"`mmalign \w", m[1]) and "--" not in m[1]] == []
+    by_hand = [m for m in messages() if re.search(r"`mmalign (\w|[^`]*\{\})", m[1])]
+    assert [(f, m) for f, m in by_hand if f != "errors.py"] == []
 
 
 def test_options_in_messages_exist() -> None:
