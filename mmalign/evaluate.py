@@ -4,6 +4,7 @@ N images, P captions, D dimensions, C classes. Names and rules are those of CLIP
 text->image hit is the caption's own image, an image->text hit is any of the image's captions.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from mmalign.pipeline import Pipeline
 from mmalign.progress import bar, say
 
 KS = (1, 5, 10)
+# Where a caption fits so many of the other images, it is said.
+MOST_SHARED = 0.5
+# Equal images get vectors that are equal up to the rounding of bfloat16.
+SAME = 1e-3
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.", "{}")
 Vectors = NDArray[np.float32]
 
@@ -63,8 +68,13 @@ def evaluate(
     texts_PD = np.concatenate(texts)
     owners_P = np.repeat(np.arange(len(records)), [len(t) for t in texts])
     report: dict[str, Any] = retrieval(images_ND, texts_PD, owners_P)
-    if warning := too_few(len(records)):
-        say(warning)
+    for warning in (
+        too_few(len(records)),
+        describe_overlap(records, "images", "recall says nothing"),
+        _same_vectors(images_ND),
+    ):
+        if warning:
+            say(warning)
     if classes:
         report |= _zero_shot(encoder, records, images_ND, classes, label_key)
     counts = {
@@ -99,7 +109,38 @@ def too_few(images: int) -> str | None:
     if not free:
         return None
     names = ", ".join(f"recall@{k}" for k in free)
-    return f"warning: among {images} images {names} is 100 % by construction: bring more"
+    among, verb = ("images" if images > 1 else "image"), ("are" if len(free) > 1 else "is")
+    return f"warning: among {images} {among} {names} {verb} 100 % by construction: bring more"
+
+
+def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> str | None:
+    """Say that captions fit other images too, and what follows; None where most tell them apart.
+
+    >>> records = [Record(name, name, name, captions=("a cat",)) for name in "ab"]
+    >>> describe_overlap(records, "images", "nothing is learned")
+    'warning: all 2 images have the same captions: nothing tells them apart, so nothing is learned'
+    """
+    images_with = Counter(c for r in records for c in set(r.captions))
+    others = [images_with[c] - 1 for r in records for c in r.captions]
+    share = sum(others) / (len(others) * (len(records) - 1)) if len(records) > 1 else 0.0
+    if share < MOST_SHARED:
+        return None
+    if share < 1:
+        return (
+            f"warning: a caption fits {share:.0%} of the other {what} as well, on average: "
+            "few pairs can be told apart"
+        )
+    return (
+        f"warning: all {len(records)} {what} have the same captions: nothing tells them apart, "
+        f"so {consequence}"
+    )
+
+
+def _same_vectors(images_ND: Vectors) -> str | None:
+    """Say that images are equal, or look so to the model."""
+    if len(images_ND) < 2 or np.ptp(images_ND, axis=0).max() > SAME:
+        return None
+    return f"warning: all {len(images_ND)} images have the same vector: recall says nothing"
 
 
 def encode_records(

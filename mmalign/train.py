@@ -22,6 +22,7 @@ from mmalign import files
 from mmalign.config import dump, read_toml
 from mmalign.data import Record, Skip, found_in, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
+from mmalign.evaluate import describe_overlap
 from mmalign.leakage import describe_leakage
 from mmalign.model import Encoder, blank_model, has_weights, new_model, save_description
 from mmalign.pairs import Pairs, can_mirror, load_pairs, report_losses
@@ -225,15 +226,20 @@ def held_out_images(images: int, share: float | None) -> int:
 
 def _warn(pairs: Pairs, held: Pairs | None) -> None:
     """Say what makes a training or its validation worthless."""
+    said = [describe_overlap(pairs.pixels.records, "images", "nothing is learned")]
     contents_N = pairs.pixels.contents_N
-    for what, values in (("captions", pairs.groups_P), ("images", contents_N[contents_N != 0])):
-        if len(values) > 1 and (values == values[0]).all():
-            say(
-                f"warning: all {len(values)} {what} are equal: nothing tells the pairs apart, "
-                "so nothing is learned"
-            )
-    if held is not None and (leak := describe_leakage(pairs.pixels, held.pixels)):
-        say(leak)
+    if len(pairs) > 1 and contents_N[0] and (contents_N == contents_N[0]).all():
+        said.append(
+            f"warning: all {len(pairs)} images are equal: nothing tells the pairs apart, "
+            "so nothing is learned"
+        )
+    if held is not None:
+        said.append(describe_leakage(pairs.pixels, held.pixels))
+        consequence = "recall on them says nothing"
+        said.append(describe_overlap(held.pixels.records, "validation images", consequence))
+    for warning in said:
+        if warning:
+            say(warning)
 
 
 def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
