@@ -5,6 +5,8 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 
 from mmalign.data.scenes import write_scenes
 from mmalign.embed import embed
+from mmalign.model.presets import PRESETS
 from mmalign.train import TrainConfig, train
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -74,6 +77,21 @@ QUICK = TrainConfig(
     # Not measured in every test.
     arithmetic="float32",
 )
+
+
+# A fiftieth of nano, with all kinds of its layers: for tests of how training goes, not how well.
+PICO = replace(
+    PRESETS["nano"], image_size=32, image_widths=(8, 16), image_blocks=(1, 1), image_grid=2,
+    text_width=16, text_layers=1, text_heads=2, text_hidden=16, dim=16, vocabulary=64, context=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pico() -> Iterator[str]:
+    """The name of a preset that takes milliseconds a step."""
+    PRESETS["pico"] = PICO
+    yield "pico"
+    del PRESETS["pico"]
 
 
 @pytest.fixture(scope="session")

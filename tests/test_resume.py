@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -20,13 +22,16 @@ from mmalign.cli import main
 from mmalign.errors import ConfigError, TrainingError, UsageError
 from mmalign.model import checkpoint
 from mmalign.optimization import Arithmetic, Average
+from mmalign.runlog import RunLog
 from mmalign.train import TrainConfig, train
 from mmalign.trainer import Trainer
 
 # Nine steps; a validation, and so a saved state, after each third.
 CONFIG = replace(
-    QUICK, batch_size=4, epochs=3, validations=3, caption_loss=0.2, word_loss=0.3, seed=5
-)
+    QUICK, preset="pico", batch_size=4, epochs=3, validations=3, caption_loss=0.2, word_loss=0.3,
+    seed=5,
+)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("pico")
 Data = tuple[Path, Path]
 
 
@@ -35,7 +40,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(pico: str, tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("data")
     held = write_pairs(folder / "val", 3)
     for file in sorted(held.iterdir()):  # other pictures than those to train on
@@ -194,16 +199,30 @@ def test_a_run_killed_before_it_saved_can_be_started_again(
     assert same_run(run, whole)
 
 
-def test_a_stopped_run_is_resumed_from_the_shell(
-    halfway: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_run_is_resumed_by_the_command_that_it_prints(
+    data: Data,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing has to be said again, and what is said is written down."""
-    run = copy(halfway, tmp_path)
+    """Nothing has to be said again, in whichever folder; what is said is written down."""
+    monkeypatch.chdir(data[0].parent)
+    run, shell = tmp_path / "my run", CliRunner()
+    with (
+        calling(Average, "update", 5, lambda: os.kill(os.getpid(), signal.SIGINT)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train(CONFIG, ["pairs"], run, val=["val"])
+    (command,) = re.findall("`mmalign (.+)`", capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["train", "--out", "run", "--resume", "--set", "validations=4"])
-    assert done.exit_code == 0, done.output
-    assert "validations = 4" in (run / "config.toml").read_text()
+    more = shell.invoke(main, [*shlex.split(command), "--set", "weight_decay=0.4"])
+    assert more.exit_code == 0, more.output
+    assert "weight_decay = 0.4" in (run / "config.toml").read_text()
     assert torch.load(run / "state.pt")["step"] == 9
+    longer = shell.invoke(main, shlex.split(command))
+    assert longer.exit_code == 2
+    assert "it reached epochs=3; --set epochs=N with more goes on" in longer.stderr
 
 
 def test_the_limit_that_ends_a_run_is_named_and_remembered(whole: Path, tmp_path: Path) -> None:
@@ -344,6 +363,7 @@ def test_two_trainings_do_not_share_a_folder(data: Data, tmp_path: Path) -> None
         begin(data, run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_costs_no_state(
     data: Data, whole: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +379,47 @@ def test_a_full_disk_is_one_line_and_costs_no_state(
         go_on(run)
         assert same_run(run, whole)
         shutil.rmtree(run)
+
+
+def test_contents_that_were_never_read_are_not_taken_for_changed_ones(
+    halfway: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without room on the disk images are decoded again and again, and not read before."""
+    run = copy(halfway, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmalign.data.pixels.DISK_SHARE", 0)
+        go_on(run)
+    assert "warning: the contents of 13 images are not compared" in capsys.readouterr().err
+    assert same_run(run, whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk at hand")
+def test_a_disk_that_takes_no_events_is_an_error_with_the_name_of_their_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorBoard's own writer would not: it has a thread, with a traceback."""
+    log, row = RunLog(tmp_path), {"step": 1, "loss": 0.5}
+    log.write(row)
+    log.events.file.close()
+    log.events.file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as caught:
+        log.write(row)
+    log.close()
+    assert caught.value.filename == str(log.events.path)
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_what_is_logged_and_forgets_what_was_taken_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begin, loss in ((0, 0.5), (1, 0.25)):
+        log = RunLog(tmp_path, begin)
+        for step in (1, 2, 3)[begin:]:
+            log.write({"step": step, "loss": loss})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(1, 0.5), (2, 0.25), (3, 0.25)]
+    assert steps_of(tmp_path) == [1, 2, 3]
 
 
 def test_training_leaves_the_random_numbers_of_its_caller(data: Data, tmp_path: Path) -> None:
