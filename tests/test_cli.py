@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,15 +74,11 @@ def test_help_shows_an_example_of_the_command(command: str) -> None:
     assert f"Example:  mmalign {command}" in result.stdout
 
 
-def test_help_names_every_command_and_takes_no_time() -> None:
-    best = 1e9
-    for _ in range(5):
-        started = time.perf_counter()
-        words = [sys.executable, "-m", "mmalign", "--help"]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - started)
+def test_help_names_every_command() -> None:
+    """That it loads nothing heavy, and so takes no time, is in test_light.py."""
+    words = [sys.executable, "-m", "mmalign", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
-    assert best < 0.3
 
 
 def test_version() -> None:

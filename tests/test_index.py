@@ -363,9 +363,9 @@ def test_a_filter_keeps_the_recall_and_every_hit(
             assert allow[found[0, :possible]].all()
             assert (found[0, possible:] == -1).all()
             shares[name] += neighbour_recall(found, true[:, :possible]).tolist()
-            # Where few of the nearest are missing, the index may still look beyond them.
-            if name == "far" and share < 0.9:
-                assert exactly
+            if name == "far":
+                # Where few of the nearest are missing, the index may still look beyond them.
+                assert exactly or share == 0.9
             elif share >= 0.33:
                 assert not exactly
     # Queries differ much, so what forty of them find says no more than its interval does.
