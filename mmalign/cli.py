@@ -68,7 +68,9 @@ def _columns(command: Command) -> Command:
 @click.option("--scenes", default=12_000, show_default=True, help="Scenes to train on.")
 @click.option("--minutes", default=4.0, show_default=True, help="Time to train.")
 def demo(out: str, scenes: int, minutes: float) -> None:
-    """Draw scenes, train on them, and search them in English and Chinese.
+    """Draw scenes, train on them, search them in two languages.
+
+    It takes about five minutes on two cores; --out is a new folder.
 
     \b
     Example:  mmalign demo --out demo
@@ -108,11 +110,15 @@ def train(
     as_json: bool,
     **words: str | None,
 ) -> None:
-    """Train a dual encoder on pairs, from scratch or from pretrained weights.
+    """Train a dual encoder on images and their captions.
+
+    It starts from nothing (--preset), or from weights of open_clip (--model and --pretrained).
 
     \b
-    Example:  mmalign train --data 'pairs-{000..005}.tar' --val val.tar --out run
+    Example:  mmalign train --data photos/ --out run
+              mmalign train --data 'pairs-{000..005}.tar' --val val.tar --out run
               mmalign train --data photos/ --out run --set epochs=20 --set augment.flip=true
+              mmalign train --data photos/ --out run --model ViT-B-32 --pretrained openai
               mmalign train --out run --resume
     """
     from mmalign.config import override, read_toml
@@ -162,7 +168,10 @@ def embed(
     as_json: bool,
     **words: Any,
 ) -> None:
-    """Embed images and captions into a store; again = go on, add what is new or changed.
+    """Embed images and captions into a store.
+
+    Run it again to go on where it stopped, and to add what is new or changed. Images that were
+    moved or renamed are not embedded again.
 
     \b
     Example:  mmalign embed --model run --data photos/ --out photos.store
@@ -201,12 +210,14 @@ def index(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Build an index over a store that finds what it promises, measured on text queries.
+    """Build an index over a store, its recall measured on queries.
 
-    Which kind of index is chosen by trying them on the store's own captions, or on FILE's queries.
+    Several kinds are tried on the store's own captions, or on the queries of FILE. A small store
+    needs none: every row is compared.
 
     \b
-    Example:  mmalign index photos.store --recall 0.95 --memory 300MB
+    Example:  mmalign index photos.store
+              mmalign index photos.store --recall 0.95 --memory 300MB
     """
     from mmalign.build import build
 
@@ -242,13 +253,14 @@ def search(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Find the images of a store nearest to QUERY: words, or an image file.
+    """Find the images of a store nearest to words, or to an image.
 
     QUERY is an image where a file of this name exists, or behind @; all else is words. What begins
     with a dash goes behind --.
 
     \b
-    Example:  mmalign search photos.store "a dog on a beach" --sheet hits.png
+    Example:  mmalign search photos.store "a dog on a beach"
+              mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
               mmalign search photos.store cat.jpg --to text
               mmalign search photos.store @cat.jpg
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
@@ -256,16 +268,19 @@ def search(
     import time
     from dataclasses import asdict
 
+    from mmalign.progress import say
     from mmalign.search import Searcher
 
     asked = _query(query)
+    if sheet:
+        from mmalign.sheet import Strip, check_sheet, draw_sheet, tiles_of
+
+        check_sheet(Path(sheet))
     searcher = Searcher.open(store, model)
     started = time.perf_counter()
     hits = searcher.search(asked, k, to=to, exact=exact, where=where)
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
-        from mmalign.sheet import Strip, draw_sheet, tiles_of
-
         picture = asked if isinstance(asked, bytes) else b""
         draw_sheet([Strip(query[0], tiles_of(searcher.store, hits), picture)], Path(sheet))
     if as_json:
@@ -277,6 +292,8 @@ def search(
         }
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
         return
+    if not hits:
+        say("nothing found: no row meets --where" if where else "nothing found")
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
         show(_line(f"{hit.rank:>3}  {hit.score:.3f}", openable(hit.uri), words))
@@ -360,10 +377,12 @@ def evaluate(
     image_column: str | None,
     as_json: bool,
 ) -> None:
-    """Measure retrieval recall@1/5/10 in both directions, and zero-shot accuracy.
+    """Measure retrieval (recall@1/5/10) and zero-shot accuracy.
 
     \b
-    Example:  mmalign evaluate --model run --data val.tar --caption-key captions_zh --json
+    Example:  mmalign evaluate --model run --data val.tar
+              mmalign evaluate --model run --data val.tar --caption-key captions_zh --json
+              mmalign evaluate --model run --data val.tar --classes dress,hat --label-key label
     """
     from mmalign.evaluate import evaluate as run
 

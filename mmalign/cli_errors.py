@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -23,7 +24,7 @@ import click
 
 from mmalign.errors import MmalignError, nearest, one_line, reason_of
 from mmalign.progress import close_bars
-from mmalign.terminal import printable
+from mmalign.terminal import printable, shorten
 
 INTERRUPTED = 130
 BUG = (
@@ -33,11 +34,15 @@ BUG = (
 # Errors of the system that only a bug can cause; all others tell of a place, a disk or a network.
 OURS = (errno.EBADF, errno.EFAULT, errno.EINVAL)
 # A reason is given whole, but a message is not as long as the data.
-MAX_MESSAGE = 2_000
+MAX_MESSAGE, MAX_CALL = 2_000, 300
 
 
 class Commands(click.Group):
     """Shows our errors as one line, and the nearest name for an unknown command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which a person meets them."""
+        return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -60,7 +65,9 @@ class Commands(click.Group):
             click.echo(error.ctx.get_help() if error.ctx else "", err=True)
             code = 2
         except click.ClickException as error:
-            complain(f"{error.format_message().rstrip('.')}{_hint(error)}")
+            # The shell may have made thousands of words of one pattern.
+            told = shorten(error.format_message().rstrip("."), MAX_CALL)
+            complain(f"{told}{_hint(error)}")
             code = error.exit_code
         except click.Abort as abort:
             # click takes the end of a file for Ctrl-D at a prompt; there is no prompt here.
@@ -150,7 +157,12 @@ def _hint(error: click.ClickException) -> str:
         return ""
     named = {parameter.name for parameter in ctx.command.params}
     hint = f" (see {ctx.command_path} --help)"
-    if isinstance(error, click.NoSuchOption) and "query" in named:
+    options = [o for parameter in ctx.command.params for o in parameter.opts]
+    if (
+        isinstance(error, click.NoSuchOption)
+        and "query" in named
+        and not difflib.get_close_matches(error.option_name, options, cutoff=0.75)
+    ):
         return f"; a query that begins with a dash goes behind --: -- {error.option_name}...{hint}"
     if "unexpected extra argument" in error.format_message() and "data" in named:
         return f"; put a pattern in quotes (--data '*.tar'), or repeat --data{hint}"

@@ -79,8 +79,18 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
     flat = dict(_flatten(values))
     width = max(len(k) for k in flat)
     for key, value in flat.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        show(f"{key:<{width}}  {shown}")
+        show(f"{key:<{width}}  {_number(value) if isinstance(value, float) else value}")
+
+
+def _number(value: float) -> str:
+    """Write a number so that a person sees its first digits.
+
+    >>> _number(0.9512345), _number(2e-5), _number(0.0), _number(1035971223.02)
+    ('0.9512', '2.00e-05', '0.0000', '1035971223')
+    """
+    if abs(value) >= 1e6:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def show(line: str) -> None:

@@ -19,7 +19,7 @@ from mmalign.cli_options import (
     where_option,
     yes_option,
 )
-from mmalign.errors import StoreError, UsageError
+from mmalign.errors import StoreError, UsageError, shell_command
 from mmalign.terminal import columns, openable, printable, shorten
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def info(store: Path, as_json: bool) -> None:
     """Tell what a store holds.
 
     \b
-    Example:  mmalign info photos.store --json
+    Example:  mmalign info photos.store
+              mmalign info photos.store --json
     """
     from mmalign.index import describe
     from mmalign.store import open_store
@@ -46,7 +47,7 @@ def info(store: Path, as_json: bool) -> None:
     held = open_store(store)
     manifest, folder = held.manifest, held.index_folder
     owners = held.caption_owners
-    values = {
+    values: dict[str, Any] = {
         "rows": len(held),
         "deleted": manifest.physical_rows - manifest.rows,
         "generation": manifest.generation,
@@ -58,7 +59,19 @@ def info(store: Path, as_json: bool) -> None:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "index": describe(folder) if folder else None,
     }
+    if not as_json:
+        del values["dim"]
+        values |= _index_in_words(store, values.pop("index"))
     print_values(values, as_json)
+
+
+def _index_in_words(store: Path, described: dict[str, Any] | None) -> dict[str, str]:
+    if described is None:
+        return {"index": f"none; every row is compared; {shell_command('index', store)} builds one"}
+    return {
+        f"index.{name}": f"{part['kind']}, {part['rows']} rows, recall {part['recall']:.3f}"
+        for name, part in described["modalities"].items()
+    }
 
 
 @click.command()
@@ -69,7 +82,9 @@ def info(store: Path, as_json: bool) -> None:
 )  # fmt: skip
 @json_option
 def verify(store: Path, sample: float, as_json: bool) -> None:
-    """Read every file of a store and compare it with its hash; exit 1 when one is damaged.
+    """Compare every file of a store with its hash.
+
+    The exit code is 1 where one is damaged.
 
     \b
     Example:  mmalign verify photos.store
@@ -91,7 +106,7 @@ def verify(store: Path, sample: float, as_json: bool) -> None:
 @store_argument
 @json_option
 def repair(store: Path, as_json: bool) -> None:
-    """Make a generation without what is damaged, and list what that costs.
+    """Go on without what is damaged, and list what that costs.
 
     Damaged files are put aside, not deleted; `mmalign embed` adds lost rows again.
 
@@ -116,10 +131,11 @@ def repair(store: Path, as_json: bool) -> None:
 )  # fmt: skip
 @json_option
 def compact(store: Path, now: bool, as_json: bool) -> None:
-    """Give back the space of deleted rows and old generations; rows are numbered anew.
+    """Give back the space of deleted rows and old generations.
 
-    What older generations need stays for an hour, and goes when compact runs again; with --now
-    nothing of a deleted row is left on the disk: no vector, caption, thumbnail.
+    What others may still read stays for an hour, and goes when compact runs again. With --now
+    nothing of a deleted row is left on the disk: no vector, caption, thumbnail. Rows get new
+    numbers, so an index must be built again.
 
     \b
     Example:  mmalign compact photos.store --now && mmalign index photos.store
@@ -150,16 +166,19 @@ def delete(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete rows by id or by SQL; `compact` gives their space back later.
+    """Delete rows by id or by SQL.
+
+    They are found no more; `mmalign compact` gives their space back.
 
     \b
-    Example:  mmalign delete photos.store photos/cat photos/dog
+    Example:  mmalign delete photos.store photos/cat.jpg photos/dog.jpg
               mmalign delete photos.store --where "label = 'dress' and price > 20" --dry-run
     """
     from mmalign.store import delete_rows, open_store, require_few
 
     if bool(ids) == (where is not None):
-        raise UsageError("name the rows to delete by their ids, or by --where, not by both")
+        more = "not both" if ids else "none is named"
+        raise UsageError(f"name the rows to delete by their ids or by --where: {more}")
     held = open_store(store)
     numbers = _selected(held, ids, where)
     gone = held.rows(numbers, ("id", "uri"))
@@ -172,7 +191,9 @@ def delete(
         print_values({**answer, "rows": len(open_store(store))}, as_json)
         return
     for row in gone[:SHOWN]:
-        show(shorten(printable(f"{row['id']}  {openable(row['uri'])}"), columns()))
+        place = openable(row["uri"])
+        named = row["id"] if place == row["id"] else f"{row['id']}  {place}"
+        show(shorten(printable(named), columns()))
     if len(gone) > SHOWN:
         show(f"... and {len(gone) - SHOWN} more")
     told = f"{len(gone)} would be deleted" if dry_run else f"{deleted} deleted"
@@ -211,9 +232,9 @@ def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArra
 def export(
     *, store: Path, out: str, kind: Any, where: str | None, thumbnails: bool, as_json: bool
 ) -> None:
-    """Write the rows of a store for other programs: vectors, captions and all that is known.
+    """Write the rows of a store for other programs.
 
-    A row of npy has one text vector, that of its first caption; the others have them all.
+    A row has its vectors, captions and metadata; in npy only the vector of its first caption.
 
     \b
     Example:  mmalign export photos.store --to photos.parquet --format parquet
@@ -239,9 +260,10 @@ def export(
 @model_option
 @json_option
 def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
-    """Take over a folder of clip-retrieval: img_emb/, text_emb/ and metadata/; again = go on.
+    """Make a store of a folder of clip-retrieval.
 
-    The folder does not tell which model made it. You name it, and vouch for that.
+    The folder holds img_emb/, text_emb/ and metadata/, and does not tell which model made them:
+    you name it, and vouch for that. Run it again to go on where it stopped.
 
     \b
     Example:  mmalign import embeddings --out photos.store --model ViT-B-32:openai

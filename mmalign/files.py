@@ -208,6 +208,11 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
+    except OSError as error:
+        # The temporary name says nothing to a person.
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         # What cannot be removed is garbage, and no reason to call a finished write a failure.
         if temporary.exists():

@@ -69,6 +69,20 @@ def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
     ]
 
 
+def check_sheet(path: Path) -> str:
+    """Return the kind of image that a sheet of this name is, before anything is searched for it.
+
+    Raises:
+        UsageError: The name is not that of a kind of image that can be written, or of no folder.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UsageError(f"{path}: give the sheet a name that ends in .png")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent} to put the sheet into")
+    return kind
+
+
 def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str = "") -> None:
     """Write a picture with one strip a query; long strips wrap. The file appears when it is whole.
 
@@ -76,9 +90,7 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
         UsageError: The name is not that of a kind of image that can be written.
         OSError: The file cannot be written.
     """
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UsageError(f"{path}: give the sheet a name that ends in .png")
+    kind = check_sheet(path)
     columns = max(6, min(8, max((len(s.tiles) for s in strips), default=0)))
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     heights = [_strip_height(strip, columns) for strip in strips]

@@ -24,7 +24,14 @@ from mmalign.data import Record, Skip, found_in, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.evaluate import describe_overlap
 from mmalign.leakage import describe_leakage
-from mmalign.model import Encoder, blank_model, has_weights, new_model, save_description
+from mmalign.model import (
+    Encoder,
+    blank_model,
+    has_weights,
+    new_model,
+    require_preset,
+    save_description,
+)
 from mmalign.pairs import Pairs, can_mirror, load_pairs, report_losses
 from mmalign.progress import say
 from mmalign.resume import (
@@ -82,6 +89,8 @@ def train(
     if resume and not (run / CONFIG).exists():
         raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
     files.utf8_name(run)
+    if not resume:
+        _require_model(config)
     refuse_own_sources(run, (*(sources or config.data), *(val or config.val)))
     run.mkdir(parents=True, exist_ok=True)
     with files.sole_user(run) as alone:
@@ -95,6 +104,8 @@ def train(
 def _train(
     config: TrainConfig, run: Path, state: dict[str, Any] | None, started: float
 ) -> dict[str, Any]:
+    if state is None:
+        _require_model(config)
     records, val_records, skips = _read(config)
     if state is None:
         encoder = _new_encoder(config, records)
@@ -250,15 +261,23 @@ def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
             from mmalign.model import openclip
 
             encoder = openclip.load(config.model, config.pretrained)
-        elif config.pretrained:
-            raise ConfigError(
-                "pretrained needs model: say which architecture the weights belong to"
-            )
         else:
             encoder = new_model(config.preset, [c for r in records for c in r.captions])
     if config.loss == "siglip" and float(encoder.towers.logit_bias.detach()) == 0:
         _start_sigmoid(encoder)
     return encoder
+
+
+def _require_model(config: TrainConfig) -> None:
+    """Refuse a model that nobody knows before the sources are read for it."""
+    if config.model:
+        from mmalign.model import openclip
+
+        openclip.require(config.model, config.pretrained)
+    elif config.pretrained:
+        raise ConfigError("pretrained needs model: say which architecture the weights belong to")
+    else:
+        require_preset(config.preset)
 
 
 def _start_sigmoid(encoder: Encoder) -> None:

@@ -141,8 +141,8 @@ def test_delete_by_sql(store: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "words", "said"),
     [
-        (2, [], "by their ids, or by --where, not by both"),
-        (2, ["id1", "--where", "true"], "by their ids, or by --where, not by both"),
+        (2, [], "by their ids or by --where: "),
+        (2, ["id1", "--where", "true"], "by their ids or by --where: "),
         (1, ["id1", "nope", "id99"], "no row has the id 'nope', 'id99'; nothing was deleted"),
         (2, ["--where", "labl = 'x'"], "called 'labl': did you mean 'label'?"),
         (2, ["--where", "label ="], "where 'label =': not a SQL expression"),

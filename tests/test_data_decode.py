@@ -14,7 +14,7 @@ import pytest
 from data_samples import encoded, huge_png, jpeg, noise
 from PIL import Image, ImageCms
 
-from mmalign.data import decode, image_meta, open_image, suits_device
+from mmalign.data import decode, image_meta, is_image_content, open_image, suits_device
 from mmalign.data.budget import ByteBudget, decoding_budget, memory_bytes
 from mmalign.data.samples import SampleProblem
 from mmalign.errors import DataError
@@ -151,7 +151,7 @@ def test_pillow_does_not_warn_of_large_images(pixels: Callable[[], bytes]) -> No
 
 
 KINDS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA",
-         "MPO", "QOI", "DDS", "PCX", "ICNS"]  # fmt: skip
+         "MPO", "QOI", "DDS", "PCX", "ICNS", "SGI"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,6 +161,18 @@ def test_kinds_of_images(kind: str) -> None:
     content = encoded(image.quantize(8) if kind == "GIF" else image, kind)
     off = np.abs(np.asarray(open_image(content)).astype(int) - (200, 40, 90))
     assert off.max() < 25
+
+
+def test_a_sun_raster_is_decoded() -> None:
+    header = struct.pack(">8I", 0x59A66A95, 2, 1, 24, 6, 1, 0, 0)
+    content = header + bytes((90, 40, 200)) * 2
+    assert is_image_content(content)
+    assert np.asarray(open_image(content)).tolist() == [[[200, 40, 90]] * 2]
+
+
+def test_an_empty_file_is_said_to_be_empty() -> None:
+    with pytest.raises(DataError, match="not an image: the file is empty"):
+        open_image(b"")
 
 
 def test_postscript_is_not_handed_to_another_program() -> None:

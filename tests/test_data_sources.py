@@ -262,7 +262,7 @@ def test_a_typo_and_a_file_of_no_kind(tmp_path: Path) -> None:
     write_folder(tmp_path, {"photos/a.txt": "x", "one.jpg": jpeg()})
     with pytest.raises(DataError, match="fotos: no such file or folder: did you mean 'photos'"):
         listed(tmp_path / "fotos")
-    with pytest.raises(DataError, match=r"one\.jpg: not a source: give a folder"):
+    with pytest.raises(DataError, match=r"one\.jpg: not a source: an image: give the folder"):
         listed(tmp_path / "one.jpg")
     with pytest.raises(DataError, match=r"photos/a\.txt: caption without an image"):
         listed(tmp_path / "photos")

@@ -12,7 +12,7 @@ from typing import get_args
 from mmalign import files
 from mmalign.data import folders, places, tables, tars
 from mmalign.data.columns import Asked, listed
-from mmalign.data.kinds import SOURCE_SUFFIXES, suffix
+from mmalign.data.kinds import PICTURE_SUFFIXES, SOURCE_SUFFIXES, suffix
 from mmalign.data.samples import (
     DEFAULT_CAPTION_KEY,
     Found,
@@ -306,6 +306,8 @@ def _scan_one(place: str, asked: Asked) -> Found:
         return folders.scan(place, asked.caption_keys)
     kinds = ", ".join(tables.SUFFIXES)
     hint = HINTS.get(suffix(place), f"give a folder, a .tar, or a table ({kinds})")
+    if suffix(place) in PICTURE_SUFFIXES:
+        hint = f"an image: give the folder that holds it, {os.path.dirname(place)}"
     raise DataError(f"{place}: not a source: {hint}")
 
 

@@ -48,7 +48,7 @@ _RESULT_BYTES = 12
 # not among them. TGA has no mark of its own, so it comes last.
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "MPO", "ICO",
-    "CUR", "ICNS", "PCX", "DDS", "QOI", "PSD", "TGA",
+    "CUR", "ICNS", "PCX", "DDS", "QOI", "PSD", "SGI", "SUN", "TGA",
 )  # fmt: skip
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -219,6 +219,8 @@ def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
         return heif(io.BytesIO(content)), Image.Exif()
     image = None if kind == "raw" else open_header(content)
     if image is None and kind not in ("raw", "tiff"):
+        if not content:
+            raise SampleProblem("not an image: the file is empty")
         raise SampleProblem(f"not an image: starts with {content[:12]!r}")
     if image is not None and not (kind == "tiff" and raw.is_raw(image, content)):
         return image, Image.Exif()

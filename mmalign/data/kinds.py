@@ -14,7 +14,7 @@ from typing import Literal
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
     ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c",
-    ".tga", ".ico", ".cur", ".icns", ".pcx", ".dds", ".qoi", ".psd", ".avif",
+    ".tga", ".ico", ".cur", ".icns", ".pcx", ".dds", ".qoi", ".psd", ".avif", ".sgi", ".ras",
 ))
 HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 # Raw files of cameras hold a JPEG for viewers, which is what is read of them.
@@ -62,6 +62,9 @@ _STARTS = (
     (b"DDS \x7c\x00\x00\x00", "dds"),
     (b"qoif", "qoi"),
     (b"icns", "icns"),
+    (b"\x01\xda\x00", "sgi"),
+    (b"\x01\xda\x01", "sgi"),
+    (b"\x59\xa6\x6a\x95", "ras"),
     (b"FUJIFILMCCD-RAW", "raw"),
     (b"IIRO", "raw"),
     (b"IIRS", "raw"),

@@ -22,6 +22,7 @@ from mmalign.model.checkpoint import has_weights as has_weights
 from mmalign.model.checkpoint import keep_weights as keep_weights
 from mmalign.model.checkpoint import load_model as load_model
 from mmalign.model.checkpoint import new_model as new_model
+from mmalign.model.checkpoint import require_preset as require_preset
 from mmalign.model.checkpoint import save_description as save_description
 from mmalign.model.checkpoint import save_model as save_model
 from mmalign.model.devices import to_fastest as to_fastest
@@ -47,6 +48,7 @@ __all__ = [
     "keep_weights",
     "load_model",
     "new_model",
+    "require_preset",
     "save_description",
     "save_model",
     "to_fastest",

@@ -28,14 +28,23 @@ from mmalign.model.towers import OwnTowers
 from mmalign.model.weights import reason, require_numbers
 
 
+def require_preset(preset: str) -> None:
+    """Refuse what is no preset.
+
+    Raises:
+        ModelError: There is none; the message has the nearest name.
+    """
+    if preset not in PRESETS:
+        raise ModelError(f"no preset is called {preset!r}: {nearest(preset, PRESETS)}")
+
+
 def new_model(preset: str, captions: Iterable[str]) -> Encoder:
     """Build one of our presets with random weights and a tokenizer trained on the captions.
 
     Raises:
         ModelError: No preset has this name.
     """
-    if preset not in PRESETS:
-        raise ModelError(f"no preset is called {preset!r}: {nearest(preset, PRESETS)}")
+    require_preset(preset)
     size = PRESETS[preset]
     words = tokenizer.train(captions, size.vocabulary, size.context)
     architecture = {"kind": "preset", **asdict(size), "vocabulary": words.size}

@@ -102,6 +102,23 @@ def require_name(name: str) -> None:
         raise ModelError(f"no open_clip model is called {name!r}: {hint}")
 
 
+def require(name: str, pretrained: str | None) -> None:
+    """Refuse what `load` does not know by name, before any work is done for it.
+
+    Raises:
+        ModelError: No such architecture, or no such weights; the message has the nearest name.
+    """
+    if name.partition(":")[0] in (HUB, FOLDER):
+        return
+    require_name(name)
+    if pretrained is None or pretrained in tags(name) or Path(pretrained).is_file():
+        return
+    known = nearest(pretrained, tags(name)) if tags(name) else "it has no tags"
+    raise ModelError(
+        f"{name} has no pretrained weights {pretrained!r}: {known} (or give {name}:FILE)"
+    )
+
+
 def load(name: str, pretrained: str | None) -> Encoder:
     """Build an open_clip model.
 
@@ -120,19 +137,14 @@ def load(name: str, pretrained: str | None) -> Encoder:
         plan = _from_hub(place) if scheme == HUB else _from_folder(Path(place))
         folder = str(plan.file.parent) if scheme == FOLDER and plan.file else None
         return _encoder(plan, OpenClipTokenizer(plan.architecture, folder))
-    require_name(name)
+    require(name, pretrained)
     tokenizer = OpenClipTokenizer({"name": name})
     if pretrained is None:
         plan = Plan(name, name, {"kind": "open_clip", "name": name})
     elif pretrained in tags(name):
         plan = _from_tag(name, pretrained)
-    elif Path(pretrained).is_file():
-        plan = plan_of_file(name, Path(pretrained))
     else:
-        known = nearest(pretrained, tags(name)) if tags(name) else "it has no tags"
-        raise ModelError(
-            f"{name} has no pretrained weights {pretrained!r}: {known}; or give {name}:FILE"
-        )
+        plan = plan_of_file(name, Path(pretrained))
     return _encoder(plan, tokenizer)
 
 
