@@ -92,7 +92,12 @@ def test_truncated_jpeg_has_its_reason() -> None:
         open_image(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"just words"])
+def test_an_empty_file_is_said_to_be_empty() -> None:
+    with pytest.raises(DataError, match="not an image: the file is empty"):
+        open_image(b"")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"just words"])
 def test_what_is_no_image_shows_how_it_starts(content: bytes) -> None:
     with pytest.raises(DataError, match="not an image: starts with") as caught:
         open_image(content)

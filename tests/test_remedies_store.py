@@ -211,6 +211,6 @@ def test_rows_are_deleted_by_ids_or_by_sql(tmp_path: Path) -> None:
     store = filled(tmp_path)
     refused = call("delete", store, "id1", "--where", "id = 'id2'")
     assert refused.exit_code == 2
-    assert "by their ids, or by --where" in refused.stderr
+    assert "by their ids or by --where: not both" in refused.stderr
     assert call("delete", store, "id1").exit_code == 0
     assert call("delete", store, "--where", "id = 'id2'").exit_code == 0
