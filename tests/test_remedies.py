@@ -3,6 +3,7 @@
 import ast
 import configparser
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import small_store
 from click.testing import CliRunner, Result
-from conftest import write_pairs
+from conftest import jpeg, write_pairs, write_tar
 
 from mmalign.cli import main
 from mmalign.store import manifest as manifests
@@ -225,6 +226,72 @@ def test_more_than_a_tenth_of_the_rows_is_deleted_with_yes(own_store: Path) -> N
     assert refused.exit_code != 0
     assert "add --yes" in refused.stderr
     assert call(*words, "--yes").exit_code == 0
+
+
+def test_what_a_compaction_keeps_for_an_hour_is_removed_now(own_store: Path) -> None:
+    call("delete", own_store, "scenes/000001")
+    before = {f.name for f in (own_store / "shards").iterdir()}
+    compacted = call("compact", own_store)
+    assert ["compact", str(own_store), "--now"] in proposed(compacted.stderr)
+    assert before < {f.name for f in (own_store / "shards").iterdir()}
+    assert call("compact", own_store, "--now").exit_code == 0
+    assert before.isdisjoint(f.name for f in (own_store / "shards").iterdir())
+
+
+def test_rows_whose_images_are_gone_are_dropped_with_yes(run: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    words = ["embed", "--model", run, "--data", pairs, "--out", tmp_path / "s.store"]
+    assert call(*words).exit_code == 0
+    for name in ("000", "001"):
+        (pairs / f"{name}.jpg").unlink()
+    refused = call(*words, "--drop-removed")
+    assert refused.exit_code == 1
+    assert "2 of 4 rows would be deleted" in refused.stderr
+    assert "add --yes" in refused.stderr
+    done = call(*words, "--drop-removed", "--yes")
+    assert (done.exit_code, "2 removed: 2 rows" in done.stderr) == (0, True)
+    refused = call(*words, "--drop-removed", "--shard", "1/2")
+    assert (refused.exit_code, "run it without --shard" in refused.stderr) == (2, True)
+
+
+def test_captions_of_another_name_in_a_tar_are_read_by_the_key_that_is_named(
+    run: Path, tmp_path: Path
+) -> None:
+    tar = write_tar(tmp_path / "t.tar", [("a.jpg", jpeg()), ("a.outputs.txt", b"a cat")])
+    words = ["embed", "--model", run, "--data", tar, "--out", tmp_path / "s.store"]
+    assert call(*words).exit_code == 0
+    listed = (tmp_path / "s.store" / "failures.jsonl").read_text(encoding="utf-8")
+    (key,) = re.findall(r"--caption-key (\S+) reads it", listed)
+    assert call(*words, "--caption-key", key).exit_code == 0
+    assert json.loads(call("info", words[-1], "--json").stdout)["captions"] == 1
+
+
+def test_captions_under_another_field_are_read_by_the_key_that_is_named(
+    run: Path, tmp_path: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 2)
+    for file in pairs.glob("*.json"):
+        file.write_text('{"said": "a cat"}')
+    words = ["evaluate", "--model", run, "--data", pairs]
+    refused = call(*words)
+    assert refused.exit_code == 1
+    assert "fields said" in refused.stderr
+    assert "see --caption-key" in refused.stderr
+    assert call(*words, "--caption-key", "said").exit_code == 0
+
+
+def test_images_in_another_column_are_read_by_the_name_that_is_listed(
+    run: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path, 2)
+    (tmp_path / "t.csv").write_text("scan,words\n000.jpg,a cat\n001.jpg,a dog\n")
+    words = ["embed", "--model", run, "--data", tmp_path / "t.csv", "--out", tmp_path / "s.store"]
+    refused = call(*words)
+    assert refused.exit_code == 1
+    assert "scan" in refused.stderr
+    assert "see --image-column" in refused.stderr
+    done = call(*words, "--image-column", "scan", "--caption-key", "words")
+    assert (done.exit_code, "2 added" in done.stderr) == (0, True)
 
 
 @pytest.mark.slow
