@@ -17,6 +17,7 @@ from mmalign.index import (
     Rows,
     approximate,
     build_index,
+    describe,
     open_index,
     table,
     write_description,
@@ -441,6 +442,21 @@ def test_a_damaged_index_is_named(
         assert (found < len(stored)).all()
         return
     with pytest.raises(StoreError, match=r"image\."):
+        open_index(tmp_path, "image", [stored])
+
+
+def test_a_flipped_bit_anywhere_in_the_file_that_faiss_reads_whole_is_found(
+    built: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centres of many lists take more than the head that is checked of a graph."""
+    folder, stored, _ = built
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("mmalign.index.folder.HEAD_BYTES", 64)
+    write_description(tmp_path, describe(tmp_path))
+    content = bytearray((tmp_path / "image.faiss").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "image.faiss").write_bytes(content)
+    with pytest.raises(StoreError, match=r"image\.faiss: damaged"):
         open_index(tmp_path, "image", [stored])
 
 
