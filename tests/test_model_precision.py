@@ -196,7 +196,7 @@ FAMILIES = {
         "image_size": 64, "layers": 2, "width": 64, "patch_size": 32, "attentional_pool": True,
     },
     **{name: {"timm_model_name": name, **TIMM} for name in (
-        "test_vit", "test_vit3", "test_resnet", "test_convnext", "test_maxvit",
+        "test_vit", "test_vit3", "test_resnet", "test_convnext", "test_nfnet",
     )},
 }  # fmt: skip
 QUICK = ("resnet", "vit", "attentional-pool", "test_vit")
