@@ -14,10 +14,12 @@ from mmalign.errors import VectorError
 from mmalign.index.rows import Rows, shared
 from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
 
-# Whoever asks twice is likely to ask again, so norms are then bounded once and for all.
-# After so many queries, one byte for each number is held in memory, up to so many of them: coding
-# takes as long as a few hundred searches, which are then half again as fast, or three times if
-# several are asked at once.
+# Norms are bounded once and for all by the first search, while others wait; where there are more
+# bytes, by the second: to read such vectors twice for one answer takes long.
+# After so many queries, one byte for each number is held in memory, up to so many of them, where
+# that was measured to pay. Coding takes as long as a few hundred searches, so a thread does it
+# beside them.
+PREPARED_BYTES = 4 << 30
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
 # Share of the rows that a query must look at to count as one of them.
 PREPARED = 0.25
@@ -42,8 +44,10 @@ class Exact(Index):
             if len(kept):
                 self.shards.append(shared(kept))
         self.rows = sum(len(s) for s in self.shards)
+        self.bytes = sum(s.nbytes for s in self.shards)
         self.asked, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None
+        self.coding: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def search(
@@ -70,23 +74,32 @@ class Exact(Index):
     def _prepare_if_worth(self, queries: int) -> None:
         with self._lock:
             before, self.asked = self.asked, self.asked + queries
-            with_codes = before <= CODED_AFTER < self.asked and self._can_code()
-            # One thread prepares; the others compare unprepared rows meanwhile, with equal results.
-            if not with_codes and (not before or self.prepared):
-                return
-            self.prepared = True
-        self._prepare(with_codes=with_codes)
+            if not self.prepared and (before or self.bytes <= PREPARED_BYTES):
+                self.prepared = True
+                # A row that is refused is no reason to fail: what it does to a search, that says.
+                with contextlib.suppress(VectorError):
+                    self.corpus = kernels.prepare(self.shards)
+            if self.coding is None and self.asked > CODED_AFTER and self._can_code(queries):
+                self.coding = threading.Thread(target=self._code, name="mmalign codes")
+                with contextlib.suppress(RuntimeError):  # no more threads, or the process ends
+                    self.coding.start()
 
-    def _can_code(self) -> bool:
-        return kernels.has_int8() and self.rows * self.shards[0].shape[1] <= self.coded_bytes
+    def _can_code(self, queries: int) -> bool:
+        if self.corpus is None or self.rows * self.corpus.width > self.coded_bytes:
+            return False
+        return kernels.codes_pay(self.corpus, queries)
 
-    def _prepare(self, *, with_codes: bool) -> None:
-        # A row that prepare refuses is no reason to fail: what it does to a search, that says.
-        with contextlib.suppress(VectorError):
-            corpus = kernels.prepare(self.shards, with_codes=with_codes)
-            # Codes that another thread has made meanwhile are kept.
-            if with_codes or self.corpus is None:
-                self.corpus = corpus
+    def _code(self) -> None:
+        """Code all vectors, unless the process ends meanwhile."""
+
+        def tick() -> None:
+            if not threading.main_thread().is_alive():
+                raise InterruptedError
+
+        assert self.corpus is not None
+        # Without codes, or without the memory for them, searches go on as they did.
+        with contextlib.suppress(InterruptedError, MemoryError, RuntimeError):
+            self.corpus = kernels.coded(self.corpus, tick)
 
 
 class Extended(Index):

@@ -1,6 +1,9 @@
 """Indexes: exact search is exact, the planner keeps its promise, change is seen at once."""
 
 import shutil
+import subprocess
+import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmalign import kernels
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import (
     Exact,
@@ -82,35 +86,124 @@ def test_exact_counts_on_from_shard_to_shard() -> None:
     assert np.allclose(scores[:, 0], 1, atol=1e-3)
 
 
-def test_norms_are_bounded_when_asked_again() -> None:
-    """The second search looks at all norms, and later ones at none; the answers are the same."""
+@pytest.mark.parametrize(("most", "first_prepares"), [(1 << 30, True), (0, False)])
+def test_norms_are_bounded_once(
+    most: int, first_prepares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first search looks at all norms, where they are many the second; answers are the same."""
+    monkeypatch.setattr("mmalign.index.exact.PREPARED_BYTES", most)
     queries = vectors(2, seed=2).astype(np.float32)
     index = Exact([vectors(4000), vectors(200, seed=1)])
     first = index.search(queries, 7)
-    assert index.corpus is None
+    assert (index.corpus is not None) == first_prepares
     second = index.search(queries, 7)
-    assert index.corpus is not None
-    assert index.corpus.longest is not None
-    assert index.corpus.codes is None
+    corpus = index.corpus
+    assert corpus is not None
+    assert corpus.longest is not None
+    assert corpus.codes is None
     for again in (second, index.search(queries, 7)):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert index.corpus is corpus
 
 
 def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers, before and after the vectors were coded; a bad row codes nothing."""
+    """The same answers while vectors are coded, and from codes; a bad row codes nothing."""
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 4)
+    monkeypatch.setattr("mmalign.kernels.exact.FEW_ROWS", 0)
     shards, queries = [vectors(300), vectors(200, seed=1)], vectors(5, seed=2).astype(np.float32)
+    wait, real = threading.Event(), kernels.coded
+
+    def slowly(*arguments: Any) -> Any:
+        wait.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(kernels, "coded", slowly)
     index = Exact(shards)
     first = index.search(queries[:3], 7)
-    assert index.corpus is None
+    assert index.coding is None
     index.search(queries, 7)
+    meanwhile = index.search(queries[:3], 7)
     assert index.corpus is not None
-    again = index.search(queries[:3], 7)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert index.corpus.codes is None
+    assert index.coding is not None
+    wait.set()
+    index.coding.join()
+    assert index.corpus.codes is not None
+    for again in (meanwhile, index.search(queries[:3], 7)):
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     shards[0][0] = 0
     index = Exact(shards)
     index.search(queries, 7)
     assert index.corpus is None
+    assert index.coding is None
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_codes_that_cannot_be_made_fail_no_search(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("no memory")
+
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
+    monkeypatch.setattr(kernels, "coded", fail)
+    index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
+    first = index.search(queries, 7)
+    assert index.coding is not None
+    index.coding.join()
+    again = index.search(queries, 7)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_without_a_thread_for_codes_searches_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    whole, queries = vectors(300), vectors(2, seed=2).astype(np.float32)
+    index = Exact([whole])
+    for _ in range(2):
+        assert np.array_equal(index.search(queries, 3)[1], truth(whole, queries, 3))
+
+
+def test_codes_are_made_only_where_they_were_measured_to_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
+    monkeypatch.setattr(kernels, "codes_pay", lambda _, queries: queries > 1)
+    index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
+    index.search(queries[:1], 7)
+    assert index.coding is None
+    index.search(queries, 7)
+    assert index.coding is not None
+    index.coding.join()
+
+
+CODING = """
+import threading, time
+import numpy as np
+from mmalign.index import Exact
+from mmalign.kernels import codes
+
+def forever(shard, tick):
+    while True:
+        tick()
+        time.sleep(0.01)
+
+codes.code = forever
+index = Exact([np.ones((300, 16), np.float16)])
+index.search(np.ones((300, 16), np.float32), 1)
+assert index.coding.is_alive()
+"""
+
+
+@pytest.mark.slow
+def test_coding_ends_with_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_fewer_rows_than_asked_for() -> None:

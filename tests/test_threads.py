@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmalign import Searcher, load_model, open_store
+from mmalign import Searcher, kernels, load_model, open_store
 from mmalign import search as search_module
 from mmalign.errors import ModelError, StoreError
 from mmalign.index import Exact, Index
@@ -126,24 +126,23 @@ def test_one_searcher_serves_many_threads(store: Path, monkeypatch: pytest.Monke
     assert sorted(opened) == ["image", "text"]
 
 
-def test_vectors_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_prepared_and_coded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).normal(size=(500, 32)).astype(np.float16)
     queries = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 20)
-    made: list[bool] = []
-    real = Exact._prepare
-
-    def count(self: Exact, *, with_codes: bool) -> None:
-        made.append(with_codes)
-        real(self, with_codes=with_codes)
-
-    monkeypatch.setattr(Exact, "_prepare", count)
+    made: list[str] = []
+    prepare, coded = kernels.prepare, kernels.coded
+    monkeypatch.setattr(kernels, "prepare", lambda *a: made.append("norms") or prepare(*a))
+    monkeypatch.setattr(kernels, "coded", lambda *a: made.append("codes") or coded(*a))
     wanted = Exact([rows]).search(queries, 5)
+    made.clear()
     index = Exact([rows])
     for scores, numbers in together(lambda: index.search(queries, 5)):
         assert np.array_equal(scores, wanted[0])
         assert np.array_equal(numbers, wanted[1])
-    assert len(made) == len(set(made)) <= 2
+    if index.coding is not None:
+        index.coding.join()
+    assert made == ["norms", "codes"] or (made == ["norms"] and not kernels.has_int8())
 
 
 def test_damage_that_many_threads_meet_is_said_once(

@@ -17,7 +17,7 @@ from mmalign.errors import VectorError
 from mmalign.kernels import blocked, checks, losses, reference
 from mmalign.kernels.cached import backward_in_parts
 from mmalign.kernels.candidates import best_candidates
-from mmalign.kernels.exact import TopkImpl, choose_topk, prepare, topk
+from mmalign.kernels.exact import TopkImpl, choose_topk, coded, codes_pay, prepare, topk
 from mmalign.kernels.groups import Groups
 from mmalign.kernels.processor import has_int8
 from mmalign.kernels.screens import Corpus
@@ -30,6 +30,8 @@ __all__ = [
     "best_candidates",
     "choose_loss",
     "choose_topk",
+    "coded",
+    "codes_pay",
     "contrastive_loss",
     "has_int8",
     "prepare",

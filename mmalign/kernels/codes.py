@@ -10,6 +10,7 @@ exact everywhere. What a code loses is measured, not estimated: the distance bet
 and its code bounds the error of every score.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,18 +121,20 @@ class FewQueries(Queries):
         return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
 
 
-def code(shard_ND: Tensor) -> Codes:
-    """Code the vectors of a shard."""
+def code(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
+    """Code the vectors of a shard; `tick` is called again and again, and may raise to end it."""
     count, width = shard_ND.shape
     turn = rotation(width)
     centre_D = torch.zeros(width, dtype=torch.float64)
     for part in shard_ND.split(AT_ONCE):
+        tick()
         centre_D += part.float().sum(dim=0)
     centre_D = (centre_D / count).float()
     codes_BD = torch.empty(count, width, dtype=torch.uint8)
     groups = -(-count // GROUP)
     scale_X, lost_X, length_X = (torch.zeros(groups) for _ in range(3))
     for start in range(0, count, AT_ONCE):
+        tick()
         rest_BD = turn(shard_ND[start : start + AT_ONCE].float() - centre_D)
         rows = slice(start, start + len(rest_BD))
         part_X = slice(start // GROUP, -(-rows.stop // GROUP))

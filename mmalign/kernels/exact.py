@@ -10,7 +10,7 @@ that of `reference.topk`, digit for digit, ties included, whichever screen was u
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from mmalign.kernels.codes import GROUP
 from mmalign.kernels.processor import has_bfloat16, has_int8, sums_float16_in_float32
 from mmalign.kernels.rescore import best_pairs, by_query, exact_scores
 from mmalign.kernels.screens import Block, Corpus
+from mmalign.kernels.timings import Timings, measure_screens
 
 TopkImpl = Literal["auto", "reference", "single", "half", "bfloat16", "int8", "triton"]
 _SCREENS: dict[str, screens.Screen] = {
@@ -46,6 +47,8 @@ FEW_ALLOWED = 0.1
 # Of so few rows and scores, float64 for all takes less time than the bookkeeping of a screen.
 FEW_ROWS, FEW_SCORES = 2048, 1 << 14
 WIDE_ROWS = 64
+# Of fewer numbers, a search takes some milliseconds: the choice of a screen is not worth measuring.
+MEASURED_NUMBERS = 1 << 26
 
 _log = logging.getLogger("mmalign.kernels")
 
@@ -113,11 +116,30 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
     if corpus.rows <= FEW_ROWS and len(queries_MD) * corpus.rows <= FEW_SCORES:
         return "reference"
     few = allow is not None and int(allow.count_nonzero()) < FEW_ALLOWED * corpus.rows
+    usual = _usual(queries_MD, corpus, few)
+    if corpus.timings is None or few:
+        return usual
+    return corpus.timings.fastest(usual, _possible(corpus), len(queries_MD))
+
+
+def _usual(queries_MD: Tensor, corpus: Corpus, few: bool) -> TopkImpl:
+    """What is taken where nothing was measured."""
     if corpus.codes is not None and not few:
         return "int8"
     if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus):
         return "half"
     return "bfloat16" if len(queries_MD) >= BRIEF_QUERIES and has_bfloat16() else "single"
+
+
+def _possible(corpus: Corpus) -> list[TopkImpl]:
+    """Screens of a CPU that a corpus allows for."""
+    names: list[tuple[TopkImpl, bool]] = [
+        ("single", True),
+        ("half", not _refuses_half(corpus)),
+        ("bfloat16", has_bfloat16()),
+        ("int8", corpus.codes is not None),
+    ]
+    return [name for name, possible in names if possible]
 
 
 def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) -> Corpus:
@@ -128,10 +150,20 @@ def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) 
         with_codes: Whether to hold one byte for each number in memory, for "int8": several queries
             at a time are then faster on a CPU.
 
+    On a CPU, the first of many vectors of a type and width are also when screens are timed, once
+    for a kind of processor: see `timings`.
+
     Raises:
         VectorError: A shape or type is wrong, or a vector is NaN, infinite or zero.
     """
-    corpus = screens.plain(vectors_ND)
+    corpus = _checked(screens.plain(vectors_ND))
+    if corpus.rows * corpus.width >= MEASURED_NUMBERS and not _on_gpu(corpus):
+        corpus = replace(corpus, timings=_timings(corpus))
+    return coded(corpus) if with_codes else corpus
+
+
+def _checked(corpus: Corpus) -> Corpus:
+    """Check each vector and bound the norms of all."""
     longest = 0.0
     for first, shard in corpus.numbered():
         for start in range(0, len(shard), reference.BLOCK_ROWS):
@@ -139,12 +171,53 @@ def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) 
             checks.check_vectors("vectors_ND", block, first + start)
             longest = max(longest, float(torch.linalg.vector_norm(block, dim=1).max()))
     # The norm is itself a rounded sum.
-    corpus = replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
-    if not with_codes:
-        return corpus
+    return replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
+
+
+def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
+    """Add codes to a prepared corpus; `tick` is called again and again, and may raise to end it.
+
+    Raises:
+        VectorError: This torch has no products of bytes.
+    """
     if not has_int8():
         raise VectorError("with_codes needs a torch that is built with oneDNN")
-    return replace(corpus, codes=[codes.code(shard.cpu()) for shard in corpus.shards])
+    return replace(corpus, codes=[codes.code(shard.cpu(), tick) for shard in corpus.shards])
+
+
+def codes_pay(corpus: Corpus, queries: int) -> bool:
+    """Say whether so many queries at a time are likely to be answered faster by codes."""
+    if not has_int8():
+        return False
+    if corpus.timings is None or not corpus.timings.ms:
+        return True
+    without = corpus.timings.fastest("single", _possible(replace(corpus, codes=None)), queries)
+    return corpus.timings.fastest(without, [without, "int8"], queries) == "int8"
+
+
+def _timings(corpus: Corpus) -> Timings:
+    names: list[str] = [*_possible(corpus)]
+    if has_int8():
+        names.append("int8")
+
+    def ready(shards: list[Tensor]) -> Callable[[Tensor, str], object]:
+        sample = _checked(Corpus(shards))
+        if has_int8():  # all shards are alike, but lie in memory of their own
+            one = codes.code(shards[0])
+            sample = replace(
+                sample, codes=[replace(one, codes_BD=one.codes_BD.clone()) for _ in shards]
+            )
+
+        def search(queries_MD: Tensor, screen: str) -> object:
+            return topk(queries_MD, sample, 10, impl=screen)  # type: ignore[arg-type]
+
+        return search
+
+    return measure_screens(corpus.shards[0].dtype, corpus.width, names, ready)
+
+
+def _on_gpu(corpus: Corpus) -> bool:
+    return any(shard.is_cuda for shard in corpus.shards)
 
 
 def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
@@ -163,7 +236,7 @@ def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
 def _refuses_half(corpus: Corpus) -> str | None:
     if corpus.dtypes != {torch.float16}:
         return f"vectors_ND is {', '.join(sorted(map(str, corpus.dtypes)))}, not float16"
-    if any(shard.is_cuda for shard in corpus.shards):
+    if _on_gpu(corpus):
         return "vectors_ND is not on a CPU"
     if not sums_float16_in_float32():
         return "torch is set to sum float16 in float16, or does not tell"

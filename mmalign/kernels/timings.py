@@ -1,0 +1,157 @@
+"""Which screen of exact search is the fastest on this processor: measured once, then recorded.
+
+It differs by more than half between processors that call themselves by one name. Answers are the
+same whichever is taken, so a clock may decide.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from mmalign.measured import Figures, measured
+
+COUNTS = (1, 4, 16, 64, 256)
+"""Numbers of queries that are measured."""
+LEAST, MOST = {"bfloat16": 16}, {"half": 16}
+"""Some screens cannot win for fewer queries, as they convert all vectors, or for more."""
+# Few queries are bound by memory, so they are measured over more rows than caches hold.
+ROWS, MORE_ROWS, MANY_QUERIES = 1 << 14, 1 << 16, 64
+# A figure counts if it was reached twice, nearly, for nearly all ways. In a busy moment that does
+# not come about, or takes too long: then nothing is recorded.
+LEAST_ROUNDS, ROUNDS, SECONDS, REPEATED, NEARLY_ALL = 2, 6, 3.0, 1.15, 0.9
+PROBES, PROBE_SIDE = 12, 768
+# The usual screen is kept unless another takes less than this share of its time.
+CLEARLY = 0.9
+
+Search = Callable[[torch.Tensor, str], object]
+Way = tuple[str, int]
+Screen = TypeVar("Screen", bound=str)
+_unsettled: set[str] = set()
+
+
+class _BusyError(Exception):
+    """The processor has other work to do: what is measured now says nothing."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long screens take; empty where that could not be measured."""
+
+    ms: Mapping[str, float]
+    """By name and number of queries, as in "half 16"."""
+
+    def expected(self, screen: str, queries: int) -> float:
+        """Milliseconds for so many queries, to be compared with others; infinite if not known."""
+        known = [c for c in COUNTS if f"{screen} {c}" in self.ms]
+        if not known or queries < known[0]:
+            return math.inf
+        low = max(c for c in known if c <= queries)
+        high = min((c for c in known if c >= queries), default=None)
+        from_ms = self.ms[f"{screen} {low}"]
+        if high is None:
+            return from_ms * queries / low
+        to_ms = self.ms[f"{screen} {high}"]
+        return from_ms + (to_ms - from_ms) * (queries - low) / max(1, high - low)
+
+    def fastest(self, usual: Screen, possible: Sequence[Screen], queries: int) -> Screen:
+        """Name the fastest of the possible screens; the usual one unless another clearly is."""
+        best = min(possible, key=lambda screen: self.expected(screen, queries))
+        faster = self.expected(best, queries) < CLEARLY * self.expected(usual, queries)
+        return best if faster else usual
+
+
+def measure_screens(
+    dtype: torch.dtype,
+    width: int,
+    screens: Sequence[str],
+    prepare: Callable[[list[torch.Tensor]], Search],
+) -> Timings:
+    """Measure screens in turns, or read what was recorded; up to three seconds.
+
+    Args:
+        dtype: Of the vectors.
+        width: Numbers of a vector.
+        screens: What to compare.
+        prepare: Makes shards of vectors ready, and returns what searches them by queries and the
+            name of a screen.
+    """
+    ways = [(s, c) for s in screens for c in COUNTS if LEAST.get(s, c) <= c <= MOST.get(s, c)]
+    conditions: dict[str, str | int] = {
+        "type": str(dtype), "dims": width, "threads": torch.get_num_threads(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+    key = f"{conditions} {ways}"
+    if key in _unsettled:
+        return Timings({})
+
+    def measure() -> Figures:
+        started = time.perf_counter()
+        if not _quiet():
+            raise _BusyError
+        vectors_ND = _cloud(ROWS, width, seed=0).to(dtype)
+        short, long = prepare([vectors_ND]), prepare(_copies(vectors_ND))
+        queries_MD = _cloud(COUNTS[-1], width, seed=1)
+
+        def search(screen: str, count: int) -> None:
+            (short if count >= MANY_QUERIES else long)(queries_MD[:count], screen)
+
+        return _in_turns(ways, search, until=started + SECONDS)
+
+    try:
+        return Timings(measured("exact-search", conditions, [_name(way) for way in ways], measure))
+    except _BusyError:
+        _unsettled.add(key)
+        return Timings({})
+
+
+def _quiet() -> bool:
+    """Say whether one product takes the same time again and again; some 0.05 seconds."""
+    ones = torch.ones(PROBE_SIDE, PROBE_SIDE)
+    taken = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        ones @ ones
+        taken.append(time.perf_counter() - started)
+    return sorted(taken)[PROBES // 2] <= REPEATED * min(taken)
+
+
+def _in_turns(ways: Sequence[Way], search: Callable[[str, int], None], until: float) -> Figures:
+    """Time all ways one after the other, again and again until figures come back."""
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    for done in range(ROUNDS + 1):
+        for way in ways:
+            if (started := time.perf_counter()) > until:
+                raise _BusyError
+            search(*way)
+            times[way].append(1000 * (time.perf_counter() - started))
+        if done >= LEAST_ROUNDS and _settled(times):
+            return {_name(way): min(taken) for way, taken in times.items()}
+    raise _BusyError
+
+
+def _settled(times: Mapping[Way, list[float]]) -> bool:
+    repeated = 0
+    for taken in times.values():
+        first, second = sorted(taken)[:2]
+        repeated += second <= REPEATED * first
+    return repeated >= NEARLY_ALL * len(times)
+
+
+def _name(way: Way) -> str:
+    return f"{way[0]} {way[1]}"
+
+
+def _copies(vectors_ND: torch.Tensor) -> list[torch.Tensor]:
+    return [vectors_ND.clone() for _ in range(MORE_ROWS // ROWS)]
+
+
+def _cloud(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Unit vectors around a centre, as embeddings are: bounds that are wide cost what they cost."""
+    generator = torch.Generator().manual_seed(seed)
+    spread_D = torch.arange(1, width + 1).pow(-0.35)
+    noise_ND = torch.randn(rows, width, generator=generator)
+    return torch.nn.functional.normalize(0.5 + spread_D * noise_ND, dim=1)
