@@ -5,6 +5,7 @@ import sys
 
 NAMES = (
     "arithmetic",
+    "changes",
     "embed",
     "engines",
     "index",
