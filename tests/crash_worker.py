@@ -2,15 +2,20 @@
 
 python crash_worker.py STORE write NAME     the steps of `steps(NAME)`, a line after each
 python crash_worker.py STORE compact        compaction over and over
-python crash_worker.py STORE embed RUN SRC  forks for each line it reads; says who embeds, and each
-                                            commit's ids; the forks are what is to be killed
+python crash_worker.py STORE embed RUN SRC HOW
+                                            a process for each line it reads, by HOW (fork or
+                                            spawn); it says who embeds, and each commit's ids; these
+                                            processes are what is to be killed
 """
 
+import importlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ledger import CARD, Rows, row
 
@@ -52,8 +57,19 @@ def compact_on(store: Path) -> None:
                 raise
 
 
-def embed_in_forks(store: Path, run: str, source: str) -> None:
-    """Embed in a new process for each line of stdin; what is imported once serves all of them."""
+def embed_in_processes(store: Path, run: str, source: str, how: str) -> None:
+    """Embed in a new process for each line of stdin; what is imported once serves all forks."""
+    importlib.import_module("mmalign.embed")
+    context: Any = multiprocessing.get_context(how)
+    for line in sys.stdin:
+        process = context.Process(target=embed_in_one, args=(store / line.strip(), run, source))
+        process.start()
+        process.join()
+        print("ended", abs(process.exitcode), flush=True)
+
+
+def embed_in_one(store: Path, run: str, source: str) -> None:
+    """Embed, and say what was committed."""
     from mmalign import embed
 
     embed.COMMIT_SECONDS = 0.0
@@ -65,15 +81,10 @@ def embed_in_forks(store: Path, run: str, source: str) -> None:
         print("has", *names, flush=True)
 
     Writer.commit = said  # type: ignore[method-assign]
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            print("pid", os.getpid(), flush=True)
-            embed.embed(run, [source], store / line.strip(), precision="float32")
-            os._exit(0)
-        print("ended", os.waitpid(child, 0)[1], flush=True)
+    print("pid", os.getpid(), flush=True)
+    embed.embed(run, [source], store, precision="float32")
 
 
 if __name__ == "__main__":
     place, what, *rest = sys.argv[1:]
-    {"write": write, "compact": compact_on, "embed": embed_in_forks}[what](Path(place), *rest)
+    {"write": write, "compact": compact_on, "embed": embed_in_processes}[what](Path(place), *rest)
