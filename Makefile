@@ -10,7 +10,7 @@ NEWEST ?= python3.13
 TEST   := OMP_NUM_THREADS=1 PYTEST_ADDOPTS='-n 2'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-floors test-newest test-crash check fix bench bench-gpu clean
+.PHONY: help setup demo test test-fast test-floors test-newest test-crash test-pretrained check fix bench bench-gpu clean
 
 help:   ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-newest:  ## run the tests with the newest versions that setup.cfg allows (a
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
 	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/test_crash*.py
+
+test-pretrained: $(READY)  ## compare every name of open_clip's list with open_clip: minutes
+	MMALIGN_ALL_PRETRAINED=1 $(BIN)/python -m pytest -q tests/test_pretrained.py
 
 check: $(READY)  ## ruff, mypy strict and the room test; never writes
 	$(BIN)/ruff format --check .
