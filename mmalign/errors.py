@@ -115,5 +115,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(names[:SHOWN]) + more
 
 
+def same(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that differs by nothing but case and the marks between words.
+
+    >>> same("vit_b_32:OPENAI", ["ViT-B-32:openai", "ViT-B-16:openai"])
+    'ViT-B-32:openai'
+    """
+    return next((each for each in known if _plain(each) == _plain(name)), None)
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[\s/_.]", "-", name.casefold())
+    return re.sub(r"[\s/_.:]", "-", name.casefold())

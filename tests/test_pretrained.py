@@ -21,11 +21,13 @@ from torch import nn
 
 from mmalign import load_model
 from mmalign.errors import IdentityError, InstallError, ModelError
-from mmalign.model import Encoder, clip_networks, openclip, save_model
+from mmalign.model import Encoder, clip_networks, openclip, require_preset, save_model
 from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
+from mmalign.settings import configure
 from mmalign.store import ModelCard
 from mmalign.store.manifest import Manifest
 from mmalign.store.reader import Store
+from mmalign.train import train
 
 open_clip = openclip.module()
 TEXTS = ["a dog", "two dogs run on a beach", "!"]
@@ -405,7 +407,16 @@ def test_a_tokenizer_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyP
         ("vit-b-32:openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B/32:openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B-32:opena", "did you mean 'openai'"),
+        ("vit_b_32:OPENAI", "did you mean 'ViT-B-32:openai'"),
+        ("ViT-B-32/openai", "did you mean 'ViT-B-32:openai'"),
+        ("ViT-B-32 openai", "did you mean 'ViT-B-32:openai'"),
+        ("ViT-B/32:no/such.pt", "did you mean 'ViT-B-32:no/such.pt'"),
+        ("ViT-B/32", "as ViT-B-32:TAG with one of openai"),
+        ("ViT-B-32:", "as ViT-B-32:TAG with one of openai"),
+        ("ViT-B-32:no/such.pt", "no/such.pt: no such file of weights"),
+        ("ViT-B-32:such.safetensors", "such.safetensors: no such file of weights"),
         ("nano", "a preset, which has no weights.*--set preset=nano"),
+        ("nano:openai", "a preset, which has no weights.*--set preset=nano"),
         ("qqqqqqqq", r"known: .* and \d+ more"),
         ("ViT-B-32", "as ViT-B-32:TAG with one of .* and \\d+ more"),
     ],
@@ -414,6 +425,49 @@ def test_a_name_that_is_nearly_right_gets_the_right_one(name: str, message: str)
     with pytest.raises(ModelError, match=message) as caught:
         load_model(name)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("nano", None, "it is a preset: .*--preset nano"),
+        ("ViT-B/32", "openai", "did you mean 'ViT-B-32'"),
+        ("ViT-B-32:openai", None, "--model ViT-B-32 --pretrained openai"),
+        ("ViT-B-32", "ViT-B-32:OpenAI", "did you mean 'openai'"),
+        ("ViT-B-32", "openai", "cannot be reached.*give ViT-B-32-quickgelu:FILE"),
+    ],
+)
+def test_fine_tuning_refuses_a_model_that_it_cannot_have_before_sources_are_read(
+    model: str,
+    pretrained: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip_networks, "urlopen", unreachable)
+    with pytest.raises(ModelError, match=message) as caught:
+        openclip.require(model, pretrained)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=message):
+        train(configure({"model": model, "pretrained": pretrained}), ["/no/source"], out=tmp_path)
+
+
+def test_a_folder_or_a_file_in_the_wrong_place_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="a file, not the folder of a run.*NAME:FILE"):
+        load_model(file)
+    with pytest.raises(ModelError, match="a folder; give ViT-B-32:FILE"):
+        load_model(f"ViT-B-32:{tmp_path}")
+    for pretrained, message in ((tmp_path, "a folder"), (file, "no file that torch.save wrote")):
+        with pytest.raises(ModelError, match=message):
+            openclip.require("ViT-B-32", str(pretrained))
+
+
+def test_a_model_given_as_a_preset_is_said() -> None:
+    with pytest.raises(ModelError, match=r"it is a model of open_clip: .*--model"):
+        require_preset("vit-b/32")
 
 
 def test_a_configuration_that_is_not_supported_is_said(own_config: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
-from mmalign.errors import ModelError, nearest, shell_command
+from mmalign.errors import ModelError, nearest, same, shell_command
 from mmalign.model import openclip, tokenizer
 from mmalign.model.encoder import Encoder, Preprocess
 from mmalign.model.presets import PRESETS, Preset
@@ -35,7 +35,10 @@ def require_preset(preset: str) -> None:
         ModelError: There is none; the message has the nearest name.
     """
     if preset not in PRESETS:
-        raise ModelError(f"no preset is called {preset!r}: {nearest(preset, PRESETS)}")
+        hint = nearest(preset, PRESETS)
+        if same(preset, openclip.names()):
+            hint = "it is a model of open_clip: give it as model (--model)"
+        raise ModelError(f"no preset is called {preset!r}: {hint}")
 
 
 def new_model(preset: str, captions: Iterable[str]) -> Encoder:
@@ -73,29 +76,43 @@ def load_model(name: str | Path, identity: str | None = None) -> Encoder:
     run = Path(name)
     if run.is_dir():
         return _load_run(run, identity)
-    architecture, colon, pretrained = str(name).partition(":")
+    architecture, _, pretrained = str(name).partition(":")
     if architecture in (openclip.HUB, openclip.FOLDER):
         return openclip.load(architecture, pretrained)
-    known = {other.lower(): other for other in openclip.names()}
-    meant = known.get(architecture.replace("/", "-").lower())
-    if meant is None and ("/" in architecture or architecture.startswith(".")):
-        raise ModelError(f"{name}: no such run folder")
-    if colon and meant in (None, architecture):
-        return openclip.load(architecture, pretrained)
+    if run.is_file():
+        raise ModelError(
+            f"{name}: a file, not the folder of a run; weights of an open_clip model are written "
+            f"NAME:FILE, as ViT-B-32:{name}"
+        )
     if architecture in PRESETS:
         raise ModelError(
-            f"{name}: a preset, which has no weights: train it (--set preset={name}) and give the "
-            "folder of the run"
+            f"{name}: {architecture} is a preset, which has no weights: train it "
+            f"(--set preset={architecture}) and give the folder of the run"
         )
-    if meant is None:
-        hint = nearest(architecture, known.values())
-        raise ModelError(f"{name}: neither a run folder nor an open_clip model: {hint}")
-    if colon:
-        raise ModelError(
-            f"{name}: neither a run folder nor an open_clip model: "
-            f"did you mean '{meant}:{pretrained}'?"
-        )
-    raise ModelError(f"{name}: say which weights, as {meant}:TAG with one of {_some_tags(meant)}")
+    if pretrained and architecture in openclip.names():
+        return openclip.load(architecture, pretrained)
+    raise _unknown(str(name))
+
+
+def _unknown(name: str) -> ModelError:
+    """Say what was meant by what is neither a run folder nor the name of a model."""
+    known = openclip.names()
+    listed = same(name, (f"{each}:{tag}" for each in known for tag in openclip.tags(each)))
+    architecture, _, pretrained = name.partition(":")
+    meant = same(architecture, known)
+    if listed is None and pretrained and meant:
+        known_tag = same(pretrained, openclip.tags(meant))
+        listed = f"{meant}:{known_tag or pretrained}"
+    if listed:
+        hint = f"did you mean {listed!r}?"
+    elif meant:
+        tags = _some_tags(meant)
+        return ModelError(f"{name}: say which weights, as {meant}:TAG with one of {tags}")
+    elif "/" in architecture or architecture.startswith("."):
+        return ModelError(f"{name}: no such run folder")
+    else:
+        hint = nearest(architecture, known)
+    return ModelError(f"{name}: neither a run folder nor an open_clip model: {hint}")
 
 
 def _some_tags(name: str, most: int = 8) -> str:

@@ -31,6 +31,7 @@ from mmalign.model.clip_networks import (
 )
 from mmalign.model.encoder import Encoder, Preprocess
 from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
+from mmalign.model.presets import PRESETS
 from mmalign.model.torchscript import is_archive, read_archive
 from mmalign.progress import say
 
@@ -97,26 +98,59 @@ def require_name(name: str) -> None:
         ModelError: There is none; the message has the nearest name.
     """
     known = names()
-    if name not in known:
-        hint = nearest(name.replace("/", "-"), known)
-        raise ModelError(f"no open_clip model is called {name!r}: {hint}")
+    if name in known:
+        return
+    hint = nearest(name, known)
+    if name in PRESETS:
+        hint = f"it is a preset: give it as preset (--preset {name})"
+    elif ":" in name:
+        alone, _, pretrained = name.partition(":")
+        hint = f"give model and pretrained apart (--model {alone} --pretrained {pretrained})"
+    raise ModelError(f"no open_clip model is called {name!r}: {hint}")
 
 
 def require(name: str, pretrained: str | None) -> None:
-    """Refuse what `load` does not know by name, before any work is done for it.
+    """Refuse what `load` cannot have, before any work is done for it.
 
     Raises:
-        ModelError: No such architecture, or no such weights; the message has the nearest name.
+        ModelError: No such architecture, or no such weights; the message has the nearest name. Or
+            they are neither on this machine nor in reach.
     """
     if name.partition(":")[0] in (HUB, FOLDER):
         return
+    _require_known(name, pretrained)
+    if pretrained in tags(name):
+        _require_tag(name, pretrained)
+
+
+def _require_known(name: str, pretrained: str | None) -> None:
     require_name(name)
-    if pretrained is None or pretrained in tags(name) or Path(pretrained).is_file():
+    if pretrained is None or pretrained in tags(name):
         return
-    known = nearest(pretrained, tags(name)) if tags(name) else "it has no tags"
+    file = Path(pretrained)
+    if file.is_file():
+        weight_files.require_weights(file)
+        return
+    if file.is_dir():
+        raise ModelError(
+            f"{pretrained}: a folder; give {name}:FILE with a file of weights in it, or "
+            f"{FOLDER}:{pretrained} where it has an {CONFIG}"
+        )
+    if file.parent != Path() or file.suffix in (*weight_files.TORCH_ENDINGS, ".safetensors"):
+        raise ModelError(f"{pretrained}: no such file of weights")
+    wanted = nearest(pretrained.removeprefix(f"{name}:"), tags(name))
+    known = wanted if tags(name) else "it has no tags"
     raise ModelError(
         f"{name} has no pretrained weights {pretrained!r}: {known} (or give {name}:FILE)"
     )
+
+
+def _require_tag(name: str, tag: str) -> None:
+    """Refuse a tag whose weights are neither on this machine nor in reach."""
+    plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
+    if not cfg.get("file") and _cached_tag(cfg) is None:
+        where = cfg.get("hf_hub") or cfg.get("url", "")
+        require_network(plan.shown, where, f"{_with_activation(plan)}:FILE")
 
 
 def load(name: str, pretrained: str | None) -> Encoder:
@@ -137,7 +171,7 @@ def load(name: str, pretrained: str | None) -> Encoder:
         plan = _from_hub(place) if scheme == HUB else _from_folder(Path(place))
         folder = str(plan.file.parent) if scheme == FOLDER and plan.file else None
         return _encoder(plan, OpenClipTokenizer(plan.architecture, folder))
-    require(name, pretrained)
+    _require_known(name, pretrained)
     tokenizer = OpenClipTokenizer({"name": name})
     if pretrained is None:
         plan = Plan(name, name, {"kind": "open_clip", "name": name})
@@ -220,21 +254,25 @@ def _architecture(name: str, *, quick_gelu: bool) -> dict[str, Any]:
 
 def _from_tag(name: str, tag: str) -> Plan:
     plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
-    given = f"{name}-quickgelu" if plan.architecture.get("quick_gelu") else name
+    _require_tag(name, tag)
     file = _cached_tag(cfg)
     if file is None:
-        if not cfg.get("file"):
-            require_network(plan.shown, cfg.get("hf_hub") or cfg.get("url", ""), f"{given}:FILE")
         try:
             with quiet():
                 file = Path(module().download_pretrained(cfg))
         except Exception as error:  # of the hub, of urllib
             why = weight_files.reason(error)
             raise ModelError(
-                f"{plan.shown}: the weights cannot be downloaded: {why}; or give {given}:FILE"
+                f"{plan.shown}: the weights cannot be downloaded: {why}; or give "
+                f"{_with_activation(plan)}:FILE"
             ) from error
     plan.file = file
     return plan
+
+
+def _with_activation(plan: Plan) -> str:
+    """The name by which a file of the same weights is computed as their tag says."""
+    return f"{plan.name}-quickgelu" if plan.architecture.get("quick_gelu") else plan.name
 
 
 def plan_of_file(name: str, file: Path) -> Plan:
