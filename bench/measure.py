@@ -16,17 +16,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+GENERATION = {"family": "cpu family", "model": "model"}
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 
 def machine() -> dict[str, str]:
     """Describe where and with what a row was measured."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        cpu = names[0] if names else cpu
+    said = _processor()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         check=False,
@@ -35,7 +31,8 @@ def machine() -> dict[str, str]:
         text=True,
     ).stdout.strip()
     return {
-        "cpu": cpu,
+        "cpu": said.get("model name") or platform.processor() or platform.machine(),
+        "kind": kind(said),
         "simd": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
@@ -50,6 +47,23 @@ def machine() -> dict[str, str]:
     }
 
 
+def kind(said: Mapping[str, str]) -> str:
+    """Name a kind of processor by what tells it apart: virtual machines hide the model's name."""
+    known = said.get("flags", "").split()
+    told = [f"{word} {said[key]}" for word, key in GENERATION.items() if key in said]
+    return " ".join([*told, *(f.replace("amx_tile", "amx") for f in FEATURES if f in known)])
+
+
+def _processor() -> dict[str, str]:
+    """What the system says of the first processor."""
+    said: dict[str, str] = {}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        said.setdefault(key.strip(), value.strip())
+    return said
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -58,16 +72,19 @@ def _version(package: str) -> str:
 
 
 def append(name: str, row: dict[str, Any]) -> None:
-    """Add a row to results/<name>.csv and show it."""
+    """Add a row to results/<name>.csv and show it; columns that are new are empty in older rows."""
     path = ROOT / "bench" / "results" / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     whole = {**row, **machine()}
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(whole))
-        if new:
-            writer.writeheader()
-        writer.writerow(whole)
+    older: list[dict[str, Any]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            older = list(csv.DictReader(file))
+    gone = [column for column in (older[0] if older else ()) if column not in whole]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*whole, *gone], restval="")
+        writer.writeheader()
+        writer.writerows([*older, whole])
     print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
 
 
