@@ -3,6 +3,7 @@
 import shutil
 import tarfile
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import small_store
+import torch
+from test_threads import together
 
 from mmalign import Searcher, open_store
 from mmalign.build import build, memory_bytes
@@ -58,6 +61,47 @@ def test_an_index_answers_with_exact_scores(indexed: Path, scenes: Path, tmp_pat
         # The image itself, or its captions' owner among the nearest.
     assert searcher.search(image)[0].score > 0.999
     assert searcher.describe_index()["kind"] != "exact"
+
+
+@pytest.mark.slow
+def test_one_searcher_with_an_index_serves_many_threads_with_filters_and_without(
+    indexed: Path, scenes: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "query.png"
+    with tarfile.open(scenes) as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+        image.write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+    half = open_store(indexed).column("id")[::2]
+    few = f"id in ({', '.join(map(repr, half))})"
+    ways: list[tuple[Any, dict[str, Any]]] = [
+        ("a red circle", {}),
+        ("a red circle", {"where": few}),
+        ("a red circle", {"exact": True}),
+        ("two blue squares", {"to": "text"}),
+        ("two blue squares", {"to": "text", "where": few}),
+        (image, {}),
+        (image, {"to": "text", "where": few}),
+    ]
+    wanted = [Searcher.open(indexed).search(query, 7, **way) for query, way in ways]
+    assert {h.id for h in wanted[1]} <= set(half) < {h.id for h in wanted[0]} | set(half)
+    searcher = Searcher.open(indexed)
+    before = {k: v.clone() for k, v in searcher.encoder.towers.state_dict().items()}
+    files = {f: f.read_bytes() for f in indexed.rglob("*") if f.is_file()}
+    turn = count()
+
+    def all_ways() -> list[Any]:
+        # Each beginning with another one, so that filtered searches run beside others.
+        first = next(turn) % len(ways)
+        order = [*range(first, len(ways)), *range(first)]
+        found = {i: searcher.search(ways[i][0], 7, **ways[i][1]) for i in order}
+        return [found[i] for i in range(len(ways))]
+
+    for found in together(all_ways, rounds=2):
+        assert found == wanted
+    after = searcher.encoder.towers.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(module.training for module in searcher.encoder.towers.modules())
+    assert {f: f.read_bytes() for f in indexed.rglob("*") if f.is_file()} == files
 
 
 def test_deleted_rows_leave_an_index_and_it_folds_them_in(indexed: Path) -> None:

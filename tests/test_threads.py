@@ -16,6 +16,8 @@ from mmalign import search as search_module
 from mmalign.errors import ModelError, StoreError
 from mmalign.index import Exact, Index
 from mmalign.model import PRESETS, Encoder, in_precision, new_model, openclip, save_model
+from mmalign.store import Store
+from mmalign.store.where import where
 
 T = TypeVar("T")
 THREADS, ROUNDS = 8, 4
@@ -25,7 +27,7 @@ NORMS = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": Non
 DROPS = {"layers": 2, "width": 64, "patch_size": 16, "patch_dropout": 0.5}
 
 
-def together(work: Callable[[], T]) -> list[T]:
+def together(work: Callable[[], T], rounds: int = ROUNDS) -> list[T]:
     """Do the same work in many threads that start at one moment."""
     barrier = threading.Barrier(THREADS)
     results: list[T] = []
@@ -34,7 +36,7 @@ def together(work: Callable[[], T]) -> list[T]:
     def run() -> None:
         barrier.wait()
         try:
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 results.append(work())
         except BaseException as error:
             errors.append(error)
@@ -46,7 +48,7 @@ def together(work: Callable[[], T]) -> list[T]:
         thread.join()
     if errors:
         raise errors[0]
-    assert len(results) == THREADS * ROUNDS
+    assert len(results) == THREADS * rounds
     return results
 
 
@@ -91,11 +93,15 @@ def test_other_precisions_serve_many_threads(precision: str, small_clip: str) ->
     torch.manual_seed(0)
     encoder, got = in_precision(openclip.load(small_clip, None), precision)  # type: ignore[arg-type]
     assert got == precision
+    modes = [module.training for module in encoder.towers.modules()]
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     wanted = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
     for found in together(lambda: (encoder.encode_images(pixels), encoder.encode_texts(TEXTS))):
         assert np.array_equal(found[0], wanted[0])
         assert np.array_equal(found[1], wanted[1])
+    assert [module.training for module in encoder.towers.modules()] == modes
+    again = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+    assert all(np.array_equal(a, b) for a, b in zip(again, wanted, strict=True))
 
 
 def test_encoding_in_training_mode_is_refused() -> None:
@@ -163,11 +169,22 @@ def test_damage_that_many_threads_meet_is_said_once(
 def test_one_store_serves_many_threads(store: Path, tmp_path: Path) -> None:
     alone = open_store(store)
     ids = alone.column("id")[::7]
-    wanted = alone.find(ids), alone.rows([5, 90], ("captions",)), alone.caption_owners
+    half = f"id in ({', '.join(map(repr, alone.column('id')[::2]))})"
+
+    def answers(opened: Store) -> tuple[object, ...]:
+        """Whatever is computed at the first call and kept, and all ways to read."""
+        kinds = ("image", "text")
+        return (
+            opened.find(ids).tolist(),
+            opened.rows([5, 90], ("captions", "meta")),
+            opened.caption_owners.tolist(),
+            where(opened, half).tolist(),
+            [v.tobytes() for kind in kinds for v in opened.vectors(kind)],
+            [opened.vectors_of(kind, 90).tobytes() for kind in kinds],
+            opened.column("uri"),
+        )
+
+    wanted = answers(alone)
     shared = open_store(shutil.copytree(store, tmp_path / "copy.store"))
-    for found in together(
-        lambda: (shared.find(ids), shared.rows([5, 90], ("captions",)), shared.caption_owners)
-    ):
-        assert np.array_equal(found[0], wanted[0])
-        assert found[1] == wanted[1]
-        assert np.array_equal(found[2], wanted[2])
+    for found in together(lambda: answers(shared)):
+        assert found == wanted

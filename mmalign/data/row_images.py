@@ -1,7 +1,8 @@
 """The images of tables by row: each group of rows is read once, however many threads ask.
 
 A group goes through the memory a piece at a time into a file without a name; from there its images
-are read in any order. Memory depends neither on the size of a group nor on the number of threads.
+are read in any order. Memory depends neither on the size of a group nor on the number of threads,
+but on that of a page, as its writer made it: pyarrow puts up to 1,024 images into one.
 """
 
 import os
