@@ -203,8 +203,10 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
     assert made.design.kind == "ivf"
     assert len(made.kept) == (4 if stored else 2)
     assert all(trial.low >= 0.9 for trial in made.kept)
+    # What is fastest at the start is found by a clock: the breadth, or the candidates, may be the
+    # one that has room to grow.
     wider = [
-        made.breadth > start.breadth
+        made.breadth > start.breadth or made.candidates > start.candidates
         for made, start in zip(made.points["text"], starts, strict=False)
     ]
     assert any(wider)
