@@ -153,6 +153,26 @@ def test_groups_leave_the_disk_when_others_need_the_room(
     assert groups_read == [*range(50), 0]
 
 
+def test_a_table_of_many_groups_keeps_few_files_open(tmp_path: Path) -> None:
+    count = 3 * row_images.KEPT_GROUPS
+    table = pa.table({"image": [b"x%d" % i for i in range(count)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=1)
+    opened: list[Any] = []
+    real = row_images.files.scratch_file
+
+    def scratch() -> Any:
+        opened.append(real())
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_images.files, "scratch_file", scratch)
+        for row in (*range(count), *range(count)):
+            path = str(tmp_path / "t.parquet")
+            assert row_images.read_row_image(path, row, "image") == b"x%d" % row
+    assert len(opened) == 2 * count
+    assert sum(not file.closed for file in opened) <= row_images.KEPT_GROUPS
+
+
 def test_a_group_that_breaks_off_costs_its_rest(tmp_path: Path) -> None:
     images = [bytes([i]) * 1000 for i in range(50)]
     table = pa.table({"image": images})

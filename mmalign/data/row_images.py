@@ -23,6 +23,8 @@ from mmalign.errors import DataError, reason_of
 
 # Groups that are kept on the disk may take so much, and no more than a share of what is free.
 KEPT_BYTES, FREE_SHARE = 8 << 30, 8
+# Each is an open file, of which macOS allows a process 256.
+KEPT_GROUPS = 64
 
 
 def read_row_image(path: str, row: int, column: str) -> bytes | str:
@@ -126,7 +128,9 @@ class _Groups:
             free = shutil.disk_usage(files.scratch_folder()).free
             room = min(KEPT_BYTES, free // FREE_SHARE)
             # Threads may be at the end of one group and at the beginning of the next.
-            while len(self._held) > 2 and sum(g.size for g in self._held.values()) > room:
+            while len(self._held) > 2 and (
+                len(self._held) > KEPT_GROUPS or sum(g.size for g in self._held.values()) > room
+            ):
                 self._held.popitem(last=False)
 
 
