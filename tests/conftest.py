@@ -18,6 +18,7 @@ if importlib.util.find_spec("mmalign") is None or importlib.util.find_spec("mmal
 
 import torch
 
+from mmalign.data import places
 from mmalign.data.scenes import write_scenes
 from mmalign.embed import embed
 from mmalign.model.presets import PRESETS
@@ -27,6 +28,8 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 # Tests neither read nor leave what was measured on this machine.
 os.environ["MMALIGN_CACHE"] = "off"
+# A service that tests made up gets no better by waiting for it.
+places.PAUSE_S = 0.001
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on the CPU; they read this when they are imported.
     os.environ["TRITON_INTERPRET"] = "1"

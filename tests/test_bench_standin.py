@@ -28,6 +28,7 @@ def figures(images: standin.Halves, queries: standin.Floats) -> tuple[float, flo
     return float(dimension), float(contrast)
 
 
+@pytest.mark.slow
 def test_statistics(world: StandIn, images: standin.Halves) -> None:
     # The published figures hold for a million rows, where the hundredth neighbour is nearer;
     # these were measured for 20,000 when the recipe was fitted.
@@ -37,6 +38,7 @@ def test_statistics(world: StandIn, images: standin.Halves) -> None:
     assert text == (pytest.approx(52, rel=0.1), pytest.approx(1.15, rel=0.01))
 
 
+@pytest.mark.slow
 def test_texts_are_harder_for_an_inverted_file(world: StandIn, images: standin.Halves) -> None:
     index = standin.filled(images, "IVF128,Flat", 5_000)
     index.nprobe = 4
@@ -50,6 +52,7 @@ def test_texts_are_harder_for_an_inverted_file(world: StandIn, images: standin.H
     assert shares[1] < shares[0] - 0.05
 
 
+@pytest.mark.slow
 def test_equal_arguments_give_equal_vectors(images: standin.Halves, tmp_path: Path) -> None:
     mapped = np.lib.format.open_memmap(
         tmp_path / "images.npy", mode="w+", dtype=np.float16, shape=(9_000, 512)
@@ -61,6 +64,7 @@ def test_equal_arguments_give_equal_vectors(images: standin.Halves, tmp_path: Pa
     np.testing.assert_allclose(np.linalg.norm(mapped.astype(np.float32), axis=1), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_captions_tell_of_their_rows(world: StandIn, images: standin.Halves) -> None:
     numbers = [15_000, 3, 19_999, 8_191, 8_192]
     captions = world.captions(numbers)

@@ -24,6 +24,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compares other searches")
 def test_every_way_is_compared_over_every_cloud(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     vectors = topk.cloud(160, 32, 0, "cpu").numpy()

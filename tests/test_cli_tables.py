@@ -50,6 +50,7 @@ def test_labels_are_found_like_columns(run: Path, shop: Path) -> None:
     assert "no sample has a field 'kode': did you mean 'code'?" in said
 
 
+@pytest.mark.slow
 def test_times_decimals_and_bytes_of_a_table_can_be_filtered(run: Path, tmp_path: Path) -> None:
     table: dict[str, Any] = {
         "image": [jpeg(i) for i in range(3)],

@@ -156,6 +156,7 @@ def test_a_process_dies_and_another_goes_on(tmp_path: Path, act: str) -> None:
         ACTS[act](life)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", SINGLE if FULL else ["create", "delete"])
 def test_a_process_dies_and_another_does_it_again(tmp_path: Path, act: str) -> None:
     """And then the power goes, whatever the first had not synced."""

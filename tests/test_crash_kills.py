@@ -64,6 +64,7 @@ def outcomes(name: str, acknowledged: int) -> list[Rows]:
     return [held]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 2])
 @pytest.mark.parametrize("compacting", [False, True], ids=["alone", "compacted"])
 def test_killed_writers_lose_nothing(

@@ -50,6 +50,7 @@ def test_embedding_and_evaluating_count_captions_that_are_cut(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_counts_captions_that_are_cut(
     wordy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

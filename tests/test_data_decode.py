@@ -72,6 +72,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ByteBudget]:
     return give
 
 
+@pytest.mark.slow
 def test_images_in_many_threads_stay_within_the_budget(
     narrow: Callable[[int], ByteBudget], monkeypatch: pytest.MonkeyPatch
 ) -> None:

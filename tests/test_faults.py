@@ -130,6 +130,7 @@ def test_a_library_that_fails_for_another_reason_keeps_its_error(tmp_path: Path)
         files.write_through(tmp_path / "file", broken)
 
 
+@pytest.mark.slow
 def test_training_on_a_full_disk(small_disk: None, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs", 4)
     words = ["--preset", "nano", "--set", "batch_size=4", "--set", "epochs=1"]

@@ -372,6 +372,7 @@ def test_the_planner_keeps_its_promise(built: tuple[Path, np.ndarray, dict[str, 
             assert neighbour_recall(found, truth(stored, wanted, k, live)).mean() >= 0.88
 
 
+@pytest.mark.slow
 def test_change_is_seen_at_once(built: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
     """Rows that came later are found, rows that went are not, and recall holds."""
     folder, stored, _ = built
@@ -468,6 +469,7 @@ def test_a_filter_keeps_the_recall_and_every_hit(
     assert np.mean(shares["far"]) == 1 or share == 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.95])
 def test_deleted_rows_are_a_filter(
@@ -487,6 +489,7 @@ def test_deleted_rows_are_a_filter(
     assert interval(neighbour_recall(found, true))[1] >= RECALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 @pytest.mark.parametrize("k", [10, 300, 5_990, 6_000, 9_000])
 def test_every_hit_is_given_without_a_filter(

@@ -119,6 +119,7 @@ def test_packed_weights_give_the_same(clip: Encoder) -> None:
     assert lean.PackedLinear in kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["bfloat16", "int8"])
 def test_texts_with_padding_and_a_last_layer_are_encoded_in_other_precisions(
     wanted: precision.Precision, small_clip: str, monkeypatch: pytest.MonkeyPatch

@@ -197,6 +197,7 @@ def test_removed_sources_are_dropped_on_request(run: Path, tmp_path: Path) -> No
     assert "f/0.png" not in open_store(out).column("id")
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole(run: Path, tmp_path: Path) -> None:
     folder, out = pictures(tmp_path / "f", 12), tmp_path / "s.store"
     reports = [embed(run, [str(folder)], out, part=(i, 3)) for i in (1, 2, 3)]
@@ -209,6 +210,7 @@ def test_parts_make_up_the_whole(run: Path, tmp_path: Path) -> None:
         embed(run, [str(folder)], out, part=(1, 3), drop_removed=True)
 
 
+@pytest.mark.slow
 def test_eight_bits_tell_what_they_cost(
     run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -288,6 +290,7 @@ def test_building_over_nothing_is_refused(run: Path, tmp_path: Path) -> None:
         build(tmp_path / "e.store")
 
 
+@pytest.mark.slow
 def test_evaluation_counts_and_languages(run: Path, scenes: Path) -> None:
     english = evaluate(run, [str(scenes)])
     chinese = evaluate(run, [str(scenes)], caption_keys=["captions_zh"])

@@ -70,6 +70,7 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
 
 
+@pytest.mark.slow
 def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
     monkeypatch.setattr(planner, "ROUNDS", (500,))

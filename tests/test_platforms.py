@@ -57,6 +57,7 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         answer.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_torch")
 def test_a_torch_without_onednn_trains_embeds_and_searches(tmp_path: Path) -> None:
     scenes = tmp_path / "scenes.tar"

@@ -44,6 +44,7 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.Disk, "link", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_links")
 @pytest.mark.parametrize("act", ["create", "delete"])
 def test_without_hard_links_the_power_goes(tmp_path: Path, act: str) -> None:
@@ -60,6 +61,7 @@ def test_without_hard_links_nothing_is_tidied_up_by_the_dead(tmp_path: Path) -> 
     test_crash.test_nothing_is_tidied_up_by_the_dead(tmp_path, "delete")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_links")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_without_hard_links_the_disk_refuses(tmp_path: Path, code: int) -> None:

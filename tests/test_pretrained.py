@@ -190,6 +190,7 @@ def archive(network: nn.Module, file: Path) -> None:
     torch.jit.trace_module(network, ways, strict=False).half().save(str(file))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch deprecates what OpenAI's files are
 @pytest.mark.parametrize("quick", [True, False])
 def test_openais_archives_load_with_their_activation(

@@ -133,6 +133,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
@@ -156,6 +157,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert not (run / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_between_two_steps(
     number: signal.Signals, data: Data, whole: Path, tmp_path: Path
@@ -172,6 +174,7 @@ def test_a_signal_ends_a_run_between_two_steps(
     assert same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_second_signal_saves_nothing_of_a_half_done_step(
     data: Data, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +307,7 @@ def test_what_makes_another_training_is_refused(
         go_on(copy(halfway, tmp_path), replace(CONFIG, **change))
 
 
+@pytest.mark.slow
 def test_the_arithmetic_is_measured_once(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_one_searcher_with_an_index_serves_many_threads_with_filters_and_without
     assert {f: f.read_bytes() for f in indexed.rglob("*") if f.is_file()} == files
 
 
+@pytest.mark.slow
 def test_deleted_rows_leave_an_index_and_it_folds_them_in(indexed: Path) -> None:
     gone = [h.id for h in Searcher.open(indexed).search("a red circle", k=20)]
     delete(indexed, gone)

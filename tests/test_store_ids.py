@@ -123,6 +123,7 @@ def _write_some(path: str, first: int, version: int) -> None:
     fill(Path(path), range(first, first + 20), rows_per_shard=2, version=version)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [100, 7])
 def test_two_writers_lose_nothing_and_double_nothing(tmp_path: Path, apart: int) -> None:
     fill(tmp_path, range(1))

@@ -85,6 +85,7 @@ def test_a_cut_shard_is_refused_by_name(tmp_path: Path) -> None:
             open_store(tmp_path).vectors("image")
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_shard_ends_the_process(tmp_path: Path) -> None:
     """What Arrow reads is checked first: a shard is refused, or all of it can be read."""
     fill(tmp_path, range(4))
@@ -151,6 +152,7 @@ def test_two_shards_that_changed_places_are_noticed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- repair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.97])
 def test_a_flipped_bit_in_any_file_is_named_and_repaired(damaged: Path, place: float) -> None:
     whole = {s.name: s for s in open_store(damaged).manifest.shards}

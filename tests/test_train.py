@@ -428,6 +428,7 @@ def test_the_average_lends_and_returns(run: Path) -> None:
     assert all(torch.equal(v, moved[k]) for k, v in towers.state_dict().items())
 
 
+@pytest.mark.slow
 def test_choosing_an_arithmetic_changes_no_weights(run: Path) -> None:
     encoder = load_model(run)
     encoder.towers.train()
@@ -441,6 +442,7 @@ def test_choosing_an_arithmetic_changes_no_weights(run: Path) -> None:
     assert all(p.grad is None for p in encoder.towers.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part_size", [5, 32])
 def test_a_batch_in_parts(part_size: int, tmp_path: Path) -> None:
     """Parts train as a batch does, up to the batch norms, which see a part at a time."""
