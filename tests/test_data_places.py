@@ -16,7 +16,7 @@ import pytest
 from conftest import write_tar
 from data_samples import captions, jpeg, listed, reasons, write_folder
 
-from mmalign.data import Skip, places, read_image
+from mmalign.data import Skip, read_image
 from mmalign.data.places import is_url
 from mmalign.errors import DataError
 
@@ -121,7 +121,6 @@ def test_a_remote_tar_that_stops_in_between_loses_a_place(
                 raise RuntimeError("connection lost")
             return super().read(min(size or 0, 5000 - self.tell()))
 
-    monkeypatch.setattr(places, "PAUSE_S", 0.0)
     real = type(memory).open
 
     def opening(self: Any, path: str, *args: Any, **options: Any) -> Any:

@@ -502,6 +502,7 @@ def test_every_hit_is_given_without_a_filter(
     assert all(len(set(line[:6_000])) == min(k, 6_000) for line in found.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.05, 0.005, 0])
 def test_filters_keep_the_recall(
     built: tuple[Path, np.ndarray, dict[str, Any]], share: float
@@ -519,6 +520,7 @@ def test_filters_keep_the_recall(
     assert neighbour_recall(found, truth(stored, queries, 10, allow)).mean() >= 0.88
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image.faiss", "image.lists"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "other", "flipped"])
 def test_a_damaged_index_is_named(
@@ -541,6 +543,7 @@ def test_a_damaged_index_is_named(
         open_index(tmp_path, "image", [stored])
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_the_file_that_faiss_reads_whole_is_found(
     built: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -568,6 +571,7 @@ def test_an_index_is_the_same_after_it_was_written(design: Design, tmp_path: Pat
         )
 
 
+@pytest.mark.slow
 def test_an_index_of_other_vectors_is_refused(
     built: tuple[Path, np.ndarray, dict[str, Any]],
 ) -> None:
@@ -601,6 +605,7 @@ def test_queries_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
             index.search(queries, 3)
 
 
+@pytest.mark.slow
 def test_an_index_of_another_format_is_refused(
     built: tuple[Path, np.ndarray, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,9 +25,8 @@ from mmalign.store import open_store
 
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., EmbedReport]:
-    """Embed sources into one store, without long pauses between tries."""
+    """Embed sources into one store."""
     use_stub(monkeypatch)
-    monkeypatch.setattr(places, "PAUSE_S", 0.001)
     return lambda *sources, **words: embed("stub", sources, tmp_path / "s.store", **words)
 
 
@@ -195,7 +194,6 @@ def test_a_tar_behind_a_url_is_read_again_where_it_fails(
 
 def test_an_answer_that_does_not_come_ends(monkeypatch: pytest.MonkeyPatch, web: str) -> None:
     monkeypatch.setattr(places, "TIMEOUT_S", 0.05)
-    monkeypatch.setattr(places, "PAUSE_S", 0.001)
     monkeypatch.setattr(Handler, "send_head", lambda self: threading.Event().wait(0.3))
     with pytest.raises(OSError, match="no answer in time"):
         places.read(f"{web}/a.jpg")
