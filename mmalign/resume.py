@@ -111,7 +111,7 @@ def check_listing(
     """
     if listing_hash(training, validation) == state["listed"]:
         return
-    known = {h for part in _parts(state) for h in part["samples"].tolist()}
+    known = {h for part in _parts(state) if part for h in part["samples"].tolist()}
     records = [*training, *validation]
     now = sample_hashes(records).tolist()
     new = [r.uri for r, h in zip(records, now, strict=True) if h not in known]

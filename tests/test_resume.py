@@ -284,6 +284,28 @@ def test_a_run_is_not_resumed_with_other_data(
     assert (run / "state.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_picture, "1 images have other contents .*004.jpg"),
+        (add_picture, "1 samples are new or have other captions .*0000.jpg.*, 0 are gone"),
+        (None, "samples are new|validation samples now"),
+    ],
+)
+def test_a_run_without_validation_is_not_resumed_with_other_data_either(
+    change: Callable[[Path], None] | None, message: str, data: Data, tmp_path: Path
+) -> None:
+    run, pairs = tmp_path / "run", tmp_path / "pairs"
+    shutil.copytree(data[0], pairs)
+    with killed_in(run, Trainer, "step", 4):
+        train(replace(CONFIG, held_out=0), [str(pairs)], run)
+    val = [] if change else [str(data[1])]
+    if change:
+        change(pairs)
+    with pytest.raises(TrainingError, match=f"cannot be resumed, as its data .*({message})"):
+        train(replace(CONFIG, held_out=0), [], run, val=val, resume=True)
+
+
 def test_data_that_was_moved_and_touched_is_the_same(
     data: Data, halfway: Path, whole: Path, tmp_path: Path
 ) -> None:
