@@ -13,7 +13,7 @@ from conftest import weights_of
 from mmalign import load_model
 from mmalign.errors import InstallError, ModelError
 from mmalign.model import PRESETS, Preprocess, new_model, openclip, save_model
-from mmalign.model.tokenizer import common_characters, from_json, train
+from mmalign.model.tokenizer import CHINESE, SYLLABLES, common_characters, from_json, train
 
 CAPTIONS = ["a red circle left of a blue star", "一个红色圆形在一个蓝色星形的左边", "two dogs run"]
 
@@ -73,10 +73,23 @@ def test_common_chinese_characters_are_single_tokens_in_every_language() -> None
 
 
 def test_words_of_captions_are_learned_beside_the_common_characters() -> None:
-    small, large = (train(["红色的正方形 red squares"] * 9, v, context=64) for v in (270, 400))
+    small, large = (train(["红色 的 正方形 red squares"] * 9, v, context=64) for v in (270, 400))
     assert large.size <= 400 + len(common_characters())
-    assert large(["红色的正方形"]).shape[1] == 1
-    assert small(["红色的正方形"]).shape[1] > 1
+    assert large(["红色"]).shape[1] == 1
+    assert large(["squares"]).shape[1] == 1
+    assert small(["红色"]).shape[1] > 1
+
+
+def test_no_token_is_a_phrase() -> None:
+    """Where a script has no spaces, captions that are asked for otherwise share their tokens."""
+    captions = ["一个大的红色空心正方形在左边", "赤くて大きい四角が左にあります", "สี่เหลี่ยมสีแดงขนาดใหญ่"]
+    words = train([*captions, "extraordinarily red squares"] * 9, vocabulary=1000, context=64)
+    learned = [t.strip() for t in words.backend.get_vocab() if not t.startswith("<0x")]
+    assert max(len(CHINESE.findall(t)) for t in learned) == 2
+    assert max(len(SYLLABLES.findall(t)) for t in learned) == 4
+    assert "extraordinarily" in learned
+    for caption in captions:
+        assert words.backend.decode(words.backend.encode(caption).ids).strip() == caption
 
 
 def test_save_and_load_keep_vectors_and_identity(tmp_path: Path) -> None:

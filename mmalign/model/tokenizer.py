@@ -3,11 +3,17 @@
 The common Chinese characters are always single tokens, whatever language the captions are in, so
 that a Chinese query is not cut short by a model that was trained on English. Any other character
 that no caption had is spelled in bytes.
+
+Chinese, Japanese and Thai put no spaces between words, so BPE alone would make tokens of whole
+phrases, which it has seen but a query words otherwise. Tokens of these scripts end at the length of
+a word.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -22,6 +28,13 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
 # What NFKC leaves of CJK punctuation; the full-width forms of ASCII become ASCII.
 CJK_PUNCTUATION = "、。〈〉《》「」『』【】〔〕〖〗—‘’“”·～〇"
+# Scripts without spaces: a word has about two Chinese characters, or four of Thai, Lao, Burmese,
+# Khmer or kana.
+CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+SYLLABLES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")
+WORD_CHINESE, WORD_SYLLABLES = 2, 4
+# Phrases take most of the merges of a few Chinese captions, so more are learned than are kept.
+MERGES_LEARNED = 4
 
 
 @cache
@@ -81,7 +94,7 @@ def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     characters = common_characters()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary + len(characters),
+        vocab_size=MERGES_LEARNED * vocabulary + len(characters),
         special_tokens=[PAD, *BYTES],
         initial_alphabet=list(characters),
         show_progress=False,
@@ -89,7 +102,23 @@ def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
     backend.train_from_iterator(captions, trainer)
     # As tokens of the model alone: a text that holds the characters `[pad]` is spelled like others.
     trained = json.loads(backend.to_str()) | {"added_tokens": []}
+    trained["model"] |= _words_of(trained["model"], vocabulary + len(characters))
     return BytePairs(Backend.from_str(json.dumps(trained)), context)
+
+
+def _words_of(model: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the vocabulary and merges without phrases, the first merges up to so many tokens."""
+    pairs = [pair for pair in model["merges"] if _is_word("".join(pair))]
+    merged = {"".join(pair) for pair in model["merges"]}
+    tokens = [t for t in sorted(model["vocab"], key=model["vocab"].__getitem__) if t not in merged]
+    pairs = pairs[: max(0, size - len(tokens))]
+    tokens = list(dict.fromkeys([*tokens, *("".join(pair) for pair in pairs)]))
+    return {"vocab": {token: number for number, token in enumerate(tokens)}, "merges": pairs}
+
+
+def _is_word(token: str) -> bool:
+    chinese, syllables = len(CHINESE.findall(token)), len(SYLLABLES.findall(token))
+    return chinese / WORD_CHINESE + syllables / WORD_SYLLABLES <= 1
 
 
 def from_json(text: str) -> BytePairs:
