@@ -466,7 +466,7 @@ def test_a_store_outlives_further_training(
     before = load_model(run).identity
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    config = replace(QUICK, epochs=4, learning_rate=1e-2)
+    config = replace(QUICK, epochs=12)
     train(config, [str(scenes)], folder, resume=True)
     assert load_model(folder).identity != before
     assert load_model(folder, before).identity == before
