@@ -82,7 +82,7 @@ def test_words_of_captions_are_learned_beside_the_common_characters() -> None:
 
 def test_no_token_is_a_phrase() -> None:
     """Where a script has no spaces, captions that are asked for otherwise share their tokens."""
-    captions = ["一个大的红色空心正方形在左边", "赤くて大きい四角が左にあります", "สี่เหลี่ยมสีแดงขนาดใหญ่"]
+    captions = ["大的红色空心正方形在左边", "赤くて大きい四角が左にあります", "สี่เหลี่ยมสีแดงขนาดใหญ่"]
     words = train([*captions, "extraordinarily red squares"] * 9, vocabulary=1000, context=64)
     learned = [t.strip() for t in words.backend.get_vocab() if not t.startswith("<0x")]
     assert max(len(CHINESE.findall(t)) for t in learned) == 2
