@@ -32,7 +32,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the images; 30 where neither this nor `minutes` is set."""
     minutes: float | None = None
-    """Time from the call to the last step; the learning rate follows the clock."""
+    """Time from the first step to the last; the learning rate follows the clock."""
     batch_size: int = 128
     part_size: int | None = None
     """Images encoded at a time. A larger batch is encoded in parts, twice, in the memory of one

@@ -8,7 +8,6 @@ The part in brackets is `trainer.py`; what it needs is put together here.
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,7 +83,6 @@ def train(
         ConfigError: A resumed run is told to be another one.
         DataError: A source is empty.
     """
-    started = time.monotonic()
     run = Path(out)
     if resume and not (run / CONFIG).exists():
         raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
@@ -98,12 +96,10 @@ def train(
             raise UsageError(f"{run}: another process is training there")
         state = _open_run(run, config, resume)
         config = _with_sources(config, sources, val, run if resume else None)
-        return _train(config, run, state, started)
+        return _train(config, run, state)
 
 
-def _train(
-    config: TrainConfig, run: Path, state: dict[str, Any] | None, started: float
-) -> dict[str, Any]:
+def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict[str, Any]:
     if state is None:
         _require_model(config)
     records, val_records, skips = _read(config)
@@ -129,7 +125,7 @@ def _train(
         used = len(pairs) + (len(held) if held else 0)
         report_losses(run, [*skips, *lost, *lost_held], found=found, used=used)
         _warn(pairs, held)
-        trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run, started=started)
+        trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run)
         if state is not None:
             check_contents(run, state, pairs.pixels, held.pixels if held else None)
             trainer.load(state)

@@ -76,7 +76,6 @@ class Trainer:
         pairs: Pairs,
         held: Pairs | None,
         run: Path,
-        started: float,
     ) -> None:
         self.config, self.encoder, self.pairs, self.held, self.run = (
             config,
@@ -96,7 +95,7 @@ class Trainer:
         self.optimizer = adamw(self.trained, config.learning_rate, config.weight_decay)
         self.average = Average(self.towers, config.average)
         self.state = _State()
-        self.started = started
+        self.started = time.monotonic()
         self.lost: dict[str, Skip] = {}
         self.reported = self.saved_step = 0
         self.saved: list[str] = []
@@ -113,12 +112,11 @@ class Trainer:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those before a resume included."""
+        """Seconds since the first step, those before a resume included."""
         return self.state.elapsed_s + time.monotonic() - self.started
 
     def run_all(self) -> dict[str, Any]:
         """Train to the end, or to Ctrl-C or SIGTERM; both leave a state to resume from."""
-        # Of what was trained: getting ready may take longer than the minutes that are given.
         reached = limits_reached(
             self.config, self.state.step, self.sampler.steps_per_epoch, self.state.elapsed_s
         )
@@ -149,7 +147,8 @@ class Trainer:
         self, batches: Any, log: RunLog, shown: Any, stop: Callable[[], bool]
     ) -> dict[str, Any]:
         seen = waited_s = 0.0
-        loop_started = logged = saved = time.monotonic()
+        # Reading the data is no training: counted as such, it would take the warm-up away.
+        self.started = logged = saved = time.monotonic()
         due_so_far = math.floor(self.progress * self.config.validations)
         self.state.validated = min(self.state.validated, due_so_far)
         row: dict[str, Any] = {}
@@ -164,7 +163,7 @@ class Trainer:
             due_so_far = math.floor(progress * self.config.validations)
             due = done or due_so_far > self.state.validated
             if due or now - logged > LOG_SECONDS:
-                row = self._row(float(loss), seen, waited_s, now - loop_started)
+                row = self._row(float(loss), seen, waited_s, now - self.started)
                 shown.set_postfix_str(
                     f"epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
                     f"{row['samples_per_s']:.0f} images/s  waiting for data {row['wait_share']:.1%}"

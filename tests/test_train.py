@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -29,7 +30,7 @@ from mmalign.model import (
     save_description,
     save_model,
 )
-from mmalign.optimization import Arithmetic, Average, fastest
+from mmalign.optimization import Arithmetic, Average, fastest, learning_rate
 from mmalign.pairs import can_mirror, load_pairs
 from mmalign.train import _new_encoder, configure, held_out_images, train
 from mmalign.trainer import Trainer, _State
@@ -293,7 +294,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     held, _ = load_pairs(encoder, records[:4], folder / "v.npy", crops=False, label="decode")
     run = folder / "run"
     run.mkdir()
-    return Trainer(config, encoder, pairs=pairs, held=held, run=run, started=0.0)
+    return Trainer(config, encoder, pairs=pairs, held=held, run=run)
 
 
 def test_of_equal_validations_the_lower_loss_and_then_the_later_is_best(
@@ -456,6 +457,32 @@ def test_a_batch_in_parts(part_size: int, tmp_path: Path) -> None:
     )
     assert last["step"] == truth["step"]
     assert last["loss"] == pytest.approx(truth["loss"], rel=0.2)
+
+
+def test_reading_the_data_takes_no_time_of_the_training(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a training by the clock begins without its warm-up."""
+    begins: list[float] = []
+
+    def rate(progress: float, peak: float, warmup: float) -> float:
+        begins.append(progress)
+        return learning_rate(progress, peak, warmup)
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1)  # twice: for the training and for the validation pairs
+        return load_pairs(*arguments, **options)
+
+    monkeypatch.setattr("mmalign.trainer.learning_rate", rate)
+    monkeypatch.setattr("mmalign.train.load_pairs", slowly)
+    train(
+        replace(QUICK, epochs=None, minutes=2 / 60),
+        [str(scenes)],
+        tmp_path / "run",
+        val=[str(scenes)],
+    )
+    assert begins[0] < 0.5
+    assert begins[-1] > begins[0]
 
 
 @pytest.mark.slow
