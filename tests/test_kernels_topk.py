@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.kernels import exact, processor
+from mmalign.kernels import exact, processor, screens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["reference", "single", "half", "bfloat16", "int8", "triton"]
@@ -169,7 +169,10 @@ def test_lengths_other_than_one() -> None:
 @pytest.mark.parametrize("screen", ["single", "half", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_no_error_exceeds_its_bound(screen: str, dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize("prepared", [True, False])
+def test_no_error_exceeds_its_bound(
+    screen: str, dtype: torch.dtype, count: int, prepared: bool
+) -> None:
     """Hostile vectors: one large number among small ones, equal signs, clipped codes."""
     generator = torch.Generator().manual_seed(10)
     vectors = torch.randn(500, 64, generator=generator)
@@ -180,7 +183,10 @@ def test_no_error_exceeds_its_bound(screen: str, dtype: torch.dtype, count: int)
     queries = F.normalize(torch.randn(8, 64, generator=generator), dim=1)
     queries[0], queries[1] = vectors[7].float(), torch.ones(64) / 8
     queries = queries[:count]
-    corpus = kernels.prepare(vectors, with_codes=screen == "int8")
+    if prepared or screen == "int8":
+        corpus = kernels.prepare(vectors, with_codes=screen == "int8")
+    else:
+        corpus = screens.plain(vectors)
     make = exact._SCREENS[screen]
     seen = 0
     for block in make(queries, corpus, None):
@@ -215,10 +221,11 @@ def test_torch_may_round_products(setting: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_auto_says_what_it_picks() -> None:
+def test_auto_says_what_it_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, query = unit(3000, 16).half(), unit(1, 16).float()
     many, allow = unit(20, 16).float(), torch.arange(3000) < 90
     coded, plain = (kernels.prepare(vectors, with_codes=codes) for codes in (True, False))
+    monkeypatch.setattr(exact, "has_tiles", lambda: False)
     assert kernels.choose_topk(query, plain) == "half"
     assert kernels.choose_topk(query, coded) == "int8"
     assert kernels.choose_topk(many, plain) == "single"
@@ -230,6 +237,17 @@ def test_auto_says_what_it_picks() -> None:
     few = kernels.prepare(vectors[:300], with_codes=True)
     assert kernels.choose_topk(query, few) == "reference"
     assert kernels.choose_topk(unit(200, 16).float(), few) == "int8"
+    monkeypatch.setattr(exact, "has_tiles", lambda: True)
+    assert kernels.choose_topk(query, plain) == "single"
+    assert kernels.choose_topk(unit(64, 16).float(), plain) == brief
+
+
+def test_answers_carry_no_gradients() -> None:
+    vectors, queries = torch.nn.Parameter(unit(300, 16).float()), unit(3, 16, seed=11).float()
+    for impl in IMPLS:
+        if impl != "half":
+            found = search(queries, vectors, 3, impl)
+            assert found == full_sort(queries, vectors.detach(), 3), impl
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

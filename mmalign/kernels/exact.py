@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.errors import VectorError
 from mmalign.kernels import checks, codes, reference, screens
 from mmalign.kernels.codes import GROUP
-from mmalign.kernels.processor import has_bfloat16, has_int8, sums_float16_in_float32
+from mmalign.kernels.processor import has_bfloat16, has_int8, has_tiles, sums_float16_in_float32
 from mmalign.kernels.rescore import best_pairs, by_query, exact_scores
 from mmalign.kernels.screens import Block, Corpus
 from mmalign.kernels.timings import Timings, measure_screens
@@ -40,9 +40,10 @@ PENDING, WAITING, CROWDED = 1 << 17, 8, 5
 # of so many pairs beyond k first.
 GROWTH, SPARE = 4, 6
 QUERIES_AT_ONCE = 1024
-# Reading float16 once for each query beats widening it to float32 up to so many queries, and
-# bfloat16 beats float32 from so many on, where the processor knows it.
-HALF_QUERIES, BRIEF_QUERIES = 8, 128
+# Reading float16 once for each query beats widening it to float32 up to so many queries, but where
+# the processor multiplies tiles. bfloat16 beats float32 from so many on, where the processor knows
+# it, and with tiles.
+HALF_QUERIES, BRIEF_QUERIES, TILED_QUERIES = 8, 128, 48
 FEW_ALLOWED = 0.1
 # Of so few rows and scores, float64 for all takes less time than the bookkeeping of a screen.
 FEW_ROWS, FEW_SCORES = 2048, 1 << 14
@@ -53,6 +54,7 @@ MEASURED_NUMBERS = 1 << 26
 _log = logging.getLogger("mmalign.kernels")
 
 
+@torch.no_grad()
 def topk(
     queries_MD: Tensor,
     vectors_ND: Tensor | Sequence[Tensor] | Corpus,
@@ -126,9 +128,10 @@ def _usual(queries_MD: Tensor, corpus: Corpus, few: bool) -> TopkImpl:
     """What is taken where nothing was measured."""
     if corpus.codes is not None and not few:
         return "int8"
-    if len(queries_MD) <= HALF_QUERIES and not _refuses_half(corpus):
+    if len(queries_MD) <= HALF_QUERIES and not has_tiles() and not _refuses_half(corpus):
         return "half"
-    return "bfloat16" if len(queries_MD) >= BRIEF_QUERIES and has_bfloat16() else "single"
+    least = TILED_QUERIES if has_tiles() else BRIEF_QUERIES
+    return "bfloat16" if len(queries_MD) >= least and has_bfloat16() else "single"
 
 
 def _possible(corpus: Corpus) -> list[TopkImpl]:
@@ -142,6 +145,7 @@ def _possible(corpus: Corpus) -> list[TopkImpl]:
     return [name for name, possible in names if possible]
 
 
+@torch.no_grad()
 def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) -> Corpus:
     """Make vectors ready to be searched many times: check each, bound their norms, code them.
 
@@ -174,6 +178,7 @@ def _checked(corpus: Corpus) -> Corpus:
     return replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
 
 
+@torch.no_grad()
 def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
     """Add codes to a prepared corpus; `tick` is called again and again, and may raise to end it.
 

@@ -35,6 +35,12 @@ def has_vnni() -> bool:
 
 
 @cache
+def has_tiles() -> bool:
+    """Say whether a CPU multiplies tiles of bfloat16 and of bytes: AMX."""
+    return _ask(torch.cpu, "_is_amx_tile_supported")
+
+
+@cache
 def packs_bfloat16() -> bool:
     """Say whether oneDNN's linear layer over weights laid out in advance is there."""
     names = ("_reorder_linear_weight", "_linear_pointwise")

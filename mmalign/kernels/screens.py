@@ -9,6 +9,7 @@ in any order adds at most D u / (1 - D u) |q'| |v'|.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class Corpus:
         """Types of the shards."""
         return {shard.dtype for shard in self.shards}
 
+    @cached_property
+    def lost(self) -> float:
+        """A bound on the norms of what the vectors lose in bfloat16; reads all of them, once."""
+        pieces = (p for shard in self.shards for p in shard.split(_widened_rows(self.width)))
+        lost = max(_lost_in_bfloat16(piece.float()) for piece in pieces)
+        return lost * (1 + sum_error(self.width, SINGLE))
+
     def numbered(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each shard with the number of its first row."""
         first = 0
@@ -103,7 +111,7 @@ def joined(blocks: Iterator[Block], queries: int) -> Iterator[Block]:
     for block in blocks:
         waiting.append(block)
         count += len(block.rows_B)
-        if count >= high:
+        if 2 * count > high:
             yield _together(waiting)
             waiting, count = [], 0
     if waiting:
@@ -136,28 +144,33 @@ def plain(vectors_ND: Tensor | Sequence[Tensor]) -> Corpus:
 def single(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
     """Scores in float32, on the device of the queries, wherever the vectors lie."""
     count, device = len(queries_MD), queries_MD.device
-    budget = (min(CPU_BYTES, WIDENED_BYTES) if device.type == "cpu" else GPU_BYTES) // 4
-    high = max(MIN_ROWS, budget // max(count, corpus.width) // GROUP * GROUP)
-    memory = queries_MD.new_empty(high, corpus.width)
+    if device.type == "cpu":
+        high, piece = _scored_rows(count), _widened_rows(corpus.width)
+    else:
+        high = piece = max(MIN_ROWS, GPU_BYTES // 4 // max(count, corpus.width) // GROUP * GROUP)
+    memory = queries_MD.new_empty(piece, corpus.width)
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     share = sum_error(corpus.width, SINGLE) + 2 * _rounded_inputs()
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
-        here = block_BD.dtype == torch.float32 and block_BD.device == device
-        wide_BD = block_BD if here else memory[: len(block_BD)].copy_(block_BD)
-        scores_BM = _mask(wide_BD @ queries_MD.T, allowed_B)
-        longest = corpus.longest or torch.linalg.vector_norm(wide_BD, dim=1).max()
-        yield _block(rows_B.to(device), scores_BM, norms_M * longest * share)
+        scores_BM = queries_MD.new_empty(len(block_BD), count)
+        longest = corpus.longest or 0.0
+        for part_PD, scores_PM in zip(block_BD.split(piece), scores_BM.split(piece), strict=True):
+            here = part_PD.dtype == torch.float32 and part_PD.device == device
+            wide_PD = part_PD if here else memory[: len(part_PD)].copy_(part_PD)
+            torch.mm(wide_PD, queries_MD.T, out=scores_PM)
+            if corpus.longest is None:
+                longest = max(longest, _norm(wide_PD))
+        yield _block(rows_B.to(device), _mask(scores_BM, allowed_B), norms_M * (longest * share))
 
 
 def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
     """Scores of float16 vectors, read once for each query and summed in float32; on a CPU."""
-    high = min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // len(queries_MD) // GROUP * GROUP))
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     rounded_MD = queries_MD.half()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
     # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
     share_M = lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF)
-    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
+    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, _scored_rows(len(queries_MD))):
         longest = corpus.longest or _longest(block_BD)
         if longest * norms_M.max() < HALF_RANGE:
             scores_BM = torch.stack([block_BD @ query_D for query_D in rounded_MD], dim=1).float()
@@ -167,27 +180,49 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
 
 
 def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
-    """Scores in bfloat16, which some CPUs multiply in half the time of float32; on a CPU."""
-    count = len(queries_MD)
-    budget = min(CPU_BYTES, WIDENED_BYTES) // 2
-    high = max(MIN_ROWS, budget // max(count, corpus.width) // GROUP * GROUP)
+    """Scores in bfloat16, which some CPUs multiply far faster than float32; on a CPU."""
+    count, piece = len(queries_MD), _widened_rows(corpus.width)
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     share = sum_error(corpus.width, SINGLE)
     rounded_MD = queries_MD.bfloat16()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
-    wide = queries_MD.new_empty(high, corpus.width)
-    brief = queries_MD.new_empty(high, corpus.width, dtype=torch.bfloat16)
-    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, high):
-        # By way of float32: torch is slow from float16 to bfloat16.
-        wide_BD = wide[: len(block_BD)].copy_(block_BD)
-        brief_BD = brief[: len(block_BD)].copy_(wide_BD)
-        longest = corpus.longest or torch.linalg.vector_norm(wide_BD, dim=1).max()
-        lost = torch.linalg.vector_norm(wide_BD.sub_(brief_BD), dim=1).max()
-        scores_BM = brief_BD @ rounded_MD.T
+    wide = queries_MD.new_empty(piece, corpus.width)
+    brief = queries_MD.new_empty(piece, corpus.width, dtype=torch.bfloat16)
+    for rows_B, block_BD, allowed_B in _blocks(corpus, allow, _scored_rows(count)):
+        scores_BM = brief.new_empty(len(block_BD), count)
+        longest, lost = (corpus.longest, corpus.lost) if corpus.longest else (0.0, 0.0)
+        for part_PD, scores_PM in zip(block_BD.split(piece), scores_BM.split(piece), strict=True):
+            # By way of float32: torch is slow from float16 to bfloat16.
+            wide_PD = wide[: len(part_PD)].copy_(part_PD)
+            brief_PD = brief[: len(part_PD)].copy_(wide_PD)
+            torch.mm(brief_PD, rounded_MD.T, out=scores_PM)
+            if corpus.longest is None:
+                longest = max(longest, _norm(wide_PD))
+                lost = max(lost, _lost_in_bfloat16(wide_PD))
         # The casts of a vector and of a query, the sum, and its cast.
         error_M = lost * norms_M + longest * (1 + BRIEF) * (lost_M + norms_M * share)
-        error_M += BRIEF * scores_BM.abs().max()
+        error_M += BRIEF * torch.stack(scores_BM.aminmax()).abs().max()
         yield _block(rows_B, _mask(scores_BM, allowed_B), 1.01 * error_M)
+
+
+def _lost_in_bfloat16(wide_BD: Tensor) -> float:
+    """The largest norm of what vectors lose when they are cast to bfloat16."""
+    return _norm(wide_BD - wide_BD.bfloat16().float())
+
+
+def _norm(wide_BD: Tensor) -> float:
+    """The largest norm."""
+    return float(torch.linalg.vector_norm(wide_BD, dim=1).max())
+
+
+def _scored_rows(queries: int) -> int:
+    """How many rows to score at once, so that their scores stay in the cache of a CPU."""
+    return min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // queries // GROUP * GROUP))
+
+
+def _widened_rows(width: int) -> int:
+    """How many rows to widen at once, so that they stay in the cache of a core."""
+    return max(GROUP, min(CPU_BYTES, WIDENED_BYTES) // 4 // width // GROUP * GROUP)
 
 
 def _longest(block_BD: Tensor) -> float:
@@ -201,7 +236,7 @@ def _longest(block_BD: Tensor) -> float:
 def int8(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
     """Scores of codes by whole numbers, exact but for what the codes have lost; on a CPU."""
     assert corpus.codes is not None
-    high = min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // len(queries_MD) // GROUP * GROUP))
+    high = _scored_rows(len(queries_MD))
     queries = code_queries(queries_MD)
     first = 0
     for codes in corpus.codes:
