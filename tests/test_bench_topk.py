@@ -54,6 +54,7 @@ def test_vectors_of_the_second_cloud_are_nearly_alike() -> None:
     assert values[:32].square().sum() > 0.99 * values.square().sum()
 
 
+@pytest.mark.slow
 def test_vectors_of_a_store_are_asked_by_its_captions(store: Path) -> None:
     name, vectors, queries = topk.real([store], 4)
     assert name == store.stem

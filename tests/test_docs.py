@@ -22,6 +22,7 @@ def reader_of_the_format_page() -> str:
     return str(code)
 
 
+@pytest.mark.slow
 def test_the_format_page_can_be_followed(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -459,6 +459,7 @@ def test_a_batch_in_parts(part_size: int, tmp_path: Path) -> None:
     assert last["loss"] == pytest.approx(truth["loss"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_reading_the_data_takes_no_time_of_the_training(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
