@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,19 @@ def train(
     if not resume:
         _require_model(config)
     refuse_own_sources(run, (*(sources or config.data), *(val or config.val)))
+    is_new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
-    with files.sole_user(run) as alone:
-        if not alone:
-            raise UsageError(f"{run}: another process is training there")
-        state = _open_run(run, config, resume)
-        config = _with_sources(config, sources, val, run if resume else None)
-        return _train(config, run, state)
+    try:
+        with files.sole_user(run) as alone:
+            if not alone:
+                raise UsageError(f"{run}: another process is training there")
+            state = _open_run(run, config, resume)
+            config = _with_sources(config, sources, val, run if resume else None)
+            return _train(config, run, state)
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written there
+                run.rmdir()
 
 
 def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict[str, Any]:

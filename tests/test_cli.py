@@ -111,8 +111,21 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
         (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "no class name in it"),
     ],
 )
-def test_words_that_are_off(words: list[str], said: str) -> None:
+def test_words_that_are_off(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert said in complaint(2, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_without_data_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "no images found" in complaint(1, "train", "--data", "photos", "--out", "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 
 @pytest.mark.parametrize(
