@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.data import Record, is_derived, is_gone, other_id
+from mmalign.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
 
@@ -29,16 +30,6 @@ Vectors = NDArray[np.float32]
 Row = dict[str, Any]
 # What tells whether a sample is as it was, without its image.
 OUTLINE = ("id", "uri", "stamp")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the store holds of an image with some content."""
-
-    image_D: Vectors
-    texts: dict[str, Vectors]
-    """The vectors of its captions."""
-    thumbnail: bytes
 
 
 class _Lookup:

@@ -40,7 +40,6 @@ from mmalign.data import (
 )
 from mmalign.encoding import InHalves, Texts, is_out_of_memory
 from mmalign.heap import keep_memory
-from mmalign.held import Known
 from mmalign.model import Encoder
 
 T = TypeVar("T")
@@ -49,6 +48,16 @@ Vectors = NDArray[np.float32]
 CPU_BATCH, GPU_BATCH = 16, 256
 # Batches that are begun for each encoding thread before their results are asked for.
 AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was made before of an image with the same content."""
+
+    image_D: Vectors
+    texts: dict[str, Vectors]
+    """The vectors of its captions."""
+    thumbnail: bytes
 
 
 @dataclass(frozen=True)
