@@ -17,7 +17,7 @@ from bench import measure
 from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import PRESETS
 from mmalign.model.towers import ConvTower
-from mmalign.optimization import Arithmetic
+from mmalign.training.optimization import Arithmetic
 
 TIMM = ("resnet10t", "mobilenetv4_conv_small_035", "test_resnet")
 STEPS = 5

@@ -51,10 +51,10 @@ from torch.utils.data import DataLoader, Dataset
 from bench import clip_retrieval, measure, processes
 from mmalign import modality
 from mmalign.data import Record, in_threads, read_image, scan
-from mmalign.embed import embed
-from mmalign.heap import keep_memory
+from mmalign.embedding.embed import embed
+from mmalign.encoding.pipeline import CPU_BATCH
+from mmalign.memory import keep_memory
 from mmalign.model import Precision, in_precision, load_model, openclip
-from mmalign.pipeline import CPU_BATCH
 from mmalign.store import open_store
 
 BATCH = 64

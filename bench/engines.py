@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from bench import measure
 from mmalign.data import in_threads
-from mmalign.heap import keep_memory
+from mmalign.memory import keep_memory
 from mmalign.model import Encoder, Precision, in_precision, load_model
 
 Vectors = NDArray[np.float32]

@@ -40,10 +40,10 @@ import torch
 
 from bench import measure, processes
 from bench.standin import StandIn
-from mmalign.build import memory_bytes
 from mmalign.index import Exact, Queries, Rows, build_index, open_index, write_description
 from mmalign.index.approximate import set_threads
 from mmalign.index.measure import interval, neighbour_recall
+from mmalign.search.build import memory_bytes
 
 KS, SHARD_ROWS = (10, 100), 10_000
 TUNING, HELD = 8_000, 1_000

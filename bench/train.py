@@ -19,10 +19,10 @@ from typing import Any
 
 from bench import measure
 from mmalign.data import read_image, scan
-from mmalign.evaluate import evaluate
+from mmalign.evaluation.evaluate import evaluate
 from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import openclip
-from mmalign.train import TrainConfig, train
+from mmalign.training.train import TrainConfig, train
 
 THEIR_MODEL = {
     "embed_dim": 256,

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from mmalign import heap
 from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
@@ -30,6 +29,7 @@ from mmalign.index.lists import Lists
 from mmalign.index.measure import ALONE, Held, Trial, in_turns, measure, prove, times, tune
 from mmalign.index.rows import Rows
 from mmalign.index.spec import KS, Design, Floats, Ints, Point
+from mmalign.memory import give_back, keep_little
 from mmalign.progress import over, say
 
 EXACT_ROWS = 50_000
@@ -127,7 +127,7 @@ def plan(
     if not asked:
         say("too few queries to tune and to measure an index with, so every row will be compared")
         return Plan(Design("exact"))
-    heap.keep_little()
+    keep_little()
     main = next(iter(asked))
     designs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
     if not designs:
@@ -137,9 +137,9 @@ def plan(
             f"compared; the nearest is {near.design} with {near.recall:.1%}"
         )
         return Plan(Design("exact"), tried=tried)
-    heap.give_back()
+    give_back()
     true = _truths(vectors, _fewer(asked))
-    heap.give_back()
+    give_back()
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:

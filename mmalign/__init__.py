@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmalign.model import load_model as load_model
-    from mmalign.search import Searcher as Searcher
+    from mmalign.search.searcher import Searcher as Searcher
     from mmalign.store import open_store as open_store
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = ["Searcher", "__version__", "load_model", "open_store"]
 _HOME = {
     "load_model": "mmalign.model",
     "open_store": "mmalign.store",
-    "Searcher": "mmalign.search",
+    "Searcher": "mmalign.search.searcher",
 }
 
 

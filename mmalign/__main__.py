@@ -1,5 +1,5 @@
 """`python -m mmalign` is the same as the `mmalign` command."""
 
-from mmalign.cli import main
+from mmalign.cli.main import main
 
 main()

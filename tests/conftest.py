@@ -20,9 +20,9 @@ import torch
 
 from mmalign.data import places
 from mmalign.data.scenes import write_scenes
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
 from mmalign.model.presets import PRESETS
-from mmalign.train import TrainConfig, train
+from mmalign.training.train import TrainConfig, train
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)

@@ -59,7 +59,7 @@ def compact_on(store: Path) -> None:
 
 def embed_in_processes(store: Path, run: str, source: str, how: str) -> None:
     """Embed in a new process for each line of stdin; what is imported once serves all forks."""
-    importlib.import_module("mmalign.embed")
+    importlib.import_module("mmalign.embedding.embed")
     context: Any = multiprocessing.get_context(how)
     for line in sys.stdin:
         process = context.Process(target=embed_in_one, args=(store / line.strip(), run, source))
@@ -70,7 +70,7 @@ def embed_in_processes(store: Path, run: str, source: str, how: str) -> None:
 
 def embed_in_one(store: Path, run: str, source: str) -> None:
     """Embed, and say what was committed."""
-    from mmalign import embed
+    from mmalign.embedding import embed
 
     embed.COMMIT_SECONDS = 0.0
     commit = Writer.commit

@@ -60,4 +60,4 @@ def use_stub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("keep_weights", lambda encoder: None),
         ("fastest_device", lambda: torch.device("cpu")),
     ):
-        monkeypatch.setattr(f"mmalign.embed.{name}", value, raising=False)
+        monkeypatch.setattr(f"mmalign.embedding.embed.{name}", value, raising=False)

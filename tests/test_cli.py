@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.model import new_model, save_model
 from mmalign.store import manifest as manifests
 

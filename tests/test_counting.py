@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from conftest import jpeg, write_tar
 from stub_encoder import LONGEST, use_stub
 
-from mmalign.cli import main
-from mmalign.encoding import Texts
+from mmalign.cli.main import main
+from mmalign.encoding.batches import Texts
 from mmalign.store import open_store
 
 

@@ -19,7 +19,7 @@ from ledger import Rows, observe
 
 from mmalign import open_store
 from mmalign.data.scenes import write_scenes
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
 from mmalign.store import verify
 
 FULL = os.environ.get("MMALIGN_CRASH") == "full"

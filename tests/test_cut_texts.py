@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.build import build
-from mmalign.embed import embed
-from mmalign.evaluate import evaluate
+from mmalign.embedding.embed import embed
+from mmalign.evaluation.evaluate import evaluate
 from mmalign.model import load_model, new_model, openclip
-from mmalign.search import Searcher
-from mmalign.train import train
+from mmalign.search.build import build
+from mmalign.search.searcher import Searcher
+from mmalign.training.train import train
 
 from conftest import QUICK, jpeg  # isort: skip
 

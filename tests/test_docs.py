@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmalign import open_store
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.store import delete
 from mmalign.store.schema import schema
 

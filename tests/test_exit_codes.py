@@ -12,25 +12,25 @@ from typing import Any, NoReturn
 import pytest
 from click.testing import CliRunner, Result
 
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.progress import bar
 
 # Words that are well, and the function that does the work.
 CALLS = {
-    "demo": ("demo --out {tmp}/demo", "mmalign.demo.demo"),
-    "train": ("train --data {tmp} --out {tmp}/run", "mmalign.train.train"),
-    "embed": ("embed --model m --data {tmp} --out {tmp}/s", "mmalign.embed.embed"),
-    "index": ("index {tmp}/s", "mmalign.build.build"),
-    "search": ("search {tmp}/s red", "mmalign.search.Searcher.open"),
-    "evaluate": ("evaluate --model m --data {tmp}", "mmalign.evaluate.evaluate"),
+    "demo": ("demo --out {tmp}/demo", "mmalign.cli.demo.demo"),
+    "train": ("train --data {tmp} --out {tmp}/run", "mmalign.training.train.train"),
+    "embed": ("embed --model m --data {tmp} --out {tmp}/s", "mmalign.embedding.embed.embed"),
+    "index": ("index {tmp}/s", "mmalign.search.build.build"),
+    "search": ("search {tmp}/s red", "mmalign.search.searcher.Searcher.open"),
+    "evaluate": ("evaluate --model m --data {tmp}", "mmalign.evaluation.evaluate.evaluate"),
     "info": ("info {tmp}/s", "mmalign.store.open_store"),
     "verify": ("verify {tmp}/s", "mmalign.store.verify"),
     "repair": ("repair {tmp}/s", "mmalign.store.repair"),
     "compact": ("compact {tmp}/s", "mmalign.store.compact"),
     "delete": ("delete {tmp}/s an-id", "mmalign.store.open_store"),
-    "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.transfer.export"),
-    "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.transfer.import_parts"),
+    "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.transfer.export"),
+    "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.transfer.import_parts"),
 }
 
 
@@ -145,7 +145,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
 
 def test_a_process_shows_the_traceback_of_a_bug_and_exits_with_1() -> None:
     code = (
-        "from mmalign.cli import main\n"
+        "from mmalign.cli.main import main\n"
         "def fail(**_): raise KeyError('a bug')\n"
         "main.commands['info'].callback = fail\n"
         "main(['info', 'x'])\n"

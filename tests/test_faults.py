@@ -18,8 +18,8 @@ from conftest import write_pairs
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
-from mmalign.cli import main
-from mmalign.sheet import Strip, draw_sheet
+from mmalign.cli.main import main
+from mmalign.search.sheet import Strip, draw_sheet
 
 SMALL = 100_000
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import jpeg, write_pairs
 from test_cli import answer, call, complaint
 
-from mmalign.cli import main
+from mmalign.cli.main import main
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_examples_of_every_help_work_as_they_are_printed(
 def test_small_and_large_numbers_are_shown_by_their_first_digits(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mmalign.cli_options import print_values
+    from mmalign.cli.options import print_values
 
     print_values({"rate": 2e-5, "none": 0.0, "bytes": 1035971223.02, "recall": 0.95}, False)
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines())

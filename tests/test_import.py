@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import CARD, DIM, fill, row
 
-from mmalign import transfer
 from mmalign.errors import DataError, IdentityError
+from mmalign.exchange import transfer
+from mmalign.exchange.transfer import export, import_parts
 from mmalign.store import Store, open_store, parts, verify
-from mmalign.transfer import export, import_parts
 
 COUNT = 25
 

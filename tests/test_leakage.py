@@ -8,9 +8,9 @@ from conftest import jpeg, write_pairs
 from PIL import Image
 
 from mmalign.data import Pixels, scan
-from mmalign.leakage import describe_leakage, shared_samples
 from mmalign.model import new_model
-from mmalign.pairs import load_pairs
+from mmalign.training.leakage import describe_leakage, shared_samples
+from mmalign.training.pairs import load_pairs
 
 
 def pixels(folder: Path, crops: bool = False) -> Pixels:

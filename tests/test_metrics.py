@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from mmalign.evaluate import retrieval
+from mmalign.evaluation.evaluate import retrieval
+from mmalign.evaluation.metrics import accuracy, recall_at
 from mmalign.index.measure import neighbour_recall
-from mmalign.metrics import accuracy, recall_at
 
 
 def test_any_caption_of_the_image_counts() -> None:

@@ -7,9 +7,9 @@ import pytest
 from conftest import QUICK, jpeg, write_tar
 from stub_encoder import use_stub
 
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
 from mmalign.errors import UsageError
-from mmalign.train import train
+from mmalign.training.train import train
 
 
 def make_store(sources: list[str], out: Path) -> None:

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from mmalign import Searcher, load_model, open_store
-from mmalign.build import build
+from mmalign.cli.demo import FEW_PASSES, demo
 from mmalign.data.scenes import sample, write_scenes
-from mmalign.demo import FEW_PASSES, demo
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
-from mmalign.evaluate import evaluate
+from mmalign.evaluation.evaluate import evaluate
 from mmalign.model import new_model, save_model
+from mmalign.search.build import build
 from mmalign.store import delete
 
 
@@ -90,7 +90,7 @@ def test_embedding_that_is_killed_goes_on(run: Path, store: Path, tmp_path: Path
     scenes, out = tmp_path / "many.tar", tmp_path / "killed.store"
     write_scenes(scenes, 400, seed=4, tick=lambda: None)
     code = (
-        "import mmalign.embed as e, sys; e.COMMIT_SECONDS = 0.0\n"
+        "import mmalign.embedding.embed as e, sys; e.COMMIT_SECONDS = 0.0\n"
         "e.embed(sys.argv[1], [sys.argv[2]], sys.argv[3], precision='float32')"
     )
     call = [sys.executable, "-c", code, str(run), str(scenes), str(out)]
@@ -215,7 +215,7 @@ def test_eight_bits_tell_what_they_cost(
     run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("mmalign.embed.COMPARED", 20)
+    monkeypatch.setattr("mmalign.embedding.embed.COMPARED", 20)
     report = embed(run, [str(scenes)], tmp_path / "s.store", precision="int8")
     assert (report.added, report.precision) == (96, "int8")
     assert "int8 beside float32: cosine of images" in capsys.readouterr().err

@@ -17,11 +17,11 @@ from PIL import Image
 from mmalign import files
 from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_image, scan
 from mmalign.data.spool import Names, Spool
-from mmalign.embed import embed
-from mmalign.encoding import InHalves, Texts
+from mmalign.embedding.embed import embed
+from mmalign.encoding.batches import InHalves, Texts
+from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError
 from mmalign.model import Encoder, new_model
-from mmalign.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_device_that_cannot_decode_leaves_it_to_the_cpu(
     def refuse(*words: object) -> torch.Tensor:
         raise RuntimeError("nvjpeg: not supported")
 
-    monkeypatch.setattr("mmalign.pipeline.decode_on", refuse)
+    monkeypatch.setattr("mmalign.encoding.pipeline.decode_on", refuse)
     records = scan([str(write_pairs(tmp_path / "p", 5))]).records
     pipeline = Pipeline(encoder, thumbnails=False)
     pipeline.decodes_on_device = True
@@ -161,7 +161,7 @@ def test_equal_captions_are_encoded_once(encoder: Encoder, monkeypatch: pytest.M
 
 
 def test_old_captions_are_forgotten(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmalign.encoding.CACHED_TEXTS", 3)
+    monkeypatch.setattr("mmalign.encoding.batches.CACHED_TEXTS", 3)
     texts = Texts(encoder)
     for word in "abcde":
         texts([[word]])

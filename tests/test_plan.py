@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_index import DIM, texts, vectors
 
-from mmalign import build
 from mmalign.index import Queries, Rows, approximate
 from mmalign.index import plan as planner
 from mmalign.index.measure import TURN, Trial, in_turns
 from mmalign.index.plan import DESIGNS, plan
 from mmalign.index.spec import Design, Point
+from mmalign.search import build
 
 
 class Index:

@@ -11,13 +11,13 @@ import torch
 
 from mmalign import kernels
 from mmalign.data.scenes import write_scenes
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
+from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import MmalignError
 from mmalign.kernels import processor
 from mmalign.model import devices, load_model, new_model, to_fastest
-from mmalign.pipeline import Pipeline
-from mmalign.search import Searcher
-from mmalign.train import train
+from mmalign.search.searcher import Searcher
+from mmalign.training.train import train
 
 from conftest import QUICK  # isort: skip
 

@@ -43,7 +43,7 @@ def hook(event, args):
 
 
 sys.addaudithook(hook)
-from mmalign.cli import main
+from mmalign.cli.main import main
 
 for commands, writable in json.loads(sys.argv[2]):
     for words in commands:

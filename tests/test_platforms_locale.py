@@ -15,11 +15,11 @@ from conftest import write_pairs
 from mmalign import files
 from mmalign.data import scan
 from mmalign.data.gone import is_gone
+from mmalign.exchange.transfer import export
 from mmalign.index import approximate
 from mmalign.index.spec import Design
 from mmalign.store import compact, delete, open_store, verify
-from mmalign.train import TrainConfig, train
-from mmalign.transfer import export
+from mmalign.training.train import TrainConfig, train
 
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -37,7 +37,7 @@ def in_plain_locale(code: str, *words: object) -> str:
 COMMANDS = """
 import sys, json
 from click.testing import CliRunner
-from mmalign.cli import main
+from mmalign.cli.main import main
 assert sys.getfilesystemencoding() == "ascii" or sys.platform == "darwin"
 for words in json.loads(sys.argv[1]):
     words = [w.encode().decode("ascii", "surrogateescape") for w in words]

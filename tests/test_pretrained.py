@@ -23,11 +23,11 @@ from mmalign import load_model
 from mmalign.errors import IdentityError, InstallError, ModelError
 from mmalign.model import Encoder, clip_networks, openclip, require_preset, save_model
 from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
-from mmalign.settings import configure
 from mmalign.store import ModelCard
 from mmalign.store.manifest import Manifest
 from mmalign.store.reader import Store
-from mmalign.train import train
+from mmalign.training.settings import configure
+from mmalign.training.train import train
 
 open_clip = openclip.module()
 TEXTS = ["a dog", "two dogs run on a beach", "!"]

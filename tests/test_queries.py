@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mmalign import Searcher
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.errors import DataError, UsageError
 
 NOTE = "looks like a file, but names none: searched as words"
@@ -124,7 +124,9 @@ def test_a_file_that_is_no_image_is_refused_and_not_searched_by_its_name(
     store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mmalign.search.load_model", lambda _: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(
+        "mmalign.search.searcher.load_model", lambda _: pytest.fail("loaded for nothing")
+    )
     Path(name).write_text("<svg/>")
     for query in (name, f"@{name}", tmp_path / name):
         result = search(store, query)

@@ -17,9 +17,9 @@ import small_store
 from click.testing import CliRunner, Result
 from conftest import jpeg, write_pairs, write_tar
 
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.store import manifest as manifests
-from mmalign.train import TrainConfig
+from mmalign.training.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {

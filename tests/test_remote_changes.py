@@ -18,7 +18,7 @@ from conftest import jpeg, write_tar
 from stub_encoder import use_stub
 
 from mmalign.data import Record, Stamps, is_gone, places
-from mmalign.embed import EmbedReport, embed
+from mmalign.embedding.embed import EmbedReport, embed
 from mmalign.errors import DataError
 from mmalign.store import open_store
 

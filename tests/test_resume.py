@@ -18,13 +18,13 @@ from click.testing import CliRunner
 from conftest import QUICK, jpeg, write_pairs
 
 from mmalign import files, load_model
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.errors import ConfigError, TrainingError, UsageError
 from mmalign.model import checkpoint
-from mmalign.optimization import Arithmetic, Average
-from mmalign.runlog import RunLog
-from mmalign.train import TrainConfig, train
-from mmalign.trainer import Trainer
+from mmalign.training.optimization import Arithmetic, Average
+from mmalign.training.runlog import RunLog
+from mmalign.training.train import TrainConfig, train
+from mmalign.training.trainer import Trainer
 
 # Nine steps; a validation, and so a saved state, after each third.
 CONFIG = replace(
@@ -335,11 +335,11 @@ def test_the_arithmetic_is_measured_once(
 ) -> None:
     run, config = tmp_path / "run", replace(CONFIG, arithmetic="auto")
     chosen = Arithmetic(channels_last=True)
-    monkeypatch.setattr("mmalign.trainer.fastest", lambda *_, **__: chosen)
+    monkeypatch.setattr("mmalign.training.trainer.fastest", lambda *_, **__: chosen)
     with killed_in(run, Trainer, "step", 4):
         begin(data, run, config)
     begin(data, tmp_path / "whole", config)
-    monkeypatch.setattr("mmalign.trainer.fastest", None)
+    monkeypatch.setattr("mmalign.training.trainer.fastest", None)
     go_on(run, config)
     assert torch.load(run / "state.pt")["arithmetic"]["image"]["channels_last"]
     assert same_run(run, tmp_path / "whole")
@@ -363,8 +363,8 @@ def test_an_arithmetic_that_a_machine_lacks_is_named(
     run = copy(halfway, tmp_path)
     state = torch.load(run / "state.pt") | {part: value}
     torch.save(state, run / "state.pt")
-    monkeypatch.setattr("mmalign.trainer.has_bfloat16", lambda _: False)
-    monkeypatch.setattr("mmalign.trainer.fastest_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("mmalign.training.trainer.has_bfloat16", lambda _: False)
+    monkeypatch.setattr("mmalign.training.trainer.fastest_device", lambda: torch.device("cpu"))
     with pytest.raises(TrainingError, match=f"in {lacking}.*--set arithmetic=float32") as caught:
         go_on(run, CONFIG)
     assert "\n" not in str(caught.value)

@@ -9,30 +9,15 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
-    {"mmalign.errors", "mmalign.terminal", "mmalign.values"},
-    {"mmalign.arrow_values"},
-    {"mmalign.files", "mmalign.config", "mmalign.heap", "mmalign.progress"},
-    {"mmalign.cli_options", "mmalign.cli_errors", "mmalign.measured"},
+    {"mmalign.errors", "mmalign.terminal", "mmalign.values", "mmalign.memory"},
+    {"mmalign.arrow_values", "mmalign.config", "mmalign.files", "mmalign.progress"},
+    {"mmalign.measured"},
     {"mmalign.kernels"},
-    {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index", "mmalign.metrics"},
-    {
-        "mmalign.modality",
-        "mmalign.optimization",
-        "mmalign.runlog",
-        "mmalign.words",
-        "mmalign.interrupts",
-        "mmalign.leakage",
-        "mmalign.resume",
-        "mmalign.settings",
-    },
+    {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index"},
+    {"mmalign.modality"},
     {"mmalign.encoding"},
-    {"mmalign.pipeline"},
-    {"mmalign.held"},
-    {"mmalign.todo"},
-    {"mmalign.pairs", "mmalign.search", "mmalign.evaluate", "mmalign.build", "mmalign.transfer"},
-    {"mmalign.embed", "mmalign.trainer", "mmalign.sheet"},
-    {"mmalign.train"},
-    {"mmalign.demo", "mmalign.cli_store"},
+    {"mmalign.evaluation"},
+    {"mmalign.training", "mmalign.embedding", "mmalign.search", "mmalign.exchange"},
     {"mmalign.cli"},
 ]
 DOORS = {
@@ -47,22 +32,19 @@ DOORS = {
     "webdataset": {"mmalign.data.scenes"},
     "braceexpand": {"mmalign.data.catalog"},
     "fsspec": {"mmalign.data"},
-    "click": {"mmalign.cli", "mmalign.cli_errors", "mmalign.cli_options", "mmalign.cli_store"},
+    "click": {"mmalign.cli"},
     "duckdb": {"mmalign.store.where"},
     "tqdm": {"mmalign.progress"},
     "wcwidth": {"mmalign.terminal"},
     "pillow_heif": {"mmalign.data.decode"},
-    "PIL": {"mmalign.data", "mmalign.sheet"},
+    "PIL": {"mmalign.data", "mmalign.search.sheet"},
 }
 NO_TORCH = (
     "mmalign.store",
     "mmalign.data.catalog",
     "mmalign.measured",
-    "mmalign.metrics",
+    "mmalign.evaluation.metrics",
     "mmalign.cli",
-    "mmalign.cli_errors",
-    "mmalign.cli_options",
-    "mmalign.cli_store",
 )
 
 
@@ -152,10 +134,10 @@ def test_storage_and_faces_know_no_torch() -> None:
 def test_the_checks_can_fail() -> None:
     upward = {"mmalign.files": imports("from mmalign.cli import main")}
     sideways = {"mmalign.store.reader": imports("import mmalign.model")}
-    foreign = {"mmalign.search": imports("def f():\n    with a:\n        import faiss")}
+    foreign = {"mmalign.search.searcher": imports("def f():\n    with a:\n        import faiss")}
     assert wrong_rooms(upward) == ["mmalign.files imports mmalign.cli.main"]
     assert wrong_rooms(sideways) == ["mmalign.store.reader imports mmalign.model"]
-    assert wrong_doors(foreign) == ["mmalign.search imports faiss"]
+    assert wrong_doors(foreign) == ["mmalign.search.searcher imports faiss"]
     assert imports("if TYPE_CHECKING:\n    import torch\nelse:\n    import numpy") == {"numpy"}
     assert imports("try:\n    import a\nexcept E:\n    import b") == {"a", "b"}
     assert imports("match x:\n    case 1:\n        import a") == {"a"}

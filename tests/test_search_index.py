@@ -15,9 +15,9 @@ import torch
 from test_threads import together
 
 from mmalign import Searcher, open_store
-from mmalign.build import build, memory_bytes
 from mmalign.errors import StoreError, UsageError
 from mmalign.index.plan import DESIGNS
+from mmalign.search.build import build, memory_bytes
 from mmalign.store import delete, verify
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import jpeg, write_tar
 from stub_encoder import use_stub
 
-from mmalign.embed import EmbedReport, embed
+from mmalign.embedding.embed import EmbedReport, embed
 from mmalign.errors import StoreError
 from mmalign.store import Store, open_store
 

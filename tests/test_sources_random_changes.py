@@ -24,9 +24,9 @@ from PIL import Image
 from stub_encoder import StubEncoder, use_stub, vector
 
 from mmalign.data import Record, Stamps, fit_image, image_meta, open_image, read_image, scan
-from mmalign.embed import EmbedReport, embed
+from mmalign.embedding.embed import EmbedReport, embed
+from mmalign.embedding.held import below
 from mmalign.errors import DataError
-from mmalign.held import below
 from mmalign.store import meta_json, open_store
 
 SEEDS = int(os.environ.get("MMALIGN_SEEDS", "4"))

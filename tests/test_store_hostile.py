@@ -13,9 +13,9 @@ import pytest
 from store_samples import CARD, fill, row, write_index
 
 from mmalign import files
-from mmalign.build import build
 from mmalign.errors import StoreError
-from mmalign.search import Searcher
+from mmalign.search.build import build
+from mmalign.search.searcher import Searcher
 from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
 

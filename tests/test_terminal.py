@@ -13,8 +13,8 @@ import small_store
 from click.testing import CliRunner, Result
 
 from mmalign import progress
-from mmalign.cli import main
-from mmalign.search import Hit
+from mmalign.cli.main import main
+from mmalign.search.searcher import Hit
 from mmalign.terminal import ACTIVE, UNSEEN_COLUMNS, openable, printable, shorten, width
 
 HOSTILE = {
@@ -47,7 +47,7 @@ def hits(text: str, monkeypatch: pytest.MonkeyPatch) -> list[Hit]:
     searcher = SimpleNamespace(
         search=lambda *_, **__: found, describe_index=lambda: {"kind": "exact"}, store=None
     )
-    monkeypatch.setattr("mmalign.search.Searcher.open", lambda *_: searcher)
+    monkeypatch.setattr("mmalign.search.searcher.Searcher.open", lambda *_: searcher)
     return found
 
 
@@ -89,7 +89,7 @@ def test_json_is_readable_where_it_can_be(hits: list[Hit], text: str) -> None:
 def test_lines_keep_to_the_width_of_the_terminal(
     hits: list[Hit], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmalign.cli.columns", lambda: columns)
+    monkeypatch.setattr("mmalign.cli.main.columns", lambda: columns)
     for line, hit in zip(search("utf-8").stdout.splitlines(), hits, strict=True):
         # A place is whole, as one that is cut cannot be opened; what is left goes to the words.
         assert printable(openable(hit.uri)) in line

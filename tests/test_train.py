@@ -18,10 +18,10 @@ from conftest import QUICK, jpeg, weights_of, write_pairs
 from PIL import Image
 
 from mmalign import Searcher, load_model
-from mmalign.cli import main
+from mmalign.cli.main import main
 from mmalign.data import Augment, Record, scan
 from mmalign.errors import ConfigError, DataError, ModelError, TrainingError, UsageError
-from mmalign.evaluate import evaluate
+from mmalign.evaluation.evaluate import evaluate
 from mmalign.kernels.groups import sharing
 from mmalign.model import (
     drop_weights,
@@ -30,11 +30,11 @@ from mmalign.model import (
     save_description,
     save_model,
 )
-from mmalign.optimization import Arithmetic, Average, fastest, learning_rate
-from mmalign.pairs import can_mirror, load_pairs
-from mmalign.train import _new_encoder, configure, held_out_images, train
-from mmalign.trainer import Trainer, _State
-from mmalign.words import WordHead
+from mmalign.training.optimization import Arithmetic, Average, fastest, learning_rate
+from mmalign.training.pairs import can_mirror, load_pairs
+from mmalign.training.train import _new_encoder, configure, held_out_images, train
+from mmalign.training.trainer import Trainer, _State
+from mmalign.training.words import WordHead
 
 pytestmark = pytest.mark.usefixtures("pico")
 TINY = replace(QUICK, preset="pico")
@@ -331,7 +331,7 @@ def test_arithmetic_is_tried_on_as_much_as_is_encoded_at_once(
     def fastest(_: object, run: Callable[[], torch.Tensor], *__: object, **___: object) -> None:
         sizes.append(len(run()))
 
-    monkeypatch.setattr("mmalign.trainer.fastest", fastest)
+    monkeypatch.setattr("mmalign.training.trainer.fastest", fastest)
     trainer._choose_arithmetic()
     assert sizes == [2, 2]
 
@@ -474,8 +474,8 @@ def test_reading_the_data_takes_no_time_of_the_training(
         time.sleep(1)  # twice: for the training and for the validation pairs
         return load_pairs(*arguments, **options)
 
-    monkeypatch.setattr("mmalign.trainer.learning_rate", rate)
-    monkeypatch.setattr("mmalign.train.load_pairs", slowly)
+    monkeypatch.setattr("mmalign.training.trainer.learning_rate", rate)
+    monkeypatch.setattr("mmalign.training.train.load_pairs", slowly)
     train(
         replace(QUICK, epochs=None, minutes=2 / 60),
         [str(scenes)],

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import CARD, DIM, fill, row, thumbnail
 
-from mmalign import transfer
 from mmalign.errors import StoreError, UsageError
+from mmalign.exchange import transfer
+from mmalign.exchange.transfer import export, import_parts
 from mmalign.store import delete, open_store, parts
-from mmalign.transfer import export, import_parts
 
 COUNT = 25
 
@@ -241,7 +241,7 @@ def test_a_place_taken_meanwhile_is_not_written_over(
 
 def test_export_needs_no_torch(small: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from mmalign.transfer import export\n"
+        "import sys; from mmalign.exchange.transfer import export\n"
         "export(sys.argv[1], sys.argv[2], 'npy')\n"
         "assert 'torch' not in sys.modules and 'faiss' not in sys.modules"
     )
@@ -259,7 +259,7 @@ def test_another_store_of_the_same_vectors_is_searched_alike(
     store: Path, run: Path, tmp_path: Path
 ) -> None:
     """Out and in again, under the model that made them."""
-    from mmalign.search import Searcher
+    from mmalign.search.searcher import Searcher
 
     export(store, tmp_path / "parts", "npy")
     report = import_parts(tmp_path / "parts", tmp_path / "b.store", run)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.encoding import report_cut
+from mmalign.encoding.batches import report_cut
 from mmalign.errors import (
     DataError,
     IdentityError,

@@ -28,7 +28,7 @@ from mmalign.data import (
     fit_image,
     report_skips,
 )
-from mmalign.encoding import report_cut
+from mmalign.encoding.batches import report_cut
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 

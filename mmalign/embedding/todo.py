@@ -28,7 +28,7 @@ from mmalign.data import (
     spelled,
     stream,
 )
-from mmalign.held import Held, Places, Row, below
+from mmalign.embedding.held import Held, Places, Row, below
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
 

@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.data import Record, is_derived, is_gone, other_id
-from mmalign.pipeline import Known
+from mmalign.encoding.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
 
 Ints = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 Row = dict[str, Any]
 # What tells whether a sample is as it was, without its image.
 OUTLINE = ("id", "uri", "stamp")

@@ -11,15 +11,16 @@ from typing import Any
 
 import click
 
-from mmalign import __version__, cli_store, files
-from mmalign.cli_errors import Commands
-from mmalign.cli_options import PLACE, TEXT, show
-from mmalign.cli_options import json_option as _json
-from mmalign.cli_options import model_option as _model
-from mmalign.cli_options import print_values as _print
-from mmalign.cli_options import store_argument as _store
-from mmalign.cli_options import where_option as _where
-from mmalign.cli_options import yes_option as _yes
+from mmalign import __version__, files
+from mmalign.cli import store as cli_store
+from mmalign.cli.errors import Commands
+from mmalign.cli.options import PLACE, TEXT, show
+from mmalign.cli.options import json_option as _json
+from mmalign.cli.options import model_option as _model
+from mmalign.cli.options import print_values as _print
+from mmalign.cli.options import store_argument as _store
+from mmalign.cli.options import where_option as _where
+from mmalign.cli.options import yes_option as _yes
 from mmalign.errors import DataError, UsageError
 from mmalign.terminal import columns, openable, printable, shorten, width
 
@@ -75,7 +76,7 @@ def demo(out: str, scenes: int, minutes: float) -> None:
     \b
     Example:  mmalign demo --out demo
     """
-    from mmalign.demo import demo as run
+    from mmalign.cli.demo import demo as run
 
     run(out, scenes=scenes, minutes=minutes)
 
@@ -122,8 +123,8 @@ def train(
               mmalign train --out run --resume
     """
     from mmalign.config import override, read_toml
-    from mmalign.train import configure
-    from mmalign.train import train as run
+    from mmalign.training.train import configure
+    from mmalign.training.train import train as run
 
     # A run that is resumed goes on with its own configuration unless told otherwise.
     own = Path(out) / "config.toml"
@@ -180,7 +181,7 @@ def embed(
     """
     from dataclasses import asdict
 
-    from mmalign.embed import embed as run
+    from mmalign.embedding.embed import embed as run
 
     numbers = part.split("/")
     if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
@@ -219,7 +220,7 @@ def index(
     Example:  mmalign index photos.store
               mmalign index photos.store --recall 0.95 --memory 300MB
     """
-    from mmalign.build import build
+    from mmalign.search.build import build
 
     report = build(store, recall=recall, memory=memory, queries=queries, model=model)
     if as_json:
@@ -269,11 +270,11 @@ def search(
     from dataclasses import asdict
 
     from mmalign.progress import say
-    from mmalign.search import Searcher
+    from mmalign.search.searcher import Searcher
 
     asked = _query(query)
     if sheet:
-        from mmalign.sheet import Strip, check_sheet, draw_sheet, tiles_of
+        from mmalign.search.sheet import Strip, check_sheet, draw_sheet, tiles_of
 
         check_sheet(Path(sheet))
     searcher = Searcher.open(store, model)
@@ -384,7 +385,7 @@ def evaluate(
               mmalign evaluate --model run --data val.tar --caption-key captions_zh --json
               mmalign evaluate --model run --data val.tar --classes dress,hat --label-key label
     """
-    from mmalign.evaluate import evaluate as run
+    from mmalign.evaluation.evaluate import evaluate as run
 
     names = _class_names(classes) if classes is not None else []
     keys = caption_keys or ("captions",)

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.build import build
 from mmalign.data import Augment
 from mmalign.data.scenes import write_scenes
-from mmalign.embed import embed
+from mmalign.embedding.embed import embed
 from mmalign.errors import UsageError
-from mmalign.evaluate import KS, evaluate
+from mmalign.evaluation.evaluate import KS, evaluate
 from mmalign.progress import bar, say
-from mmalign.search import Searcher
-from mmalign.sheet import Strip, draw_sheet, tiles_of
-from mmalign.train import TrainConfig, train
+from mmalign.search.build import build
+from mmalign.search.searcher import Searcher
+from mmalign.search.sheet import Strip, draw_sheet, tiles_of
+from mmalign.training.train import TrainConfig, train
 
 LANGUAGES = {"english": "captions", "chinese": "captions_zh"}
 HELD_OUT_SCENES = 1_000

@@ -21,8 +21,7 @@ from mmalign import files
 from mmalign.config import dump, read_toml
 from mmalign.data import Record, Skip, found_in, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
-from mmalign.evaluate import describe_overlap
-from mmalign.leakage import describe_leakage
+from mmalign.evaluation.evaluate import describe_overlap
 from mmalign.model import (
     Encoder,
     blank_model,
@@ -31,9 +30,10 @@ from mmalign.model import (
     require_preset,
     save_description,
 )
-from mmalign.pairs import Pairs, can_mirror, load_pairs, report_losses
 from mmalign.progress import say
-from mmalign.resume import (
+from mmalign.training.leakage import describe_leakage
+from mmalign.training.pairs import Pairs, can_mirror, load_pairs, report_losses
+from mmalign.training.resume import (
     check_contents,
     check_listing,
     check_settings,
@@ -41,9 +41,9 @@ from mmalign.resume import (
     listing_hash,
     read_state,
 )
-from mmalign.runlog import METRICS
-from mmalign.settings import TrainConfig, configure, limits_reached, refuse_complete
-from mmalign.trainer import Trainer
+from mmalign.training.runlog import METRICS
+from mmalign.training.settings import TrainConfig, configure, limits_reached, refuse_complete
+from mmalign.training.trainer import Trainer
 
 __all__ = ["TrainConfig", "configure", "train"]
 

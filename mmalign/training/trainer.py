@@ -19,17 +19,17 @@ from torch import Tensor
 from mmalign import kernels
 from mmalign.data import Draw, Skip, read_ahead
 from mmalign.errors import TrainingError, VectorError, shell_command
-from mmalign.evaluate import retrieval, too_few
-from mmalign.interrupts import stop_requests
+from mmalign.evaluation.evaluate import retrieval, too_few
 from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import Encoder, drop_weights, fastest_device, save_model
-from mmalign.optimization import Arithmetic, Average, adamw, fastest, learning_rate
-from mmalign.pairs import ENCODED_AT_ONCE, Batch, Pairs, encode_pairs, report_losses
 from mmalign.progress import bar, say
-from mmalign.resume import write_state
-from mmalign.runlog import RunLog
-from mmalign.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
-from mmalign.words import WordHead
+from mmalign.training.interrupts import stop_requests
+from mmalign.training.optimization import Arithmetic, Average, adamw, fastest, learning_rate
+from mmalign.training.pairs import ENCODED_AT_ONCE, Batch, Pairs, encode_pairs, report_losses
+from mmalign.training.resume import write_state
+from mmalign.training.runlog import RunLog
+from mmalign.training.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
+from mmalign.training.words import WordHead
 
 LOG_SECONDS = 10.0
 # Share of the training after which images have their full size.

@@ -13,7 +13,7 @@ from mmalign import files
 from mmalign.data import open_image
 from mmalign.errors import UsageError, reason_of
 from mmalign.progress import say
-from mmalign.search import Hit
+from mmalign.search.searcher import Hit
 from mmalign.store import Store
 
 INK, QUIET, PAPER, CARD, RIGHT = "#1c1d21", "#75777f", "#f6f6f3", "#ffffff", "#2e9e5b"

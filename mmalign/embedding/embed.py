@@ -15,11 +15,12 @@ from typing import Any
 
 from mmalign import files
 from mmalign.data import Record, Spool, counted, refuse_own_sources, report_skips
-from mmalign.encoding import report_cut
+from mmalign.embedding.todo import Settling, Todo, Wanted, find_todo, removed
+from mmalign.encoding.batches import report_cut
+from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
-from mmalign.evaluate import compare
+from mmalign.evaluation.evaluate import compare
 from mmalign.model import Encoder, Precision, in_precision, keep_weights, load_model, to_fastest
-from mmalign.pipeline import Encoded, Pipeline
 from mmalign.progress import bar, say
 from mmalign.store import (
     ModelCard,
@@ -33,7 +34,6 @@ from mmalign.store import (
     open_store,
     require_few,
 )
-from mmalign.todo import Settling, Todo, Wanted, find_todo, removed
 
 COMMIT_SECONDS = 60.0
 # Samples that are embedded in float32 as well, to say what eight bits cost.

@@ -38,8 +38,8 @@ from mmalign.data import (
     suits_device,
     thumbnail,
 )
-from mmalign.encoding import InHalves, Texts, is_out_of_memory
-from mmalign.heap import keep_memory
+from mmalign.encoding.batches import InHalves, Texts, is_out_of_memory
+from mmalign.memory import keep_memory
 from mmalign.model import Encoder
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from mmalign import kernels
 from mmalign.data import Record, Skip, counted, found_in, report_skips, scan
 from mmalign.data.columns import plain
-from mmalign.encoding import Texts, report_cut
+from mmalign.encoding.batches import Texts, report_cut
+from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError, nearest
-from mmalign.metrics import accuracy, mean_reciprocal_rank, recall_at
+from mmalign.evaluation.metrics import accuracy, mean_reciprocal_rank, recall_at
 from mmalign.model import Encoder, cosines, load_model, to_fastest
-from mmalign.pipeline import Pipeline
 from mmalign.progress import bar, say
 
 KS = (1, 5, 10)

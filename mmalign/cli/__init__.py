@@ -1,0 +1,8 @@
+"""The command `mmalign`: parse, call one function, print.
+
+main.py      the commands that go from pairs to hits
+store.py     the commands that look after a store
+demo.py      all verbs, on scenes it draws itself
+options.py   what commands share
+errors.py    how a command ends: one line for a mistake, exit codes
+"""
