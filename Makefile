@@ -34,7 +34,7 @@ test-fast: $(READY)  ## the tests that are quick, in one minute: while you work
 
 test-floors:  ## run the tests with the lowest versions that setup.cfg allows (another 6 GB)
 	$(OLDEST) -m venv .venv-floors
-	$(OLDEST) tests/floors.py > .venv-floors/floors.txt
+	$(OLDEST) tests/helpers/floors.py > .venv-floors/floors.txt
 	.venv-floors/bin/pip install --quiet -c .venv-floors/floors.txt -e '.[$(EXTRAS)]'
 	$(TEST) .venv-floors/bin/python -m pytest
 
@@ -44,10 +44,10 @@ test-newest:  ## run the tests with the newest versions that setup.cfg allows (a
 	$(TEST) .venv-newest/bin/python -m pytest
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
-	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/test_crash*.py
+	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/store/test_crash*.py
 
 test-pretrained: $(READY)  ## compare every name of open_clip's list with open_clip: minutes
-	MMALIGN_ALL_PRETRAINED=1 $(BIN)/python -m pytest -q tests/test_pretrained.py
+	MMALIGN_ALL_PRETRAINED=1 $(BIN)/python -m pytest -q tests/model/test_pretrained.py
 
 check: $(READY)  ## ruff, mypy strict and the room test; never writes
 	$(BIN)/ruff format --check .
@@ -66,7 +66,7 @@ bench: $(READY)  ## run the benchmarks; rows go to bench/results
 bench-gpu: GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 bench-gpu:  ## the GPU tests and benchmarks on one card; no network, no set-up
 	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu needs a GPU that torch can use")'
-	$(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels_losses.py tests/test_kernels_topk.py tests/test_kernels_parts.py
+	$(GPU_PYTHON) -m pytest -q --noconftest tests/kernels/test_losses.py tests/kernels/test_topk.py tests/kernels/test_parts.py
 	$(GPU_PYTHON) -m bench loss
 	$(GPU_PYTHON) -m bench topk
 

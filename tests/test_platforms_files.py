@@ -17,12 +17,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import test_crash
-import test_crash_collector
 import test_files
 from crash_acts import ACTS, Life, born
 from disk import SimulatedDisk, fail, using
 from ledger import CARD, observe, row
+from store import test_crash, test_crash_collector
 
 from mmalign import files
 from mmalign.errors import MmalignError

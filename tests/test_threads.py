@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
+from many_threads import together
 
 from mmalign import Searcher, kernels, load_model, open_store
 from mmalign.errors import ModelError, StoreError
@@ -19,37 +17,10 @@ from mmalign.search import searcher as search_module
 from mmalign.store import Store
 from mmalign.store.where import where
 
-T = TypeVar("T")
-THREADS, ROUNDS = 8, 4
 TEXTS = ["a red circle", "two blue squares left of a star", "", "一个红色圆形"]
 # Batch norms, and patches that are dropped while training.
 NORMS = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": None}
 DROPS = {"layers": 2, "width": 64, "patch_size": 16, "patch_dropout": 0.5}
-
-
-def together(work: Callable[[], T], rounds: int = ROUNDS) -> list[T]:
-    """Do the same work in many threads that start at one moment."""
-    barrier = threading.Barrier(THREADS)
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        barrier.wait()
-        try:
-            for _ in range(rounds):
-                results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    assert len(results) == THREADS * rounds
-    return results
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmalign import kernels
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 
 
 class Tiny(nn.Module):
@@ -86,7 +86,7 @@ def test_batch_norm_moves_once() -> None:
 def test_ranks_are_one_batch(count: int, tmp_path: Path) -> None:
     """Processes joined by gloo, in float64: see rank_worker.py for what each of them checks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(WORKER.parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(count), str(tmp_path / "meet")],

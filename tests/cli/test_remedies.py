@@ -5,7 +5,6 @@ import configparser
 import dataclasses
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,42 +13,18 @@ from pathlib import Path
 
 import pytest
 import small_store
-from click.testing import CliRunner, Result
+from command import call, follow, proposed
 from conftest import jpeg, write_pairs, write_tar
 
 from mmalign.cli.main import main
 from mmalign.store import manifest as manifests
 from mmalign.training.train import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPTIONS = {
     name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)}
     for name, c in main.commands.items()
 }
-
-
-def call(*words: str | Path) -> Result:
-    result = CliRunner().invoke(main, [str(w) for w in words], prog_name="mmalign")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def proposed(message: str) -> list[list[str]]:
-    """Return the commands that a message proposes, without `mmalign`."""
-    return [shlex.split(c)[1:] for c in re.findall(r"`(mmalign [^`]+)`", message)]
-
-
-def follow(result: Result, code: int = 1, **values: str | Path) -> None:
-    """Run what the message of a call proposes, placeholders filled in; it must go well."""
-    assert result.exit_code == code, result.output
-    commands = proposed(result.stderr)
-    assert commands, result.stderr
-    for words in commands:
-        done = call(*(values.get(word, word) for word in words))
-        assert done.exit_code in (0, 1) if words[0] == "verify" else done.exit_code == 0, (
-            done.output
-        )
 
 
 # ---------------------------------------------------------------- every message of the source

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command import answer, call, complaint
 from conftest import jpeg, write_pairs
-from test_cli import answer, call, complaint
 
 from mmalign.cli.main import main
 

@@ -331,7 +331,7 @@ def test_no_other_temporary_files_are_made() -> None:
     found = {
         file.name
         for folder in ("mmalign", "index")
-        for file in (Path(__file__).parents[1] / folder).rglob("*.py")
+        for file in (Path(__file__).parents[2] / folder).rglob("*.py")
         if re.search(r"TemporaryFile\(|mkstemp|mkdtemp", file.read_text(encoding="utf-8"))
     }
     assert found == {"files.py"}

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+from command import answer, call, complaint
 from small_store import CARD, DIM, fill, row
 from store_samples import flip
-from test_cli import answer, call, complaint
 
 from mmalign.store import add_failures, open_store
 

@@ -30,7 +30,11 @@ SCENES = 1_000
 @contextmanager
 def worker(*words: object, quiet: bool = False) -> Iterator[subprocess.Popen[str]]:
     """Run a worker; it is dead when the block ends."""
-    command = [sys.executable, str(Path(__file__).with_name("crash_worker.py")), *map(str, words)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "helpers" / "crash_worker.py"),
+        *map(str, words),
+    ]
     pipe, err = subprocess.PIPE, subprocess.DEVNULL if quiet else None
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True) as process:
         try:

@@ -6,47 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from command import answer, call, complaint
 
 from mmalign.cli.main import main
 from mmalign.model import new_model, save_model
 from mmalign.store import manifest as manifests
 
 COMMANDS = sorted(main.commands)
-
-
-def call(*words: str | Path) -> Result:
-    """Call `mmalign`; an escaped exception is a failure of the test."""
-    result = CliRunner().invoke(main, [str(w) for w in words], prog_name="mmalign")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def complaint(code: int, *words: str | Path) -> str:
-    """Return the one line that a failing call ends with, after checking the rules for all."""
-    result = call(*words)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(("mmalign: ", "Error: "))]
-    assert len(said) == 1
-    assert lines[-1] == said[0]
-    return said[0]
-
-
-def answer(*words: str | Path) -> dict[str, Any]:
-    """Return the one JSON object of a call that goes well."""
-    result = call(*words, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    value = json.loads(result.stdout, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
-    assert isinstance(value, dict)
-    return value
 
 
 @pytest.fixture

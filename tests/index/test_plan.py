@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_index import DIM, texts, vectors
+from clouds import DIM, texts, vectors
 
 from mmalign.index import Queries, Rows, approximate
 from mmalign.index import plan as planner

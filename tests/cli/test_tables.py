@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import answer, call, complaint
 from conftest import jpeg
-from test_cli import answer, call, complaint
 
 
 @pytest.fixture

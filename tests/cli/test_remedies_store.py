@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_store
-from test_remedies import call, follow, proposed
+from command import call, follow, proposed
 
 from mmalign import files
 from mmalign.errors import StoreError, UsageError

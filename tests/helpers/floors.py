@@ -4,7 +4,7 @@ import configparser
 import re
 from pathlib import Path
 
-SETUP = Path(__file__).parents[1] / "setup.cfg"
+SETUP = Path(__file__).parents[2] / "setup.cfg"
 
 
 def requirements() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clouds import DIM, texts, vectors
 
 from mmalign import kernels
 from mmalign.errors import StoreError, VectorError
@@ -32,7 +33,6 @@ from mmalign.index.measure import interval, neighbour_recall, places, tune
 from mmalign.index.plan import DESIGNS
 from mmalign.index.spec import Design, Point
 
-DIM = 32
 IVF = Design("ivf", "PQ/2x4fsr", density=1)
 EVERY = (
     *DESIGNS,
@@ -40,25 +40,6 @@ EVERY = (
     Design("ivf", "PQ/4x4fsr", density=1, metric="queries"),
     Design("hnsw", "SQfp16", links=32),
 )
-
-
-def vectors(count: int, seed: int = 0) -> np.ndarray:
-    """Clustered unit vectors, as embeddings are."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(40, DIM))
-    drawn = centres[rng.integers(40, size=count)] + 0.4 * rng.normal(size=(count, DIM))
-    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    return drawn.astype(np.float16)
-
-
-def texts(count: int, seed: int = 1) -> np.ndarray:
-    """Queries that lie elsewhere: shifted, and spread in a few directions only."""
-    rng = np.random.default_rng(seed)
-    drawn = vectors(count, seed).astype(np.float32)
-    drawn = (
-        0.6 * drawn + 0.5 * np.eye(DIM)[0] + rng.normal(size=(count, DIM)) * 0.9 ** np.arange(DIM)
-    )
-    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
 
 def truth(stored: np.ndarray, queries: np.ndarray, k: int, allow: Any = None) -> np.ndarray:

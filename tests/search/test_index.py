@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_store
 import torch
-from test_threads import together
+from many_threads import together
 
 from mmalign import Searcher, open_store
 from mmalign.errors import StoreError, UsageError
