@@ -7,7 +7,7 @@ most, S side in pixels, T tokens of a caption, X tokens of all captions.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,15 @@ class Batch:
     owned_BL: Tensor
     """The numbers of all captions that an image has, drawn or not; padded with -1."""
     lost: tuple[Skip, ...] = ()
+
+    def on(self, device: torch.device) -> "Batch":
+        """Move what describes the captions to a device; the images stay where they are."""
+        return replace(
+            self,
+            tokens_BCT=self.tokens_BCT.to(device),
+            groups_BC=self.groups_BC.to(device),
+            owned_BL=self.owned_BL.to(device),
+        )
 
 
 @dataclass(frozen=True)

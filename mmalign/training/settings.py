@@ -56,7 +56,7 @@ class TrainConfig:
     caption_loss: float = 0.2
     """Weight of a contrast between two captions of each image, which teaches paraphrases."""
     word_loss: float = 0.3
-    """Weight of predicting an image's words; see words.py."""
+    """Weight of predicting the tokens of an image's captions, see token_prediction.py."""
     start_size: float = 0.67
     """Side of the images in the first steps, as a share of the model's own; they grow to it on the
     way, where the model takes any size. The same minutes then hold more passes, and the last of

@@ -2,7 +2,8 @@
 
     scan -> encoder -> decode once -> [draw, augment, two towers, loss, step]... -> best model
 
-The part in brackets is `trainer.py`; what it needs is put together here.
+The part in brackets is `trainer.py` (the loop) and `learner.py` (a step); what they need is put
+together here.
 """
 
 import math
@@ -123,22 +124,22 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
     found = found_in(len(records) + len(val_records), skips)
     with _scratch(run / "cache") as cache:
         pairs, lost = load_pairs(encoder, records, cache / "train.npy", crops=crops, label="decode")
-        held, lost_held = (
+        held_out, lost_held = (
             load_pairs(encoder, val_records, cache / "val.npy", crops=False, label="decode val")
             if val_records
             else (None, [])
         )
-        used = len(pairs) + (len(held) if held else 0)
+        used = len(pairs) + (len(held_out) if held_out else 0)
         report_losses(run, [*skips, *lost, *lost_held], found=found, used=used)
-        _warn(pairs, held)
-        trainer = Trainer(config, encoder, pairs=pairs, held=held, run=run)
+        _warn(pairs, held_out)
+        trainer = Trainer(config, encoder, pairs=pairs, held_out=held_out, run=run)
         if state is not None:
-            check_contents(run, state, pairs.pixels, held.pixels if held else None)
+            check_contents(run, state, pairs.pixels, held_out.pixels if held_out else None)
             trainer.load(state)
         trainer.recorded = {
             "listed": listing_hash(records, val_records),
             "training": fingerprint(pairs.pixels),
-            "validation": fingerprint(held.pixels) if held else {},
+            "validation": fingerprint(held_out.pixels) if held_out else {},
         }
         return trainer.run_all()
 
@@ -237,7 +238,7 @@ def held_out_images(images: int, share: float | None) -> int:
     return min(MAX_HELD_OUT, max(least, round(HELD_OUT * images)))
 
 
-def _warn(pairs: Pairs, held: Pairs | None) -> None:
+def _warn(pairs: Pairs, held_out: Pairs | None) -> None:
     """Say what makes a training or its validation worthless."""
     said = [describe_overlap(pairs.pixels.records, "images", "nothing is learned")]
     contents_N = pairs.pixels.contents_N
@@ -246,10 +247,10 @@ def _warn(pairs: Pairs, held: Pairs | None) -> None:
             f"warning: all {len(pairs)} images are equal: nothing tells the pairs apart, "
             "so nothing is learned"
         )
-    if held is not None:
-        said.append(describe_leakage(pairs.pixels, held.pixels))
+    if held_out is not None:
+        said.append(describe_leakage(pairs.pixels, held_out.pixels))
         consequence = "recall on them says nothing"
-        said.append(describe_overlap(held.pixels.records, "validation images", consequence))
+        said.append(describe_overlap(held_out.pixels.records, "validation images", consequence))
     for warning in said:
         if warning:
             say(warning)

@@ -21,6 +21,7 @@ from mmalign import files, load_model
 from mmalign.cli.main import main
 from mmalign.errors import ConfigError, TrainingError, UsageError
 from mmalign.model import checkpoint
+from mmalign.training.learner import Learner
 from mmalign.training.optimization import Arithmetic, Average
 from mmalign.training.runlog import RunLog
 from mmalign.training.train import TrainConfig, train
@@ -61,7 +62,7 @@ def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def halfway(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed behind its first saved state. Tests that go on with it copy it."""
     folder = tmp_path_factory.mktemp("half")
-    with killed_in(folder / "run", Trainer, "step", 4):
+    with killed_in(folder / "run", Learner, "step", 4):
         begin(data, folder / "run")
     return folder / "run"
 
@@ -137,8 +138,8 @@ def steps_of(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (Trainer, "step", 1),
-        (Trainer, "step", 3),
+        (Learner, "step", 1),
+        (Learner, "step", 3),
         (Average, "update", 5),  # the weights have moved, their average has not
         (Trainer, "validate", 2),
         (Trainer, "save", 2),  # better weights are the model already
@@ -196,7 +197,7 @@ def test_a_run_killed_before_it_saved_can_be_started_again(
     data: Data, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with killed_in(run, Trainer, "step", 2):
+    with killed_in(run, Learner, "step", 2):
         begin(data, run)
     begin(data, run)
     assert same_run(run, whole)
@@ -297,7 +298,7 @@ def test_a_run_without_validation_is_not_resumed_with_other_data_either(
 ) -> None:
     run, pairs = tmp_path / "run", tmp_path / "pairs"
     shutil.copytree(data[0], pairs)
-    with killed_in(run, Trainer, "step", 4):
+    with killed_in(run, Learner, "step", 4):
         train(replace(CONFIG, held_out=0), [str(pairs)], run)
     val = [] if change else [str(data[1])]
     if change:
@@ -335,11 +336,11 @@ def test_the_arithmetic_is_measured_once(
 ) -> None:
     run, config = tmp_path / "run", replace(CONFIG, arithmetic="auto")
     chosen = Arithmetic(channels_last=True)
-    monkeypatch.setattr("mmalign.training.trainer.fastest", lambda *_, **__: chosen)
-    with killed_in(run, Trainer, "step", 4):
+    monkeypatch.setattr("mmalign.training.learner.fastest", lambda *_, **__: chosen)
+    with killed_in(run, Learner, "step", 4):
         begin(data, run, config)
     begin(data, tmp_path / "whole", config)
-    monkeypatch.setattr("mmalign.training.trainer.fastest", None)
+    monkeypatch.setattr("mmalign.training.learner.fastest", None)
     go_on(run, config)
     assert torch.load(run / "state.pt")["arithmetic"]["image"]["channels_last"]
     assert same_run(run, tmp_path / "whole")
@@ -363,8 +364,8 @@ def test_an_arithmetic_that_a_machine_lacks_is_named(
     run = copy(halfway, tmp_path)
     state = torch.load(run / "state.pt") | {part: value}
     torch.save(state, run / "state.pt")
-    monkeypatch.setattr("mmalign.training.trainer.has_bfloat16", lambda _: False)
-    monkeypatch.setattr("mmalign.training.trainer.fastest_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("mmalign.training.learner.has_bfloat16", lambda _: False)
+    monkeypatch.setattr("mmalign.training.learner.fastest_device", lambda: torch.device("cpu"))
     with pytest.raises(TrainingError, match=f"in {lacking}.*--set arithmetic=float32") as caught:
         go_on(run, CONFIG)
     assert "\n" not in str(caught.value)

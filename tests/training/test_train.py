@@ -32,9 +32,9 @@ from mmalign.model import (
 )
 from mmalign.training.optimization import Arithmetic, Average, fastest, learning_rate
 from mmalign.training.pairs import can_mirror, load_pairs
+from mmalign.training.token_prediction import TokenHead
 from mmalign.training.train import _new_encoder, configure, held_out_images, train
-from mmalign.training.trainer import Trainer, _State
-from mmalign.training.words import WordHead
+from mmalign.training.trainer import State, Trainer
 
 pytestmark = pytest.mark.usefixtures("pico")
 TINY = replace(QUICK, preset="pico")
@@ -225,7 +225,7 @@ def test_fine_tuning_has_milder_defaults() -> None:
 def test_words_are_learned_by_rarity() -> None:
     """A token in every caption weighs nothing; the image that says its own words is cheaper."""
     tokens = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 4, 4], [1, 5, 0]])
-    head = WordHead(4, torch.tensor([4, 4, 1, 1, 1, 1]), len(tokens))
+    head = TokenHead(4, torch.tensor([4, 4, 1, 1, 1, 1]), len(tokens))
     assert head.idf_V[:2].tolist() == [0, 0]
     assert torch.allclose(head.idf_V[2:], torch.tensor(2.0).log())
     with torch.no_grad():
@@ -294,14 +294,14 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     held, _ = load_pairs(encoder, records[:4], folder / "v.npy", crops=False, label="decode")
     run = folder / "run"
     run.mkdir()
-    return Trainer(config, encoder, pairs=pairs, held=held, run=run)
+    return Trainer(config, encoder, pairs=pairs, held_out=held, run=run)
 
 
 def test_of_equal_validations_the_lower_loss_and_then_the_later_is_best(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among few images every score is 1: the first validation must not win for that."""
-    trainer.state = _State()
+    trainer.state = State()
     best = []
     for step, (score, loss) in enumerate(
         [(1.0, 0.5), (1.0, 0.4), (1.0, 0.6), (1.0, 0.4), (0.9, 0.1)], start=1
@@ -316,7 +316,7 @@ def test_of_equal_validations_the_lower_loss_and_then_the_later_is_best(
 def test_validation_looks_beyond_the_first_ten(
     trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer.state, trainer.arithmetic = _State(), {}
+    trainer.state, trainer.learner.arithmetic = State(), {}
     report = trainer.validate()
     assert report["image_retrieval_recall@10"] == 1  # of four images
     assert 0 < trainer.state.best < 1
@@ -331,8 +331,8 @@ def test_arithmetic_is_tried_on_as_much_as_is_encoded_at_once(
     def fastest(_: object, run: Callable[[], torch.Tensor], *__: object, **___: object) -> None:
         sizes.append(len(run()))
 
-    monkeypatch.setattr("mmalign.training.trainer.fastest", fastest)
-    trainer._choose_arithmetic()
+    monkeypatch.setattr("mmalign.training.learner.fastest", fastest)
+    trainer.learner.choose_arithmetic(trainer.pairs, next(trainer.sampler.draws(0)))
     assert sizes == [2, 2]
 
 
@@ -349,10 +349,10 @@ def test_no_caption_of_an_image_is_its_negative(
         return one.sum()
 
     monkeypatch.setattr("mmalign.kernels.contrastive_loss", spy)
-    monkeypatch.setattr(trainer, "config", replace(trainer.config, caption_loss=1.0))
+    objective = trainer.learner.objective
+    monkeypatch.setattr(objective, "config", replace(trainer.config, caption_loss=1.0))
     vectors = torch.zeros(8, 2, 16)
-    numbers = (batch.groups_BC, batch.owned_BL)
-    trainer._loss(vectors[:, 0], vectors, batch.tokens_BCT, numbers)
+    objective(vectors[:, 0], vectors, batch)
     sets = [set(pairs.groups_P[pairs.starts[r] : pairs.starts[r + 1]]) for r in draw.rows_B]
     drawn = batch.groups_BC.numpy()
     for c in range(2):
@@ -474,7 +474,7 @@ def test_reading_the_data_takes_no_time_of_the_training(
         time.sleep(1)  # twice: for the training and for the validation pairs
         return load_pairs(*arguments, **options)
 
-    monkeypatch.setattr("mmalign.training.trainer.learning_rate", rate)
+    monkeypatch.setattr("mmalign.training.learner.learning_rate", rate)
     monkeypatch.setattr("mmalign.training.train.load_pairs", slowly)
     train(
         replace(QUICK, epochs=None, minutes=2 / 60),
