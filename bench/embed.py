@@ -49,9 +49,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bench import clip_retrieval, measure, processes
-from mmalign import modality
 from mmalign.data import Record, in_threads, read_image, scan
 from mmalign.embedding.embed import embed
+from mmalign.encoding.modalities import modalities_of
 from mmalign.encoding.pipeline import CPU_BATCH
 from mmalign.memory import keep_memory
 from mmalign.model import Precision, in_precision, load_model, openclip
@@ -179,7 +179,7 @@ def embed_seconds(task: Task, kind: str, store: str, **settings: Any) -> tuple[f
 def encoder_alone(task: Task, precision: Precision = "auto") -> Made:
     """Our encoder on batches that are ready, as many at once as the pipeline has encoders."""
     encoder, got = in_precision(load_model(task.encoder), precision)
-    kinds = modality.of(encoder)
+    kinds = modalities_of(encoder)
     if task.kind == "texts":
         keys, way = task.texts(), kinds["text"]
         batches, encoders, threads = [way.batch(keys)], 1, torch.get_num_threads()

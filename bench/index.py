@@ -40,7 +40,7 @@ import torch
 
 from bench import measure, processes
 from bench.standin import StandIn
-from mmalign.index import Exact, Queries, Rows, build_index, open_index, write_description
+from mmalign.index import Exact, Queries, Rows, open_index, write_description, write_index
 from mmalign.index.approximate import set_threads
 from mmalign.index.measure import interval, neighbour_recall
 from mmalign.search.build import memory_bytes
@@ -173,7 +173,7 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        part = build_index(folder, "image", shards, asked=asked, recall=recall, memory=memory)
+        part = write_index(folder, "image", shards, asked=asked, recall=recall, memory=memory)
         build_s = time.perf_counter() - started
         write_description(folder, {"modalities": {"image": part}})
         size = sum(p.stat().st_size for p in folder.glob("image.*"))
@@ -252,7 +252,7 @@ def _change(data: dict[str, Any], recall: float, memory: float) -> None:
     draw = np.random.default_rng(0).random(len(images))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        part = build_index(
+        part = write_index(
             folder, "image", shards[:covered], asked=asked, recall=recall, memory=memory
         )
         write_description(folder, {"modalities": {"image": part}})

@@ -16,10 +16,10 @@ Installed as `mmalign.index`. It knows neither stores nor models: it is given ve
 
 from mmalign.index.exact import Exact as Exact
 from mmalign.index.exact import Extended as Extended
-from mmalign.index.folder import build_index as build_index
 from mmalign.index.folder import describe as describe
 from mmalign.index.folder import open_index as open_index
 from mmalign.index.folder import write_description as write_description
+from mmalign.index.folder import write_index as write_index
 from mmalign.index.plan import Queries as Queries
 from mmalign.index.report import table as table
 from mmalign.index.rows import Rows as Rows
@@ -31,9 +31,9 @@ __all__ = [
     "Index",
     "Queries",
     "Rows",
-    "build_index",
     "describe",
     "open_index",
     "table",
     "write_description",
+    "write_index",
 ]

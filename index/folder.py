@@ -28,7 +28,7 @@ FORMAT = 3
 HEAD_BYTES = 1 << 22
 
 
-def build_index(
+def write_index(
     folder: Path,
     modality: str,
     shards: Shards,

@@ -4,24 +4,50 @@
 >>> mmalign.__version__
 '0.1.0'
 
-The three doors for a program are loaded on first use, so that importing the package costs nothing:
-`load_model(run)`, `open_store(path)` and `Searcher.open(store)`.
+Everything below is loaded on first use, so that importing the package costs nothing:
+
+    train(config, sources, out)      pairs -> a run folder with the model
+    load_model(run)                  a run folder or the name of a pretrained model -> `Encoder`
+    embed(model, sources, out)       images and captions -> a store
+    build_index(store)               an index over a store, its recall measured
+    evaluate(model, sources)         recall@k, zero-shot accuracy
+    open_store(path)                 the newest generation of a store -> `Store`
+    Searcher.open(store)             ready to search; `Query` and `Row` are ways to ask
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmalign.embedding.embed import embed as embed
+    from mmalign.evaluation.evaluate import evaluate as evaluate
+    from mmalign.items import Row as Row
+    from mmalign.model import Encoder as Encoder
     from mmalign.model import load_model as load_model
+    from mmalign.search.build import build_index as build_index
+    from mmalign.search.query import Query as Query
     from mmalign.search.searcher import Searcher as Searcher
     from mmalign.store import open_store as open_store
+    from mmalign.training.settings import TrainConfig as TrainConfig
+    from mmalign.training.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Searcher", "__version__", "load_model", "open_store"]
+__all__ = [
+    "Encoder", "Query", "Row", "Searcher", "TrainConfig", "__version__", "build_index", "embed",
+    "evaluate", "load_model", "open_store", "train",
+]  # fmt: skip
 
 _HOME = {
+    "Encoder": "mmalign.model",
+    "Query": "mmalign.search.query",
+    "Row": "mmalign.items",
+    "Searcher": "mmalign.search.searcher",
+    "TrainConfig": "mmalign.training.settings",
+    "build_index": "mmalign.search.build",
+    "embed": "mmalign.embedding.embed",
+    "evaluate": "mmalign.evaluation.evaluate",
     "load_model": "mmalign.model",
     "open_store": "mmalign.store",
-    "Searcher": "mmalign.search.searcher",
+    "train": "mmalign.training.train",
 }
 
 

@@ -2,7 +2,8 @@
 
     MmalignError             one clear line, no traceback; the command line exits with 1
     ├── UsageError           the words of the call are off; exits with 2
-    │   └── ConfigError      a configuration file or value is off
+    │   ├── ConfigError      a configuration file or value is off
+    │   └── ItemError        something of a type that is no item; also a TypeError
     ├── DataError            a source is missing, empty, or yields nothing usable
     ├── ModelError           a model cannot be found or loaded
     │   └── IdentityError    two things were made by different models
@@ -37,6 +38,10 @@ class UsageError(MmalignError):
 
 class ConfigError(UsageError):
     """A configuration file or value is off."""
+
+
+class ItemError(UsageError, TypeError):
+    """Something of a type that can be neither encoded nor searched by."""
 
 
 class DataError(MmalignError):

@@ -8,7 +8,7 @@ import pytest
 from mmalign.embedding.embed import embed
 from mmalign.evaluation.evaluate import evaluate
 from mmalign.model import load_model, new_model, openclip
-from mmalign.search.build import build
+from mmalign.search.build import build_index
 from mmalign.search.searcher import Searcher
 from mmalign.training.train import train
 
@@ -74,5 +74,5 @@ def test_long_queries_of_a_file_are_counted(
     shutil.copytree(store, copy)
     queries = tmp_path / "queries.txt"
     queries.write_text(f"a red circle\n{LONG}\n", encoding="utf-8")
-    build(copy, queries=queries)
+    build_index(copy, queries=queries)
     assert "warning: 1 queries are longer than nano reads" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from mmalign.embedding.embed import embed
 from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.evaluation.evaluate import evaluate
 from mmalign.model import new_model, save_model
-from mmalign.search.build import build
+from mmalign.search.build import build_index
 from mmalign.store import delete
 
 
@@ -74,7 +74,7 @@ def test_embedding_more_adds_only_what_is_new(run: Path, scenes: Path, tmp_path:
     out, more = tmp_path / "s.store", tmp_path / "more.tar"
     write_scenes(more, 10, seed=8, tick=lambda: None)
     embed(run, [str(scenes)], out)
-    build(out)
+    build_index(out)
     report = embed(run, [str(scenes), str(more)], out)
     assert (report.added, report.present) == (10, 96)
     store = open_store(out)
@@ -141,7 +141,7 @@ def test_rows_are_chosen_by_sql(store: Path, exact: bool) -> None:
     assert {h.id for h in hits} == {ids[3], ids[40], ids[41]}
     to_text = searcher.search("a red circle", k=96, to="text", where=wanted, exact=exact)
     assert {h.id for h in to_text} == {ids[3], ids[40], ids[41]}
-    assert searcher.search("a red circle", where="id = 'nobody'") == []
+    assert not searcher.search("a red circle", where="id = 'nobody'")
     with pytest.raises(UsageError, match="captoins.*did you mean 'captions'"):
         searcher.search("a red circle", where="len(captoins) > 2")
 
@@ -261,7 +261,7 @@ def test_search_in_all_directions(store: Path, scenes: Path, tmp_path: Path) -> 
 
 def test_scores_are_the_cosines_of_the_vectors(store: Path) -> None:
     searcher = Searcher.open(store)
-    query = searcher.encode("a large red star")
+    query = searcher.encode(["a large red star"])
     images = np.concatenate(searcher.store.vectors("image")).astype(np.float32)
     cosines = (images @ query[0]).tolist()
     for hit in searcher.search("a large red star", k=5):
@@ -287,7 +287,7 @@ def test_building_over_nothing_is_refused(run: Path, tmp_path: Path) -> None:
     with Writer(tmp_path / "e.store", ModelCard("nano-1", "run", 128)):
         pass
     with pytest.raises(StoreError, match="no rows yet"):
-        build(tmp_path / "e.store")
+        build_index(tmp_path / "e.store")
 
 
 @pytest.mark.slow

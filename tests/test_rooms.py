@@ -10,11 +10,16 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
     {"mmalign.errors", "mmalign.terminal", "mmalign.values", "mmalign.memory"},
-    {"mmalign.arrow_values", "mmalign.config", "mmalign.files", "mmalign.progress"},
+    {
+        "mmalign.arrow_values",
+        "mmalign.config",
+        "mmalign.files",
+        "mmalign.items",
+        "mmalign.progress",
+    },
     {"mmalign.measured"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index"},
-    {"mmalign.modality"},
     {"mmalign.encoding"},
     {"mmalign.evaluation"},
     {"mmalign.training", "mmalign.embedding", "mmalign.search", "mmalign.exchange"},

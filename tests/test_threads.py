@@ -13,7 +13,7 @@ from mmalign import Searcher, kernels, load_model, open_store
 from mmalign.errors import ModelError, StoreError
 from mmalign.index import Exact, Index
 from mmalign.model import PRESETS, Encoder, in_precision, new_model, openclip, save_model
-from mmalign.search import searcher as search_module
+from mmalign.search import snapshot as search_module
 from mmalign.store import Store
 from mmalign.store.where import where
 

@@ -18,7 +18,7 @@ from mmalign.embedding.embed import embed
 from mmalign.errors import UsageError
 from mmalign.evaluation.evaluate import KS, evaluate
 from mmalign.progress import bar, say
-from mmalign.search.build import build
+from mmalign.search.build import build_index
 from mmalign.search.searcher import Searcher
 from mmalign.search.sheet import Strip, draw_sheet, tiles_of
 from mmalign.training.train import TrainConfig, train
@@ -85,7 +85,7 @@ def demo(
     with _timed("embed", seconds):
         embed(run, [str(unseen)], store, caption_keys=keys)
     with _timed("index", seconds):
-        build(store)
+        build_index(store)
     with _timed("evaluate", seconds):
         recalls = {
             language: evaluate(run, [str(unseen)], caption_keys=[key])

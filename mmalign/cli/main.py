@@ -220,9 +220,9 @@ def index(
     Example:  mmalign index photos.store
               mmalign index photos.store --recall 0.95 --memory 300MB
     """
-    from mmalign.search.build import build
+    from mmalign.search.build import build_index
 
-    report = build(store, recall=recall, memory=memory, queries=queries, model=model)
+    report = build_index(store, recall=recall, memory=memory, queries=queries, model=model)
     if as_json:
         _print(report, as_json)
 

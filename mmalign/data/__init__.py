@@ -44,6 +44,7 @@ from mmalign.data.decode import THUMBNAIL_SIDE as THUMBNAIL_SIDE
 from mmalign.data.decode import decoded as decoded
 from mmalign.data.decode import fit_image as fit_image
 from mmalign.data.decode import image_meta as image_meta
+from mmalign.data.decode import image_of as image_of
 from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.device import decode_on as decode_on

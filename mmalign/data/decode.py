@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mmalign.data.colours import to_srgb
 from mmalign.data.exif import ORIENTATION, camera_meta, read_exif
 from mmalign.data.kinds import HEAD_BYTES, content_kind, not_decoded
 from mmalign.data.samples import SampleProblem
+from mmalign.errors import UsageError
 
 Pixels = NDArray[np.uint8]
 # Phones take images of 200 megapixels. The limit on memory is another one, see `budget.py`.
@@ -74,7 +76,7 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
     Raises:
         SampleProblem: It is no image, is cut short, or has too many pixels.
     """
-    with _one_line(content):
+    with _one_line():
         image, container = _opened(content)
         if image.width * image.height > max_pixels:
             raise SampleProblem(f"too many pixels: {image.width} x {image.height}")
@@ -86,7 +88,7 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
         factor = _factor(image, room) if side else 1
         wanted_bytes = len(content) + whole + _decoding_bytes(image, content, factor)
     with decoding_budget().taken(wanted_bytes, what):
-        with _one_line(content):
+        with _one_line():
             image.load()
             # The camera turns a preview itself, or says for the whole file how it is to be turned.
             turned = read_exif(image).get(ORIENTATION) or container.get(ORIENTATION)
@@ -97,13 +99,47 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
         yield upright
 
 
+@contextmanager
+def image_of(item: Any, side: int = 0) -> Iterator[Image.Image]:
+    """Give the RGB image of an item that `items.kind_of` calls an image; see `decoded`.
+
+    Raises:
+        UsageError: There is no such file, or it is not a regular one.
+        SampleProblem: It cannot be read or decoded.
+    """
+    if isinstance(item, Path):
+        item = _read_file(item)
+    if isinstance(item, bytes | bytearray | memoryview):
+        with decoded(bytes(item), side) as image:
+            yield image
+        return
+    with _one_line():
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else item
+        turn = _TURNED.get(read_exif(image).get(ORIENTATION) or 1)
+        image = _to_rgb(image, 1)
+        upright = image if turn is None else image.transpose(turn)
+    yield upright
+
+
+def _read_file(file: Path) -> bytes:
+    """Read an image file; anything but a regular file would block, or worse."""
+    try:
+        if not file.exists():
+            raise UsageError(f"{file}: no such image file")
+        if not file.is_file():
+            raise UsageError(f"{file}: cannot be used as an image: not a regular file")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise SampleProblem(str(getattr(error, "strerror", None) or error)) from None
+
+
 def image_meta(content: bytes) -> dict[str, Any]:
     """Return what a camera wrote into an image, see `exif.camera_meta`; only headers are read.
 
     What is no image, or damaged, has none.
     """
     try:
-        with _one_line(content):
+        with _one_line():
             image, container = _opened(content)
             return {**camera_meta(container), **camera_meta(read_exif(image))}
     except SampleProblem:
@@ -193,7 +229,7 @@ def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> 
 
 
 @contextmanager
-def _one_line(content: bytes) -> Iterator[None]:
+def _one_line() -> Iterator[None]:
     """Turn whatever a decoder raises into a reason of one line."""
     try:
         yield

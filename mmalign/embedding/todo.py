@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign import modality
 from mmalign.data import (
     Record,
     Skip,
@@ -29,6 +28,7 @@ from mmalign.data import (
     stream,
 )
 from mmalign.embedding.held import Held, Places, Row, below
+from mmalign.encoding.modalities import decode_workers
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
 
@@ -123,7 +123,7 @@ def _sort(todo: Todo, records: Sequence[Record], wanted: Wanted) -> None:
     rows = todo.held.of(records)
     todo.seen_N[[row["number"] for row in rows if row]] = True
     mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
-    workers = modality.decode_workers()
+    workers = decode_workers()
     stamps = in_threads(todo.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers)
     for (record, row), seen in zip(mine, stamps, strict=True):
         todo.captions += bool(record.captions)

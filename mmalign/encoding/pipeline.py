@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmalign import modality
 from mmalign.data import (
     Record,
     Skip,
@@ -39,6 +38,7 @@ from mmalign.data import (
     thumbnail,
 )
 from mmalign.encoding.batches import InHalves, Texts, is_out_of_memory
+from mmalign.encoding.modalities import decode_workers, modalities_of
 from mmalign.memory import keep_memory
 from mmalign.model import Encoder
 
@@ -133,7 +133,7 @@ class Pipeline:
         self.encoder, self.thumbnails, self.known = encoder, thumbnails, known
         self.encoded = 0
         """Images whose vectors were computed."""
-        self.images = modality.of(encoder)["image"]
+        self.images = modalities_of(encoder)["image"]
         self.texts = Texts(encoder)
         self.decoded, self.jpegs = InHalves(self._decoded), InHalves(self._jpegs)
         on_cpu = encoder.device.type == "cpu"
@@ -143,7 +143,7 @@ class Pipeline:
             keep_memory()
         self.threads = torch.get_num_threads()
         self.batch = CPU_BATCH if on_cpu else GPU_BATCH
-        self.decoding = Stage("decode", modality.decode_workers())
+        self.decoding = Stage("decode", decode_workers())
         self.encoding = Stage("encode", self.threads if on_cpu else 2 if on_cuda else 1)
         self.writing = Stage("write", 1)
         self.started = time.perf_counter()

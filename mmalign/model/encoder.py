@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -124,11 +125,32 @@ class Encoder:
     def __post_init__(self) -> None:
         self.towers.eval()
 
-    def on(self, device: torch.device) -> "Encoder":
+    def on(self, device: torch.device | str) -> "Encoder":
         """Move to a device and return itself."""
-        self.towers.to(device)
-        self.device = device
+        self.device = torch.device(device)
+        self.towers.to(self.device)
         return self
+
+    def encode(
+        self, items: Sequence[Any], *, batch_size: int | None = None, progress: bool = False
+    ) -> Vectors:
+        """Encode texts and images, mixed, to unit vectors (N, D) in their order.
+
+        Args:
+            items: A str is a text, a `Path` an image file, bytes an encoded image, a PIL image or a
+                uint8 array (H, W, 3) a picture; see `mmalign.items`.
+            batch_size: Images encoded at once; by default what suits the device.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ItemError: An item is of another type, a `TypeError`.
+            UsageError: A text is not UTF-8, or a file is missing.
+            DataError: An image cannot be decoded.
+        """
+        # Found by name: decoding and batches are `encoding/`, which is built upon this room.
+        encode = import_module("mmalign.encoding.items").encode_items
+        vectors: Vectors = encode(self, items, batch_size=batch_size, progress=progress)
+        return vectors
 
     @cached_property
     def dim(self) -> int:

@@ -21,7 +21,7 @@ from mmalign.errors import (
     UsageError,
     shell_command,
 )
-from mmalign.index import Queries, Rows, build_index, describe, table, write_description
+from mmalign.index import Queries, Rows, describe, table, write_description, write_index
 from mmalign.model import load_model
 from mmalign.progress import say
 from mmalign.store import Store, commit_index, open_store
@@ -44,7 +44,7 @@ UNITS = {
 }
 
 
-def build(
+def build_index(
     path: str | Path,
     *,
     recall: float = 0.95,
@@ -139,7 +139,7 @@ def _build_all(
                 asked = {other: own_words}
             asked["image"] = replace(drawn["image"], stored=True)
         share = counts[name] / sum(counts.values())
-        modalities[name] = build_index(
+        modalities[name] = write_index(
             folder, name, store.vectors(name), asked=asked, recall=recall, memory=memory * share,
             share=share, live_N=live[name],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`mmalign search`: a text or an image in, the nearest images or captions of a store out.
+"""Search a store by texts, images, vectors and rows.
 
     query -> encoder -> index finds rows -> store gives the rows
 
@@ -6,61 +6,54 @@ M queries, D dimensions, K neighbours.
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign import modality
-from mmalign.errors import (
-    DataError,
-    IdentityError,
-    ModelError,
-    StoreError,
-    UsageError,
-    shell_command,
-)
-from mmalign.index import Exact, Index, describe, open_index
+from mmalign.encoding.items import encode_items
+from mmalign.errors import IdentityError, ModelError, UsageError
+from mmalign.items import Row, unit_vector
 from mmalign.model import Encoder, load_model
 from mmalign.progress import say
+from mmalign.search.query import Query, Target, as_query
+from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
-from mmalign.store.where import where as rows_where
 
-Target = Literal["image", "text"]
-Query = str | Path | bytes
-"""A text; an image file; or an encoded image."""
+__all__ = ["Hit", "Hits", "Query", "Searcher"]
 
-
-@dataclass(frozen=True)
-class Hit:
-    """One result of a search."""
-
-    rank: int
-    id: str
-    score: float
-    """Cosine of the query and what was found."""
-    uri: str
-    captions: tuple[str, ...]
-    row: int
-    """Number of the row in the store."""
-    caption: str | None = None
-    """The caption that was found, where captions were searched."""
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class _Goal:
-    """Among which vectors to search, and how."""
+class Hits(Sequence[Hit]):
+    """The answer to one query: its hits, best first."""
 
-    to: Target
-    exact: bool
-    allowed_N: NDArray[np.bool_] | None
+    query: Query = field(compare=False)
+    hits: tuple[Hit, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    @overload
+    def __getitem__(self, place: int) -> Hit: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Hit]: ...
+    def __getitem__(self, place: int | slice) -> Hit | Sequence[Hit]:
+        return self.hits[place]
 
 
 class Searcher:
-    """A store and the model it was made with, ready for queries, also of many threads; final.
+    """A store and the model it was made with, ready for queries from many threads; final.
+
+    It answers from the generation of the store that was the newest when it was opened, until
+    `refresh` is called.
 
     >>> Searcher.open("photos.store").search("a dog on a beach", k=3)  # doctest: +SKIP
     """
@@ -70,19 +63,12 @@ class Searcher:
 
         Raises:
             IdentityError: The store holds embeddings of another model.
+            StoreError: A shard of the store is missing or damaged.
         """
-        held = store.manifest.model.identity
-        if encoder.identity != held:
-            why = (
-                encoder.former_fault(held) or "search with the model that embedded, or embed again"
-            )
-            raise IdentityError(
-                f"{store.path} holds embeddings of {held}, the model is {encoder.identity}: {why}"
-            )
-        self.store = store
         self.encoder = encoder
-        self._indexes: dict[tuple[Target, bool], Index] = {}
-        self._lock = threading.Lock()
+        _require_identity(store, encoder)
+        self._snapshot = Snapshot(store)
+        self._refreshing = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | None = None) -> "Searcher":
@@ -100,184 +86,158 @@ class Searcher:
             ) from error
         return cls(store, encoder)
 
-    def search(
-        self,
-        query: Query,
-        k: int = 10,
-        *,
-        to: Target = "image",
-        exact: bool = False,
-        where: str | None = None,
-    ) -> list[Hit]:
-        """Find the k nearest images, or captions, of a text or an image file.
+    @property
+    def store(self) -> Store:
+        """The generation that is searched."""
+        return self._snapshot.store
 
-        Args:
-            query: A str is always a text, never opened as a file; a `Path` is an image file, bytes
-                are an encoded image.
-            k: Results wanted; fewer where the store has fewer.
-            to: Search among "image" or "text" vectors.
-            exact: Compare every row, whatever index there is.
-            where: Only rows for which this SQL is true, see `store.where`.
+    def refresh(self) -> bool:
+        """Move to the newest generation of the store; say whether there was a newer one.
+
+        Searches that run meanwhile end in the generation that they began with.
 
         Raises:
-            UsageError: The query is empty, is of another type, or names no file.
-            DataError: The image cannot be read or decoded.
+            StoreError: The store cannot be read; the one before is searched on.
+            IdentityError: It holds embeddings of another model now.
         """
-        return self.search_many([query], k, to=to, exact=exact, where=where)[0]
+        with self._refreshing:
+            newest = open_store(self.store.path)
+            if newest.manifest == self.store.manifest:
+                return False
+            _require_identity(newest, self.encoder)
+            self._snapshot = Snapshot(newest)
+            return True
+
+    def search(
+        self,
+        query: Any,
+        k: int | None = None,
+        *,
+        to: Target | None = None,
+        offset: int | None = None,
+        where: str | None = None,
+        exact: bool | None = None,
+        meta: bool = False,
+        thumbnails: bool = False,
+    ) -> Hits:
+        """Find the k nearest images, or captions, of an item.
+
+        Args:
+            query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
+                text. Or a `Query`; what is given beside it takes the place of its own fields.
+            k: Results wanted, by default 10; fewer where the store has fewer.
+            to: Search among "image" (the default) or "text" vectors.
+            offset: Results left out at the start, by default none.
+            where: Only rows for which this SQL is true, see `store.where`.
+            exact: Compare every row, whatever index there is.
+            meta: Read the metadata of each hit.
+            thumbnails: Read the thumbnail of each hit.
+
+        Raises:
+            ItemError: The query is none, a `TypeError`.
+            UsageError: It is empty, names no file or no row, or an option is off.
+            DataError: The image cannot be read or decoded.
+            VectorError: The vector has another number of dimensions, or is not finite.
+        """
+        asked = as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
+        return self._answer([asked], meta=meta, thumbnails=thumbnails)[0]
 
     def search_many(
         self,
-        queries: Sequence[Query],
-        k: int = 10,
+        queries: Sequence[Any],
+        k: int | None = None,
         *,
-        to: Target = "image",
-        exact: bool = False,
+        to: Target | None = None,
+        offset: int | None = None,
         where: str | None = None,
-    ) -> list[list[Hit]]:
-        """Answer several queries at once; see `search`."""
-        if k < 1:
-            raise UsageError(f"k={k} must be at least 1")
-        if isinstance(queries, str | bytes):
+        exact: bool | None = None,
+        meta: bool = False,
+        thumbnails: bool = False,
+    ) -> list[Hits]:
+        """Answer several queries at once, encoded in batches; see `search`."""
+        if isinstance(queries, str | bytes | Query):
             raise UsageError("search_many takes a list of queries; search takes one")
-        if not queries:
-            return []
-        goal = _Goal(to, exact, self._allowed(to, where))
-        hits: dict[int, list[Hit]] = {}
-        for asked, numbers in _by_modality(queries).items():
-            vectors_MD = np.concatenate([self.encode(queries[number]) for number in numbers])
-            found = self._find(vectors_MD, k, asked, goal)
-            for number, scores_K, rows_K in zip(numbers, *found, strict=True):
-                hits[number] = self._hits(scores_K, rows_K, to)
-        return [hits[number] for number in range(len(queries))]
+        asked = [
+            as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
+            for query in queries
+        ]
+        return self._answer(asked, meta=meta, thumbnails=thumbnails)
 
-    def encode(self, query: Query) -> NDArray[np.float32]:
-        """Embed one query to a (1, D) unit vector; see `search`."""
-        kinds = modality.of(self.encoder)
-        if isinstance(query, str):
-            text = _checked_text(query)
-            if self.encoder.tokenizer.cut([text]):
-                model = self.encoder.name
-                say(f"warning: the query is longer than {model} reads: its end is left out")
-            return kinds["text"].encode([text])
-        content, name = (query, "bytes") if isinstance(query, bytes) else (_read(query), query)
-        try:
-            item = kinds["image"].decode(content)
-        except DataError as error:
-            raise DataError(f"{name}: cannot search by this image: {error}") from None
-        return kinds["image"].encode(kinds["image"].batch([item]))
+    def encode(self, queries: Sequence[Any]) -> Floats:
+        """Return the unit vectors of a list of queries, (M, D); see `search`."""
+        if isinstance(queries, str | bytes | Query):
+            raise UsageError("encode takes a list of queries: encode([query])")
+        return self._encode([as_query(query) for query in queries], self._snapshot)
 
     def describe_index(self) -> dict[str, Any]:
-        """Return kind, rows and measured recall of the store's index, by modality."""
-        folder = self.store.index_folder
-        if folder is None:
-            return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
-        part = describe(folder)["modalities"]["image"]
-        kept = {key: part[key] for key in ("kind", "rows", "recall")}
-        return {**kept, "design": part["name"], "name": folder.name}
+        """Return kind, rows and measured recall of the index over the images."""
+        return self._snapshot.describe_index()
 
-    def _find(
-        self, vectors_MD: NDArray[np.float32], k: int, asked: Target, goal: _Goal
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Search by the index; where that is damaged, say so and compare every row from then on."""
-        index = self._index(goal.to, goal.exact)
-        try:
-            return index.search(vectors_MD, k, goal.allowed_N, asked=asked)
-        except StoreError as error:
-            if goal.exact:
-                raise
-            index = self._without_index(goal.to, index, error)
-            return index.search(vectors_MD, k, goal.allowed_N, asked=asked)
+    def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
+        snapshot = self._snapshot  # one for the whole answer, whatever `refresh` does meanwhile
+        vectors_MD = self._encode(queries, snapshot)
+        extra = ("meta",) * meta + ("thumbnail",) * thumbnails
+        answers: dict[int, Hits] = {}
+        for (to, where, exact, kind, wanted), numbers in _alike(queries).items():
+            scores_MK, rows_MK = snapshot.find(
+                vectors_MD[numbers], wanted, kind=kind, to=to, exact=exact,
+                allowed_N=snapshot.allowed(to, where),
+            )  # fmt: skip
+            for number, scores_K, rows_K in zip(numbers, scores_MK, rows_MK, strict=True):
+                query, first = queries[number], queries[number].offset
+                hits = snapshot.hits(
+                    scores_K[first:], rows_K[first:], to, first=first + 1, extra=extra
+                )
+                answers[number] = Hits(query, tuple(hits))
+        return [answers[number] for number in range(len(queries))]
 
-    def _index(self, to: Target, exact: bool) -> Index:
-        """Open vectors and index of one modality once, whichever thread asks first."""
-        with self._lock:
-            if (to, exact) not in self._indexes:
-                shards = self.store.vectors(to)
-                if not len(self.store) or not sum(len(s) for s in shards):
-                    what = "rows" if to == "image" else "captions"
-                    raise StoreError(f"{self.store.path}: the store has no {what} to search")
-                folder = None if exact else self.store.index_folder
-                try:
-                    self._indexes[to, exact] = open_index(folder, to, shards)
-                except StoreError as error:
-                    if exact:
-                        raise
-                    self._indexes[to, exact] = self._every_row(to, error)
-            return self._indexes[to, exact]
-
-    def _without_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
-        with self._lock:
-            # Of many threads that met the damage, one says so.
-            if self._indexes[to, False] is damaged:
-                self._indexes[to, False] = self._every_row(to, error)
-            return self._indexes[to, False]
-
-    def _every_row(self, to: Target, error: StoreError) -> Index:
-        remedy = shell_command("repair", self.store.path)
-        say(f"warning: {self.store.path}: {error}; every row is compared; {remedy}")
-        return Exact(self.store.vectors(to))
-
-    def _allowed(self, to: Target, where: str | None) -> NDArray[np.bool_] | None:
-        """Which vectors may be found: those of rows that are not deleted, and of those wanted."""
-        allowed_N = self.store.live
-        if where is not None:
-            allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-            allowed_N[rows_where(self.store, where)] = True
-        if allowed_N is None or to == "image":
-            return allowed_N
-        return allowed_N[self.store.caption_owners]
-
-    def _hits(self, scores_K: NDArray[Any], rows_K: NDArray[Any], to: Target) -> list[Hit]:
-        found = rows_K >= 0
-        numbers = rows_K[found]
-        owners = self.store.caption_owners[numbers] if to == "text" else numbers
-        rows = self.store.rows(owners.tolist(), ("id", "uri", "captions"))
-        hits = []
-        for rank, (score, number, owner, row) in enumerate(
-            zip(scores_K[found], numbers, owners, rows, strict=True), start=1
-        ):
-            caption = None
-            if to == "text":
-                first = int(np.searchsorted(self.store.caption_owners, owner))
-                caption = row["captions"][int(number) - first]
-            captions = tuple(row["captions"])
-            hits.append(
-                Hit(rank, row["id"], float(score), row["uri"], captions, int(owner), caption)
-            )
-        return hits
+    def _encode(self, queries: Sequence[Query], snapshot: Snapshot) -> Floats:
+        """Encode all items of all queries in batches, and add them up by their weights."""
+        parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
+        items = [
+            _vector_of(item, snapshot.store) if isinstance(item, Row) else item
+            for _, item, _ in parts
+        ]
+        texts: list[str] = [item for item in items if isinstance(item, str)]
+        vectors = encode_items(self.encoder, items)
+        cut = len(self.encoder.tokenizer.cut(texts)) if texts else 0
+        if cut:
+            what = "the query is" if len(queries) == 1 else f"{cut} queries are"
+            its = "its end is" if len(queries) == 1 else "their ends are"
+            say(f"warning: {what} longer than {self.encoder.name} reads: {its} left out")
+        vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)
+        for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
+            alone = len(queries[number].items) == 1 and weight == 1
+            vectors_MD[number] += vector_D if alone else np.float32(weight) * vector_D
+        for number, query in enumerate(queries):
+            if len(query.items) > 1 or query.items[0][1] != 1:
+                vectors_MD[number] = unit_vector(vectors_MD[number], self.encoder.dim)
+        return vectors_MD
 
 
-def _by_modality(queries: Sequence[Query]) -> dict[Target, list[int]]:
-    """Numbers of the queries of each modality, as each has search parameters of its own."""
-    numbers: dict[Target, list[int]] = {}
-    for number, query in enumerate(queries):
-        if not isinstance(query, str | Path | bytes):
-            raise UsageError(
-                f"a query is a text (str), an image file (Path) or an encoded image (bytes), "
-                f"not {type(query).__name__}"
-            )
-        numbers.setdefault("text" if isinstance(query, str) else "image", []).append(number)
-    return numbers
+def _require_identity(store: Store, encoder: Encoder) -> None:
+    stored = store.manifest.model.identity
+    if encoder.identity != stored:
+        why = encoder.former_fault(stored) or "search with the model that embedded, or embed again"
+        raise IdentityError(
+            f"{store.path} holds embeddings of {stored}, the model is {encoder.identity}: {why}"
+        )
 
 
-def _checked_text(query: str) -> str:
-    if not query.strip():
-        raise UsageError("the query is empty")
-    try:
-        query.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"the query is not UTF-8: {query!a}") from None
-    return query
+def _vector_of(row: Row, store: Store) -> Floats:
+    number = int(store.find([row.id])[0]) if len(store) else -1
+    if number < 0:
+        raise UsageError(f"{store.path}: no row has the id {row.id!r}")
+    vector_D: Floats = store.vectors_of("image", number)[0]
+    return vector_D
 
 
-def _read(file: Path) -> bytes:
-    """Read an image file that a query names; anything but a regular file would block, or worse."""
-    try:
-        if not file.exists():
-            raise UsageError(f"{file}: no such image file")
-        if not file.is_file():
-            raise UsageError(f"{file}: cannot search by this image: not a regular file")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{file}: cannot search by this image: {reason}") from None
+def _alike(
+    queries: Sequence[Query],
+) -> dict[tuple[Target, str | None, bool, Target, int], list[int]]:
+    """Group the numbers of queries that can be searched together."""
+    groups: dict[tuple[Target, str | None, bool, Target, int], list[int]] = {}
+    for number, q in enumerate(queries):
+        key = (q.to, q.where, q.exact, q.kind, q.k + q.offset)
+        groups.setdefault(key, []).append(number)
+    return groups

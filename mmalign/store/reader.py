@@ -56,6 +56,14 @@ class Store:
             self._opened[shard] = open_shard(self.path, self.manifest.shards[shard], dim)
         return self._opened[shard]
 
+    def open_all(self) -> None:
+        """Open every shard: what a later generation removes can still be read from here.
+
+        Raises:
+            StoreError: A shard is missing or damaged.
+        """
+        _ = self._files
+
     @property
     def _files(self) -> list[ShardFile]:
         return [self._file(shard) for shard in range(len(self.manifest.shards))]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmalign import files, modality
+from mmalign import files
 from mmalign.data import (
     Draw,
     Pixels,
@@ -29,6 +29,7 @@ from mmalign.data import (
     report_skips,
 )
 from mmalign.encoding.batches import report_cut
+from mmalign.encoding.modalities import decode_workers
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 
@@ -165,7 +166,7 @@ def load_pairs(
         with decoded(content, side) as image:
             return fit_image(image, side, shape.resize_mode, shape.interpolation)
 
-    workers = modality.decode_workers()
+    workers = decode_workers()
     pixels, skips = decode_all(records, decode, side, cache, workers=workers, label=label)
     if not pixels.records:
         raise TrainingError(f"none of {len(records)} images can be decoded: {skips[0].reason}")

@@ -21,11 +21,11 @@ from mmalign.index import (
     Queries,
     Rows,
     approximate,
-    build_index,
     describe,
     open_index,
     table,
     write_description,
+    write_index,
 )
 from mmalign.index.approximate import Approximate
 from mmalign.index.lists import Lists, query_metric
@@ -322,7 +322,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmalign.index.plan.EXACT_ROWS", 1_000)
         patch.setattr("mmalign.index.plan.ROUNDS", (2_000, 8_000))
-        part = build_index(
+        part = write_index(
             folder, "image", [stored[:15_000], stored[15_000:]],
             asked=asked, recall=0.9, memory=4e6, live_N=live,
         )  # fmt: skip
@@ -567,13 +567,13 @@ def test_without_queries_every_row_is_compared(
 ) -> None:
     """Nothing could tell whether an index keeps its promise."""
     asked = {"text": Queries(texts(1)[:count], texts(1)[:0])}
-    part = build_index(tmp_path, "image", [vectors(50_000)], asked=asked, recall=0.9, memory=1e9)
+    part = write_index(tmp_path, "image", [vectors(50_000)], asked=asked, recall=0.9, memory=1e9)
     assert (part["kind"], part["recall"], part["measured"]) == ("exact", 1.0, [])
     assert capsys.readouterr().err.count("too few queries") == 1
 
 
 def test_few_rows_are_compared_one_by_one(tmp_path: Path) -> None:
-    part = build_index(tmp_path, "image", [vectors(900)], asked={}, recall=0.9, memory=1e9)
+    part = write_index(tmp_path, "image", [vectors(900)], asked={}, recall=0.9, memory=1e9)
     assert (part["kind"], part["recall"], part["held"]) == ("exact", 1.0, 900)
 
 

@@ -17,7 +17,7 @@ from many_threads import together
 from mmalign import Searcher, open_store
 from mmalign.errors import StoreError, UsageError
 from mmalign.index.plan import DESIGNS
-from mmalign.search.build import build, memory_bytes
+from mmalign.search.build import build_index, memory_bytes
 from mmalign.store import delete, verify
 
 
@@ -30,7 +30,7 @@ def built(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
         # One with lists in a file; which is the fastest of so few rows is left to chance.
         patch.setattr("mmalign.index.plan.DESIGNS", DESIGNS[:1])
-        parts = build(copy, recall=0.8, memory="10MB")["modalities"]
+        parts = build_index(copy, recall=0.8, memory="10MB")["modalities"]
     assert parts["image"]["kind"] == "ivf"
     assert {t["asked"] for t in parts["image"]["measured"]} == {"text", "image"}
     assert {t["asked"] for t in parts["text"]["measured"]} == {"image"}
@@ -109,11 +109,11 @@ def test_deleted_rows_leave_an_index_and_it_folds_them_in(indexed: Path) -> None
     gone = [h.id for h in Searcher.open(indexed).search("a red circle", k=20)]
     delete(indexed, gone)
     assert not set(gone) & {h.id for h in Searcher.open(indexed).search("a red circle", k=96)}
-    assert build(indexed, recall=0.8)["modalities"]["image"]["held"] == 76
+    assert build_index(indexed, recall=0.8)["modalities"]["image"]["held"] == 76
     assert len(Searcher.open(indexed).search("a red circle", k=96)) == 76
     delete(indexed, open_store(indexed).column("id"))
     with pytest.raises(StoreError, match="no rows left"):
-        build(indexed)
+        build_index(indexed)
     assert open_store(indexed).manifest.index is not None
 
 
@@ -151,7 +151,7 @@ def test_an_index_that_names_rows_beyond_is_not_believed(
     searcher = Searcher.open(indexed)
     expected = [h.id for h in searcher.search("a red circle", exact=True)]
     assert searcher.search("a red circle", k=3)
-    extended = searcher._indexes["image", False]
+    extended = searcher._snapshot._indexes["image", False]
     monkeypatch.setattr(extended.index, "rows", 3)  # type: ignore[attr-defined]
     assert [h.id for h in searcher.search("a red circle")] == expected
     assert "names rows beyond the 3" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_an_interrupted_build_leaves_the_old_index(
 
     monkeypatch.setattr("mmalign.index.plan.tune", stop)
     with pytest.raises(KeyboardInterrupt):
-        build(indexed)
+        build_index(indexed)
     assert open_store(indexed).manifest.index == before
     assert len(list((indexed / "index").iterdir())) == 1
 
@@ -185,28 +185,28 @@ def test_small_stores_are_indexed_and_searched(
         texts = np.tile(one, (captions, 1))
         rows = [replace(r, image_embedding=one, text_embeddings=texts) for r in rows]
     store = small_store.fill(tmp_path / "small.store", rows, rows_per_shard=100)
-    parts = build(store.path, recall=recall, memory=memory)["modalities"]
+    parts = build_index(store.path, recall=recall, memory=memory)["modalities"]
     assert {name: part["kind"] for name, part in parts.items()} == (
         {"image": "exact", "text": "exact"} if captions else {"image": "exact"}
     )
-    encoder: Any = SimpleNamespace(identity=small_store.CARD.identity)
+    encoder: Any = SimpleNamespace(identity=small_store.CARD.identity, dim=small_store.CARD.dim)
     searcher = Searcher(open_store(store.path), encoder)
-    searcher.encode = lambda query: rows[0].image_embedding[None]  # type: ignore[method-assign]
-    hits = searcher.search("anything", k=10)
+    vector = rows[0].image_embedding
+    hits = searcher.search(vector, k=10)
     assert [h.row for h in hits] == sorted(h.row for h in hits) or not alike
     assert len(hits) == min(10, count)
     assert hits[0].row == 0
     if captions:
-        assert len(searcher.search("anything", k=10, to="text")) == min(10, count * captions)
+        assert len(searcher.search(vector, k=10, to="text")) == min(10, count * captions)
     else:
         with pytest.raises(StoreError, match="the store has no captions to search"):
-            searcher.search("anything", to="text")
+            searcher.search(vector, to="text")
 
 
 def test_an_empty_store_says_how_to_fill_it(tmp_path: Path) -> None:
     store = small_store.fill(tmp_path / "empty.store", [])
     with pytest.raises(StoreError, match="the store has no rows yet: first `mmalign embed "):
-        build(store.path)
+        build_index(store.path)
 
 
 @pytest.mark.parametrize("memory", ["1e999GB", "0", "-1GB", "1 XB", "1.2.3GB", ""])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from mmalign import Searcher
+from mmalign import Row, Searcher
 from mmalign.cli.main import main
-from mmalign.errors import DataError, UsageError
+from mmalign.errors import DataError, UsageError, VectorError
 
 NOTE = "looks like a file, but names none: searched as words"
 
@@ -59,13 +59,13 @@ def test_a_str_is_words_even_where_a_file_of_that_name_exists(
     monkeypatch.chdir(file.parent)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     for name in ("red.jpg", str(file)):
-        vector = searcher.encode(name)
+        vector = searcher.encode([name])
         assert np.array_equal(vector, searcher.encoder.encode_texts([name]))
 
 
 def test_a_path_and_bytes_are_images(searcher: Searcher, picture: Path) -> None:
     by_path, by_bytes = searcher.search_many([picture, picture.read_bytes()], 3)
-    assert by_path == by_bytes
+    assert by_path.hits == by_bytes.hits
     assert by_path[0].score > 0.999
 
 
@@ -81,15 +81,19 @@ def test_kinds_of_queries_keep_their_order(searcher: Searcher, picture: Path) ->
     [
         ("", UsageError, "the query is empty"),
         (" \t\n", UsageError, "the query is empty"),
-        ("\udcff", UsageError, "the query is not UTF-8"),
-        (b"", DataError, "bytes: cannot search by this image: not an image"),
-        (b"words", DataError, "bytes: cannot search by this image: not an image"),
+        ("\udcff", UsageError, "a text is not UTF-8"),
+        (b"", DataError, "bytes: cannot be used as an image: not an image"),
+        (b"words", DataError, "bytes: cannot be used as an image: not an image"),
         (Path("gone.jpg"), UsageError, "gone.jpg: no such image file"),
         (Path(), UsageError, "not a regular file"),
-        (Path("a" * 300), DataError, "cannot search by this image: File name too long"),
+        (Path("a" * 300), DataError, "cannot be used as an image: File name too long"),
         (Path("a\0"), UsageError, "no such image file"),
-        (np.zeros(128, np.float32), UsageError, r"a query is a text \(str\).* not ndarray"),
-        (None, UsageError, "not NoneType"),
+        (np.zeros(128, np.float32), VectorError, "a vector is zero"),
+        (np.ones(5, np.float32), VectorError, "a vector has 5 numbers, the model's have"),
+        (np.ones((2, 2), np.float32), TypeError, r"not an array of float32 of shape \(2, 2\)"),
+        (Row("no such row"), UsageError, "no row has the id 'no such row'"),
+        (["a", "b"], TypeError, "not list"),
+        (None, TypeError, r"an item is a text \(str\).* not NoneType"),
     ],
 )
 def test_queries_that_are_none(

@@ -14,7 +14,7 @@ from store_samples import CARD, fill, row, write_index
 
 from mmalign import files
 from mmalign.errors import StoreError
-from mmalign.search.build import build
+from mmalign.search.build import build_index
 from mmalign.search.searcher import Searcher
 from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
@@ -220,5 +220,5 @@ def test_an_exact_search_reads_no_file_of_an_index(
     assert "index" not in capsys.readouterr().err
     assert len(searcher.search("a red circle", 3)) == 3
     assert "index.json: not made by mmalign: KeyError: 'format'" in capsys.readouterr().err
-    build(copy)
+    build_index(copy)
     assert len(Searcher.open(copy).search("a red circle", 3)) == 3

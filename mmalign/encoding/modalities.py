@@ -1,7 +1,7 @@
-"""A modality: how one kind of thing becomes vectors. Images and texts are the first two.
+"""Modalities: how each kind of item becomes vectors. Images and texts are the first two.
 
-A new kind (audio, video frames) is another `Modality` in `of`, a decoder in the data room and an
-encoder in the model room; stores name its column `<name>_embedding`.
+A new kind (audio, video frames) is another `Modality` in `modalities_of`, a decoder in `data/` and
+a tower in `model/`; its column in a store is `<name>_embedding`.
 """
 
 import os
@@ -29,7 +29,7 @@ class Modality:
     """A batch to unit vectors (B, D)."""
 
 
-def of(encoder: Encoder) -> dict[str, Modality]:
+def modalities_of(encoder: Encoder) -> dict[str, Modality]:
     """Return the modalities of an encoder by name."""
     shape = encoder.preprocess
     return {

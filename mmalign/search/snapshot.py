@@ -1,0 +1,165 @@
+"""One generation of a store with its indexes, open for search; it never changes.
+
+N vectors of one modality, M queries, D dimensions, K neighbours.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.errors import StoreError, shell_command
+from mmalign.index import Exact, Index, describe, open_index
+from mmalign.progress import say
+from mmalign.search.query import Target
+from mmalign.store import Store
+from mmalign.store.where import where as rows_where
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result of a search."""
+
+    rank: int
+    """From 1; `offset` counts."""
+    id: str
+    score: float
+    """Cosine similarity of the query and what was found."""
+    uri: str
+    captions: tuple[str, ...]
+    row: int
+    """Number of the row in the store."""
+    caption: str | None = None
+    """The caption that was found, if captions were searched."""
+    meta: dict[str, Any] | None = None
+    """Metadata of the row, on request."""
+    thumbnail: bytes | None = None
+    """A small WebP picture, on request; empty if the store has none."""
+
+
+class Snapshot:
+    """Store and indexes of one generation; final. Safe to use from many threads.
+
+    All shards are opened at once, so that a later generation may remove their files.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        store.open_all()
+        self._indexes: dict[tuple[Target, bool], Index] = {}
+        self._lock = threading.Lock()
+
+    def find(
+        self, vectors_MD: Floats, k: int, *, kind: Target, to: Target, exact: bool,
+        allowed_N: Bools | None,
+    ) -> tuple[Floats, Ints]:  # fmt: skip
+        """Return scores and vector numbers (M, K) of the nearest; -1 where there are fewer.
+
+        A damaged index is reported once; from then on every row is compared.
+
+        Args:
+            vectors_MD: Unit vectors to search by.
+            k: Neighbours wanted.
+            kind: Modality of the queries, which decides the operating point of the index.
+            to: Among which vectors to search.
+            exact: Compare every row.
+            allowed_N: Which vectors may be found; None for all.
+        """
+        index = self._index(to, exact)
+        try:
+            return index.search(vectors_MD, k, allowed_N, asked=kind)
+        except StoreError as error:
+            if exact:
+                raise
+            index = self._without_index(to, index, error)
+            return index.search(vectors_MD, k, allowed_N, asked=kind)
+
+    def allowed(self, to: Target, where: str | None) -> Bools | None:
+        """Return which vectors may be found: of rows not deleted, and selected by `where`."""
+        allowed_N = self.store.live
+        if where is not None:
+            allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
+            allowed_N[rows_where(self.store, where)] = True
+        if allowed_N is None or to == "image":
+            return allowed_N
+        return allowed_N[self.store.caption_owners]
+
+    def hits(
+        self, scores_K: Floats, numbers_K: Ints, to: Target, *, first: int, extra: Sequence[str]
+    ) -> list[Hit]:
+        """Read the rows of what was found.
+
+        Args:
+            scores_K: Scores, best first.
+            numbers_K: Numbers of vectors; -1 is none.
+            to: What the vectors are of.
+            first: Rank of the first one.
+            extra: Columns to read beside those of every hit: "meta", "thumbnail".
+        """
+        found = numbers_K >= 0
+        numbers = numbers_K[found]
+        owners = self.store.caption_owners[numbers] if to == "text" else numbers
+        rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
+        hits = []
+        for rank, (score, number, owner, row) in enumerate(
+            zip(scores_K[found].tolist(), numbers.tolist(), owners.tolist(), rows, strict=True),
+            start=first,
+        ):
+            captions = tuple(row["captions"])
+            caption = None
+            if to == "text":
+                caption = captions[number - int(np.searchsorted(self.store.caption_owners, owner))]
+            more = {name: row[name] for name in extra}
+            if "meta" in more:
+                more["meta"] = json.loads(more["meta"])
+            hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, caption, **more))
+        return hits
+
+    def describe_index(self) -> dict[str, Any]:
+        """Return kind, rows and measured recall of the index over the images."""
+        folder = self.store.index_folder
+        if folder is None:
+            return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
+        part = describe(folder)["modalities"]["image"]
+        kept = {key: part[key] for key in ("kind", "rows", "recall")}
+        return {**kept, "design": part["name"], "name": folder.name}
+
+    def _index(self, to: Target, exact: bool) -> Index:
+        """Open the index of one modality once, whichever thread asks first."""
+        opened = self._indexes.get((to, exact))
+        if opened is not None:
+            return opened
+        with self._lock:
+            if (to, exact) not in self._indexes:
+                shards = self.store.vectors(to)
+                if not len(self.store) or not sum(len(s) for s in shards):
+                    what = "rows" if to == "image" else "captions"
+                    raise StoreError(f"{self.store.path}: the store has no {what} to search")
+                folder = None if exact else self.store.index_folder
+                try:
+                    self._indexes[to, exact] = open_index(folder, to, shards)
+                except StoreError as error:
+                    if exact:
+                        raise
+                    self._indexes[to, exact] = self._every_row(to, error)
+            return self._indexes[to, exact]
+
+    def _without_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
+        with self._lock:
+            # Of many threads that met the damage, one reports it.
+            if self._indexes[to, False] is damaged:
+                self._indexes[to, False] = self._every_row(to, error)
+            return self._indexes[to, False]
+
+    def _every_row(self, to: Target, error: StoreError) -> Index:
+        remedy = shell_command("repair", self.store.path)
+        say(f"warning: {self.store.path}: {error}; every row is compared; {remedy}")
+        return Exact(self.store.vectors(to))
