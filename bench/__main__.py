@@ -11,6 +11,7 @@ NAMES = (
     "index",
     "loss",
     "ranks",
+    "search",
     "standin",
     "store",
     "tokens",

@@ -27,6 +27,7 @@ from mmalign.store.shards import ShardFile, open_shard
 Vectors = NDArray[np.float16]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+FEW_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,16 @@ class Store:
         for shard in np.unique(shards_M).tolist():
             here = np.flatnonzero(shards_M == shard)
             first = self._ends[shard] - self.manifest.shards[shard].rows
-            inside = pa.array(numbers_M[here] - first)
+            inside = numbers_M[here] - first
             for name in columns:
-                values = self._file(shard).column(name).take(inside).to_pylist()
+                values = _values(self._file(shard).column(name), inside)
                 for i, value in zip(here.tolist(), values, strict=True):
                     out[i][name] = value
         return out
 
     @property
     def _rows(self) -> int:
-        return self.manifest.physical_rows
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def batches(
         self, columns: Sequence[str], numbers: Ints | None = None
@@ -192,6 +193,13 @@ class Store:
             say(f"warning: {description}: damaged; every row is compared; {remedy}")
             return None
         return folder
+
+
+def _values(column: pa.Array, rows_M: Ints) -> list[Any]:
+    """Read some rows of a column; a few one by one, as `take` costs as much as ten of them."""
+    if len(rows_M) <= FEW_ROWS:
+        return [column[row].as_py() for row in rows_M.tolist()]
+    return column.take(pa.array(rows_M)).to_pylist()  # type: ignore[no-any-return]
 
 
 def open_store(path: str | Path) -> Store:
