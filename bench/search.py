@@ -55,7 +55,6 @@ def written(folder: Path, rows: int, dim: int, shards: int, deleted: float) -> P
     """Write a store of so many shards."""
     path = folder / f"{shards}-{deleted}.store"
     vectors = unit_vectors(rows, dim)
-    none = np.zeros((0, dim), np.float32)
     with Writer(path, ModelCard("bench", "bench", dim), rows_per_shard=-(-rows // shards)) as out:
         for number, vector in enumerate(vectors):
             words = (f"caption of {number}",)
@@ -107,10 +106,10 @@ def main(arguments: list[str]) -> None:
             searcher._snapshot._indexes["image", False] = Stored(options.rows, options.k)
             vector = unit_vectors(1, options.dim)[0]
 
-            search = partial(searcher.search, vector, options.k)
-            timed(search, 1, 2 * options.shards[-1])  # every shard's columns are checked once
+            ask = partial(searcher.search, vector, options.k)
+            timed(ask, 1, 2 * options.shards[-1])  # every shard's columns are checked once
             for threads in options.threads:
-                cases[shards, deleted, threads] = search, []
+                cases[shards, deleted, threads] = ask, []
         for _ in range(ROUNDS):
             for (_, _, threads), (search, times) in cases.items():
                 times.append(timed(search, threads, options.queries))
