@@ -215,7 +215,7 @@ def build(
     lists: Lists | None = None,
     *,
     seed: int = 0,
-    shown: bool = True,
+    shown: bool | None = None,
 ) -> Any:
     """Build a FAISS index over the live rows; ids are their numbers.
 
@@ -224,7 +224,7 @@ def build(
         design: Kind and code.
         lists: Those of an IVF; see `cluster`.
         seed: Of the training sample.
-        shown: Whether a bar tells how far it is.
+        shown: Whether to show a progress bar; None where bars are shown on stderr.
 
     Raises:
         VectorError: A vector holds NaN or infinity, or is zero.
@@ -257,7 +257,7 @@ def build(
     return index
 
 
-def _file(index: Any, vectors: Rows, lists: Lists, shown: bool) -> None:
+def _file(index: Any, vectors: Rows, lists: Lists, shown: bool | None) -> None:
     """File every vector under its list.
 
     FAISS knows no lists but those of the nearest centre, and takes twice as long: torch is quicker

@@ -1,8 +1,9 @@
-"""One look for every long step: a bar on stderr, with images per second and the time left.
+"""Messages and progress bars.
 
-What is said goes through the logger `mmalign` of Python's `logging`. Where that has no handler of
-the caller's, it is given one for stderr with the first message; `setLevel(logging.WARNING)` on it
-keeps warnings only, without bars, and `logging.CRITICAL` keeps nothing.
+Messages go to the logger `mmalign` of Python's `logging`, as those of any library: a program sees
+warnings, and more where it configures logging. Progress bars are not shown. The command line calls
+`to_stderr`, as a program may: messages and bars then appear on stderr. `setLevel(logging.WARNING)`
+on the logger hides bars and leaves warnings, `logging.CRITICAL` hides all.
 """
 
 import contextlib
@@ -16,6 +17,17 @@ T = TypeVar("T")
 
 LOGGER = logging.getLogger("mmalign")
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_state = {"bars": False}
+
+
+def to_stderr() -> None:
+    """Show messages and progress bars on stderr."""
+    _state["bars"] = True
+    if not any(isinstance(handler, _Stderr) for handler in LOGGER.handlers):
+        LOGGER.addHandler(_Stderr())
+    LOGGER.propagate = False
+    if LOGGER.level == logging.NOTSET:
+        LOGGER.setLevel(logging.INFO)
 
 
 class _Stderr(logging.Handler):
@@ -36,16 +48,19 @@ def bar(
     unit: str = "images",
     form: str | None = None,
     *,
-    shown: bool = True,
+    shown: bool | None = None,
 ) -> Any:
-    """Return a tqdm bar (use it as a context manager; `.update(n)`, `.set_postfix_str(text)`)."""
+    """Return a tqdm bar (use it as a context manager; `.update(n)`, `.set_postfix_str(text)`).
+
+    It is visible if `shown` is true or, where that is None, if bars are shown on stderr.
+    """
     from tqdm import tqdm
 
     # Where stderr is a file, a line every ten seconds is enough.
     pace = 0.2 if sys.stderr.isatty() else 10.0
     made = tqdm(
         total=total, desc=f"{label:<10}", unit=f" {unit}", mininterval=pace, file=sys.stderr,
-        dynamic_ncols=True, bar_format=form, disable=not (shown and _heard(logging.INFO)),
+        dynamic_ncols=True, bar_format=form, disable=not (shown or (shown is None and _shows_bars())),
     )  # fmt: skip
     _open.add(made)
     return made
@@ -67,20 +82,14 @@ def close_bars() -> None:
 
 
 def say(message: str) -> None:
-    """Print a line for a person on stderr; stdout belongs to results."""
+    """Log a message for a person; one that begins with "warning:" is a warning."""
     level = logging.WARNING if message.startswith("warning:") else logging.INFO
-    if _heard(level):
+    if LOGGER.isEnabledFor(level):
         from mmalign.terminal import printable
 
         # Line ends are ours: tables have some.
         LOGGER.log(level, "%s", "\n".join(map(printable, message.split("\n"))))
 
 
-def _heard(level: int) -> bool:
-    """Say whether messages of a level are wanted."""
-    if not LOGGER.handlers:
-        LOGGER.addHandler(_Stderr())
-        LOGGER.propagate = False
-        if LOGGER.level == logging.NOTSET:
-            LOGGER.setLevel(logging.INFO)
-    return LOGGER.isEnabledFor(level)
+def _shows_bars() -> bool:
+    return _state["bars"] and LOGGER.isEnabledFor(logging.INFO)

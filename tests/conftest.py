@@ -22,12 +22,15 @@ from mmalign.data import places
 from mmalign.data.scenes import write_scenes
 from mmalign.embedding.embed import embed
 from mmalign.model.presets import PRESETS
+from mmalign.progress import to_stderr
 from mmalign.training.train import TrainConfig, train
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 # Tests neither read nor leave what was measured on this machine.
 os.environ["MMALIGN_CACHE"] = "off"
+# As the command line does: tests read what is said.
+to_stderr()
 # A service that tests made up gets no better by waiting for it.
 places.PAUSE_S = 0.001
 if not torch.cuda.is_available():

@@ -38,6 +38,16 @@ def test_every_public_name_resolves() -> None:
         assert getattr(mmalign, name) is not None
 
 
+def test_a_library_is_quiet_but_for_warnings() -> None:
+    code = (
+        "from mmalign import progress\n"
+        "progress.say('a word'); progress.say('warning: a loss')\n"
+        "print(list(progress.over('scan', range(3))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[0, 1, 2]\n", "warning: a loss\n")
+
+
 # What other libraries change when they are imported is theirs, so they are there already.
 SIDE_EFFECTS = """
 import importlib, logging, os, pkgutil, random, signal, sys, warnings

@@ -22,6 +22,7 @@ from mmalign.cli.options import store_argument as _store
 from mmalign.cli.options import where_option as _where
 from mmalign.cli.options import yes_option as _yes
 from mmalign.errors import DataError, UsageError
+from mmalign.progress import to_stderr
 from mmalign.terminal import columns, openable, printable, shorten, width
 
 Command = Callable[..., Any]
@@ -40,6 +41,7 @@ def main() -> None:
     The path:  train -> embed -> index -> search
     Try it:    mmalign demo
     """
+    to_stderr()
 
 
 def _sources(required: bool = True) -> Callable[[Command], Command]:

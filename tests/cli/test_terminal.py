@@ -171,6 +171,7 @@ def logger() -> Iterator[logging.Logger]:
 def test_what_is_said_does_nothing_to_a_terminal(
     text: str, logger: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    progress.to_stderr()
     progress.say(f"first\nskipped: {text}")
     said = capsys.readouterr().err
     assert not ACTIVE.search(said.replace("\n", ""))
@@ -186,6 +187,7 @@ def test_a_program_can_silence_what_is_said_and_shown(
         list(progress.over("scan", range(3)))
         return capsys.readouterr().err
 
+    progress.to_stderr()
     every = heard()
     assert "a word\n" in every
     assert "warning: a loss\n" in every
