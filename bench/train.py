@@ -48,7 +48,7 @@ def ours(options: argparse.Namespace) -> None:
     config = TrainConfig(preset="tiny", minutes=options.minutes, validations=4)
     started = time.monotonic()
     run = options.out / "ours"
-    result = train(config, options.data, run, val=options.val)
+    result = train(options.data, run, config, val=options.val)
     report("mmalign tiny", evaluate(run, options.val), started, result["epoch"], options)
 
 

@@ -6,7 +6,7 @@
 
 Everything below is loaded on first use, so that importing the package costs nothing:
 
-    train(config, sources, out)      pairs -> a run folder with the model
+    train(sources, out)              pairs -> a run folder with the model
     load_model(run)                  a run folder or the name of a pretrained model -> `Encoder`
     embed(model, sources, out)       images and captions -> a store
     build_index(store)               an index over a store, its recall measured

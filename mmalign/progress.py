@@ -60,7 +60,8 @@ def bar(
     pace = 0.2 if sys.stderr.isatty() else 10.0
     made = tqdm(
         total=total, desc=f"{label:<10}", unit=f" {unit}", mininterval=pace, file=sys.stderr,
-        dynamic_ncols=True, bar_format=form, disable=not (shown or (shown is None and _shows_bars())),
+        dynamic_ncols=True, bar_format=form,
+        disable=not (_shows_bars() if shown is None else shown),
     )  # fmt: skip
     _open.add(made)
     return made

@@ -112,7 +112,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder, trained for a few steps."""
     out = tmp_path_factory.mktemp("run") / "run"
-    train(QUICK, [str(scenes)], out, val=[str(scenes)])
+    train([str(scenes)], out, QUICK, val=[str(scenes)])
     return out
 
 

@@ -54,7 +54,7 @@ def test_embedding_and_evaluating_count_captions_that_are_cut(
 def test_training_counts_captions_that_are_cut(
     wordy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(QUICK, [str(wordy)], tmp_path / "run", val=[str(wordy)])
+    train([str(wordy)], tmp_path / "run", QUICK, val=[str(wordy)])
     said = capsys.readouterr().err
     assert said.count("warning: 3 captions are longer than nano reads") == 2
 

@@ -62,7 +62,7 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_torch_without_onednn_trains_embeds_and_searches(tmp_path: Path) -> None:
     scenes = tmp_path / "scenes.tar"
     write_scenes(scenes, 40, seed=5, tick=lambda: None)
-    train(QUICK, [str(scenes)], tmp_path / "run", val=[str(scenes)])
+    train([str(scenes)], tmp_path / "run", QUICK, val=[str(scenes)])
     report = embed(tmp_path / "run", [str(scenes)], tmp_path / "s.store")
     hits = Searcher.open(tmp_path / "s.store").search("a red circle", k=3)
     assert (report.precision, len(hits)) == ("float32", 3)

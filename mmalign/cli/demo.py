@@ -81,7 +81,7 @@ def demo(
             start_size=1.0,
             augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1, erase=0.0),
         )
-        passes = train(config, [str(training)], run)["epoch"]
+        passes = train([str(training)], run, config)["epoch"]
     with _timed("embed", seconds):
         embed(run, [str(unseen)], store, caption_keys=keys)
     with _timed("index", seconds):

@@ -137,7 +137,7 @@ def train(
         values["caption_keys"] = caption_keys
     where = f"{file} and --set" if settings and file else (file or "--set")
     built = configure(override(values, settings), where)
-    _print(run(built, data, out, val=val, resume=resume), as_json)
+    _print(run(data, out, built, val=val, resume=resume), as_json)
 
 
 @main.command()

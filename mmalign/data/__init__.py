@@ -30,6 +30,8 @@ from mmalign.data.batches import Sampler as Sampler
 from mmalign.data.batches import in_threads as in_threads
 from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog
+from mmalign.data.catalog import Sources as Sources
+from mmalign.data.catalog import as_sources as as_sources
 from mmalign.data.catalog import counted as counted
 from mmalign.data.catalog import expand as expand
 from mmalign.data.catalog import found_in as found_in

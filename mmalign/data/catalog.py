@@ -25,6 +25,8 @@ from mmalign.data.spool import Names
 from mmalign.errors import DataError, UsageError, nearest
 from mmalign.progress import bar, say
 
+Sources = str | Path | Sequence[str | Path]
+"""One source or several: paths, patterns or URLs."""
 MAX_SILENT_SKIPS = 0.01
 # Columns are listed of so many tables.
 MAX_TABLES = 3
@@ -43,8 +45,19 @@ class Catalog:
     skips: list[Skip]
 
 
+def as_sources(given: Sources) -> tuple[str, ...]:
+    """Return sources as a tuple of strings; a single one may be given without a list.
+
+    >>> as_sources("photos"), as_sources([Path("a.tar"), "b.tar"])
+    (('photos',), ('a.tar', 'b.tar'))
+    """
+    if isinstance(given, str | Path):
+        return (os.fspath(given),)
+    return tuple(os.fspath(source) for source in given)
+
+
 def scan(
-    sources: Sequence[str],
+    sources: Sources,
     *,
     caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,),
     image_column: str | None = None,
@@ -53,7 +66,7 @@ def scan(
     """List the samples of folders, tars (braces, globs), tables and fsspec URLs of these.
 
     Args:
-        sources: Paths, patterns or URLs.
+        sources: One or several paths, patterns or URLs.
         caption_keys: Keys of the .json (or columns of the table) that hold captions; several are
             joined. The default key also reads `caption`, `text`, `title` and the .txt file.
         image_column: The column of tables that holds images, or their paths; by default the first
@@ -67,6 +80,7 @@ def scan(
     Raises:
         DataError: A source does not exist, is of no known kind, or none holds a usable sample.
     """
+    sources = as_sources(sources)
     records: list[Record] = []
     skips: list[Skip] = []
     fields: dict[str, None] = {}

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.data import Record, Spool, counted, refuse_own_sources, report_skips
+from mmalign.data import (
+    Record,
+    Sources,
+    Spool,
+    as_sources,
+    counted,
+    refuse_own_sources,
+    report_skips,
+)
 from mmalign.embedding.todo import Settling, Todo, Wanted, find_todo, removed
 from mmalign.encoding.batches import report_cut
 from mmalign.encoding.pipeline import Encoded, Pipeline
@@ -72,8 +80,8 @@ class EmbedReport:
 
 
 def embed(
-    model: str | Path,
-    sources: Sequence[str],
+    model: str | Path | Encoder,
+    sources: Sources,
     out: str | Path,
     *,
     caption_keys: Sequence[str] = ("captions",),
@@ -88,7 +96,7 @@ def embed(
     """Embed what the store does not hold yet, or holds in an older state.
 
     Args:
-        model: A run folder or `NAME:TAG`.
+        model: A run folder, `NAME:TAG`, or an encoder that was loaded from one of these.
         sources: Folders, tars, tables, URLs, as `data.scan` takes them.
         out: The store; made if it does not exist.
         caption_keys: Where the captions are.
@@ -112,9 +120,11 @@ def embed(
         raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
     if drop_removed and part[1] > 1:
         raise UsageError("--drop-removed looks at all samples: run it without --shard")
-    path = Path(out)
+    path, sources = Path(out), as_sources(sources)
     refuse_own_sources(path, sources)
-    plain = to_fastest(load_model(model))
+    if isinstance(model, Encoder) and not model.source:
+        raise UsageError("a model that was saved nowhere cannot search later: save_model first")
+    plain = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, got = in_precision(plain, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = _open(path, card, plain)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import kernels
-from mmalign.data import Record, Skip, counted, found_in, report_skips, scan
+from mmalign.data import Record, Skip, Sources, counted, found_in, report_skips, scan
 from mmalign.data.columns import plain
 from mmalign.encoding.batches import Texts, report_cut
 from mmalign.encoding.pipeline import Pipeline
@@ -34,7 +34,7 @@ Vectors = NDArray[np.float32]
 
 def evaluate(
     model: str | Path | Encoder,
-    sources: Sequence[str],
+    sources: Sources,
     *,
     caption_keys: Sequence[str] = ("captions",),
     image_column: str | None = None,

@@ -20,7 +20,7 @@ import torch
 
 from mmalign import files
 from mmalign.config import dump, read_toml
-from mmalign.data import Record, Skip, found_in, refuse_own_sources, scan
+from mmalign.data import Record, Skip, Sources, as_sources, found_in, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.evaluation.evaluate import describe_overlap
 from mmalign.model import (
@@ -56,23 +56,26 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 def train(
-    config: TrainConfig,
-    sources: Sequence[str],
+    sources: Sources,
     out: str | Path,
+    config: TrainConfig | None = None,
     *,
-    val: Sequence[str] = (),
+    val: Sources = (),
     resume: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train an encoder and leave it in a run folder.
 
     Args:
-        config: How.
         sources: Training pairs, as `data.scan` takes them; without any, those of the
             configuration, or those that the run to be resumed was trained on.
         out: The run folder: new, or with `resume` the one to go on with.
+        config: How to train; by default what `settings` say.
         val: Validation pairs, likewise; by default a share of the training images is held out.
         resume: Go on from the last saved state, with the batches that would have come. The result
             is that of an unbroken run bit for bit (but for `minutes`, as a clock repeats nothing).
+        settings: Fields of `TrainConfig` in place of `config`: `epochs=20, model="ViT-B-32"`. A
+            resumed run takes those of its own that are not given.
 
     Returns:
         The last line of metrics.jsonl: recall on the validation pairs, samples per second, the
@@ -81,10 +84,16 @@ def train(
     Raises:
         TrainingError: The loss is NaN, a batch is larger than the data, or a run cannot be resumed
             as its data has changed or this machine lacks its arithmetic.
-        ConfigError: A resumed run is told to be another one.
+        ConfigError: A setting is unknown or off, or a resumed run is told to be another one.
         DataError: A source is empty.
     """
     run = Path(out)
+    if config is None:
+        before = read_toml(run / CONFIG) if resume and (run / CONFIG).exists() else {}
+        config = configure(before | settings, "train")
+    elif settings:
+        raise UsageError(f"give a config or settings, not both: {', '.join(settings)}")
+    sources, val = as_sources(sources), as_sources(val)
     if resume and not (run / CONFIG).exists():
         raise UsageError(f"{run}: nothing to resume: there is no {CONFIG}")
     files.utf8_name(run)

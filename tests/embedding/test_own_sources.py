@@ -17,7 +17,7 @@ def make_store(sources: list[str], out: Path) -> None:
 
 
 def make_run(sources: list[str], out: Path) -> None:
-    train(QUICK, sources, out)
+    train(sources, out, QUICK)
 
 
 @pytest.mark.parametrize("make", [make_store, make_run])

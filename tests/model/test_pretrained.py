@@ -451,7 +451,7 @@ def test_fine_tuning_refuses_a_model_that_it_cannot_have_before_sources_are_read
         openclip.require(model, pretrained)
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=message):
-        train(configure({"model": model, "pretrained": pretrained}), ["/no/source"], out=tmp_path)
+        train(["/no/source"], tmp_path, configure({"model": model, "pretrained": pretrained}))
 
 
 def test_a_folder_or_a_file_in_the_wrong_place_is_said(tmp_path: Path) -> None:

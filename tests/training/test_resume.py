@@ -68,11 +68,11 @@ def halfway(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(data: Data, run: Path, config: TrainConfig = CONFIG) -> None:
-    train(config, [str(data[0])], run, val=[str(data[1])])
+    train([str(data[0])], run, config, val=[str(data[1])])
 
 
 def go_on(run: Path, config: TrainConfig = CONFIG) -> dict[str, Any]:
-    return train(config, [], run, resume=True)
+    return train([], run, config, resume=True)
 
 
 def copy(run: Path, folder: Path) -> Path:
@@ -217,7 +217,7 @@ def test_a_stopped_run_is_resumed_by_the_command_that_it_prints(
         calling(Average, "update", 5, lambda: os.kill(os.getpid(), signal.SIGINT)),
         pytest.raises(KeyboardInterrupt),
     ):
-        train(CONFIG, ["pairs"], run, val=["val"])
+        train(["pairs"], run, CONFIG, val=["val"])
     (command,) = re.findall("`mmalign (.+)`", capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
     more = shell.invoke(main, [*shlex.split(command), "--set", "weight_decay=0.4"])
@@ -279,9 +279,9 @@ def test_a_run_is_not_resumed_with_other_data(
     change(moved)
     before = (run / "state.pt").read_bytes()
     with pytest.raises(TrainingError, match=f"cannot be resumed, as its data .*{message}"):
-        train(CONFIG, [str(moved)], run, resume=True)
+        train([str(moved)], run, CONFIG, resume=True)
     with pytest.raises(TrainingError, match="cannot be resumed, as its data"):
-        train(CONFIG, [], run, val=[str(moved)], resume=True)
+        train([], run, CONFIG, val=[str(moved)], resume=True)
     assert (run / "state.pt").read_bytes() == before
 
 
@@ -299,12 +299,12 @@ def test_a_run_without_validation_is_not_resumed_with_other_data_either(
     run, pairs = tmp_path / "run", tmp_path / "pairs"
     shutil.copytree(data[0], pairs)
     with killed_in(run, Learner, "step", 4):
-        train(replace(CONFIG, held_out=0), [str(pairs)], run)
+        train([str(pairs)], run, replace(CONFIG, held_out=0))
     val = [] if change else [str(data[1])]
     if change:
         change(pairs)
     with pytest.raises(TrainingError, match=f"cannot be resumed, as its data .*({message})"):
-        train(replace(CONFIG, held_out=0), [], run, val=val, resume=True)
+        train([], run, replace(CONFIG, held_out=0), val=val, resume=True)
 
 
 def test_data_that_was_moved_and_touched_is_the_same(
@@ -315,7 +315,7 @@ def test_data_that_was_moved_and_touched_is_the_same(
     shutil.copytree(data[0], moved)
     for file in moved.iterdir():
         os.utime(file, (1e9, 1e9))
-    train(CONFIG, [str(moved)], run, resume=True)
+    train([str(moved)], run, CONFIG, resume=True)
     assert same_run(run, whole)
 
 

@@ -78,7 +78,7 @@ def test_it_learns(tmp_path: Path) -> None:
         QUICK, batch_size=16, epochs=8, captions_per_image=1, learning_rate=2e-3,
         augment=Augment(1.0, colour=0, erase=0),
     )  # fmt: skip
-    result = train(config, [train_on], tmp_path / "run", val=[held])
+    result = train([train_on], tmp_path / "run", config, val=[held])
     assert result["image_retrieval_recall@5"] > 0.7  # by chance: 0.31
     assert result["text_retrieval_recall@5"] > 0.7
     assert result["loss"] < 1.6  # at the start: ln 16 = 2.8
@@ -96,7 +96,7 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path, small_clip: s
         QUICK, preset="tiny", model=small_clip, pretrained=str(tmp_path / "clip.pt"),
         epochs=1, batch_size=4, learning_rate=1e-9, captions_per_image=1,
     )  # fmt: skip
-    train(config, source, tmp_path / "run", val=source)
+    train(source, tmp_path / "run", config, val=source)
     tuned = load_model(tmp_path / "run").encode_texts(["a dog"])
     given = load_model(f"{small_clip}:{tmp_path / 'clip.pt'}").encode_texts(["a dog"])
     assert np.allclose(tuned, given, atol=1e-3)
@@ -105,7 +105,7 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path, small_clip: s
 def test_a_nan_loss_stops_and_keeps_good_weights(tmp_path: Path, scenes: Path) -> None:
     config = replace(TINY, learning_rate=1e30, clip_norm=1e30)
     with pytest.raises(TrainingError, match="learning_rate"):
-        train(config, [str(scenes)], tmp_path / "run")
+        train([str(scenes)], tmp_path / "run", config)
     with pytest.raises(ModelError, match="no trained weights yet"):
         load_model(tmp_path / "run")
 
@@ -113,7 +113,7 @@ def test_a_nan_loss_stops_and_keeps_good_weights(tmp_path: Path, scenes: Path) -
 def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "pairs", 10)
     with pytest.raises(TrainingError, match=r"batch_size=32 is larger than the 10 .* batch_size=8"):
-        train(TINY, [str(source)], tmp_path / "run")
+        train([str(source)], tmp_path / "run", TINY)
 
 
 def test_a_batch_of_one_is_refused() -> None:
@@ -148,10 +148,10 @@ def test_pairs_that_are_equal_are_a_warning(
     source = pairs_of(tmp_path / "pairs", captions)
     other = str(write_pairs(tmp_path / "other", 4))
     config = replace(TINY, batch_size=2, epochs=1)
-    result = train(config, [source], tmp_path / "a")
+    result = train([source], tmp_path / "a", config)
     assert f"warning: {warning.format('')}" in capsys.readouterr().err
     assert result["loss"] == 0 or "50%" in warning
-    train(config, [other], tmp_path / "b", val=[source])
+    train([other], tmp_path / "b", config, val=[source])
     assert f"warning: {warning.format('validation ')}" in capsys.readouterr().err
     evaluate(run, [source])
     assert f"warning: {warning.format('')}" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_images_that_are_all_equal_are_a_warning(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = pairs_of(tmp_path / "pairs", [f"word{i}" for i in range(4)], one_image=True)
-    train(replace(TINY, batch_size=2, epochs=1), [source], tmp_path / "run")
+    train([source], tmp_path / "run", replace(TINY, batch_size=2, epochs=1))
     assert "warning: all 4 images are equal: nothing tells" in capsys.readouterr().err
     evaluate(run, [source])
     assert "warning: all 4 images have the same vector" in capsys.readouterr().err
@@ -206,12 +206,12 @@ def test_sets_of_any_size_are_trained_on_and_evaluated_from_the_shell(
 def test_an_empty_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images found"):
-        train(QUICK, [str(tmp_path / "empty")], tmp_path / "run")
+        train([str(tmp_path / "empty")], tmp_path / "run", QUICK)
 
 
 def test_a_run_is_never_overwritten(run: Path, scenes: Path) -> None:
     with pytest.raises(UsageError, match="--resume"):
-        train(QUICK, [str(scenes)], run)
+        train([str(scenes)], run, QUICK)
 
 
 def test_fine_tuning_has_milder_defaults() -> None:
@@ -241,19 +241,19 @@ def test_words_are_learned_by_rarity() -> None:
 def test_a_complete_run_is_not_trained_on(run: Path, scenes: Path) -> None:
     before = weights_of(run).read_bytes()
     with pytest.raises(UsageError, match="training is complete"):
-        train(QUICK, [str(scenes)], run, val=[str(scenes)], resume=True)
+        train([str(scenes)], run, QUICK, val=[str(scenes)], resume=True)
     assert weights_of(run).read_bytes() == before
 
 
 def test_weights_need_an_architecture(tmp_path: Path, scenes: Path) -> None:
     with pytest.raises(ConfigError, match="pretrained needs model"):
-        train(replace(QUICK, pretrained="x"), [str(scenes)], tmp_path / "run")
+        train([str(scenes)], tmp_path / "run", replace(QUICK, pretrained="x"))
 
 
 def test_some_are_held_out_where_no_validation_is_given(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "pairs", 20)
     config = replace(TINY, epochs=1, batch_size=4, held_out=0.2)
-    result = train(config, [str(source)], tmp_path / "run")
+    result = train([str(source)], tmp_path / "run", config)
     assert "image_retrieval_recall@10" in result
     counts = [held_out_images(n, None) for n in (1, 2, 20, 199, 200, 600, 10_000, 1_000_000)]
     assert counts == [0, 0, 0, 0, 20, 50, 500, 1000]
@@ -449,8 +449,8 @@ def test_a_batch_in_parts(part_size: int, tmp_path: Path) -> None:
     """Parts train as a batch does, up to the batch norms, which see a part at a time."""
     source = [str(write_pairs(tmp_path / "pairs", 8))]
     config = replace(QUICK, epochs=2, batch_size=8, part_size=part_size)
-    train(config, source, tmp_path / "run")
-    train(replace(config, part_size=None), source, tmp_path / "whole")
+    train(source, tmp_path / "run", config)
+    train(source, tmp_path / "whole", replace(config, part_size=None))
     last, truth = (
         json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
         for run in ("run", "whole")
@@ -477,9 +477,9 @@ def test_reading_the_data_takes_no_time_of_the_training(
     monkeypatch.setattr("mmalign.training.learner.learning_rate", rate)
     monkeypatch.setattr("mmalign.training.train.load_pairs", slowly)
     train(
-        replace(QUICK, epochs=None, minutes=2 / 60),
         [str(scenes)],
         tmp_path / "run",
+        replace(QUICK, epochs=None, minutes=2 / 60),
         val=[str(scenes)],
     )
     assert begins[0] < 0.5
@@ -495,7 +495,7 @@ def test_a_store_outlives_further_training(
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = replace(QUICK, epochs=12)
-    train(config, [str(scenes)], folder, resume=True)
+    train([str(scenes)], folder, config, resume=True)
     assert load_model(folder).identity != before
     assert load_model(folder, before).identity == before
     hits = Searcher.open(store, folder).search("a red star", 1)
@@ -519,3 +519,18 @@ def test_a_run_without_a_validation_is_no_model_yet(tmp_path: Path) -> None:
     save_description(new_model("nano", ["a"]), tmp_path)
     with pytest.raises(ModelError, match=f"no trained weights yet.*--out {tmp_path} --resume"):
         load_model(tmp_path)
+
+
+def test_settings_stand_in_place_of_a_configuration(scenes: Path, tmp_path: Path) -> None:
+    result = train(
+        scenes, tmp_path / "run", val=scenes, preset="pico", epochs=1, batch_size=4,
+        validations=1, arithmetic="float32",
+    )  # fmt: skip
+    assert result["epoch"] == 1
+    further = train((), tmp_path / "run", resume=True, epochs=2)
+    assert further["epoch"] == 2
+    with pytest.raises(ConfigError, match="unknown key 'epoch': did you mean 'epochs'"):
+        train(scenes, tmp_path / "other", epoch=2)
+    with pytest.raises(UsageError, match="give a config or settings, not both: epochs"):
+        train(scenes, tmp_path / "other", QUICK, epochs=2)
+    assert not (tmp_path / "other").exists()
