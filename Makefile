@@ -10,7 +10,7 @@ NEWEST ?= python3.13
 TEST   := OMP_NUM_THREADS=1 PYTEST_ADDOPTS='-n 2'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-floors test-newest test-crash test-pretrained check fix bench bench-gpu clean
+.PHONY: help setup demo test test-fast test-floors test-newest test-wheel test-crash test-pretrained check fix bench bench-gpu clean
 
 help:   ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -42,6 +42,17 @@ test-newest:  ## run the tests with the newest versions that setup.cfg allows (a
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade -e '.[$(EXTRAS)]'
 	$(TEST) .venv-newest/bin/python -m pytest
+
+test-wheel: $(READY)  ## build the wheel, install it alone, and run the examples with it from another folder
+	rm -rf build
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	$(BIN)/python -m venv build/env
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > build/tested.pth
+	cp build/tested.pth "$$(build/env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	build/env/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheel/*.whl
+	cd build && env/bin/python -c 'import mmalign, mmalign.index as i; assert "/env/" in mmalign.__file__ and "/env/" in i.__file__, i.__file__'
+	cd build && env/bin/mmalign --version
+	cd build && env/bin/python -m pytest -q -c ../setup.cfg --rootdir .. ../tests/test_examples.py
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
 	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/store/test_crash*.py

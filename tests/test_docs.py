@@ -1,4 +1,4 @@
-"""The documentation is executed: the reader of docs/format.md, README's tree and commands."""
+"""The documentation is executed: its Python, its commands and options, its links and its tree."""
 
 import re
 import shutil
@@ -13,7 +13,8 @@ from mmalign.store import delete
 from mmalign.store.schema import schema
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 
 
@@ -52,8 +53,8 @@ def test_every_column_is_described() -> None:
     assert described == schema(8).names
 
 
-def test_the_tree_of_the_readme_is_the_tree() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
+def test_the_tree_of_the_contributors_page_is_the_tree() -> None:
+    tree = CONTRIBUTING.split("## The tree")[1].split("```")[1]
     shown, folder = set(), ""
     for line in tree.strip().splitlines():
         name = line.strip().split()[0]
@@ -70,16 +71,41 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     assert code == wanted
 
 
-def test_every_command_is_in_the_readme_and_every_option_in_a_help() -> None:
+def test_every_command_is_in_the_pages_and_every_option_in_a_help() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for name, command in main.commands.items():
-        assert f"mmalign {name}" in README, name
+        assert f"mmalign {name}" in text or f"make {name}" in text, name
         assert "Example:" in (command.help or ""), name
         for option in command.params:
             assert getattr(option, "help", "x") or option.param_type_name == "argument", option.name
 
 
-def test_readme_options_exist() -> None:
-    known = {o for c in main.commands.values() for p in c.params for o in p.opts}
-    block = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", block))
-    assert used - known - {"--index-url", "--version"} == set()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for line in "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines():
+        words = line.split("#")[0].split()
+        if words[:1] == ["mmalign"]:
+            known = {o for p in main.commands[words[1]].params for o in p.opts}
+            used = {word.split("=")[0] for word in words if word.startswith("--")}
+            assert used <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_in_the_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/python.md"])
+def test_python_in_the_pages_runs(
+    page: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page, one after the other, over a store of drawn scenes."""
+    shutil.copytree(store, tmp_path / "photos.store")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    exec(compile("\n".join(blocks), page, "exec"), {})

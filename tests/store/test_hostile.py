@@ -212,7 +212,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) 
 def test_an_exact_search_reads_no_file_of_an_index(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """FAISS is not safe against a hostile file; README tells how to search without it."""
+    """FAISS is not safe against a hostile file; docs/search.md tells how to search without it."""
     copy = Path(shutil.copytree(store, tmp_path / "s.store"))
     write_index(copy)
     searcher = Searcher.open(copy)

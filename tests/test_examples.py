@@ -1,0 +1,34 @@
+"""The examples run, from another folder than the project's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import jpeg
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def output(name: str, *words: str | Path, folder: Path) -> list[str]:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_examples_run(store: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(jpeg())
+    assert len(output("more_like_this.py", store, "a red circle", folder=tmp_path)) == 6
+    mixed = ("a red circle", "+0.5", "cat.jpg", "-0.5", "stripes")
+    assert len(output("mixed_query.py", store, *mixed, folder=tmp_path)) == 10
+    found = output("label_images.py", run, ".", "a red circle", "a star", folder=tmp_path)
+    assert found in (["cat.jpg: a red circle"], ["cat.jpg: a star"])
+
+
+@pytest.mark.slow
+def test_every_example_is_run() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [p.name for p in EXAMPLES.glob("*.py") if f'"{p.name}"' not in text] == []
