@@ -19,7 +19,7 @@ from mmalign.cli.options import (
     where_option,
     yes_option,
 )
-from mmalign.errors import StoreError, UsageError, shell_command
+from mmalign.errors import StoreError, UsageError
 from mmalign.terminal import columns, openable, printable, shorten
 
 if TYPE_CHECKING:
@@ -41,37 +41,16 @@ def info(store: Path, as_json: bool) -> None:
     Example:  mmalign info photos.store
               mmalign info photos.store --json
     """
-    from mmalign.index import describe
+    from mmalign.cli.info import described, in_words
     from mmalign.store import open_store
 
-    held = open_store(store)
-    manifest, folder = held.manifest, held.index_folder
-    owners = held.caption_owners
-    values: dict[str, Any] = {
-        "rows": len(held),
-        "deleted": manifest.physical_rows - manifest.rows,
-        "generation": manifest.generation,
-        "model": asdict(manifest.model),
-        "dim": manifest.model.dim,
-        "captions": len(owners) if held.live is None else int(held.live[owners].sum()),
-        "shards": len(manifest.shards),
-        "failures": len(held.failures()),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-        "index": describe(folder) if folder else None,
-    }
-    if not as_json:
-        del values["dim"]
-        values |= _index_in_words(store, values.pop("index"))
-    print_values(values, as_json)
-
-
-def _index_in_words(store: Path, described: dict[str, Any] | None) -> dict[str, str]:
-    if described is None:
-        return {"index": f"none; every row is compared; {shell_command('index', store)} builds one"}
-    return {
-        f"index.{name}": f"{part['kind']}, {part['rows']} rows, recall {part['recall']:.3f}"
-        for name, part in described["modalities"].items()
-    }
+    opened = open_store(store)
+    values = described(opened)
+    if as_json:
+        print_values(values, as_json)
+    else:
+        for line in in_words(opened, values):
+            show(line)
 
 
 @click.command()
