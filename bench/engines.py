@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from bench import measure
 from mmalign.data import in_threads
-from mmalign.memory import keep_memory
+from mmalign.memory import reuse_freed
 from mmalign.model import Encoder, Precision, in_precision, load_model
 
 Vectors = NDArray[np.float32]
@@ -117,7 +117,7 @@ def main(words: list[str]) -> None:
     options = parser.parse_args(words)
     threads = options.threads
     torch.set_num_threads(threads)
-    keep_memory()
+    reuse_freed()
     encoder = load_model(f"{options.model}:{options.weights}")
     encoder.towers.eval()
     shape, side = encoder.preprocess, encoder.preprocess.size

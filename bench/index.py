@@ -40,7 +40,7 @@ import torch
 
 from bench import measure, processes
 from bench.standin import StandIn
-from mmalign.index import Exact, Queries, Rows, open_index, write_description, write_index
+from mmalign.index import Exact, Queries, VectorReader, open_index, write_description, write_index
 from mmalign.index.approximate import set_threads
 from mmalign.index.measure import interval, neighbour_recall
 from mmalign.search.build import memory_bytes
@@ -163,7 +163,7 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
     images = np.load(data["images"], mmap_mode="r")
     shards = [images[i : i + SHARD_ROWS] for i in range(0, len(images), SHARD_ROWS)]
     tuning = np.load(data["tuning"])
-    stored = Rows(shards)
+    stored = VectorReader(shards)
     drawn = np.random.default_rng(1).permutation(stored.draw(2 * HELD, seed=0))
     tune, held = np.split(stored.gather(drawn).astype(np.float32), 2)
     asked = {
@@ -193,7 +193,7 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
                     rows.append(
                         {**common, "asked": kind, "k": k, "search_threads": count}
                         | _speed(
-                            lambda q, k=k, kind=kind: index.search(q, k, asked=kind)[1],
+                            lambda q, k=k, kind=kind: index.search(q, k, query_modality=kind)[1],
                             queries,
                             true[:, :k],
                         )

@@ -44,7 +44,7 @@ class Stored(Index):
         self.next = 0
 
     def search(
-        self, queries_MD: Any, k: int, allow_N: Any = None, *, asked: str = "text"
+        self, queries_MD: Any, k: int, allow_N: Any = None, *, query_modality: str = "text"
     ) -> tuple[Any, Any]:
         """See `Index.search`."""
         self.next += 1

@@ -137,7 +137,7 @@ class OnCpu:
         """Every way to search; `Exact` has been asked so often that it has codes where they pay."""
         asked = queries.numpy()
         usual = Exact([self.vectors.numpy()])
-        while usual.asked <= CODED_AFTER:
+        while usual.queries_seen <= CODED_AFTER:
             usual.search(asked, K)
         if usual.coding:
             usual.coding.join()

@@ -2,8 +2,8 @@
 
     spec.py          what an index is, and the designs to choose from
     exact.py         every row compared; the truth that recall is measured against
-    rows.py          stored vectors, wherever their shards lie
-    lists.py         which list of an IVF a vector belongs to, as its queries see it
+    vectors.py       stored vectors, wherever their shards lie
+    quantizer.py     which list of an IVF a vector belongs to, as its queries see it
     approximate.py   candidates from FAISS, scored exactly; the only file that imports faiss
     mapped.py        lists that stay in a file, so that opening reads none of them
     measure.py       recall, latency and the parameters that give them
@@ -22,15 +22,15 @@ from mmalign.index.folder import write_description as write_description
 from mmalign.index.folder import write_index as write_index
 from mmalign.index.plan import Queries as Queries
 from mmalign.index.report import table as table
-from mmalign.index.rows import Rows as Rows
 from mmalign.index.spec import Index as Index
+from mmalign.index.vectors import VectorReader as VectorReader
 
 __all__ = [
     "Exact",
     "Extended",
     "Index",
     "Queries",
-    "Rows",
+    "VectorReader",
     "describe",
     "open_index",
     "table",

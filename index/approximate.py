@@ -20,9 +20,9 @@ from mmalign import files, kernels
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
 from mmalign.index.exact import Exact
-from mmalign.index.lists import Lists, query_metric
-from mmalign.index.rows import Rows
-from mmalign.index.spec import KS, Bools, Design, Floats, Index, Ints, Point
+from mmalign.index.quantizer import CoarseQuantizer, query_metric
+from mmalign.index.spec import KS, Bools, Floats, Index, IndexSpec, Ints, OperatingPoint
+from mmalign.index.vectors import VectorReader
 from mmalign.progress import bar
 
 # K-means for lists: rows at most and for each list, and rounds. Codes get as many rounds; they have
@@ -51,7 +51,11 @@ class Approximate(Index):
     """
 
     def __init__(
-        self, faiss_index: Any, vectors: Rows, points: Mapping[str, Sequence[Point]], rows: int
+        self,
+        faiss_index: Any,
+        vectors: VectorReader,
+        points: Mapping[str, Sequence[OperatingPoint]],
+        rows: int,
     ) -> None:
         """Join them.
 
@@ -69,7 +73,12 @@ class Approximate(Index):
         self.exact = Exact(vectors.first(rows), coded_bytes=0)
 
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
+        self,
+        queries_MD: Floats,
+        k: int,
+        allow_N: Bools | None = None,
+        *,
+        query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
         """See `Index.search`.
 
@@ -91,7 +100,7 @@ class Approximate(Index):
         scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
         rows_MK = np.full((len(queries_MD), k), -1, np.int64)
         left_P = np.arange(len(queries_MD))
-        for point in self._attempts(k, allowed, asked):
+        for point in self._attempts(k, allowed, query_modality):
             scores, rows = self.search_at(queries_MD[left_P], point)
             found = rows >= 0 if allow_N is None else (rows >= 0) & allow_N[rows]
             # With as many neighbours as results, the answer is that without a filter. Else the
@@ -107,7 +116,7 @@ class Approximate(Index):
         scores_MK[left_P], rows_MK[left_P] = self.exact.search(queries_MD[left_P], k, allow_N)
         return scores_MK, rows_MK
 
-    def _attempts(self, k: int, allowed: int, asked: str) -> Iterator[Point]:
+    def _attempts(self, k: int, allowed: int, query_modality: str) -> Iterator[OperatingPoint]:
         """Operating points to try one after the other, while they cost less than exact search.
 
         Points are for neighbours without regard to a filter, of which the fewer are allowed the
@@ -115,11 +124,11 @@ class Approximate(Index):
         """
         share = allowed / max(self.held, 1)
         if (1 - share) * k < FEW_MISSING:
-            yield self.point(k, asked)
+            yield self.point(k, query_modality)
         most = DEEPEST * max(KS)
         depth = math.ceil(2 * SPARE * k / max(share, 1e-9)) - k
         while share < 1 and depth <= most:
-            point = self.between(depth, asked)
+            point = self.between(depth, query_modality)
             graph = not isinstance(_core(self.faiss), faiss.IndexIVF)
             seen = max(point.candidates, point.breadth) if graph else point.candidates
             if seen * CANDIDATE_COST > allowed:
@@ -127,30 +136,30 @@ class Approximate(Index):
             yield point
             depth *= DEEPER
 
-    def search_at(self, queries_MD: Floats, point: Point) -> tuple[Floats, Ints]:
+    def search_at(self, queries_MD: Floats, point: OperatingPoint) -> tuple[Floats, Ints]:
         """Search with parameters of one's own, without a filter."""
         queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
         rows_MR = self.candidates(queries_MD, point)
         return self.scored(queries_MD, rows_MR, point.k)
 
     @property
-    def breadest(self) -> int:
+    def largest_breadth(self) -> int:
         """Breadth at which the whole index is looked at (IVF), or about that (graph)."""
         core = _core(self.faiss)
         return int(core.nlist) if isinstance(core, faiss.IndexIVF) else min(self.held, MOST_BREADTH)
 
-    def point(self, k: int, asked: str) -> Point:
+    def point(self, k: int, query_modality: str) -> OperatingPoint:
         """Parameters tuned for at least k neighbours, or as many more as k asks for."""
-        points = self.points.get(asked) or next(iter(self.points.values()))
+        points = self.points.get(query_modality) or next(iter(self.points.values()))
         return next((p for p in points if p.k >= k), points[-1]).at(k)
 
-    def between(self, k: int, asked: str) -> Point:
+    def between(self, k: int, query_modality: str) -> OperatingPoint:
         """Parameters for k neighbours, interpolated where k lies between two tuned points."""
-        points = self.points.get(asked) or next(iter(self.points.values()))
+        points = self.points.get(query_modality) or next(iter(self.points.values()))
         lower = next((p for p in reversed(points) if p.k <= k), None)
         upper = next((p for p in points if p.k >= k), None)
         if lower is None or upper is None or lower == upper:
-            return self.point(k, asked)
+            return self.point(k, query_modality)
         # Both grow about as a power of k.
         way = math.log(k / lower.k) / math.log(upper.k / lower.k)
 
@@ -158,9 +167,9 @@ class Approximate(Index):
             return math.ceil(low * (high / low) ** way)
 
         candidates = grown(lower.candidates, upper.candidates)
-        return Point(k, grown(lower.breadth, upper.breadth), max(k, candidates))
+        return OperatingPoint(k, grown(lower.breadth, upper.breadth), max(k, candidates))
 
-    def candidates(self, queries_MD: Floats, point: Point) -> Ints:
+    def candidates(self, queries_MD: Floats, point: OperatingPoint) -> Ints:
         """Rows worth an exact score, shape (M, R), by approximate score; -1 where there are fewer.
 
         Raises:
@@ -210,9 +219,9 @@ class Approximate(Index):
 
 
 def build(
-    vectors: Rows,
-    design: Design,
-    lists: Lists | None = None,
+    vectors: VectorReader,
+    design: IndexSpec,
+    lists: CoarseQuantizer | None = None,
     *,
     seed: int = 0,
     shown: bool | None = None,
@@ -257,7 +266,7 @@ def build(
     return index
 
 
-def _file(index: Any, vectors: Rows, lists: Lists, shown: bool | None) -> None:
+def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool | None) -> None:
     """File every vector under its list.
 
     FAISS knows no lists but those of the nearest centre, and takes twice as long: torch is quicker
@@ -311,8 +320,8 @@ def _append(core: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None
 
 
 def cluster(
-    vectors: Rows, design: Design, queries_MD: Floats | None = None, seed: int = 0
-) -> Lists:
+    vectors: VectorReader, design: IndexSpec, queries_MD: Floats | None = None, seed: int = 0
+) -> CoarseQuantizer:
     """Find the lists of an IVF by k-means on a random sample.
 
     Args:
@@ -338,7 +347,7 @@ def cluster(
     centres = faiss.vector_to_array(run.centroids).reshape(count, vectors.dim)
     if metric is not None:
         centres = np.linalg.solve(root, centres.T).T.astype(np.float32)
-    return Lists(np.ascontiguousarray(centres), metric)
+    return CoarseQuantizer(np.ascontiguousarray(centres), metric)
 
 
 def size(index: Any) -> int:

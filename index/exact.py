@@ -11,8 +11,8 @@ import torch
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.index.rows import Rows, shared
 from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
+from mmalign.index.vectors import VectorReader, shared
 
 # Norms are bounded once and for all by the first search, while others wait; where there are more
 # bytes, by the second: to read such vectors twice for one answer takes long.
@@ -45,13 +45,18 @@ class Exact(Index):
                 self.shards.append(shared(kept))
         self.rows = sum(len(s) for s in self.shards)
         self.bytes = sum(s.nbytes for s in self.shards)
-        self.asked, self.prepared = 0, False
+        self.queries_seen, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None
         self.coding: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
+        self,
+        queries_MD: Floats,
+        k: int,
+        allow_N: Bools | None = None,
+        *,
+        query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
         if not self.rows:
@@ -73,13 +78,13 @@ class Exact(Index):
 
     def _prepare_if_worth(self, queries: int) -> None:
         with self._lock:
-            before, self.asked = self.asked, self.asked + queries
+            before, self.queries_seen = self.queries_seen, self.queries_seen + queries
             if not self.prepared and (before or self.bytes <= PREPARED_BYTES):
                 self.prepared = True
                 # A row that is refused is no reason to fail: what it does to a search, that says.
                 with contextlib.suppress(VectorError):
                     self.corpus = kernels.prepare(self.shards)
-            if self.coding is None and self.asked > CODED_AFTER and self._can_code(queries):
+            if self.coding is None and self.queries_seen > CODED_AFTER and self._can_code(queries):
                 self.coding = threading.Thread(target=self._code, name="mmalign codes")
                 with contextlib.suppress(RuntimeError):  # no more threads, or the process ends
                     self.coding.start()
@@ -105,7 +110,7 @@ class Exact(Index):
 class Extended(Index):
     """An index joined with exact search over the rows added since it was built; final."""
 
-    def __init__(self, index: Index, vectors: Rows) -> None:
+    def __init__(self, index: Index, vectors: VectorReader) -> None:
         """`vectors` are all of the store, of which `index` covers the first rows."""
         self.index = index
         self.vectors = vectors
@@ -113,10 +118,15 @@ class Extended(Index):
         self.rows = vectors.total
 
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
+        self,
+        queries_MD: Floats,
+        k: int,
+        allow_N: Bools | None = None,
+        *,
+        query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
         """See `Index.search`."""
-        scores, rows = self.index.search(queries_MD, k, allow_N, asked=asked)
+        scores, rows = self.index.search(queries_MD, k, allow_N, query_modality=query_modality)
         if self.tail.rows:
             tail_scores, tail_rows = self.tail.search(queries_MD, k, allow_N)
             scores = np.concatenate([scores, tail_scores], axis=1)

@@ -18,8 +18,8 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
 from mmalign.index.plan import Queries, plan
-from mmalign.index.rows import Rows
-from mmalign.index.spec import Bools, Index, Point, Shards
+from mmalign.index.spec import Bools, Index, OperatingPoint, Shards
+from mmalign.index.vectors import VectorReader
 
 FORMAT = 3
 # So much of a graph's file is checked whenever it is opened. It holds the sizes that FAISS
@@ -51,7 +51,7 @@ def write_index(
         share: Which part this is of what was given for all indexes of a store.
         live_N: Which rows are not deleted; None where all are live.
     """
-    vectors = Rows(shards, live_N)
+    vectors = VectorReader(shards, live_N)
     made = plan(vectors, asked, recall, memory, share)
     if made.index is not None:
         approximate.save(made.index, folder / f"{modality}.faiss")
@@ -115,10 +115,12 @@ def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards
         whole = _head(file) == content["heads"][file.name]
     if not whole:
         raise StoreError(f"{file}: damaged: its bytes are not what was written")
-    vectors = Rows(shards)
+    vectors = VectorReader(shards)
     if vectors.total < part["rows"]:
         raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
-    points = {name: [Point(**p) for p in points] for name, points in part["points"].items()}
+    points = {
+        name: [OperatingPoint(**p) for p in points] for name, points in part["points"].items()
+    }
     loaded = approximate.load(file, part["held"], vectors.dim)
     return Extended(approximate.Approximate(loaded, vectors, points, part["rows"]), vectors)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmalign.index.approximate import Approximate
-from mmalign.index.spec import Floats, Ints, Point
+from mmalign.index.spec import Floats, Ints, OperatingPoint
 
 # Candidates that a sweep looks at: so many times the neighbours wanted, and never more than that.
 DEEPEST, MOST_CANDIDATES = 40, 2_000
@@ -31,7 +31,7 @@ TURN = 50
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOut:
     """Queries that tune nothing and measure what was tuned."""
 
     queries_MD: Floats
@@ -48,7 +48,7 @@ class Trial:
     rows: int
     asked: str
     """Modality of the queries."""
-    point: Point
+    point: OperatingPoint
     queries: int
     recall: float
     """Share of the true k nearest neighbours that were found, on queries that tuned nothing."""
@@ -112,7 +112,7 @@ def places(rows_MR: Ints, true_MK: Ints) -> Ints:
 
 def tune(
     index: Approximate, queries_MD: Floats, true_MK: Ints, k: int, wanted: float
-) -> tuple[Point, bool]:
+) -> tuple[OperatingPoint, bool]:
     """Find the fastest parameters that find the wanted share of the k nearest neighbours.
 
     A breadth needs the more candidates the fewer of the neighbours it has among the first ones; one
@@ -125,18 +125,18 @@ def tune(
     deepest = _deepest(index, k)
 
     @cache
-    def sufficient(breadth: int) -> Point | None:
+    def sufficient(breadth: int) -> OperatingPoint | None:
         """With the fewest candidates that hold the wanted share."""
-        rows_MR = index.candidates(queries_MD, Point(k, breadth, deepest))
+        rows_MR = index.candidates(queries_MD, OperatingPoint(k, breadth, deepest))
         places_MK = places(rows_MR, true_MK[:, :k])
         enough = (c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted)
-        return next((Point(k, breadth, c) for c in enough), None)
+        return next((OperatingPoint(k, breadth, c) for c in enough), None)
 
-    most = index.breadest
+    most = index.largest_breadth
     enough = next((b for b in breadths(NARROWEST, most, 2) if sufficient(b)), None)
     if enough is None:
-        return Point(k, most, deepest), False
-    best: Point | None = None
+        return OperatingPoint(k, most, deepest), False
+    best: OperatingPoint | None = None
     fastest, worse = np.inf, 0
     for breadth in breadths(max(NARROWEST, enough // 2), most, STEP):
         point = sufficient(breadth)
@@ -154,8 +154,14 @@ def tune(
 
 
 def prove(
-    index: Approximate, held: Held, true_MK: Ints, point: Point, wanted: float, *, own: int = 0
-) -> Point | None:
+    index: Approximate,
+    held: HeldOut,
+    true_MK: Ints,
+    point: OperatingPoint,
+    wanted: float,
+    *,
+    own: int = 0,
+) -> OperatingPoint | None:
     """Look wider until held-out queries are found as well as was promised.
 
     They are, once the interval of their recall lies above it. So few queries that this could not
@@ -180,9 +186,9 @@ def prove(
         low = interval(shares_M, held.groups_M)[0] if everything >= wanted else shares_M.mean()
         if low >= wanted:
             return point
-        wider = Point(
+        wider = OperatingPoint(
             point.k,
-            min(math.ceil(point.breadth * STEP), max(point.breadth, index.breadest)),
+            min(math.ceil(point.breadth * STEP), max(point.breadth, index.largest_breadth)),
             min(math.ceil(point.candidates * DEEPER), deepest),
         )
         if wider == point:
@@ -212,7 +218,7 @@ def depths(k: int, deepest: int) -> list[int]:
     return [s for s in steps if s < deepest] + [deepest]
 
 
-def times(index: Approximate, queries_MD: Floats, point: Point) -> Floats:
+def times(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floats:
     """Seconds that each query takes, one at a time, shape (M,)."""
     index.search_at(queries_MD[:1], point)
     out = []
@@ -223,7 +229,9 @@ def times(index: Approximate, queries_MD: Floats, point: Point) -> Floats:
     return np.array(out)
 
 
-def in_turns(contestants: Sequence[tuple[Approximate, Point]], queries_MD: Floats) -> list[Floats]:
+def in_turns(
+    contestants: Sequence[tuple[Approximate, OperatingPoint]], queries_MD: Floats
+) -> list[Floats]:
     """Seconds that each query takes each contestant, one at a time.
 
     They take turns, so that whatever else the machine does slows all of them alike.
@@ -237,9 +245,9 @@ def in_turns(contestants: Sequence[tuple[Approximate, Point]], queries_MD: Float
 
 def measure(
     index: Approximate,
-    held: Held,
+    held: HeldOut,
     true_MK: Ints,
-    point: Point,
+    point: OperatingPoint,
     seconds_M: Floats,
     *,
     own: int = 0,

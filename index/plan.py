@@ -25,21 +25,21 @@ import numpy as np
 from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
-from mmalign.index.lists import Lists
-from mmalign.index.measure import ALONE, Held, Trial, in_turns, measure, prove, times, tune
-from mmalign.index.rows import Rows
-from mmalign.index.spec import KS, Design, Floats, Ints, Point
-from mmalign.memory import give_back, keep_little
+from mmalign.index.measure import ALONE, HeldOut, Trial, in_turns, measure, prove, times, tune
+from mmalign.index.quantizer import CoarseQuantizer
+from mmalign.index.spec import KS, Floats, IndexSpec, Ints, OperatingPoint
+from mmalign.index.vectors import VectorReader
+from mmalign.memory import return_freed, return_large_blocks
 from mmalign.progress import over, say
 
 EXACT_ROWS = 50_000
 """Below this, comparing every row takes milliseconds and misses nothing."""
-DESIGNS = (
-    Design("ivf", "PQ/2x4fsr", density=1),
-    Design("ivf", "PQ/4x4fsr", density=1),
-    Design("ivf", "RaBitQfs1", density=1),
-    Design("ivf", "RaBitQfs2", density=1),
-    Design("hnsw", "SQ8", links=32),
+SPECS = (
+    IndexSpec("ivf", "PQ/2x4fsr", density=1),
+    IndexSpec("ivf", "PQ/4x4fsr", density=1),
+    IndexSpec("ivf", "RaBitQfs1", density=1),
+    IndexSpec("ivf", "RaBitQfs2", density=1),
+    IndexSpec("hnsw", "SQ8", links=32),
 )
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ivf": ({"density": 2}, {"metric": "queries"}),
@@ -68,9 +68,9 @@ class Queries:
     """Image that each of `held_MD` belongs to; None where each stands for itself."""
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HeldOut:
         """Those that measure."""
-        return Held(self.held_MD, self.groups_M)
+        return HeldOut(self.held_MD, self.groups_M)
 
     def fewer(self, part: int) -> "Queries":
         """Return at most as many as tune over all rows, or a part of these."""
@@ -84,10 +84,10 @@ class Queries:
 class Plan:
     """A design, built and tuned; final."""
 
-    design: Design
+    design: IndexSpec
     index: Any = None
     """FAISS's; None where every row is compared."""
-    points: dict[str, list[Point]] = field(default_factory=dict)
+    points: dict[str, list[OperatingPoint]] = field(default_factory=dict)
     """Search parameters by modality of the query, for ascending k."""
     kept: list[Trial] = field(default_factory=list)
     """What is promised: measured over all rows, on queries that tuned nothing."""
@@ -96,7 +96,7 @@ class Plan:
 
 
 def plan(
-    vectors: Rows,
+    vectors: VectorReader,
     asked: Mapping[str, Queries],
     recall: float,
     memory: float,
@@ -112,8 +112,8 @@ def plan(
         share: Which part this is of what was given for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
-        return Plan(Design("exact"))
-    possible = [d for d in DESIGNS if d.divides(vectors.dim)]
+        return Plan(IndexSpec("exact"))
+    possible = [d for d in SPECS if d.divides(vectors.dim)]
     fitting = [d for d in possible if _bytes(d, vectors) <= memory]
     if not fitting:
         enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
@@ -122,12 +122,12 @@ def plan(
             f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.1f} MB{part}, so every row "
             f"will be compared; --memory {enough}MB is enough for one"
         )
-        return Plan(Design("exact"))
+        return Plan(IndexSpec("exact"))
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
     if not asked:
         say("too few queries to tune and to measure an index with, so every row will be compared")
-        return Plan(Design("exact"))
-    keep_little()
+        return Plan(IndexSpec("exact"))
+    return_large_blocks()
     main = next(iter(asked))
     designs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
     if not designs:
@@ -136,10 +136,10 @@ def plan(
             f"no index within {memory / 1e6:,.1f} MB finds {recall:.1%}, so every row will be "
             f"compared; the nearest is {near.design} with {near.recall:.1%}"
         )
-        return Plan(Design("exact"), tried=tried)
-    give_back()
+        return Plan(IndexSpec("exact"), tried=tried)
+    return_freed()
     true = _truths(vectors, _fewer(asked))
-    give_back()
+    return_freed()
     for design in designs:
         built = _build_and_tune(design, vectors, asked, true, recall)
         if built is not None:
@@ -147,7 +147,7 @@ def plan(
         name = design.name(vectors.live, vectors.dim)
         say(f"{name} does not find {recall:.1%} over all rows, of tuning and of held-out queries")
     say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
-    return Plan(Design("exact"), tried=tried)
+    return Plan(IndexSpec("exact"), tried=tried)
 
 
 def tuning_target(recall: float) -> float:
@@ -159,19 +159,19 @@ def tuning_target(recall: float) -> float:
     return recall + min(MARGIN, (1 - recall) / 2)
 
 
-def _bytes(design: Design, vectors: Rows) -> float:
+def _bytes(design: IndexSpec, vectors: VectorReader) -> float:
     return vectors.live * design.bytes_per_vector(vectors.live, vectors.dim)
 
 
 def _rounds(
-    designs: list[Design],
-    vectors: Rows,
+    designs: list[IndexSpec],
+    vectors: VectorReader,
     main: str,
     queries: Queries,
     *,
     recall: float,
     memory: float,
-) -> tuple[list[Design], list[Trial]]:
+) -> tuple[list[IndexSpec], list[Trial]]:
     """Play designs against each other on samples.
 
     Returns:
@@ -179,10 +179,10 @@ def _rounds(
         wins on a sample may fall short over all rows. And all trials.
     """
     tried: list[Trial] = []
-    ranked: list[Design] = []
+    ranked: list[IndexSpec] = []
     for number, rows in enumerate(ROUNDS):
-        sample = Rows([vectors.gather(vectors.draw(rows, seed=rows))])
-        game = _Game(sample, main, queries, recall)
+        sample = VectorReader([vectors.gather(vectors.draw(rows, seed=rows))])
+        game = _Tournament(sample, main, queries, recall)
         for design in over(f"try {rows:,}", designs, len(designs), "designs"):
             game.enter(design)
         played = game.results()
@@ -201,10 +201,10 @@ def _rounds(
     return ranked, tried
 
 
-class _Game:
+class _Tournament:
     """One round: designs are built over the same sample and asked the same queries; final."""
 
-    def __init__(self, sample: Rows, main: str, queries: Queries, recall: float) -> None:
+    def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
         self.sample = sample
         self.main, self.recall = main, recall
         self.queries = queries.tune_MD
@@ -214,10 +214,10 @@ class _Game:
         both_MD = np.concatenate([self.tuning, self.others])
         true_MK = truth(self.sample, both_MD, KS[0])
         self.tuning_MK, self.others_MK = np.split(true_MK, [count])
-        self.lists: dict[tuple[int, str], Lists] = {}
-        self.entered: list[tuple[Design, Approximate, Point, bool, dict[str, Any]]] = []
+        self.lists: dict[tuple[int, str], CoarseQuantizer] = {}
+        self.entered: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
 
-    def enter(self, design: Design) -> None:
+    def enter(self, design: IndexSpec) -> None:
         """Build and tune a design."""
         started = time.perf_counter()
         key = (design.density, design.metric)
@@ -230,21 +230,21 @@ class _Game:
         known = _known(design, self.sample, built, build_s) | {"asked": self.main}
         self.entered.append((design, index, point, reached, known))
 
-    def results(self) -> list[tuple[Design, Trial, bool]]:
+    def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
         """Measure all in turns; say of each whether it reached the recall while tuning."""
         contestants = [(index, point) for _, index, point, _, _ in self.entered]
         timed = in_turns(contestants, self.others)
         found = []
         for entry, seconds_M in zip(self.entered, timed, strict=True):
             design, index, point, reached, known = entry
-            trial = measure(index, Held(self.others), self.others_MK, point, seconds_M, **known)
+            trial = measure(index, HeldOut(self.others), self.others_MK, point, seconds_M, **known)
             found.append((design, trial, reached))
         return found
 
 
 def _build_and_tune(
-    design: Design,
-    vectors: Rows,
+    design: IndexSpec,
+    vectors: VectorReader,
     asked: Mapping[str, Queries],
     true: Mapping[str, Ints],
     recall: float,
@@ -261,7 +261,7 @@ def _build_and_tune(
     build_s = time.perf_counter() - started
     index = Approximate(built, vectors, {}, vectors.total)
     known = _known(design, vectors, built, build_s)
-    points: dict[str, list[Point]] = {}
+    points: dict[str, list[OperatingPoint]] = {}
     kept: list[Trial] = []
     for name, queries in _fewer(asked).items():
         tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
@@ -288,7 +288,7 @@ def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
     return {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
 
 
-def _truths(vectors: Rows, asked: Mapping[str, Queries]) -> dict[str, Ints]:
+def _truths(vectors: VectorReader, asked: Mapping[str, Queries]) -> dict[str, Ints]:
     """True neighbours of the queries that tune and of those held out, by modality."""
     every = [q_MD for queries in asked.values() for q_MD in (queries.tune_MD, queries.held_MD)]
     # The nearest neighbour of a stored vector is itself.
@@ -300,7 +300,7 @@ def _truths(vectors: Rows, asked: Mapping[str, Queries]) -> dict[str, Ints]:
     }
 
 
-def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[str, Any]:
+def _known(design: IndexSpec, vectors: VectorReader, built: Any, build_s: float) -> dict[str, Any]:
     return {
         "design": design.name(vectors.live, vectors.dim),
         "rows": vectors.live,
@@ -309,7 +309,7 @@ def _known(design: Design, vectors: Rows, built: Any, build_s: float) -> dict[st
     }
 
 
-def truth(vectors: Rows, queries_MD: Floats, k: int) -> Ints:
+def truth(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
     """The true neighbours among the live rows, shape (M, K)."""
     # Once only: coding the rows would take longer than it saves.
     exact = Exact(vectors.shards, coded_bytes=0)

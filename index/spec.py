@@ -29,7 +29,12 @@ class Index(ABC):
 
     @abstractmethod
     def search(
-        self, queries_MD: Floats, k: int, allow_N: Bools | None = None, *, asked: str = "text"
+        self,
+        queries_MD: Floats,
+        k: int,
+        allow_N: Bools | None = None,
+        *,
+        query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
         """Return scores (M, K), best first, and rows (M, K); row -1 where there are fewer.
 
@@ -42,7 +47,7 @@ class Index(ABC):
 
 
 @dataclass(frozen=True)
-class Point:
+class OperatingPoint:
     """Search parameters for k neighbours."""
 
     k: int
@@ -51,14 +56,14 @@ class Point:
     candidates: int
     """Rows that FAISS hands over to be scored exactly."""
 
-    def at(self, k: int) -> "Point":
+    def at(self, k: int) -> "OperatingPoint":
         """Return parameters for more neighbours than these were tuned for."""
         grown = max(1.0, k / self.k)
-        return Point(k, round(self.breadth * grown**0.5), round(self.candidates * grown))
+        return OperatingPoint(k, round(self.breadth * grown**0.5), round(self.candidates * grown))
 
 
 @dataclass(frozen=True)
-class Design:
+class IndexSpec:
     """A kind of index before it has a size."""
 
     kind: Literal["exact", "ivf", "hnsw"]
@@ -67,7 +72,7 @@ class Design:
     density: int = 0
     """Lists of an IVF for each square root of the number of rows."""
     metric: Literal["vectors", "queries"] = "vectors"
-    """Whose spread tells how far a vector lies from the centre of a list, see `lists.py`."""
+    """Whose spread tells how far a vector lies from the centre of a list, see `quantizer.py`."""
     links: int = 0
     """Neighbours of a node in a graph."""
 

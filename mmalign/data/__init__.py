@@ -2,7 +2,7 @@
 
 samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
-spool.py     samples on disk while a source is scanned
+spilled.py   samples on disk while a source is scanned
 places.py    local paths and URLs: opened and listed in one way
 kinds.py     which files are images, by ending and by content
 gone.py      whether something is there no more
@@ -62,9 +62,9 @@ from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
 from mmalign.data.samples import Stamps as Stamps
-from mmalign.data.spool import Spool as Spool
-from mmalign.data.spool import is_derived as is_derived
-from mmalign.data.spool import other_id as other_id
+from mmalign.data.spilled import SpilledRecords as SpilledRecords
+from mmalign.data.spilled import is_derived as is_derived
+from mmalign.data.spilled import other_id as other_id
 
 __all__ = [
     "MAX_PIXELS",

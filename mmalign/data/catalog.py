@@ -21,7 +21,7 @@ from mmalign.data.samples import (
     SampleProblem,
     Skip,
 )
-from mmalign.data.spool import Names
+from mmalign.data.spilled import UniqueIds
 from mmalign.errors import DataError, UsageError, nearest
 from mmalign.progress import bar, say
 
@@ -133,7 +133,7 @@ def stream(
 
 
 def _stream(sources: Sequence[str], asked: Asked) -> Generator[Record | Skip, None, None]:
-    with closing(Names()) as names, bar("scan", unit="samples") as progress:
+    with closing(UniqueIds()) as names, bar("scan", unit="samples") as progress:
         for number, place in enumerate(expand(sources)):
             for found in map(_printable, _scan_one(place, asked)):
                 progress.update()

@@ -17,13 +17,13 @@ from mmalign import files
 from mmalign.data import (
     Record,
     Sources,
-    Spool,
+    SpilledRecords,
     as_sources,
     counted,
     refuse_own_sources,
     report_skips,
 )
-from mmalign.embedding.todo import Settling, Todo, Wanted, find_todo, removed
+from mmalign.embedding.changes import ChangeSet, Settling, Wanted, find_changes, removed
 from mmalign.encoding.batches import report_cut
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
@@ -129,15 +129,17 @@ def embed(
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
     store = _open(path, card, plain)
     keep_weights(encoder)
-    with files.scratch_in(path), Spool() as spool:
-        todo = find_todo(store, Wanted(sources, caption_keys, image_column, checksum, part), spool)
-        if got == "int8" and len(spool) >= COMPARED:
-            _say_what_it_costs(plain, encoder, list(islice(spool, COMPARED)))
+    with files.scratch_in(path), SpilledRecords() as spilled:
+        changes = find_changes(
+            store, Wanted(sources, caption_keys, image_column, checksum, part), spilled
+        )
+        if got == "int8" and len(spilled) >= COMPARED:
+            _say_what_it_costs(plain, encoder, list(islice(spilled, COMPARED)))
         del plain
-        work = _Work(Writer(path, card), encoder, todo, thumbnails)
+        work = _Work(Writer(path, card), encoder, changes, thumbnails)
         work.run()
     counts = work.counts()
-    _list_failures(path, todo, counts)
+    _list_failures(path, changes, counts)
     dropped = _drop(store, removed(work.settling), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
@@ -172,9 +174,11 @@ def _open(path: Path, card: ModelCard, plain: Encoder) -> Store:
 class _Work:
     """Reads what the scan found, and writes the rows that come of it; final."""
 
-    def __init__(self, writer: Writer, encoder: Encoder, todo: Todo, thumbnails: bool) -> None:
-        self.writer, self.todo, self.settling = writer, todo, Settling(todo)
-        self.pipeline = Pipeline(encoder, thumbnails=thumbnails, known=todo.held.known)
+    def __init__(
+        self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
+    ) -> None:
+        self.writer, self.changes, self.settling = writer, changes, Settling(changes)
+        self.pipeline = Pipeline(encoder, thumbnails=thumbnails, known=changes.stored.known)
         self.outcomes: Counter[str] = Counter()
         self.moved = self.read = 0
         self.seconds = 0.0
@@ -182,9 +186,9 @@ class _Work:
     def run(self) -> None:
         """Read, embed and write everything, and commit now and then."""
         started = committed_at = time.monotonic()
-        with self.writer, bar("embed", len(self.todo.records)) as progress:
-            for good, lost in self.pipeline.run(self.todo.records):
-                self.todo.skips += lost
+        with self.writer, bar("embed", len(self.changes.records)) as progress:
+            for good, lost in self.pipeline.run(self.changes.records):
+                self.changes.skips += lost
                 self._write(good)
                 if time.monotonic() - committed_at > COMMIT_SECONDS:
                     self.writer.commit()
@@ -208,9 +212,9 @@ class _Work:
         return {
             "added": self.outcomes["added"],
             "changed": self.outcomes["changed"],
-            "present": self.outcomes["present"] + self.todo.present,
-            "failed": counted(self.todo.skips, "sample"),
-            "passed_over": counted(self.todo.skips, "ending"),
+            "present": self.outcomes["present"] + self.changes.present,
+            "failed": counted(self.changes.skips, "sample"),
+            "passed_over": counted(self.changes.skips, "ending"),
         }
 
 
@@ -251,9 +255,9 @@ def _row(encoded: Encoded, name: str) -> Row:
     )
 
 
-def _list_failures(path: Path, todo: Todo, counts: dict[str, int]) -> None:
+def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:
     """List what was lost, and say how much; what was lost before and is not now is resolved."""
-    listed = {s.uri: s for s in todo.skips if s.lost != "nothing"}
+    listed = {s.uri: s for s in changes.skips if s.lost != "nothing"}
     rows: list[dict[str, Any]] = [
         {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in listed.values()
     ]
@@ -263,4 +267,4 @@ def _list_failures(path: Path, todo: Todo, counts: dict[str, int]) -> None:
     rows += [{**f, "reason": None} for f, row in zip(before, there, strict=True) if row >= 0]
     add_failures(path, rows)
     used = counts["added"] + counts["changed"] + counts["present"]
-    report_skips(todo.skips, found=todo.found, used=used, where=path / "failures.jsonl")
+    report_skips(changes.skips, found=changes.found, used=used, where=path / "failures.jsonl")

@@ -22,7 +22,7 @@ TEXTS_AT_ONCE = 256
 CACHED_TEXTS = 20_000
 
 
-class Texts:
+class TextCache:
     """Encodes captions; those seen among the last 20,000 are not encoded again; final.
 
     Safe to use from several threads.
@@ -30,7 +30,7 @@ class Texts:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self._encode = InHalves(encoder.encode_texts)
+        self._encode = BatchSplitter(encoder.encode_texts)
         self._known: OrderedDict[str, Vectors] = OrderedDict()
         self._lock = threading.Lock()
         self.cut = 0
@@ -58,7 +58,7 @@ class Texts:
         return [np.stack([found[c] for c in own]) if own else none for own in captions]
 
 
-class InHalves(Generic[T]):
+class BatchSplitter(Generic[T]):
     """Encodes batches; one that the memory does not hold is halved, as are those after it; final.
 
     Safe to use from several threads.

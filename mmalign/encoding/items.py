@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.data import fit_image, image_of, in_threads
-from mmalign.encoding.batches import TEXTS_AT_ONCE, InHalves
+from mmalign.encoding.batches import TEXTS_AT_ONCE, BatchSplitter
 from mmalign.encoding.modalities import decode_workers
 from mmalign.encoding.pipeline import CPU_BATCH, GPU_BATCH
 from mmalign.errors import DataError, UsageError
@@ -54,14 +54,14 @@ def encode_items(
             shown.update()
         texts = [n for n, kind in enumerate(kinds) if kind == "text"]
         if texts:
-            encode_texts = InHalves(encoder.encode_texts)
+            encode_texts = BatchSplitter(encoder.encode_texts)
             for part in _batches(texts, TEXTS_AT_ONCE):
                 vectors_ND[part] = encode_texts([utf8_text(items[n]) for n in part])
                 shown.update(len(part))
         images = [n for n, kind in enumerate(kinds) if kind == "image"]
         if images:
             size = batch_size or (CPU_BATCH if encoder.device.type == "cpu" else GPU_BATCH)
-            encode_images: InHalves[Pixels] = InHalves(
+            encode_images: BatchSplitter[Pixels] = BatchSplitter(
                 lambda batch: encoder.encode_images(np.stack(batch))
             )
             pixels = _decoded(encoder, [items[n] for n in images], size)

@@ -37,9 +37,9 @@ from mmalign.data import (
     suits_device,
     thumbnail,
 )
-from mmalign.encoding.batches import InHalves, Texts, is_out_of_memory
+from mmalign.encoding.batches import BatchSplitter, TextCache, is_out_of_memory
 from mmalign.encoding.modalities import decode_workers, modalities_of
-from mmalign.memory import keep_memory
+from mmalign.memory import reuse_freed
 from mmalign.model import Encoder
 
 T = TypeVar("T")
@@ -134,13 +134,13 @@ class Pipeline:
         self.encoded = 0
         """Images whose vectors were computed."""
         self.images = modalities_of(encoder)["image"]
-        self.texts = Texts(encoder)
-        self.decoded, self.jpegs = InHalves(self._decoded), InHalves(self._jpegs)
+        self.texts = TextCache(encoder)
+        self.decoded, self.jpegs = BatchSplitter(self._decoded), BatchSplitter(self._jpegs)
         on_cpu = encoder.device.type == "cpu"
         on_cuda = encoder.device.type == "cuda"
         self.decodes_on_device = on_cuda
         if on_cpu:
-            keep_memory()
+            reuse_freed()
         self.threads = torch.get_num_threads()
         self.batch = CPU_BATCH if on_cpu else GPU_BATCH
         self.decoding = Stage("decode", decode_workers())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mmalign import kernels
 from mmalign.data import Record, Skip, Sources, counted, found_in, report_skips, scan
 from mmalign.data.columns import plain
-from mmalign.encoding.batches import Texts, report_cut
+from mmalign.encoding.batches import TextCache, report_cut
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError, nearest
 from mmalign.evaluation.metrics import accuracy, mean_reciprocal_rank, recall_at
@@ -206,7 +206,7 @@ def _zero_shot(
             f"(the first has {labels[0]!r})"
         )
     prompts = [t.format(name) for name in classes for t in TEMPLATES]
-    vectors = Texts(encoder)([prompts])[0].reshape(len(classes), len(TEMPLATES), -1)
+    vectors = TextCache(encoder)([prompts])[0].reshape(len(classes), len(TEMPLATES), -1)
     classes_CD = vectors.mean(axis=1)
     classes_CD /= np.linalg.norm(classes_CD, axis=1, keepdims=True)
     depth = min(5, len(classes))

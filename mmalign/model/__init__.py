@@ -11,7 +11,7 @@ weights.py        files of weights: what they are, or why they cannot be loaded
 torchscript.py    weights out of OpenAI's archives
 devices.py        the device that an encoder runs on
 precision.py      float32, bfloat16 or eight bits to encode in
-lean.py           the layers of a transformer in fewer steps, for encoding on a CPU
+fused.py           the layers of a transformer in fewer steps, for encoding on a CPU
 int8.py           linear layers in eight bits
 checkpoint.py     run folders: weights as safetensors, everything else as text
 """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmalign.model.encoder import Encoder, Preprocess, Towers
-from mmalign.model.lean import Patches
+from mmalign.model.fused import Patches
 from mmalign.progress import say
 
 # How far unit vectors of the two ways may lie apart: both round in float32.

@@ -2,7 +2,7 @@
 
 The model stays the same one: its identity is that of its float32 weights, and vectors of all
 precisions lie in one space. How far they lie apart is measured, not assumed. That also compares
-what stands in for a network's own layers here (lean.py, int8.py) with these layers.
+what stands in for a network's own layers here (fused.py, int8.py) with these layers.
 
 B items, S side of an image in pixels, D dimensions.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from mmalign.errors import UsageError, reason_of
 from mmalign.kernels.processor import has_bfloat16, has_int8, packs_bfloat16
 from mmalign.measured import Figures, measured
-from mmalign.model import int8, lean
+from mmalign.model import fused, int8
 from mmalign.model.encoder import Encoder, Towers, Vectors
 from mmalign.progress import say
 
@@ -107,25 +107,25 @@ def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
 
 
 def _in_bfloat16(encoder: Encoder) -> Encoder:
-    towers = CastTowers(_lean(encoder, torch.bfloat16), torch.bfloat16)
+    towers = CastTowers(_fused(encoder, torch.bfloat16), torch.bfloat16)
     if encoder.device.type == "cpu" and packs_bfloat16():
-        lean.pack(towers)
+        fused.pack(towers)
     return _same_model(encoder, towers)
 
 
 def _in_eight_bits(encoder: Encoder) -> Encoder:
-    towers = _lean(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
+    towers = _fused(encoder, torch.bfloat16 if has_bfloat16(encoder.device) else torch.float32)
     eight = _same_model(encoder, towers)
     int8.quantize(towers, lambda: _probe(eight))
     return eight
 
 
-def _lean(encoder: Encoder, dtype: torch.dtype) -> Towers:
+def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
     """Copy the towers, to encode; on a CPU in the form that takes it the fewest steps."""
     towers = copy.deepcopy(encoder.towers).eval()
     if encoder.device.type == "cpu":
         towers.take_pixels(encoder.preprocess)
-        lean.expose_attention(towers, dtype)
+        fused.expose_attention(towers, dtype)
     return towers
 
 

@@ -21,7 +21,7 @@ from mmalign.errors import (
     UsageError,
     shell_command,
 )
-from mmalign.index import Queries, Rows, describe, table, write_description, write_index
+from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
 from mmalign.model import load_model
 from mmalign.progress import say
 from mmalign.store import Store, commit_index, open_store
@@ -152,7 +152,7 @@ def _live_captions(store: Store) -> NDArray[np.bool_] | None:
 
 def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
     """Draw vectors of one modality to serve as queries."""
-    vectors = Rows(store.vectors(modality), live_N)
+    vectors = VectorReader(store.vectors(modality), live_N)
     if not vectors.live:
         none = np.zeros((0, store.manifest.model.dim), np.float32)
         return Queries(none, none)

@@ -75,12 +75,12 @@ class Snapshot:
         """
         index = self._index(to, exact)
         try:
-            return index.search(vectors_MD, k, allowed_N, asked=kind)
+            return index.search(vectors_MD, k, allowed_N, query_modality=kind)
         except StoreError as error:
             if exact:
                 raise
             index = self._without_index(to, index, error)
-            return index.search(vectors_MD, k, allowed_N, asked=kind)
+            return index.search(vectors_MD, k, allowed_N, query_modality=kind)
 
     def allowed(self, to: Target, where: str | None) -> Bools | None:
         """Return which vectors may be found: of rows not deleted, and selected by `where`."""

@@ -16,7 +16,7 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, waiting_bytes
-from mmalign.store.ids import Ints, Known, deleting
+from mmalign.store.ids import Ints, KnownIds, deleting
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.reader import Store
 from mmalign.store.shards import open_shard, write_shard
@@ -87,7 +87,7 @@ def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int
 
 def _delete(store: Path, ids: Sequence[str], all_known: bool) -> int:
     model = manifests.newest(store).model
-    known = Known(store, model.dim)
+    known = KnownIds(store, model.dim)
     deleted = 0
 
     def change(base: Manifest) -> Manifest:

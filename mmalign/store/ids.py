@@ -23,7 +23,7 @@ def hashes(ids: Sequence[str]) -> Hashes:
     return np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64)
 
 
-class Buckets:
+class IdIndex:
     """Hashes of N rows, sorted into about N buckets by their first bits; final.
 
     A lookup reads one bucket, which holds one row on average: about 16 bytes a row, O(1) a lookup.
@@ -53,7 +53,7 @@ class Buckets:
             at = at + 1
 
 
-class Known:
+class KnownIds:
     """The ids of shards, hashed once a shard however often they are asked for; final.
 
     For whoever makes one generation after another: a commit costs microseconds a shard.
@@ -105,5 +105,5 @@ def _among(hashes_N: Hashes, sorted_M: Hashes) -> NDArray[np.bool_]:
 
 
 def deleting(shards: Sequence[Shard], found: Sequence[dict[str, int]]) -> tuple[Shard, ...]:
-    """Return the shards with the rows deleted that `Known.find` found."""
+    """Return the shards with the rows deleted that `KnownIds.find` found."""
     return tuple(s.without(list(f.values())) for s, f in zip(shards, found, strict=True))

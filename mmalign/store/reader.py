@@ -19,7 +19,7 @@ from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
-from mmalign.store.ids import Buckets, hashes
+from mmalign.store.ids import IdIndex, hashes
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import schema
 from mmalign.store.shards import ShardFile, open_shard
@@ -119,11 +119,11 @@ class Store:
         return rows_M
 
     @cached_property
-    def _buckets(self) -> Buckets:
+    def _buckets(self) -> IdIndex:
         every = [hashes(file.ids()) for file in self._files]
         hashes_N = np.concatenate(every) if every else np.zeros(0, np.uint64)
         rows_N = np.arange(len(hashes_N)) if self.live is None else np.flatnonzero(self.live)
-        return Buckets(hashes_N[rows_N], rows_N)
+        return IdIndex(hashes_N[rows_N], rows_N)
 
     def rows(self, numbers: Sequence[int] | Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read some columns of some rows, in the order of the numbers; no other shard is touched.

@@ -17,7 +17,7 @@ from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.store import failures, health
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import Known
+from mmalign.store.ids import KnownIds
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.schema import schema
 from mmalign.store.shards import ShardFile, what_is_left
@@ -70,7 +70,7 @@ def repair(path: str | Path) -> RepairReport:
         if f"shards/{Path(s.name).stem}" not in announced
     ]
     lost, indexes = found.within(store / "shards"), found.within(store / "index")
-    known = Known(store, held.model.dim)
+    known = KnownIds(store, held.model.dim)
     before, listed = held, 0
 
     def change(base: Manifest) -> Manifest:
@@ -154,7 +154,7 @@ def _legible(shard: Shard, evidence: Iterable[bytes]) -> Shard:
 
 
 def _joined(
-    store: Path, known: Known, shards: Sequence[Shard], saved: Iterable[Shard]
+    store: Path, known: KnownIds, shards: Sequence[Shard], saved: Iterable[Shard]
 ) -> tuple[Shard, ...]:
     """Append the saved shards; a row of theirs replaces the one that had its id."""
     for shard in saved:

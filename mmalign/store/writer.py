@@ -7,7 +7,7 @@ from types import TracebackType
 
 from mmalign import files
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import Known
+from mmalign.store.ids import KnownIds
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import Row, to_batch
 from mmalign.store.shards import write_shard
@@ -33,7 +33,7 @@ class Writer:
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self._rows: dict[str, Row] = {}
         self._replaced: set[str] = set()
-        self._known = Known(store, model.dim)
+        self._known = KnownIds(store, model.dim)
         files.make_folder(store / "shards")
         manifests.commit(store, self._check, model)
 

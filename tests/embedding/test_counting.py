@@ -13,7 +13,7 @@ from conftest import jpeg, write_tar
 from stub_encoder import LONGEST, use_stub
 
 from mmalign.cli.main import main
-from mmalign.encoding.batches import Texts
+from mmalign.encoding.batches import TextCache
 from mmalign.store import open_store
 
 
@@ -171,6 +171,6 @@ def test_a_caption_that_two_threads_meet_is_counted_once() -> None:
             return super().encode_texts(texts)
 
     nested: list[bool] = []
-    counting = Texts(Waiting())  # type: ignore[arg-type]
+    counting = TextCache(Waiting())  # type: ignore[arg-type]
     counting([["x" * (LONGEST + 1), "short"]])
     assert counting.cut == 1

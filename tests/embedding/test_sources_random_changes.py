@@ -25,7 +25,7 @@ from stub_encoder import StubEncoder, use_stub, vector
 
 from mmalign.data import Record, Stamps, fit_image, image_meta, open_image, read_image, scan
 from mmalign.embedding.embed import EmbedReport, embed
-from mmalign.embedding.held import below
+from mmalign.embedding.stored import below
 from mmalign.errors import DataError
 from mmalign.store import meta_json, open_store
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from mmalign import files
 from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_image, scan
-from mmalign.data.spool import Names, Spool
+from mmalign.data.spilled import SpilledRecords, UniqueIds
 from mmalign.embedding.embed import embed
-from mmalign.encoding.batches import InHalves, Texts
+from mmalign.encoding.batches import BatchSplitter, TextCache
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError
 from mmalign.model import Encoder, new_model
@@ -152,7 +152,7 @@ def test_equal_captions_are_encoded_once(encoder: Encoder, monkeypatch: pytest.M
     asked: list[str] = []
     encode = encoder.encode_texts
     monkeypatch.setattr(encoder, "encode_texts", lambda t: (asked.extend(t), encode(t))[1])
-    texts = Texts(encoder)
+    texts = TextCache(encoder)
     first = texts([["a dog", "a cat"], [], ["a dog"]])
     again = texts([["a cat"]])
     assert asked == ["a dog", "a cat"]
@@ -162,7 +162,7 @@ def test_equal_captions_are_encoded_once(encoder: Encoder, monkeypatch: pytest.M
 
 def test_old_captions_are_forgotten(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmalign.encoding.batches.CACHED_TEXTS", 3)
-    texts = Texts(encoder)
+    texts = TextCache(encoder)
     for word in "abcde":
         texts([[word]])
     assert list(texts._known) == ["c", "d", "e"]
@@ -184,7 +184,7 @@ def test_out_of_memory_halves_the_batch(
             raise error
         return np.array(items, np.float32)[:, None]
 
-    halving = InHalves(encode)
+    halving = BatchSplitter(encode)
     assert halving(list(range(9)))[:, 0].tolist() == list(range(9))
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
     assert "out of memory with 9 at once" in capsys.readouterr().err
@@ -200,13 +200,13 @@ def test_other_errors_and_a_single_item_are_not_tried_again() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        InHalves(fails)([1, 2])
+        BatchSplitter(fails)([1, 2])
 
     def full(items: object) -> np.ndarray:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        InHalves(full)([1])
+        BatchSplitter(full)([1])
 
 
 def test_an_error_of_the_encoder_surfaces(
@@ -256,28 +256,28 @@ def record(number: int, uri: str = "") -> Record:
 
 
 def test_a_spool_gives_back_what_it_took() -> None:
-    spool = Spool()
+    spilled = SpilledRecords()
     for i in range(1000):
-        spool.add(record(i))
-    assert len(spool) == 1000
-    assert list(spool) == [record(i) for i in range(1000)]
+        spilled.add(record(i))
+    assert len(spilled) == 1000
+    assert list(spilled) == [record(i) for i in range(1000)]
     # A part of it may be looked at first.
-    assert next(iter(spool)) == record(0)
-    assert [r.id for r in spool] == [f"s/{i}" for i in range(1000)]
-    spool.close()
+    assert next(iter(spilled)) == record(0)
+    assert [r.id for r in spilled] == [f"s/{i}" for i in range(1000)]
+    spilled.close()
 
 
 def test_names_are_forgotten_when_a_scan_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed: list[Names] = []
-    close = Names.close
+    closed: list[UniqueIds] = []
+    close = UniqueIds.close
 
-    def note(names: Names) -> None:
+    def note(names: UniqueIds) -> None:
         closed.append(names)
         close(names)
 
-    monkeypatch.setattr(Names, "close", note)
+    monkeypatch.setattr(UniqueIds, "close", note)
     with pytest.raises(DataError, match="no such file"):
         scan([str(write_pairs(tmp_path / "p", 2)), str(tmp_path / "gone")])
     assert len(closed) == 1
@@ -293,7 +293,7 @@ def test_names_are_forgotten_when_a_scan_fails(
     ],
 )
 def test_names_are_made_unique(seen: list[Record], wanted: str) -> None:
-    names = Names()
+    names = UniqueIds()
     found: list[Record | Skip] = [names.unique(r) for r in seen]
     last = found[-1]
     assert (last.reason if isinstance(last, Skip) else last.id) == wanted
@@ -320,8 +320,8 @@ def test_what_embed_and_index_put_aside_lies_in_the_folder_of_the_store(
     place = tmp_path / "out" / "a.store"
     place.parent.mkdir()
     embed(run, [str(tmp_path / "images.parquet")], place)
-    assert set(asked) == {"mmalign.data.spool", "mmalign.data.row_images"}
-    assert asked["mmalign.data.spool"] == place.parent
+    assert set(asked) == {"mmalign.data.spilled", "mmalign.data.row_images"}
+    assert asked["mmalign.data.spilled"] == place.parent
     assert asked["mmalign.data.row_images"] in (place.parent, place)
     assert not any(p.suffix == ".tmp" for p in tmp_path.rglob("*"))
 

@@ -19,7 +19,7 @@ from mmalign.index import (
     Extended,
     Index,
     Queries,
-    Rows,
+    VectorReader,
     approximate,
     describe,
     open_index,
@@ -28,17 +28,17 @@ from mmalign.index import (
     write_index,
 )
 from mmalign.index.approximate import Approximate
-from mmalign.index.lists import Lists, query_metric
 from mmalign.index.measure import interval, neighbour_recall, places, tune
-from mmalign.index.plan import DESIGNS
-from mmalign.index.spec import Design, Point
+from mmalign.index.plan import SPECS
+from mmalign.index.quantizer import CoarseQuantizer, query_metric
+from mmalign.index.spec import IndexSpec, OperatingPoint
 
-IVF = Design("ivf", "PQ/2x4fsr", density=1)
+IVF = IndexSpec("ivf", "PQ/2x4fsr", density=1)
 EVERY = (
-    *DESIGNS,
-    Design("ivf", "PQ/2x4fsr", density=1, metric="queries"),
-    Design("ivf", "PQ/4x4fsr", density=1, metric="queries"),
-    Design("hnsw", "SQfp16", links=32),
+    *SPECS,
+    IndexSpec("ivf", "PQ/2x4fsr", density=1, metric="queries"),
+    IndexSpec("ivf", "PQ/4x4fsr", density=1, metric="queries"),
+    IndexSpec("hnsw", "SQfp16", links=32),
 )
 
 
@@ -50,12 +50,12 @@ def truth(stored: np.ndarray, queries: np.ndarray, k: int, allow: Any = None) ->
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def small_index(stored: np.ndarray, design: Design = IVF, live: Any = None) -> Approximate:
+def small_index(stored: np.ndarray, design: IndexSpec = IVF, live: Any = None) -> Approximate:
     """An index that looks at everything: what it misses is missed by the code alone."""
-    rows = Rows([stored[:70], stored[70:]], live)
+    rows = VectorReader([stored[:70], stored[70:]], live)
     lists = approximate.cluster(rows, design, texts(500)) if design.kind == "ivf" else None
     built = approximate.build(rows, design, lists)
-    return Approximate(built, rows, {"text": [Point(10, 10_000, 300)]}, rows.total)
+    return Approximate(built, rows, {"text": [OperatingPoint(10, 10_000, 300)]}, rows.total)
 
 
 def test_exact_counts_on_from_shard_to_shard() -> None:
@@ -198,7 +198,7 @@ def test_rows_are_gathered_from_shards_anywhere() -> None:
     # Copies lie apart, and one starts in the middle of a buffer.
     shards = [whole[:10].copy(), whole[:0], vectors(400)[7:].copy()[3:], whole[300:].copy()]
     joined = np.concatenate(shards)
-    rows = Rows(shards)
+    rows = VectorReader(shards)
     asked = np.random.default_rng(0).integers(len(joined), size=500)
     assert np.array_equal(rows.gather(asked), joined[asked])
     assert rows.gather(np.zeros(0, np.int64)).shape == (0, DIM)
@@ -209,7 +209,7 @@ def test_rows_are_gathered_from_shards_anywhere() -> None:
 
 def test_dead_rows_are_passed_over() -> None:
     live = np.random.default_rng(0).random(400) < 0.5
-    rows = Rows([vectors(150), vectors(250, seed=1)], live)
+    rows = VectorReader([vectors(150), vectors(250, seed=1)], live)
     numbers = np.concatenate([n for n, _ in rows.blocks()])
     assert np.array_equal(numbers, np.flatnonzero(live))
     assert live[rows.draw(50, seed=1)].all()
@@ -220,7 +220,7 @@ def test_a_bad_vector_is_named(bad: float) -> None:
     stored = vectors(300)
     stored[123] = bad
     with pytest.raises(VectorError, match="vector of row 123"):
-        approximate.build(Rows([stored]), Design("hnsw", "SQ8", links=8))
+        approximate.build(VectorReader([stored]), IndexSpec("hnsw", "SQ8", links=8))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error_while_rows_are_filed(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("design", EVERY, ids=lambda d: f"{d.code}-{d.metric}")
-def test_every_design_finds_neighbours_with_exact_scores(design: Design) -> None:
+def test_every_design_finds_neighbours_with_exact_scores(design: IndexSpec) -> None:
     stored, queries = vectors(500), texts(20)
     scores, found = small_index(stored, design).search(queries, 10)
     true = truth(stored, queries, 10)
@@ -242,7 +242,7 @@ def test_every_design_finds_neighbours_with_exact_scores(design: Design) -> None
 
 
 @pytest.mark.parametrize("design", EVERY, ids=lambda d: f"{d.code}-{d.metric}")
-def test_only_allowed_and_live_rows_are_found(design: Design) -> None:
+def test_only_allowed_and_live_rows_are_found(design: IndexSpec) -> None:
     stored, queries = vectors(500), texts(20)
     rng = np.random.default_rng(0)
     live, allow = rng.random(500) < 0.8, rng.random(500) < 0.4
@@ -256,16 +256,18 @@ def test_only_allowed_and_live_rows_are_found(design: Design) -> None:
 
 def test_lists_by_queries_hold_each_row_once_under_its_nearest_centre() -> None:
     stored = vectors(800)
-    rows = Rows([stored])
-    lists = approximate.cluster(rows, Design("ivf", "PQ/2x4fsr", 1, metric="queries"), texts(900))
+    rows = VectorReader([stored])
+    lists = approximate.cluster(
+        rows, IndexSpec("ivf", "PQ/2x4fsr", 1, metric="queries"), texts(900)
+    )
     assert lists.metric_DD is not None
     gap = stored.astype(np.float64)[:, None] - lists.centres_LD
     far = np.einsum("nld,de,nle->nl", gap, lists.metric_DD, gap)
     chosen = lists.of(stored.astype(np.float32))
     best = far[np.arange(800), chosen]
     assert (best <= far.min(axis=1) + 1e-4).all()
-    built = approximate.build(rows, Design("ivf", "PQ/2x4fsr", 1, metric="queries"), lists)
-    found = Approximate(built, rows, {"text": [Point(800, 10_000, 800)]}, 800).search(
+    built = approximate.build(rows, IndexSpec("ivf", "PQ/2x4fsr", 1, metric="queries"), lists)
+    found = Approximate(built, rows, {"text": [OperatingPoint(800, 10_000, 800)]}, 800).search(
         texts(1), 800
     )[1]
     assert sorted(found[0].tolist()) == list(range(800))
@@ -276,7 +278,7 @@ def test_the_metric_of_queries_weighs_their_directions() -> None:
     metric, root = query_metric(queries.astype(np.float32))
     assert metric[0, 0] > 2 * metric[1, 1] > 2 * metric[2, 2] > 0
     assert np.allclose(root @ root, metric, atol=1e-4)
-    plain = Lists(np.eye(3, dtype=np.float32))
+    plain = CoarseQuantizer(np.eye(3, dtype=np.float32))
     assert plain.of(np.array([[0.1, 0.9, 0.2]], np.float32)).tolist() == [1]
 
 
@@ -349,7 +351,7 @@ def test_the_planner_keeps_its_promise(built: tuple[Path, np.ndarray, dict[str, 
     for asked, queries in (("text", texts(300, seed=3)), ("image", vectors(300, seed=4))):
         wanted = queries.astype(np.float32)
         for k in (10, 60, 300):
-            found = index.search(wanted, k, live, asked=asked)[1]
+            found = index.search(wanted, k, live, query_modality=asked)[1]
             assert neighbour_recall(found, truth(stored, wanted, k, live)).mean() >= 0.88
 
 
@@ -375,9 +377,9 @@ def test_change_is_seen_at_once(built: tuple[Path, np.ndarray, dict[str, Any]]) 
 def tuned() -> dict[str, Approximate]:
     """An IVF and a graph, each tuned to find nine in ten for texts and for images."""
     stored = vectors(6_000)
-    rows = Rows([stored[:3_000], stored[3_000:]])
+    rows = VectorReader([stored[:3_000], stored[3_000:]])
     indexes = {}
-    for design in (IVF, Design("hnsw", "SQ8", links=32)):
+    for design in (IVF, IndexSpec("hnsw", "SQ8", links=32)):
         lists = approximate.cluster(rows, design, texts(500)) if design.kind == "ivf" else None
         index = Approximate(approximate.build(rows, design, lists, shown=False), rows, {}, 6_000)
         points = {}
@@ -432,7 +434,7 @@ def test_a_filter_keeps_the_recall_and_every_hit(
     for query in queries:
         for name, allow in filters(stored.astype(np.float32) @ query, share).items():
             exactly.clear()
-            found = index.search(query[None], 10, allow, asked=asked)[1]
+            found = index.search(query[None], 10, allow, query_modality=asked)[1]
             true = truth(stored, query[None], 10, allow)
             possible = min(10, allow.sum())
             assert (found[0, :possible] >= 0).all()
@@ -462,7 +464,7 @@ def test_deleted_rows_are_a_filter(
     stored = np.concatenate(index.vectors.shards)
     live = np.ones(len(stored), np.bool_)
     live[truth(stored, queries, int(share * len(stored) / 40) + 1).ravel()] = False
-    extended = Extended(index, Rows([stored, stored[:9]]))
+    extended = Extended(index, VectorReader([stored, stored[:9]]))
     live = np.concatenate([live, np.ones(9, np.bool_)])
     found = extended.search(queries, 10, live)[1]
     assert live[found].all()
@@ -541,7 +543,7 @@ def test_a_flipped_bit_anywhere_in_the_file_that_faiss_reads_whole_is_found(
 
 
 @pytest.mark.parametrize("design", EVERY, ids=lambda d: f"{d.code}-{d.metric}")
-def test_an_index_is_the_same_after_it_was_written(design: Design, tmp_path: Path) -> None:
+def test_an_index_is_the_same_after_it_was_written(design: IndexSpec, tmp_path: Path) -> None:
     index = small_index(vectors(500), design)
     before = index.search(texts(20), 10)
     approximate.save(index.faiss, tmp_path / "image.faiss")
@@ -597,6 +599,6 @@ def test_an_index_of_another_format_is_refused(
 
 
 def test_nothing_allowed_is_nothing_found() -> None:
-    index: Index = Extended(small_index(vectors(100)), Rows([vectors(120)]))
+    index: Index = Extended(small_index(vectors(100)), VectorReader([vectors(120)]))
     rows = index.search(texts(2), 5, np.zeros(120, np.bool_))[1]
     assert (rows == -1).all()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from clouds import DIM, texts, vectors
 
-from mmalign.index import Queries, Rows, approximate
+from mmalign.index import Queries, VectorReader, approximate
 from mmalign.index import plan as planner
 from mmalign.index.measure import TURN, Trial, in_turns
-from mmalign.index.plan import DESIGNS, plan
-from mmalign.index.spec import Design, Point
+from mmalign.index.plan import SPECS, plan
+from mmalign.index.spec import IndexSpec, OperatingPoint
 from mmalign.search import build
 
 
@@ -22,7 +22,7 @@ class Index:
     def __init__(self, name: str, asked: list[tuple[str, int]]) -> None:
         self.name, self.asked = name, asked
 
-    def search_at(self, queries_MD: np.ndarray, point: Point) -> None:
+    def search_at(self, queries_MD: np.ndarray, point: OperatingPoint) -> None:
         """Answer nothing."""
         assert len(queries_MD) == 1
         self.asked.append((self.name, point.k))
@@ -32,7 +32,7 @@ def test_contestants_take_turns() -> None:
     asked: list[tuple[str, int]] = []
     one, other = Index("one", asked), Index("other", asked)
     queries = np.zeros((TURN + 20, 4), np.float32)
-    seconds = in_turns([(one, Point(1, 1, 1)), (other, Point(2, 1, 1))], queries)  # type: ignore[list-item]
+    seconds = in_turns([(one, OperatingPoint(1, 1, 1)), (other, OperatingPoint(2, 1, 1))], queries)  # type: ignore[list-item]
     assert [len(s) for s in seconds] == [TURN + 20, TURN + 20]
     # One search more at the start of each turn warms up.
     expected = [("one", 1)] * (TURN + 1) + [("other", 2)] * (TURN + 1)
@@ -44,10 +44,10 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     """Timings are made up: the third design is the best, the second needs less than half more."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
     monkeypatch.setattr(planner, "ROUNDS", (500, 1_000))
-    milliseconds = {DESIGNS[0]: 9.0, DESIGNS[1]: 1.4, DESIGNS[2]: 1.0, DESIGNS[3]: 1.6}
-    rounds: list[list[Design]] = []
+    milliseconds = {SPECS[0]: 9.0, SPECS[1]: 1.4, SPECS[2]: 1.0, SPECS[3]: 1.6}
+    rounds: list[list[IndexSpec]] = []
 
-    class Timed(planner._Game):
+    class Timed(planner._Tournament):
         def results(self) -> Any:
             rounds.append([entry[0] for entry in self.entered])
             monkeypatch.setattr(
@@ -59,12 +59,12 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
             )
             return super().results()
 
-    monkeypatch.setattr(planner, "_Game", Timed)
+    monkeypatch.setattr(planner, "_Tournament", Timed)
     asked = {"text": Queries(texts(200), texts(100, seed=2))}
-    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e7)
-    best = DESIGNS[2]
-    assert rounds[0] == list(DESIGNS)
-    assert rounds[1][:2] == [best, DESIGNS[1]]
+    made = plan(VectorReader([vectors(2_000)]), asked, 0.5, memory=1e7)
+    best = SPECS[2]
+    assert rounds[0] == list(SPECS)
+    assert rounds[1][:2] == [best, SPECS[1]]
     assert [(d.density, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
     assert made.design == best
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
@@ -78,7 +78,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
     clustered, tuned = planner.cluster, planner.tune
     learned, counts = [], []
 
-    def cluster(rows: Rows, design: Design, queries_MD: np.ndarray) -> Any:
+    def cluster(rows: VectorReader, design: IndexSpec, queries_MD: np.ndarray) -> Any:
         learned.append(len(queries_MD))
         return clustered(rows, design, queries_MD)
 
@@ -93,7 +93,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
         "text": Queries(texts(200), texts(100, seed=2)),
         "image": Queries(stored[:80].astype(np.float32), stored[80:160].astype(np.float32), True),
     }
-    made = plan(Rows([stored]), asked, 0.5, memory=4e5)
+    made = plan(VectorReader([stored]), asked, 0.5, memory=4e5)
     assert made.design.kind == "ivf"
     assert set(learned) == {200}
     assert counts[-4:] == [40, 40, 10, 10]
@@ -102,7 +102,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
 
 def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"text": Queries(texts(100), texts(100))}
-    made = plan(Rows([vectors(60_000)]), asked, 0.9, memory=100_000)
+    made = plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=100_000)
     assert made.design.kind == "exact"
     said = capsys.readouterr().err
     assert "no index of 60,000 vectors fits 0.1 MB, so every row will be compared" in said
@@ -114,18 +114,20 @@ def test_the_memory_that_is_called_enough_is_enough(
 ) -> None:
     """It is what the user writes, of which an index of one modality gets a share."""
     asked = {"text": Queries(texts(100), texts(100))}
-    plan(Rows([vectors(60_000)]), asked, 0.9, memory=1e3 * share, share=share)
+    plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=1e3 * share, share=share)
     said = capsys.readouterr().err
     enough = float(said.split("--memory ")[-1].split("MB is enough")[0]) * 1e6
-    tried: list[list[Design]] = []
+    tried: list[list[IndexSpec]] = []
 
-    def rounds(designs: list[Design], *_: object, **__: object) -> tuple[list[Design], list[Trial]]:
+    def rounds(
+        designs: list[IndexSpec], *_: object, **__: object
+    ) -> tuple[list[IndexSpec], list[Trial]]:
         tried.append(designs)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmalign.index.plan._rounds", rounds)
     with pytest.raises(KeyboardInterrupt):
-        plan(Rows([vectors(60_000)]), asked, 0.9, memory=enough * share, share=share)
+        plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=enough * share, share=share)
     assert tried[0]
 
 
@@ -137,7 +139,7 @@ def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyP
     stored = np.random.default_rng(0).standard_normal((400, dim)).astype(np.float32)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     asked = {"text": Queries(stored[:20], stored[20:40])}
-    made = plan(Rows([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
+    made = plan(VectorReader([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
     assert {t.design for t in made.tried}
     assert made.design.divides(dim)
 
@@ -146,7 +148,7 @@ def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyP
 def test_a_few_queries_are_enough_to_choose(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 500)
     asked = {"text": Queries(texts(count + 1)[:count], texts(1, seed=2))}
-    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e6)
+    made = plan(VectorReader([vectors(2_000)]), asked, 0.5, memory=1e6)
     assert made.tried
     assert made.index is not None
     assert {t.queries for t in made.kept} == {1}
@@ -157,14 +159,14 @@ def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
 ) -> None:
     built_for_real, given = planner._build_and_tune, []
 
-    def fall_short_twice(design: Design, *rest: Any) -> Any:
+    def fall_short_twice(design: IndexSpec, *rest: Any) -> Any:
         given.append(design)
         return None if len(given) < 3 else built_for_real(design, *rest)
 
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
     monkeypatch.setattr(planner, "_build_and_tune", fall_short_twice)
     asked = {"text": Queries(texts(40), texts(20, seed=2))}
-    made = plan(Rows([vectors(2_000)]), asked, 0.5, memory=1e7)
+    made = plan(VectorReader([vectors(2_000)]), asked, 0.5, memory=1e7)
     assert made.index is not None
     assert made.design == given[2]
     assert len(set(given)) == 3
@@ -185,8 +187,8 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
     """Though the queries that tune are easy, those that measure are answered as promised."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
     monkeypatch.setattr(planner, "ROUNDS", (500,))
-    monkeypatch.setattr(planner, "DESIGNS", DESIGNS[:1])
-    starts: list[Point] = []
+    monkeypatch.setattr(planner, "SPECS", SPECS[:1])
+    starts: list[OperatingPoint] = []
     tuned = planner.tune
 
     def tune(*given: Any) -> Any:
@@ -200,7 +202,7 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
     asked = {"text": Queries(texts(100), hard(120))}
     if stored:
         asked["image"] = Queries(texts(100), rows[:200].astype(np.float32), True)
-    made = plan(Rows([rows]), asked, 0.9, memory=1e7)
+    made = plan(VectorReader([rows]), asked, 0.9, memory=1e7)
     assert made.design.kind == "ivf"
     assert len(made.kept) == (4 if stored else 2)
     assert all(trial.low >= 0.9 for trial in made.kept)
@@ -219,10 +221,10 @@ def test_a_promise_that_held_out_queries_miss_is_not_given(
     """With all lists searched, codes of 4 bits for four dimensions tell too little of them."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
     monkeypatch.setattr(planner, "ROUNDS", (500,))
-    monkeypatch.setattr(planner, "DESIGNS", DESIGNS[1:2])
+    monkeypatch.setattr(planner, "SPECS", SPECS[1:2])
     monkeypatch.setattr("mmalign.index.measure.DEEPEST", 2)
     asked = {"text": Queries(vectors(200, 3).astype(np.float32), hard(300))}
-    made = plan(Rows([vectors(4_000)]), asked, 0.5, memory=1e7)
+    made = plan(VectorReader([vectors(4_000)]), asked, 0.5, memory=1e7)
     assert made.design.kind == "exact"
     said = capsys.readouterr().err
     assert "does not find 50.0% over all rows, of tuning and of held-out queries" in said
@@ -270,5 +272,5 @@ def test_a_build_leaves_threads_and_random_numbers_of_the_process_alone(
 
     before = state()
     asked = {"text": Queries(texts(20), texts(20))}
-    assert plan(Rows([vectors(400)]), asked, 0.1, memory=1e7).index is not None
+    assert plan(VectorReader([vectors(400)]), asked, 0.1, memory=1e7).index is not None
     assert state() == before

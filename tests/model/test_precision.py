@@ -15,9 +15,9 @@ from mmalign.errors import UsageError
 from mmalign.model import (
     Encoder,
     cosines,
+    fused,
     in_precision,
     int8,
-    lean,
     new_model,
     openclip,
     precision,
@@ -106,7 +106,7 @@ def test_packed_weights_give_the_same(clip: Encoder) -> None:
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(96, 80, bias=bias).bfloat16()
-        packed = lean.PackedLinear(layer)
+        packed = fused.PackedLinear(layer)
         for shape in ((1, 96), (3, 50, 96), (1000, 96)):
             states = torch.randn(shape).bfloat16()
             with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_packed_weights_give_the_same(clip: Encoder) -> None:
     fast, _ = in_precision(clip, "bfloat16")
     kinds = [type(m) for m in fast.towers.modules()]
     assert nn.Linear not in kinds
-    assert lean.PackedLinear in kinds
+    assert fused.PackedLinear in kinds
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_layers_whose_weights_others_read_stay(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(int8, "WORTH", 1)
     attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
     owner = nn.ModuleDict({"layer": nn.Linear(8, 8), "attention": attention})
-    lean.pack(owner)
+    fused.pack(owner)
     assert isinstance(owner["layer"], nn.Linear)
     states = torch.ones(2, 3, 8)
     int8.quantize(owner, lambda: (owner["layer"](states), attention(states, states, states)))
@@ -239,12 +239,12 @@ def filled(value: float) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize(
     ("where", "what", "how", "wanted"),
     [
-        (lean.Attention, "forward", lambda *a, **k: (a[1].flip(-1), None), "bfloat16"),
-        (lean.Attention, "__init__", broken, "auto"),
-        (lean.PackedLinear, "__init__", broken, "bfloat16"),
-        (lean.PackedLinear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], 64), "auto"),
-        (lean.Patches, "forward", lambda self, x: torch.ones(len(x), 64, 2, 2), "bfloat16"),
-        (lean.Patches, "__init__", broken, "int8"),
+        (fused.Attention, "forward", lambda *a, **k: (a[1].flip(-1), None), "bfloat16"),
+        (fused.Attention, "__init__", broken, "auto"),
+        (fused.PackedLinear, "__init__", broken, "bfloat16"),
+        (fused.PackedLinear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], 64), "auto"),
+        (fused.Patches, "forward", lambda self, x: torch.ones(len(x), 64, 2, 2), "bfloat16"),
+        (fused.Patches, "__init__", broken, "int8"),
         (int8.Linear8, "forward", filled(1.0), "int8"),
         (int8.Linear8, "__init__", broken, "int8"),
         (int8.Linear8, "forward", filled(torch.nan), "int8"),
@@ -254,7 +254,7 @@ def test_a_way_that_fails_or_differs_is_not_taken(
     where: type, what: str, how: Callable[..., Any], wanted: precision.Precision, clip: Encoder,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    if where is lean.PackedLinear and not precision.packs_bfloat16():
+    if where is fused.PackedLinear and not precision.packs_bfloat16():
         pytest.skip("no packed bfloat16 products here")
     monkeypatch.setattr(int8, "WORTH", 1)
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
@@ -379,11 +379,11 @@ def test_the_last_block_for_one_token_is_exact(
 def test_attention_in_the_open_is_the_same(
     batch_first: bool, dtype: torch.dtype, short: int, off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean, "SHORT", short)
+    monkeypatch.setattr(fused, "SHORT", short)
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
     nn.init.normal_(plain.in_proj_bias)
-    ours = lean.Attention(plain, dtype)
+    ours = fused.Attention(plain, dtype)
     states = torch.randn(3, 7, 64)
     states = states if batch_first else states.transpose(0, 1)
     query = states[:, :1] if batch_first else states[:1]
@@ -412,7 +412,7 @@ def test_patches_are_the_convolution_of_normalised_pixels(bias: bool) -> None:
     images = (pixels_B3SS / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
         :, None, None
     ]
-    patches = lean.Patches(convolution, mean, std)
+    patches = fused.Patches(convolution, mean, std)
     with torch.no_grad():
         wanted = convolution(images)
         assert torch.allclose(patches(pixels_B3SS), wanted, atol=1e-5)
@@ -423,7 +423,7 @@ def test_patches_are_the_convolution_of_normalised_pixels(bias: bool) -> None:
 
 
 def test_only_convolutions_without_overlap_become_patches() -> None:
-    assert lean.Patches.fits(nn.Conv2d(3, 8, 4, 4))
+    assert fused.Patches.fits(nn.Conv2d(3, 8, 4, 4))
     for other in (
         nn.Conv2d(3, 8, 4, 2),
         nn.Conv2d(3, 8, 4, 4, padding=1),
@@ -432,7 +432,7 @@ def test_only_convolutions_without_overlap_become_patches() -> None:
         nn.Conv2d(3, 8, (4, 2), (4, 2)),
         nn.Identity(),
     ):
-        assert not lean.Patches.fits(other)
+        assert not fused.Patches.fits(other)
 
 
 def test_a_model_for_encoding_takes_pixels_as_they_are(clip: Encoder) -> None:

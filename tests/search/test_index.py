@@ -16,7 +16,7 @@ from many_threads import together
 
 from mmalign import Searcher, open_store
 from mmalign.errors import StoreError, UsageError
-from mmalign.index.plan import DESIGNS
+from mmalign.index.plan import SPECS
 from mmalign.search.build import build_index, memory_bytes
 from mmalign.store import delete, verify
 
@@ -29,7 +29,7 @@ def built(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
         # One with lists in a file; which is the fastest of so few rows is left to chance.
-        patch.setattr("mmalign.index.plan.DESIGNS", DESIGNS[:1])
+        patch.setattr("mmalign.index.plan.SPECS", SPECS[:1])
         parts = build_index(copy, recall=0.8, memory="10MB")["modalities"]
     assert parts["image"]["kind"] == "ivf"
     assert {t["asked"] for t in parts["image"]["measured"]} == {"text", "image"}

@@ -9,7 +9,7 @@ from store_samples import CARD, fill, ids_of, row, versions
 
 from mmalign import open_store
 from mmalign.store import Writer, delete
-from mmalign.store.ids import Buckets
+from mmalign.store.ids import IdIndex
 
 
 def test_a_row_replaces_the_one_with_its_id(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_buckets_find_what_a_dictionary_finds() -> None:
     hashes = rng.integers(0, 2**64, 5000, dtype=np.uint64)
     hashes[:50] = hashes[50:100]
     rows = np.flatnonzero(rng.random(5000) < 0.7)
-    buckets = Buckets(hashes[rows], rows)
+    buckets = IdIndex(hashes[rows], rows)
     asked = np.concatenate([hashes, rng.integers(0, 2**64, 500, dtype=np.uint64)])
     asked[-2:] = 0, 2**64 - 1
     found: dict[int, set[int]] = {}

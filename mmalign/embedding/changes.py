@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mmalign.data import (
     Record,
     Skip,
-    Spool,
+    SpilledRecords,
     Stamps,
     expand,
     found_in,
@@ -27,7 +27,7 @@ from mmalign.data import (
     spelled,
     stream,
 )
-from mmalign.embedding.held import Held, Places, Row, below
+from mmalign.embedding.stored import Places, Row, StoredRows, below
 from mmalign.encoding.modalities import decode_workers
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
@@ -56,11 +56,11 @@ class Wanted:
 
 
 @dataclass
-class Todo:
+class ChangeSet:
     """What a scan found; `records` are to be read; final."""
 
-    records: Spool
-    held: Held
+    records: SpilledRecords
+    stored: StoredRows
     seen_N: NDArray[np.bool_]
     """Rows of the store that the sources still have, or may have."""
     places: Places = field(default_factory=lambda: Places((), ()))
@@ -86,15 +86,17 @@ class Todo:
             return 0  # reading it will say why
 
 
-def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
-    """Scan sources for what a store lacks, or may hold in an older state; it is put on the spool.
+def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> ChangeSet:
+    """Scan sources for what a store lacks, or may hold in an older state; it is spilled to disk.
 
     A sample is as it was where its place, size, time of last change, captions and metadata are.
 
     Raises:
         DataError: A source does not exist, or none holds a usable sample.
     """
-    todo = Todo(spool, Held(store), np.zeros(store.manifest.physical_rows, np.bool_))
+    changes = ChangeSet(
+        spilled, StoredRows(store), np.zeros(store.manifest.physical_rows, np.bool_)
+    )
 
     def records() -> Generator[Record, None, None]:
         with closing(stream(wanted.sources, wanted.caption_keys, wanted.image_column)) as scanned:
@@ -102,47 +104,49 @@ def find_todo(store: Store, wanted: Wanted, spool: Spool) -> Todo:
                 if isinstance(found, Record):
                     yield found
                 elif found.lost == "place" or wanted.takes(found):
-                    todo.skips.append(found)
+                    changes.skips.append(found)
 
     with closing(records()) as scanned:
         for some in parts(scanned, LOOKED_UP):
-            _sort(todo, some, wanted)
-    todo.found = found_in(todo.samples, todo.skips)
-    if not todo.samples and wanted.part[1] == 1:
-        raise nothing_usable(wanted.sources, todo.skips, wanted.caption_keys)
-    _see_what_cannot_be_used(todo)
+            _sort(changes, some, wanted)
+    changes.found = found_in(changes.samples, changes.skips)
+    if not changes.samples and wanted.part[1] == 1:
+        raise nothing_usable(wanted.sources, changes.skips, wanted.caption_keys)
+    _see_what_cannot_be_used(changes)
     places = expand(wanted.sources)
     scanned_places = [*places, *(spelled(p) for p in places)]
-    unread = [s.uri for s in todo.skips if s.lost == "place"]
-    todo.places = Places(below(scanned_places), below(unread))
-    return todo
+    unread = [s.uri for s in changes.skips if s.lost == "place"]
+    changes.places = Places(below(scanned_places), below(unread))
+    return changes
 
 
-def _sort(todo: Todo, records: Sequence[Record], wanted: Wanted) -> None:
+def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None:
     """Tell the samples that the store holds as they are from those that must be read."""
-    rows = todo.held.of(records)
-    todo.seen_N[[row["number"] for row in rows if row]] = True
+    rows = changes.stored.of(records)
+    changes.seen_N[[row["number"] for row in rows if row]] = True
     mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
     workers = decode_workers()
-    stamps = in_threads(todo.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers)
+    stamps = in_threads(
+        changes.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers
+    )
     for (record, row), seen in zip(mine, stamps, strict=True):
-        todo.captions += bool(record.captions)
+        changes.captions += bool(record.captions)
         as_it_was = row and row["uri"] == record.uri and row["stamp"] == seen
         if as_it_was and not wanted.checksum:
-            todo.present += 1
+            changes.present += 1
         else:
-            todo.records.add(replace(record, stamp=seen))
+            changes.records.add(replace(record, stamp=seen))
 
 
-def _see_what_cannot_be_used(todo: Todo) -> None:
+def _see_what_cannot_be_used(changes: ChangeSet) -> None:
     """What can no longer be used is not gone: its row stays."""
-    store = todo.held.store
-    lost = [s for s in todo.skips if s.lost != "place"]
+    store = changes.stored.store
+    lost = [s for s in changes.skips if s.lost != "place"]
     if len(store) and lost:
         rows = store.find([s.id for s in lost])
-        todo.seen_N[rows[rows >= 0]] = True
-        for found in todo.held.at([s.uri for s in lost]):
-            todo.seen_N[[row["number"] for row in found]] = True
+        changes.seen_N[rows[rows >= 0]] = True
+        for found in changes.stored.at([s.uri for s in lost]):
+            changes.seen_N[[row["number"] for row in found]] = True
 
 
 @dataclass(frozen=True)
@@ -163,22 +167,22 @@ class Settled:
 class Settling:
     """Decides for each sample that was read which row it is; one sample after the other; final."""
 
-    def __init__(self, todo: Todo) -> None:
+    def __init__(self, changes: ChangeSet) -> None:
         """Take what the scan found."""
-        self.todo, self.held = todo, todo.held
+        self.changes, self.stored = changes, changes.stored
         self.taken: set[int] = set()
         """Rows that followed their content to another place."""
         self._moved: dict[bytes, Iterator[int]] = {}
 
     def settle(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Settled]:
         """Say what becomes of some samples, given the checksums of their images."""
-        rows = self.held.of(records)
+        rows = self.stored.of(records)
         return [self._settle(*one) for one in zip(records, rows, checksums, strict=True)]
 
     def _settle(self, record: Record, row: Row | None, checksum: bytes) -> Settled:
         if row is None:
             return self._new(record, checksum)
-        (told,) = self.held.store.rows([row["number"]], ("captions", "meta", "checksum"))
+        (told,) = self.stored.store.rows([row["number"]], ("captions", "meta", "checksum"))
         name, old = self._name(record, row), row["id"]
         words = told["captions"] == list(record.captions) and told["meta"] == meta_json(record.meta)
         other_place = _container(record.uri, record) != _container(row["uri"], record)
@@ -204,25 +208,25 @@ class Settling:
         return record.id if self._is_free(record.id) else old
 
     def _is_free(self, name: str) -> bool:
-        holder = self.held.holder(name)
+        holder = self.stored.holder(name)
         return holder < 0 or holder in self.taken
 
     def _which_moved(self, checksum: bytes) -> list[str]:
         """Take a row of some content whose place is gone; return its id, if there is one."""
         if checksum not in self._moved:
-            rows = self.held.with_content(checksum)
+            rows = self.stored.with_content(checksum)
             self._moved[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
         number = next(self._moved[checksum], None)
         if number is None:
             return []
         self.taken.add(number)
-        return [self.held.store.rows([number], ("id",))[0]["id"]]
+        return [self.stored.store.rows([number], ("id",))[0]["id"]]
 
     def _has_gone(self, number: int) -> bool:
-        if self.todo.seen_N[number]:
+        if self.changes.seen_N[number]:
             return False
-        (row,) = self.held.store.rows([number], ("uri",))
-        return self.todo.places.gone(row["uri"])
+        (row,) = self.stored.store.rows([number], ("uri",))
+        return self.changes.places.gone(row["uri"])
 
 
 def removed(settling: Settling) -> list[int]:
@@ -231,21 +235,21 @@ def removed(settling: Settling) -> list[int]:
     What could not be listed to its end, or read, may still hold what was not seen: below such a
     place nothing counts as removed, nor does what has the name of such a file.
     """
-    todo, store = settling.todo, settling.held.store
-    for skip in todo.skips:
+    changes, store = settling.changes, settling.stored.store
+    for skip in changes.skips:
         if skip.lost == "place":
             say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
-    unread = [s.uri for s in todo.skips if s.reason.startswith("cannot be read")]
-    rows = settling.held.at(unread)
+    unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
+    rows = settling.stored.at(unread)
     names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
-    gone_N = ~todo.seen_N if store.live is None else ~todo.seen_N & store.live
+    gone_N = ~changes.seen_N if store.live is None else ~changes.seen_N & store.live
     gone_N[list(settling.taken)] = False
     gone = []
     for numbers in parts(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
             uri = row["uri"]
-            inside = uri.startswith(todo.places.scanned) and _file_name(uri) not in names
-            if inside and todo.places.gone(uri):
+            inside = uri.startswith(changes.places.scanned) and _file_name(uri) not in names
+            if inside and changes.places.gone(uri):
                 gone.append(number)
     return gone
 

@@ -10,7 +10,7 @@ from mmalign import files
 from mmalign.data.samples import Record, Skip
 
 
-class Names:
+class UniqueIds:
     """Makes ids unique among all that were seen, and skips that two sources have; final.
 
     Two files of one id are told apart by their uri. SQLite keeps the names in a temporary file of
@@ -82,7 +82,7 @@ def is_derived(name: str, uri: str) -> bool:
     return bool(member) and PurePosixPath(container).name == source and member.startswith(f"{key}.")
 
 
-class Spool:
+class SpilledRecords:
     """A list of records in a temporary file; final. Used as a context manager it is closed."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Spool:
         self._file = files.scratch_file()
         self._count = 0
 
-    def __enter__(self) -> "Spool":
+    def __enter__(self) -> "SpilledRecords":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -51,7 +51,7 @@ class _Lookup:
         return [self.rows[a:b].astype(np.int64) for a, b in zip(starts, ends, strict=True)]
 
 
-class Held:
+class StoredRows:
     """The rows of one generation, by what they are rows of; final. Safe to use from threads."""
 
     def __init__(self, store: Store) -> None:

@@ -26,7 +26,7 @@ AT_ONCE = 2_048
 
 
 @dataclass(frozen=True)
-class Lists:
+class CoarseQuantizer:
     """Centres of lists, and the metric that they were found in; final."""
 
     centres_LD: Floats

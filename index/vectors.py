@@ -33,7 +33,7 @@ def shared(array: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(_Writable(array)))
 
 
-class Rows:
+class VectorReader:
     """Shards of float16 vectors, numbered on from one to the next; final.
 
     Some may be dead: they keep their numbers, and are passed over.
