@@ -57,8 +57,8 @@ def write_index(
         approximate.save(made.index, folder / f"{modality}.faiss")
     promised = made.kept[0] if made.kept else None
     return {
-        "kind": made.design.kind,
-        "name": made.design.name(vectors.live, vectors.dim),
+        "kind": made.spec.kind,
+        "name": made.spec.name(vectors.live, vectors.dim),
         "rows": vectors.total,
         "held": vectors.live,
         "dim": vectors.dim,

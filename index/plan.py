@@ -1,13 +1,13 @@
-"""Which index keeps the promise: chosen by measurement, on a few rows first, then on all.
+"""Choose the fastest index that reaches a recall target, by measurement: on samples, then on all.
 
 N rows, M queries, D dimensions, K neighbours.
 
-Every design that fits the memory is built over a sample of the rows, tuned until it finds the
-wanted share of true neighbours of real queries, and timed; the fastest go on to a larger sample,
-and the best is built over all rows. Held-out queries then prove it, or it looks wider, or the next
-best design is built, and where none keeps the promise every row is compared. Nothing is assumed of
-the data: text queries lie elsewhere than the images they look for, and what finds neighbours of
-images may miss theirs.
+Every index spec that fits the memory is built over a sample of the rows, tuned to the recall target
+on real queries, and timed. The fastest advance to a larger sample, and the best is built over all
+rows. Its recall is then verified on held-out queries; if it falls short, more of the index is
+searched, then the next best spec is built, and if none reaches the target every row is compared.
+Nothing is assumed about the data: text queries are distributed differently from the images they
+look for, so an index that finds neighbours of images may miss neighbours of texts.
 
 Source: successive halving, Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization".
@@ -84,7 +84,7 @@ class Queries:
 class Plan:
     """A design, built and tuned; final."""
 
-    design: IndexSpec
+    spec: IndexSpec
     index: Any = None
     """FAISS's; None where every row is compared."""
     points: dict[str, list[OperatingPoint]] = field(default_factory=dict)
@@ -106,10 +106,10 @@ def plan(
 
     Args:
         vectors: What will be searched.
-        asked: Queries by their modality; the first one decides the choice.
+        asked: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
-        share: Which part this is of what was given for all indexes of a store.
+        share: The share of the memory for all indexes of a store that this one gets.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(IndexSpec("exact"))
@@ -129,8 +129,8 @@ def plan(
         return Plan(IndexSpec("exact"))
     return_large_blocks()
     main = next(iter(asked))
-    designs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
-    if not designs:
+    specs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
+    if not specs:
         near = max(tried, key=attrgetter("recall"))
         say(
             f"no index within {memory / 1e6:,.1f} MB finds {recall:.1%}, so every row will be "
@@ -140,18 +140,18 @@ def plan(
     return_freed()
     true = _truths(vectors, _fewer(asked))
     return_freed()
-    for design in designs:
-        built = _build_and_tune(design, vectors, asked, true, recall)
+    for spec in specs:
+        built = _build_and_tune(spec, vectors, asked, true, recall)
         if built is not None:
             return replace(built, tried=tried)
-        name = design.name(vectors.live, vectors.dim)
+        name = spec.name(vectors.live, vectors.dim)
         say(f"{name} does not find {recall:.1%} over all rows, of tuning and of held-out queries")
     say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
     return Plan(IndexSpec("exact"), tried=tried)
 
 
 def tuning_target(recall: float) -> float:
-    """Recall to reach on queries that tune, so that others are likely to find the promised share.
+    """Recall to reach on tuning queries, so that held-out queries are likely to reach the target.
 
     >>> round(tuning_target(0.95), 4), round(tuning_target(0.99), 4)
     (0.96, 0.995)
@@ -159,12 +159,12 @@ def tuning_target(recall: float) -> float:
     return recall + min(MARGIN, (1 - recall) / 2)
 
 
-def _bytes(design: IndexSpec, vectors: VectorReader) -> float:
-    return vectors.live * design.bytes_per_vector(vectors.live, vectors.dim)
+def _bytes(spec: IndexSpec, vectors: VectorReader) -> float:
+    return vectors.live * spec.bytes_per_vector(vectors.live, vectors.dim)
 
 
 def _rounds(
-    designs: list[IndexSpec],
+    specs: list[IndexSpec],
     vectors: VectorReader,
     main: str,
     queries: Queries,
@@ -172,43 +172,43 @@ def _rounds(
     recall: float,
     memory: float,
 ) -> tuple[list[IndexSpec], list[Trial]]:
-    """Play designs against each other on samples.
+    """Compare index specs on samples, the best of each round in the next.
 
     Returns:
-        Those that reached the recall, best first, those of the last round before the others: what
-        wins on a sample may fall short over all rows. And all trials.
+        The specs that reached the recall, best first, those of the last round before the others
+        (the best on a sample may fall short over all rows); and all trials.
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
     for number, rows in enumerate(ROUNDS):
         sample = VectorReader([vectors.gather(vectors.draw(rows, seed=rows))])
-        game = _Tournament(sample, main, queries, recall)
-        for design in over(f"try {rows:,}", designs, len(designs), "designs"):
-            game.enter(design)
-        played = game.results()
-        tried += [trial for _, trial, _ in played]
-        reached = [(trial.p50_ms, design) for design, trial, enough in played if enough]
+        tournament = _Tournament(sample, main, queries, recall)
+        for spec in over(f"try {rows:,}", specs, len(specs), "designs"):
+            tournament.enter(spec)
+        results = tournament.results()
+        tried += [trial for _, trial, _ in results]
+        reached = [(trial.p50_ms, spec) for spec, trial, enough in results if enough]
         reached.sort(key=itemgetter(0))
-        winners = [design for _, design in reached]
-        ranked = winners + [design for design in ranked if design not in winners]
+        winners = [spec for _, spec in reached]
+        ranked = winners + [spec for spec in ranked if spec not in winners]
         if not winners or rows >= vectors.live:
             break
-        near = [design for ms, design in reached if ms <= SLOWER * reached[0][0]]
-        designs = near[: math.ceil(KEPT * len(played))]
+        near = [spec for ms, spec in reached if ms <= SLOWER * reached[0][0]]
+        specs = near[: math.ceil(KEPT * len(results))]
         if number == 0:
             variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
-            designs += [design for design in variants if _bytes(design, vectors) <= memory]
+            specs += [spec for spec in variants if _bytes(spec, vectors) <= memory]
     return ranked, tried
 
 
 class _Tournament:
-    """One round: designs are built over the same sample and asked the same queries; final."""
+    """One round: specs are built over the same sample and searched with the same queries; final."""
 
     def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
         self.sample = sample
         self.main, self.recall = main, recall
         self.queries = queries.tune_MD
-        # Two halves where there are few; a single query does both.
+        # Few queries are split in half; a single query is used for both.
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
         self.tuning, self.others = self.queries[:count], self.queries[-count:]
         both_MD = np.concatenate([self.tuning, self.others])
@@ -217,57 +217,57 @@ class _Tournament:
         self.lists: dict[tuple[int, str], CoarseQuantizer] = {}
         self.entered: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
 
-    def enter(self, design: IndexSpec) -> None:
-        """Build and tune a design."""
+    def enter(self, spec: IndexSpec) -> None:
+        """Build and tune an index."""
         started = time.perf_counter()
-        key = (design.density, design.metric)
-        if design.kind == "ivf" and key not in self.lists:
-            self.lists[key] = cluster(self.sample, design, self.queries)
-        built = approximate.build(self.sample, design, self.lists.get(key), shown=False)
+        key = (spec.density, spec.metric)
+        if spec.kind == "ivf" and key not in self.lists:
+            self.lists[key] = cluster(self.sample, spec, self.queries)
+        built = approximate.build(self.sample, spec, self.lists.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
         point, reached = tune(index, self.tuning, self.tuning_MK, KS[0], self.recall)
-        known = _known(design, self.sample, built, build_s) | {"asked": self.main}
-        self.entered.append((design, index, point, reached, known))
+        known = _known(spec, self.sample, built, build_s) | {"asked": self.main}
+        self.entered.append((spec, index, point, reached, known))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
-        """Measure all in turns; say of each whether it reached the recall while tuning."""
+        """Measure all, interleaved; say for each whether it reached the recall in tuning."""
         contestants = [(index, point) for _, index, point, _, _ in self.entered]
         timed = in_turns(contestants, self.others)
         found = []
         for entry, seconds_M in zip(self.entered, timed, strict=True):
-            design, index, point, reached, known = entry
+            spec, index, point, reached, known = entry
             trial = measure(index, HeldOut(self.others), self.others_MK, point, seconds_M, **known)
-            found.append((design, trial, reached))
+            found.append((spec, trial, reached))
         return found
 
 
 def _build_and_tune(
-    design: IndexSpec,
+    spec: IndexSpec,
     vectors: VectorReader,
     asked: Mapping[str, Queries],
     true: Mapping[str, Ints],
     recall: float,
 ) -> Plan | None:
-    """Build over all rows and tune for every modality; None where held-out queries fall short.
+    """Build over all rows and tune for every modality; None if held-out recall falls short.
 
-    What the lists learn of the queries they learn of all; fewer tune and measure.
+    The coarse quantizer is trained with all queries; fewer are used to tune and to measure.
     """
     started = time.perf_counter()
     lists = None
-    if design.kind == "ivf":
-        lists = cluster(vectors, design, next(iter(asked.values())).tune_MD)
-    built = approximate.build(vectors, design, lists)
+    if spec.kind == "ivf":
+        lists = cluster(vectors, spec, next(iter(asked.values())).tune_MD)
+    built = approximate.build(vectors, spec, lists)
     build_s = time.perf_counter() - started
     index = Approximate(built, vectors, {}, vectors.total)
-    known = _known(design, vectors, built, build_s)
+    known = _known(spec, vectors, built, build_s)
     points: dict[str, list[OperatingPoint]] = {}
     kept: list[Trial] = []
     for name, queries in _fewer(asked).items():
         tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
-            # Fewer queries tell as much by more neighbours of each.
+            # With more neighbours for each query, fewer queries are as informative.
             tuning = queries.tune_MD[: TUNING if k == KS[0] else ROUND_QUERIES]
             own = int(queries.stored)
             target = tuning_target(recall)
@@ -279,7 +279,7 @@ def _build_and_tune(
             seconds_M = times(index, queries.held_MD[:ALONE], point)
             words = known | {"asked": name, "own": own}
             kept.append(measure(index, queries.held, held_MK, point, seconds_M, **words))
-    return Plan(design, built, points, kept)
+    return Plan(spec, built, points, kept)
 
 
 def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
@@ -300,9 +300,9 @@ def _truths(vectors: VectorReader, asked: Mapping[str, Queries]) -> dict[str, In
     }
 
 
-def _known(design: IndexSpec, vectors: VectorReader, built: Any, build_s: float) -> dict[str, Any]:
+def _known(spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float) -> dict[str, Any]:
     return {
-        "design": design.name(vectors.live, vectors.dim),
+        "design": spec.name(vectors.live, vectors.dim),
         "rows": vectors.live,
         "bytes_per_vector": approximate.size(built) / vectors.live,
         "build_s": build_s,

@@ -1,12 +1,12 @@
-"""The lists of an IVF: which centre a vector belongs to, seen with the eyes of the queries.
+"""The coarse quantizer of an IVF: which list a vector is assigned to, in the metric of the queries.
 
 N rows, M queries, D dimensions, L lists, B rows of a block.
 
-A query q looks for vectors x with a large q·x, and meets a list by its centre c: what it then
-misses by is q·(x - c). Over all queries its mean square is (x - c)' S (x - c), where S is the
-covariance of the queries. Text queries spread in other directions than images do, so the nearest
-centre in their metric is another one. The root of S works better than S itself, whose small
-directions say little when only some thousand queries are known (docs/log.md).
+A query q looks for vectors x with a large inner product q·x, and ranks lists by their centroids c,
+so its error is q·(x - c). The mean squared error over all queries is (x - c)' S (x - c), where S is
+the covariance of the queries. Text queries vary in other directions than images do, so the nearest
+centroid in this metric differs from the Euclidean one. The square root of S works better than S,
+whose small eigenvalues are unreliable with a few thousand queries (docs/log.md).
 
 Source: the loss that takes the queries into account is that of Guo et al. 2020, "Accelerating
 Large-Scale Inference with Anisotropic Vector Quantization"; learning it from queries, Tepper et al.
@@ -27,11 +27,11 @@ AT_ONCE = 2_048
 
 @dataclass(frozen=True)
 class CoarseQuantizer:
-    """Centres of lists, and the metric that they were found in; final."""
+    """Centroids of the lists, and the metric they were trained in; final."""
 
     centres_LD: Floats
     metric_DD: Floats | None = None
-    """None is the plain Euclidean one."""
+    """None means Euclidean."""
 
     def of(self, vectors_BD: Floats) -> Ints:
         """Return the list of each vector, shape (B,)."""

@@ -1,4 +1,4 @@
-"""What an index is, and which designs there are to choose from.
+"""What an index is, and the index specs to choose from.
 
 N rows, M queries, D dimensions, K neighbours.
 """
@@ -52,9 +52,9 @@ class OperatingPoint:
 
     k: int
     breadth: int
-    """How much of the index a query looks at: lists of an IVF, efSearch of a graph."""
+    """How much of the index is searched: nprobe of an IVF, efSearch of a graph."""
     candidates: int
-    """Rows that FAISS hands over to be scored exactly."""
+    """Rows that FAISS returns, to be scored exactly."""
 
     def at(self, k: int) -> "OperatingPoint":
         """Return parameters for more neighbours than these were tuned for."""
@@ -64,24 +64,24 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """A kind of index before it has a size."""
+    """A kind of index, before the number of rows is known."""
 
     kind: Literal["exact", "ivf", "hnsw"]
     code: str = ""
-    """How FAISS keeps a vector, by its name in FAISS's factory."""
+    """How FAISS encodes a vector, as in its factory string."""
     density: int = 0
-    """Lists of an IVF for each square root of the number of rows."""
+    """Lists of an IVF, as a multiple of the square root of the number of rows."""
     metric: Literal["vectors", "queries"] = "vectors"
-    """Whose spread tells how far a vector lies from the centre of a list, see `quantizer.py`."""
+    """Whose covariance defines the distance to the centroid of a list, see `quantizer.py`."""
     links: int = 0
-    """Neighbours of a node in a graph."""
+    """Neighbours of a node in an HNSW graph (M)."""
 
     def lists(self, rows: int) -> int:
-        """Inverted lists for so many rows: a power of two."""
+        """Number of inverted lists, a power of two."""
         return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
 
     def divides(self, dim: int) -> bool:
-        """Say whether vectors of a width can be coded: some codes take two or four dims at once."""
+        """Say whether vectors of a width can be encoded: some codes join two or four dimensions."""
         together = re.search(r"PQ/(\d)", self.code)
         return together is None or dim % int(together[1]) == 0
 
@@ -93,13 +93,13 @@ class IndexSpec:
         return f"RR{dim},IVF{self.lists(rows)},{code}"
 
     def name(self, rows: int, dim: int) -> str:
-        """What people read: the factory's name, and whose metric formed the lists."""
+        """Name for reports: the factory string, and whose metric the lists are in."""
         if self.kind == "exact":
             return "exact"
         return self.factory(rows, dim) + (" by queries" if self.metric == "queries" else "")
 
     def bytes_per_vector(self, rows: int, dim: int) -> float:
-        """Memory of the index for each row, about."""
+        """Approximate memory of the index for each row."""
         coded: float = CODES[self.code](dim) + ID_BYTES
         if self.kind == "hnsw":
             return coded + 4 * 2 * self.links * 1.04 + 8

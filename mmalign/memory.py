@@ -1,7 +1,7 @@
-"""What the C library does with memory that is freed; nothing happens where it cannot be told.
+"""Tuning of glibc's malloc; on other C libraries nothing happens.
 
-By default it hands large blocks back to the system, which clears them page by page when they are
-asked for again, and keeps the holes between small ones.
+By default malloc returns large freed blocks to the system, which must clear their pages when they
+are allocated again, and keeps the fragmented rest.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def reuse_freed() -> None:
-    """Keep what is freed: clearing it took a fifth of the time of encoding in eight bits."""
+    """Keep freed memory for reuse: clearing pages took a fifth of the time of int8 encoding."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = _library().mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 25)
@@ -21,17 +21,17 @@ def reuse_freed() -> None:
 
 
 def return_large_blocks() -> None:
-    """Hand blocks of a megabyte and more back as they are freed, so that they leave no holes.
+    """Return blocks of a megabyte and more to the system when they are freed: no fragmentation.
 
-    For work that must stay within a memory. Left alone, the C library does so only until the first
-    of them is freed; an index at a recall of .99 was then built in 1,048 MiB in place of 577.
+    For work with a memory limit. By default malloc raises this threshold after the first such block
+    is freed; building an index for a recall of .99 then took 1,048 MiB instead of 577.
     """
     with contextlib.suppress(OSError, AttributeError):
         _library().mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def return_freed() -> None:
-    """Hand what is free back to the system, holes included: between stages of unlike needs."""
+    """Return all free memory to the system, between stages with different needs."""
     with contextlib.suppress(OSError, AttributeError):
         _library().malloc_trim(0)
 

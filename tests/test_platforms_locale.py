@@ -115,7 +115,9 @@ def test_what_needs_a_name_in_utf8_says_so_before_any_work(latin: Path) -> None:
         train([str(latin / "none")], latin / "run", TrainConfig())
     assert list(latin.iterdir()) == []
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float16)
-    built = approximate.build(approximate.VectorReader([vectors]), IndexSpec("hnsw", "SQ8", links=8))
+    built = approximate.build(
+        approximate.VectorReader([vectors]), IndexSpec("hnsw", "SQ8", links=8)
+    )
     with pytest.raises(OSError, match="the name is not UTF-8"):
         approximate.save(built, latin / "image.faiss")
 

@@ -1,4 +1,4 @@
-"""What every loop over an encoder shares: texts encoded once, and batches that fit the memory.
+"""What every loop over an encoder needs: a cache of texts, and batches that fit the memory.
 
 B items of a batch, C captions of one item, D dimensions.
 """
@@ -23,7 +23,7 @@ CACHED_TEXTS = 20_000
 
 
 class TextCache:
-    """Encodes captions; those seen among the last 20,000 are not encoded again; final.
+    """Encodes captions, with a cache of the last 20,000; final.
 
     Safe to use from several threads.
     """
@@ -34,7 +34,7 @@ class TextCache:
         self._known: OrderedDict[str, Vectors] = OrderedDict()
         self._lock = threading.Lock()
         self.cut = 0
-        """Captions so far whose ends the model does not read."""
+        """Captions so far that were truncated."""
 
     def __call__(self, captions: Sequence[Sequence[str]]) -> list[Vectors]:
         """Return, for each item, the unit vectors (C, D) of its captions in their order."""
@@ -59,7 +59,7 @@ class TextCache:
 
 
 class BatchSplitter(Generic[T]):
-    """Encodes batches; one that the memory does not hold is halved, as are those after it; final.
+    """Encodes batches; one that does not fit the memory is split, as are all after it; final.
 
     Safe to use from several threads.
     """
@@ -100,8 +100,8 @@ def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell want of memory from other errors."""
-    # torch has a class for a GPU's memory only; on a CPU there are the words.
+    """Say whether an error means that memory ran out."""
+    # torch has an exception class for GPU memory only; on a CPU the message tells.
     kinds = (MemoryError, torch.OutOfMemoryError)
     words = ("can't allocate memory", "MPS backend out of memory")
     return isinstance(error, kinds) or any(w in str(error) for w in words)

@@ -12,7 +12,7 @@ from mmalign.errors import VectorError
 SPARE = 6
 # Numbers widened at once, so that they stay in the cache of a CPU.
 AT_ONCE = 1 << 18
-# Up to so many numbers, float64 for all takes less time than to choose the hopeful ones.
+# Up to so many numbers, float64 for all takes less time than to preselect candidates.
 FEW = 1 << 15
 
 
@@ -60,7 +60,7 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """The k best of a few queries, scored and put in order in float64."""
     if rows_MR.shape[1] > k + SPARE and vectors_MRD.numel() > FEW:
-        vectors_MRD, rows_MR = _hopeful(queries_MD, vectors_MRD, rows_MR, k + SPARE)
+        vectors_MRD, rows_MR = _candidates(queries_MD, vectors_MRD, rows_MR, k + SPARE)
     exact_MRD = vectors_MRD.float().double().mul_(queries_MD.double()[:, None])
     scores_MR = exact_MRD.sum(dim=2).float().masked_fill_(rows_MR < 0, -torch.inf)
     # By score, and what is equal by row: two sorts, of which the last counts most.
@@ -69,7 +69,7 @@ def _best(
     return scores_MR[:, :k], rows_MR.gather(1, by_score_MR)[:, :k]
 
 
-def _hopeful(
+def _candidates(
     queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
     """The candidates of each query that have the best scores in float32: vectors and rows."""
@@ -79,7 +79,7 @@ def _hopeful(
     for rough_R, vectors_RD, query_D in zip(rough_MR, vectors_MRD, queries_MD, strict=True):
         torch.mv(wide_RD.copy_(vectors_RD), query_D, out=rough_R)
     rough_MR.masked_fill_(rows_MR < 0, -torch.inf)
-    hopeful_MH = rough_MR.topk(most, dim=1, sorted=False).indices
-    flat = (hopeful_MH + candidates * torch.arange(count)[:, None]).flatten()
+    candidates_MH = rough_MR.topk(most, dim=1, sorted=False).indices
+    flat = (candidates_MH + candidates * torch.arange(count)[:, None]).flatten()
     vectors_PD = vectors_MRD.flatten(0, 1).index_select(0, flat)
-    return vectors_PD.view(*hopeful_MH.shape, -1), rows_MR.gather(1, hopeful_MH)
+    return vectors_PD.view(*candidates_MH.shape, -1), rows_MR.gather(1, candidates_MH)

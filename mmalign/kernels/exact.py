@@ -33,11 +33,11 @@ _SCREENS: dict[str, screens.Screen] = {
     "int8": screens.int8,
 }
 _IMPLS = ("auto", "reference", "triton", *_SCREENS)
-# Pairs that wait until they are thinned out: so many in all, or for each of the k of a query. Where
-# so many for each are left, bounds are wide, and the most hopeful ones get exact scores.
+# Pairs that are collected before they are pruned: in all, or for each of the k of a query. If more
+# than CROWDED for each remain, bounds are wide, and the best candidates are scored exactly.
 PENDING, WAITING, CROWDED = 1 << 17, 8, 5
-# They are also thinned out whenever so many times more rows have been seen. Exact scores are made
-# of so many pairs beyond k first.
+# They are also pruned whenever GROWTH times more rows have been seen. SPARE pairs beyond k are
+# scored exactly first.
 GROWTH, SPARE = 4, 6
 QUERIES_AT_ONCE = 1024
 # Reading float16 once for each query beats widening it to float32 up to so many queries, but where
@@ -249,31 +249,31 @@ def _refuses_half(corpus: Corpus) -> str | None:
 
 
 class _Found:
-    """What may still be among the k best, for some queries; final."""
+    """Pairs that may still be among the k best of some queries; final."""
 
     def __init__(self, queries_MD: Tensor, corpus: Corpus, k: int) -> None:
         self.queries_MD, self.corpus, self.k = queries_MD.double(), corpus, k
         shape, device = (len(queries_MD), k), queries_MD.device
         self.scores_MK = torch.full(shape, -torch.inf, device=device)
         self.rows_MK = torch.full(shape, -1, dtype=torch.int64, device=device)
-        # What a score must reach to count: a lower bound of the k-th best so far.
-        self.bar_M = torch.full(shape[:1], -torch.inf, device=device)
-        self.waiting: list[_Pairs] = []
-        self.count = self.seen = self.thinned = 0
+        # A lower bound of the k-th best score so far.
+        self.threshold_M = torch.full(shape[:1], -torch.inf, device=device)
+        self.pending: list[_Pairs] = []
+        self.count = self.seen = self.pruned = 0
         self.room = max(PENDING, WAITING * len(queries_MD) * k)
 
     def add(self, block: Block) -> None:
-        """Keep the rows of a block whose upper bounds reach the bar."""
+        """Keep the rows of a block whose upper bounds reach the threshold."""
         groups_XGM = _grouped(block.scores_BM)
         best_XM = _best_of_groups(groups_XGM).float()
         if best_XM[:, 0].isnan().any():
             first, last = int(block.rows_B[0]), int(block.rows_B[-1])
             raise VectorError(f"vectors_ND holds NaN in rows {first} to {last}")
         best_XM = torch.addcmul(block.offset_XM, block.unit_XM, best_XM)
-        if not self.thinned and self.k <= len(best_XM):
+        if not self.pruned and self.k <= len(best_XM):
             low_M = (best_XM - block.error_XM).topk(self.k, dim=0).values[-1]
-            self.bar_M = torch.maximum(self.bar_M, low_M)
-        hot_XM = (best_XM + block.error_XM >= self.bar_M) & (best_XM > -torch.inf)
+            self.threshold_M = torch.maximum(self.threshold_M, low_M)
+        hot_XM = (best_XM + block.error_XM >= self.threshold_M) & (best_XM > -torch.inf)
         self.seen += len(block.rows_B)
         group_H, query_H = hot = hot_XM.nonzero(as_tuple=True)
         if not len(group_H):
@@ -281,42 +281,42 @@ class _Found:
         unit_H, offset_H, error_H = block.unit_XM[hot], block.offset_XM[hot], block.error_XM[hot]
         scores_HG = groups_XGM[group_H, :, query_H]
         upper_HG = unit_H[:, None] * scores_HG + (offset_H + error_H)[:, None]
-        kept_HG = (upper_HG >= self.bar_M[query_H, None]) & (scores_HG > -torch.inf)
+        kept_HG = (upper_HG >= self.threshold_M[query_H, None]) & (scores_HG > -torch.inf)
         hot_P, place_P = kept_HG.nonzero(as_tuple=True)
         rows_P = block.rows_B[group_H[hot_P] * GROUP + place_P]
         upper_P = upper_HG[kept_HG]
-        self.waiting.append(_Pairs(query_H[hot_P], rows_P, upper_P, upper_P - 2 * error_H[hot_P]))
+        self.pending.append(_Pairs(query_H[hot_P], rows_P, upper_P, upper_P - 2 * error_H[hot_P]))
         self.count += len(rows_P)
-        if self.count > self.room or self.seen >= GROWTH * self.thinned:
-            self._thin()
-            if self.count > CROWDED * len(self.bar_M) * self.k:  # the bounds are wide
-                self._settle_hopeful()
+        if self.count > self.room or self.seen >= GROWTH * self.pruned:
+            self._prune()
+            if self.count > CROWDED * len(self.threshold_M) * self.k:  # the bounds are wide
+                self._score_best()
             if self.count > self.room:  # many vectors are nearly alike
-                self._settle(self._together())
+                self._score(self._together())
 
     def _together(self) -> "_Pairs":
-        """All that waits and still reaches the bar."""
-        pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.waiting, strict=True)))
-        return pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])
+        """All pending pairs that still reach the threshold."""
+        pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.pending, strict=True)))
+        return pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])
 
-    def _thin(self) -> None:
-        """Raise the bar to the k-th best lower bound, and drop what fails."""
-        self.thinned = self.seen
+    def _prune(self) -> None:
+        """Raise the threshold to the k-th best lower bound, and drop pairs below it."""
+        self.pruned = self.seen
         pairs = self._together()
         order, places_P = pairs.ranked(pairs.lower_P)
         last_P = order[places_P == self.k - 1]
         query_P = pairs.query_P[last_P]
-        self.bar_M[query_P] = torch.maximum(self.bar_M[query_P], pairs.lower_P[last_P])
+        self.threshold_M[query_P] = torch.maximum(self.threshold_M[query_P], pairs.lower_P[last_P])
         self._keep(pairs)
 
     def _keep(self, pairs: "_Pairs") -> None:
-        """Let those wait that reach the bar."""
-        self.waiting = [pairs.of(pairs.upper_P >= self.bar_M[pairs.query_P])]
-        self.count = len(self.waiting[0].rows_P)
+        """Keep the pairs that reach the threshold pending."""
+        self.pending = [pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])]
+        self.count = len(self.pending[0].rows_P)
 
-    def _settle(self, pairs: "_Pairs") -> None:
-        """Score pairs exactly, and raise the bar."""
-        self.waiting, self.count = [], 0
+    def _score(self, pairs: "_Pairs") -> None:
+        """Score pairs exactly, and raise the threshold."""
+        self.pending, self.count = [], 0
         scores_P = exact_scores(self.queries_MD, self.corpus, pairs.query_P, pairs.rows_P)
         old_P = torch.arange(len(self.rows_MK), device=scores_P.device).repeat_interleave(self.k)
         self.scores_MK, self.rows_MK = best_pairs(
@@ -325,26 +325,26 @@ class _Found:
             torch.cat([self.scores_MK.flatten(), scores_P]),
             (len(self.rows_MK), self.k),
         )
-        # One step of float32 below the k-th score: a bar that its equals still pass.
-        floor_M = torch.nextafter(self.scores_MK[:, -1], self.bar_M.new_tensor(-torch.inf))
-        self.bar_M = torch.maximum(self.bar_M, floor_M)
+        # One float32 step below the k-th score, so that ties with it still pass.
+        floor_M = torch.nextafter(self.scores_MK[:, -1], self.threshold_M.new_tensor(-torch.inf))
+        self.threshold_M = torch.maximum(self.threshold_M, floor_M)
 
-    def _settle_hopeful(self) -> None:
-        """Score the most hopeful pairs of each query exactly.
+    def _score_best(self) -> None:
+        """Score the best candidates of each query exactly.
 
-        One exact score is worth more than many bounds: most of what waits need never be scored.
+        One exact score prunes more than many bounds: most pending pairs are then never scored.
         """
         pairs = self._together()
         order, places_P = pairs.ranked(pairs.upper_P)
         first_P = places_P < self.k + SPARE
-        self._settle(pairs.of(order[first_P]))
+        self._score(pairs.of(order[first_P]))
         self._keep(pairs.of(order[~first_P]))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The k best, exactly."""
-        if self.waiting:
-            self._settle_hopeful()
-            self._settle(self._together())
+        if self.pending:
+            self._score_best()
+            self._score(self._together())
         return self.scores_MK, self.rows_MK
 
 

@@ -66,7 +66,7 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     assert rounds[0] == list(SPECS)
     assert rounds[1][:2] == [best, SPECS[1]]
     assert [(d.density, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
-    assert made.design == best
+    assert made.spec == best
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
 
 
@@ -94,7 +94,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
         "image": Queries(stored[:80].astype(np.float32), stored[80:160].astype(np.float32), True),
     }
     made = plan(VectorReader([stored]), asked, 0.5, memory=4e5)
-    assert made.design.kind == "ivf"
+    assert made.spec.kind == "ivf"
     assert set(learned) == {200}
     assert counts[-4:] == [40, 40, 10, 10]
     assert [t.queries for t in made.kept] == [100, 100, 20, 20]
@@ -103,7 +103,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
 def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"text": Queries(texts(100), texts(100))}
     made = plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=100_000)
-    assert made.design.kind == "exact"
+    assert made.spec.kind == "exact"
     said = capsys.readouterr().err
     assert "no index of 60,000 vectors fits 0.1 MB, so every row will be compared" in said
 
@@ -141,7 +141,7 @@ def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyP
     asked = {"text": Queries(stored[:20], stored[20:40])}
     made = plan(VectorReader([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
     assert {t.design for t in made.tried}
-    assert made.design.divides(dim)
+    assert made.spec.divides(dim)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -168,7 +168,7 @@ def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
     asked = {"text": Queries(texts(40), texts(20, seed=2))}
     made = plan(VectorReader([vectors(2_000)]), asked, 0.5, memory=1e7)
     assert made.index is not None
-    assert made.design == given[2]
+    assert made.spec == given[2]
     assert len(set(given)) == 3
     assert capsys.readouterr().err.count("does not find 50.0% over all rows") == 2
 
@@ -203,7 +203,7 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
     if stored:
         asked["image"] = Queries(texts(100), rows[:200].astype(np.float32), True)
     made = plan(VectorReader([rows]), asked, 0.9, memory=1e7)
-    assert made.design.kind == "ivf"
+    assert made.spec.kind == "ivf"
     assert len(made.kept) == (4 if stored else 2)
     assert all(trial.low >= 0.9 for trial in made.kept)
     # What is fastest at the start is found by a clock: the breadth, or the candidates, may be the
@@ -225,7 +225,7 @@ def test_a_promise_that_held_out_queries_miss_is_not_given(
     monkeypatch.setattr("mmalign.index.measure.DEEPEST", 2)
     asked = {"text": Queries(vectors(200, 3).astype(np.float32), hard(300))}
     made = plan(VectorReader([vectors(4_000)]), asked, 0.5, memory=1e7)
-    assert made.design.kind == "exact"
+    assert made.spec.kind == "exact"
     said = capsys.readouterr().err
     assert "does not find 50.0% over all rows, of tuning and of held-out queries" in said
     assert "so every row will be compared" in said
