@@ -10,7 +10,7 @@ NEWEST ?= python3.13
 TEST   := OMP_NUM_THREADS=1 PYTEST_ADDOPTS='-n 2'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-floors test-newest test-wheel test-crash test-pretrained check fix bench bench-gpu clean
+.PHONY: help setup demo test test-fast test-floors test-newest test-wheel test-crash test-pretrained check fix docs bench bench-gpu clean
 
 help:   ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -53,6 +53,9 @@ test-wheel: $(READY)  ## build the wheel, install it alone, and run the examples
 	cd build && env/bin/python -c 'import mmalign, mmalign.index as i; assert "/env/" in mmalign.__file__ and "/env/" in i.__file__, i.__file__'
 	cd build && env/bin/mmalign --version
 	cd build && env/bin/python -m pytest -q -c ../setup.cfg --rootdir .. ../tests/test_examples.py
+
+docs: $(READY)  ## write the API reference from docstrings to build/api
+	$(BIN)/python docs/api.py build/api
 
 test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
 	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/store/test_crash*.py

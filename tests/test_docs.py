@@ -3,10 +3,12 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import mmalign
 from mmalign import open_store
 from mmalign.cli.main import main
 from mmalign.store import delete
@@ -109,3 +111,12 @@ def test_python_in_the_pages_runs(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_name(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "Warn" not in done.stderr
+    page = (tmp_path / "mmalign.html").read_text(encoding="utf-8")
+    assert [name for name in mmalign.__all__ if f'id="{name}"' not in page] == []
