@@ -1,17 +1,18 @@
-"""Vectors in, row numbers and scores out: exact search, and an index that keeps a promised recall.
+"""Vectors in, row numbers and scores out: exact search, and an index with a recall target.
 
-    spec.py          what an index is, and the designs to choose from
-    exact.py         every row compared; the truth that recall is measured against
-    vectors.py       stored vectors, wherever their shards lie
-    quantizer.py     which list of an IVF a vector belongs to, as its queries see it
+    spec.py          the index interface, and the index specs to choose from
+    exact.py         exact search; the ground truth for recall
+    vectors.py       stored vectors in any number of shards
+    quantizer.py     the coarse quantizer of an IVF, in the metric of the queries
     approximate.py   candidates from FAISS, scored exactly; the only file that imports faiss
     mapped.py        lists that stay in a file, so that opening reads none of them
     measure.py       recall, latency and the parameters that give them
-    plan.py          which design is built: rounds on samples, then all rows
+    plan.py          which spec is built: rounds on samples, then all rows
     report.py        what was tried, as a table
     folder.py        an index on disk: build, open
 
-Installed as `mmalign.index`. It knows neither stores nor models: it is given vectors.
+Installed as `mmalign.index`. It depends on neither stores nor models, only on vectors.
+
 """
 
 from mmalign.index.exact import Exact as Exact

@@ -25,29 +25,30 @@ from mmalign.index.spec import KS, Bools, Floats, Index, IndexSpec, Ints, Operat
 from mmalign.index.vectors import VectorReader
 from mmalign.progress import bar
 
-# K-means for lists: rows at most and for each list, and rounds. Codes get as many rounds; they have
-# 16 centres, so few rows do.
+# K-means for the lists: maximum training rows, rows per list, iterations. Codes are trained with as
+# many iterations, on fewer rows, as they have only 16 centroids.
 TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 32, 8
 CODE_ROWS = 16_384
 BUILD_BREADTH, MOST_BREADTH = 40, 2_000
-# Candidates gathered at once: so many numbers in float16.
+# Candidates gathered at once, counted in float16 values.
 GATHERED = 1 << 21
-# Candidates that FAISS is asked for at once: it holds several times as much for them.
+# Candidates requested from FAISS at once: it allocates several times that much memory.
 HANDED = 1 << 18
-# Filters. What they leave is compared exactly where it has up to so many numbers in all.
+# Filtered search is exact where the allowed vectors hold at most this many values in total.
 EXACT_NUMBERS = 1 << 23
-# The unfiltered point is tried first where fewer than so many of its neighbours are likely to be
-# filtered out. Then so many times the neighbours are looked at that hold k allowed ones on average,
-# then again so many times more, up to so many times those that parameters were tuned for.
+# The unfiltered operating point is tried first if the filter is expected to remove fewer than
+# FEW_MISSING of its neighbours. After that, the nearer half of the neighbours searched holds
+# SPARE * k allowed ones on average. Each retry searches DEEPER times as many neighbours, up to
+# DEEPEST times the largest tuned k.
 FEW_MISSING, SPARE, DEEPER, DEEPEST = 0.5, 1.3, 4, 10
-# A candidate of the index, or a step in a graph, costs as much as so many rows of exact search.
+# One candidate of the index, or one step in a graph, costs as much as this many exact comparisons.
 CANDIDATE_COST = 20
 
 
 class Approximate(Index):
     """A FAISS index with the vectors it was built from; final.
 
-    It may be asked by several threads at once: parameters travel with the call.
+    Safe to use from several threads: search parameters are passed with each call.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class Approximate(Index):
         points: Mapping[str, Sequence[OperatingPoint]],
         rows: int,
     ) -> None:
-        """Join them.
+        """Combine a FAISS index with its vectors.
 
         Args:
-            faiss_index: Its ids are the numbers of rows.
+            faiss_index: Its ids are row numbers.
             vectors: At least the rows of the index.
-            points: Search parameters by modality of the query, for ascending k.
-            rows: Rows that the index covers, dead ones included.
+            points: Search parameters by query modality, for ascending k.
+            rows: Rows that the index covers, deleted ones included.
         """
         self.faiss = faiss_index
         self.vectors = vectors
@@ -82,10 +83,10 @@ class Approximate(Index):
     ) -> tuple[Floats, Ints]:
         """See `Index.search`.
 
-        A filter keeps the recall of the operating points, or the search is exact. FAISS is asked
-        for neighbours as if there were no filter, and only for as many as the operating points
-        hold for; where k of them are allowed, these are the answer. A query that finds too few
-        lies away from what the filter leaves, and every allowed row is compared with it.
+        Filtered search keeps the recall of the operating points or is exact. FAISS is queried
+        without the filter, for no more neighbours than the operating points are valid for; if k of
+        them are allowed, they are the answer. A query that finds too few is far from the allowed
+        rows, and is compared with every one of them.
 
         Raises:
             StoreError: The index is damaged.
@@ -103,24 +104,23 @@ class Approximate(Index):
         for point in self._attempts(k, allowed, query_modality):
             scores, rows = self.search_at(queries_MD[left_P], point)
             found = rows >= 0 if allow_N is None else (rows >= 0) & allow_N[rows]
-            # With as many neighbours as results, the answer is that without a filter. Else the
-            # results must lie in the nearer half, where recall is above its average.
+            # With as many neighbours as results, this is unfiltered search. Otherwise the results
+            # must lie in the nearer half, where recall is above average.
             enough_P = found[:, : (k + point.k) // 2].sum(axis=1) >= min(k, allowed)
             order = np.argsort(~found, axis=1, kind="stable")[:, :k]
             scores_MK[left_P] = np.take_along_axis(scores, order, axis=1)
             rows_MK[left_P] = np.take_along_axis(rows, order, axis=1)
             left_P = left_P[~enough_P]
             if not len(left_P) or (allow_N is None and self.held < self.rows):
-                # Only `allow_N` could tell exact search which rows are dead.
+                # Without `allow_N`, exact search cannot know which rows are deleted.
                 return scores_MK, rows_MK
         scores_MK[left_P], rows_MK[left_P] = self.exact.search(queries_MD[left_P], k, allow_N)
         return scores_MK, rows_MK
 
     def _attempts(self, k: int, allowed: int, query_modality: str) -> Iterator[OperatingPoint]:
-        """Operating points to try one after the other, while they cost less than exact search.
+        """Yield operating points to try in turn, while they cost less than exact search.
 
-        Points are for neighbours without regard to a filter, of which the fewer are allowed the
-        more are needed.
+        They retrieve unfiltered neighbours: the fewer rows are allowed, the more are needed.
         """
         share = allowed / max(self.held, 1)
         if (1 - share) * k < FEW_MISSING:
@@ -137,30 +137,30 @@ class Approximate(Index):
             depth *= DEEPER
 
     def search_at(self, queries_MD: Floats, point: OperatingPoint) -> tuple[Floats, Ints]:
-        """Search with parameters of one's own, without a filter."""
+        """Search with given parameters, without a filter."""
         queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
         rows_MR = self.candidates(queries_MD, point)
         return self.scored(queries_MD, rows_MR, point.k)
 
     @property
     def largest_breadth(self) -> int:
-        """Breadth at which the whole index is looked at (IVF), or about that (graph)."""
+        """Breadth that searches the whole index (IVF), or nearly all of it (graph)."""
         core = _core(self.faiss)
         return int(core.nlist) if isinstance(core, faiss.IndexIVF) else min(self.held, MOST_BREADTH)
 
     def point(self, k: int, query_modality: str) -> OperatingPoint:
-        """Parameters tuned for at least k neighbours, or as many more as k asks for."""
+        """Return parameters tuned for at least k neighbours, or scaled up to k."""
         points = self.points.get(query_modality) or next(iter(self.points.values()))
         return next((p for p in points if p.k >= k), points[-1]).at(k)
 
     def between(self, k: int, query_modality: str) -> OperatingPoint:
-        """Parameters for k neighbours, interpolated where k lies between two tuned points."""
+        """Return parameters for k neighbours, interpolated if k lies between two tuned points."""
         points = self.points.get(query_modality) or next(iter(self.points.values()))
         lower = next((p for p in reversed(points) if p.k <= k), None)
         upper = next((p for p in points if p.k >= k), None)
         if lower is None or upper is None or lower == upper:
             return self.point(k, query_modality)
-        # Both grow about as a power of k.
+        # Both grow roughly as a power of k.
         way = math.log(k / lower.k) / math.log(upper.k / lower.k)
 
         def grown(low: int, high: int) -> int:
@@ -170,7 +170,7 @@ class Approximate(Index):
         return OperatingPoint(k, grown(lower.breadth, upper.breadth), max(k, candidates))
 
     def candidates(self, queries_MD: Floats, point: OperatingPoint) -> Ints:
-        """Rows worth an exact score, shape (M, R), by approximate score; -1 where there are fewer.
+        """Return the rows to score exactly, (M, R), by approximate score; -1 if there are fewer.
 
         Raises:
             StoreError: The index is damaged.
@@ -199,7 +199,7 @@ class Approximate(Index):
     def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
         """Score candidates exactly and keep the k best."""
         at_once = max(1, GATHERED // max(1, rows_MR.shape[1] * self.vectors.dim))
-        # One buffer for all: blocks that come and go leave holes that nothing else fits.
+        # One buffer for all blocks: repeated allocation would fragment the memory.
         held = min(at_once, len(queries_MD)) * rows_MR.shape[1]
         buffer_PD = torch.empty(held, self.vectors.dim, dtype=torch.float16)
         parts = []
@@ -226,14 +226,14 @@ def build(
     seed: int = 0,
     shown: bool | None = None,
 ) -> Any:
-    """Build a FAISS index over the live rows; ids are their numbers.
+    """Build a FAISS index over the live rows; its ids are row numbers.
 
     Args:
         vectors: Read in blocks.
         design: Kind and code.
-        lists: Those of an IVF; see `cluster`.
-        seed: Of the training sample.
-        shown: Whether to show a progress bar; None where bars are shown on stderr.
+        lists: The coarse quantizer of an IVF; see `cluster`.
+        seed: Seed of the training sample.
+        shown: Whether to show a progress bar; None: if bars are shown on stderr.
 
     Raises:
         VectorError: A vector holds NaN or infinity, or is zero.
@@ -250,7 +250,7 @@ def build(
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.init(seed)
         core = _core(index)
-        # A quantizer that has its centres is not trained again.
+        # A quantizer that already has its centroids is not trained again.
         core.quantizer.add(rotation.apply(lists.centres_LD))
         if isinstance(core, faiss.IndexIVFPQFastScan):
             core.pq.cp.min_points_per_centroid, core.pq.cp.niter = 1, ROUNDS  # see `cluster`
@@ -267,10 +267,10 @@ def build(
 
 
 def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool | None) -> None:
-    """File every vector under its list.
+    """Assign every vector to its list and encode it.
 
-    FAISS knows no lists but those of the nearest centre, and takes twice as long: torch is quicker
-    to rotate and to compare. Codes wait in a file until all of a list are known: fast-scan packs 32
+    FAISS can only assign to the nearest centroid, and takes twice as long: torch rotates and
+    compares faster. Codes are kept in a file until each list is complete, as fast-scan packs 32
     rows into a block.
     """
     core = _core(index)
@@ -308,7 +308,7 @@ def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool
 
 
 def _append(core: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
-    """Put rows into an empty list."""
+    """Add rows to an empty list."""
     packer = faiss.downcast_InvertedLists(core.invlists).packer
     blocks = -(-len(ids) // packer.nvec)
     flat = np.zeros((blocks * packer.nvec, codes.shape[1]), np.uint8)
@@ -322,13 +322,13 @@ def _append(core: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None
 def cluster(
     vectors: VectorReader, design: IndexSpec, queries_MD: Floats | None = None, seed: int = 0
 ) -> CoarseQuantizer:
-    """Find the lists of an IVF by k-means on a random sample.
+    """Train the coarse quantizer of an IVF by k-means on a random sample.
 
     Args:
-        vectors: What is to be filed.
-        design: How many lists, and in which metric.
-        queries_MD: For the metric of queries.
-        seed: Of the sample.
+        vectors: The vectors to be assigned.
+        design: Number of lists, and the metric.
+        queries_MD: Queries for the query metric.
+        seed: Seed of the sample.
     """
     count = design.lists(vectors.live)
     rows = vectors.draw(min(TRAINING_ROWS, ROWS_PER_LIST * count), seed)
@@ -341,7 +341,7 @@ def cluster(
         metric, root = query_metric(queries_MD)
         sample = sample @ root
         run.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
-    # FAISS warns on stderr of fewer rows than it likes; whether they suffice is measured here.
+    # FAISS warns on stderr if it considers the rows too few; here that is measured instead.
     run.min_points_per_centroid, run.max_points_per_centroid = 1, ROWS_PER_LIST
     run.train(sample, nearest)
     centres = faiss.vector_to_array(run.centroids).reshape(count, vectors.dim)
@@ -351,7 +351,7 @@ def cluster(
 
 
 def size(index: Any) -> int:
-    """Bytes of the index, as it is written."""
+    """Return the serialized size of the index in bytes."""
     count = 0
 
     def add(part: bytes) -> None:
@@ -363,7 +363,7 @@ def size(index: Any) -> int:
 
 
 def save(index: Any, path: Path) -> None:
-    """Write the FAISS file, whole or not at all; the lists of an IVF into one of their own."""
+    """Write the FAISS file atomically; the lists of an IVF go into a separate file."""
     core = _core(index)
     if not isinstance(core, faiss.IndexIVF):
         files.write_through(path, lambda name: faiss.write_index(index, files.utf8_name(name)))
@@ -375,7 +375,7 @@ def save(index: Any, path: Path) -> None:
     writer = faiss.VectorIOWriter()
     faiss.write_index(index, writer)
     core.invlists, core.own_invlists = lists, True
-    # Its last word says that there are no lists; the table of those in the file takes its place.
+    # Its last word says that there are no lists; replace it by the table of the lists in the file.
     head = faiss.vector_to_array(writer.data).tobytes()[: -len(mapped.NONE)]
     table = mapped.table(where, core.code_size)
     place = mapped.place(lists_of(path).name, lists_of(path).stat().st_size)
@@ -383,12 +383,12 @@ def save(index: Any, path: Path) -> None:
 
 
 def lists_of(path: Path) -> Path:
-    """Name of the file with the lists of an index."""
+    """Return the path of the file with the lists of an index."""
     return path.with_suffix(".lists")
 
 
 def _write_lists(lists: Any, name: str) -> Iterator[tuple[int, int]]:
-    """Write packed codes and ids, list after list; yield rows of each, and its room."""
+    """Write packed codes and ids, list by list; yield the rows and the capacity of each."""
     with open(name, "wb") as file:
         for number in range(lists.nlist):
             rows = lists.list_size(number)
@@ -407,7 +407,7 @@ def load(path: Path, held: int, dim: int) -> Any:
     """Open a FAISS file by memory-mapping it.
 
     Raises:
-        StoreError: It cannot be read, or is not the one that was described.
+        StoreError: It cannot be read, or does not match its description.
     """
     try:
         if lists_of(path).exists():
@@ -416,8 +416,8 @@ def load(path: Path, held: int, dim: int) -> Any:
             index = faiss.deserialize_index(
                 np.frombuffer(content, np.uint8), faiss.IO_FLAG_READ_ONLY
             )
-            # FAISS would start 32 threads for each query to touch its lists: in memory they are not
-            # worth it (2.5 ms a query in place of 1), and a query reads few pages from a disk.
+            # FAISS would start 32 threads per query to prefetch its lists: slower if they are in
+            # memory (2.5 ms a query instead of 1), and a query reads few pages from a disk.
             faiss.downcast_InvertedLists(_core(index).invlists).prefetch_nthread = 0
         else:
             index = faiss.read_index(files.utf8_name(path), faiss.IO_FLAG_MMAP_IFC)
@@ -429,24 +429,24 @@ def load(path: Path, held: int, dim: int) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What FAISS says, without the places in its sources."""
+    """Return the message of FAISS, without its source locations."""
     return str(error).rsplit("Error:", 1)[-1].strip()
 
 
 def set_threads(count: int) -> None:
-    """Let FAISS use so many threads; it and torch may count differently."""
+    """Set the number of threads of FAISS; its default may differ from torch's."""
     faiss.omp_set_num_threads(count)
 
 
 def _core(index: Any) -> Any:
-    """The IVF or the graph inside a rotation or a map of ids."""
+    """Return the IVF or the graph inside a rotation or an id map."""
     while isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
         index = faiss.downcast_index(index.index)
     return index
 
 
 def _parameters(index: Any, breadth: int) -> Any:
-    """Search parameters in the shape that an index wants."""
+    """Return search parameters of the type that the index needs."""
     core = _core(index)
     if isinstance(core, faiss.IndexIVF):
         inner = faiss.SearchParametersIVF(nprobe=min(breadth, core.nlist))

@@ -14,26 +14,25 @@ from mmalign.errors import VectorError
 from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
 from mmalign.index.vectors import VectorReader, shared
 
-# Norms are bounded once and for all by the first search, while others wait; where there are more
-# bytes, by the second: to read such vectors twice for one answer takes long.
-# After so many queries, one byte for each number is held in memory, up to so many of them, where
-# that was measured to pay. Coding takes as long as a few hundred searches, so a thread does it
-# beside them.
+# The first search computes bounds on the norms once, while others wait; above PREPARED_BYTES the
+# second one does, as reading such vectors twice for a single answer takes long.
+# After CODED_AFTER queries, one byte per value is kept in memory, up to CODED_BYTES, if measured to
+# be faster. Coding takes as long as a few hundred searches, so it runs in a thread beside them.
 PREPARED_BYTES = 4 << 30
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
-# Share of the rows that a query must look at to count as one of them.
+# Only queries that are compared with at least this share of the rows count.
 PREPARED = 0.25
 
 
 class Exact(Index):
-    """Compares every row; final. The meaning of all other indexes."""
+    """Compares every row; final. The ground truth for all other indexes."""
 
     def __init__(
         self, shards: Shards, first_row: int = 0, coded_bytes: float = CODED_BYTES
     ) -> None:
-        """Search rows `first_row` and on of the shards' vectors, each (rows, D) float16.
+        """Prepare to search the shards, each (rows, D) float16, from row `first_row` on.
 
-        Up to `coded_bytes` of memory may be taken to answer many queries faster.
+        Up to `coded_bytes` of memory may be used to answer many queries faster.
         """
         self.first_row = first_row
         self.coded_bytes = coded_bytes
@@ -65,7 +64,7 @@ class Exact(Index):
         allow = None
         if allow_N is not None:
             allow = torch.from_numpy(allow_N[self.first_row : self.first_row + self.rows])
-        # To prepare reads every row: not for a filter that leaves few.
+        # Preparing reads every row: not worth it for a filter that allows few.
         if allow is None or int(allow.count_nonzero()) >= PREPARED * self.rows:
             self._prepare_if_worth(len(queries))
         width = min(k, self.rows)
@@ -81,12 +80,12 @@ class Exact(Index):
             before, self.queries_seen = self.queries_seen, self.queries_seen + queries
             if not self.prepared and (before or self.bytes <= PREPARED_BYTES):
                 self.prepared = True
-                # A row that is refused is no reason to fail: what it does to a search, that says.
+                # An invalid row is no reason to fail here: the search reports it if it matters.
                 with contextlib.suppress(VectorError):
                     self.corpus = kernels.prepare(self.shards)
             if self.coding is None and self.queries_seen > CODED_AFTER and self._can_code(queries):
                 self.coding = threading.Thread(target=self._code, name="mmalign codes")
-                with contextlib.suppress(RuntimeError):  # no more threads, or the process ends
+                with contextlib.suppress(RuntimeError):  # no more threads, or the process is ending
                     self.coding.start()
 
     def _can_code(self, queries: int) -> bool:
@@ -95,23 +94,23 @@ class Exact(Index):
         return kernels.codes_pay(self.corpus, queries)
 
     def _code(self) -> None:
-        """Code all vectors, unless the process ends meanwhile."""
+        """Encode all vectors, unless the process ends first."""
 
         def tick() -> None:
             if not threading.main_thread().is_alive():
                 raise InterruptedError
 
         assert self.corpus is not None
-        # Without codes, or without the memory for them, searches go on as they did.
+        # Without codes, or without the memory for them, searches continue as before.
         with contextlib.suppress(InterruptedError, MemoryError, RuntimeError):
             self.corpus = kernels.coded(self.corpus, tick)
 
 
 class Extended(Index):
-    """An index joined with exact search over the rows added since it was built; final."""
+    """An index combined with exact search over the rows added since it was built; final."""
 
     def __init__(self, index: Index, vectors: VectorReader) -> None:
-        """`vectors` are all of the store, of which `index` covers the first rows."""
+        """Combine an index over the first rows with the vectors of the whole store."""
         self.index = index
         self.vectors = vectors
         self.tail = Exact(vectors.shards, first_row=index.rows)

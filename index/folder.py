@@ -1,8 +1,8 @@
-"""An index on disk: for each modality what was chosen, why, and a FAISS file if need be.
+"""An index on disk: for each modality what was chosen, why, and a FAISS file if there is one.
 
-index.json     what was built, from which rows, what was tried, and how well it finds
-image.faiss    only where the image vectors got a FAISS index
-image.lists    the lists of an IVF, which are mapped and not read
+index.json     what was built, from which rows, what was tried, and the measured recall
+image.faiss    only if the image vectors have a FAISS index
+image.lists    the lists of an IVF, memory-mapped instead of read
 text.*         likewise
 """
 
@@ -22,9 +22,9 @@ from mmalign.index.spec import Bools, Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
 
 FORMAT = 3
-# So much of a graph's file is checked whenever it is opened. It holds the sizes that FAISS
-# believes, of which a wrong one can keep a search busy for ever. That of an IVF is checked whole:
-# it is read whole, and has a few hundredths of the bytes of its lists.
+# This much of a graph's file is checked on every opening. It holds sizes that FAISS trusts, and a
+# wrong one can make a search run forever. The file of an IVF is checked completely: it is read
+# completely, and is a few hundredths the size of its lists.
 HEAD_BYTES = 1 << 22
 
 
@@ -48,8 +48,8 @@ def write_index(
         asked: Queries by their modality; the first one decides the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
-        share: Which part this is of what was given for all indexes of a store.
-        live_N: Which rows are not deleted; None where all are live.
+        share: Share of the memory for all indexes of a store that this one gets.
+        live_N: Which rows are not deleted; None if all are live.
     """
     vectors = VectorReader(shards, live_N)
     made = plan(vectors, asked, recall, memory, share)
@@ -81,12 +81,12 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
-    """Open the index of one modality over the store's vectors; rows it does not cover are exact.
+    """Open the index of one modality; rows of the store that it does not cover are exact.
 
     A folder of None means exact search.
 
     Raises:
-        StoreError: The index is damaged, or not of these vectors.
+        StoreError: The index is damaged, or belongs to other vectors.
     """
     if folder is None:
         return Exact(shards)
@@ -126,7 +126,7 @@ def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards
 
 
 def write_description(folder: Path, content: dict[str, Any]) -> None:
-    """Write index.json, with sizes and hashes of the files beside it; then it is an index."""
+    """Write index.json with sizes and hashes of the other files; this completes the index."""
     written = sorted(p for p in folder.iterdir() if p.name != "index.json")
     sizes = {p.name: p.stat().st_size for p in written}
     hashes = {p.name: files.sha256(p) for p in written}
@@ -136,6 +136,6 @@ def write_description(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _head(file: Path) -> int:
-    """Checksum of the start of a file."""
+    """Return the checksum of the start of a file."""
     with open(file, "rb") as content:
         return zlib.crc32(content.read(HEAD_BYTES))

@@ -1,10 +1,10 @@
-"""How FAISS writes down lists that stay in a file, so that opening an index reads none of them.
+"""Write inverted lists in the on-disk format of FAISS, so that opening an index reads none of them.
 
-FAISS maps lists of plain codes, but copies those that fast-scan has packed, all of them, whenever
-an index is opened. Both lie in memory alike: packed codes, then ids, so packed lists can be mapped
-as plain ones are, if each has room for whole blocks. What must be written is what FAISS reads as
-`OnDiskInvertedLists`: a mark, the number of lists, the bytes of a code, a table with the rows, the
-room and the place of each list, free slots (none), and the name and size of the file.
+FAISS memory-maps lists of plain codes, but copies all packed fast-scan lists whenever an index is
+opened. Both have the same layout: codes, then ids, so packed lists can be mapped like plain ones if
+each has room for whole blocks. The format is that of `OnDiskInvertedLists`: a magic number, the
+number of lists, the bytes of a code, a table with the rows, capacity and offset of each list, free
+slots (none), and the name and size of the file.
 
 Source: `index_write.cpp` and `OnDiskInvertedLists.h` of FAISS 1.15.
 """
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 
 NONE, MARK, ID_BYTES = b"il00", b"ilod", 8
-"""The words for no lists and for lists in a file."""
+"""The magic numbers for no lists and for lists in a file, and the bytes of an id."""
 
 
 def table(lists: Sequence[tuple[int, int]], code_bytes: int) -> bytes:
-    """Describe lists that lie one after another.
+    """Describe lists that are stored one after another.
 
     Args:
-        lists: Rows of each list, and rows that it has room for.
+        lists: Rows and capacity in rows of each list.
         code_bytes: Bytes of one code.
     """
     rows_L, room_L = np.array(lists, dtype=np.uint64).T
@@ -34,13 +34,13 @@ def table(lists: Sequence[tuple[int, int]], code_bytes: int) -> bytes:
 
 
 def place(name: str, size: int) -> bytes:
-    """Say which file the lists are in, and its bytes; this stands at the end of an index."""
+    """Return the name and size of the lists' file, as they stand at the end of an index."""
     written = name.encode()
     return struct.pack("<Q", len(written)) + written + struct.pack("<Q", size)
 
 
 def moved(index: bytes, name: str, path: str, size: int) -> bytes:
-    """Return an index that looks for its lists under another name."""
+    """Return the index with another path for its lists."""
     end = place(name, size)
     if not index.endswith(end):
         raise ValueError(f"it does not end with the place of its lists, {name}")

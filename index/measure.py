@@ -1,4 +1,4 @@
-"""How well an index finds, how fast, and with which parameters it does so best.
+"""Recall and latency of an index, and the search parameters that trade them best.
 
 M queries, K neighbours, R candidates.
 """
@@ -15,28 +15,28 @@ import numpy as np
 from mmalign.index.approximate import Approximate
 from mmalign.index.spec import Floats, Ints, OperatingPoint
 
-# Candidates that a sweep looks at: so many times the neighbours wanted, and never more than that.
+# Most candidates of a sweep: as a multiple of the neighbours wanted, and in total.
 DEEPEST, MOST_CANDIDATES = 40, 2_000
 DEEPER = 1.3
-# Breadths are doubled until one is enough; from the half of it they grow in steps.
+# Breadths are doubled until one suffices; the sweep starts at half of it and grows by STEP.
 NARROWEST, STEP = 4, 2**0.25
-# A sweep ends when so many steps in a row were slower than the best.
+# A sweep ends after this many consecutive steps that were slower than the best.
 WORSE = 2
-# Queries that are timed alone: while tuning, and at the end.
+# Queries that are timed one by one: while tuning, and at the end.
 TIMED, ALONE = 64, 300
-# Times that queries are drawn again for an interval.
+# Bootstrap resamples for a confidence interval.
 RESAMPLED = 1_000
-# Queries that one index answers before it is the turn of the next.
+# Queries that one index answers before the next takes its turn.
 TURN = 50
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Queries that tune nothing and measure what was tuned."""
+    """Held-out queries: not used for tuning, only to measure its result."""
 
     queries_MD: Floats
     groups_M: Ints | None = None
-    """Number of the image that each belongs to; None where each stands for itself."""
+    """Number of the image that each belongs to; None if each is a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,28 @@ class Trial:
     """One measured way to search."""
 
     design: str
-    """By its name in FAISS's factory."""
+    """Its FAISS factory string."""
     rows: int
     asked: str
     """Modality of the queries."""
     point: OperatingPoint
     queries: int
     recall: float
-    """Share of the true k nearest neighbours that were found, on queries that tuned nothing."""
+    """Share of the true k nearest neighbours that were found, on held-out queries."""
     low: float
     high: float
-    """Confidence interval of 95 % of the recall, over the images of the queries."""
+    """95 % confidence interval of the recall, over the images of the queries."""
     p50_ms: float
     p99_ms: float
-    """Of one query at a time."""
+    """Latency of one query at a time."""
     qps: float
-    """Queries a second, many at once."""
+    """Queries per second, in a batch."""
     bytes_per_vector: float
     build_s: float
 
 
 def neighbour_recall(found_MK: Ints, true_MK: Ints) -> Floats:
-    """Share of the true nearest neighbours that an approximate search found, by query.
+    """Return the share of the true nearest neighbours that a search found, for each query.
 
     >>> neighbour_recall(np.array([[1, 2]]), np.array([[2, 3]])).tolist()
     [0.5]
@@ -75,11 +75,11 @@ def neighbour_recall(found_MK: Ints, true_MK: Ints) -> Floats:
 
 
 def interval(shares_M: Floats, groups_M: Ints | None = None) -> tuple[float, float]:
-    """Confidence interval of 95 % of a mean over queries, by resampling groups of them.
+    """Compute the 95 % confidence interval of a mean over queries by a cluster bootstrap.
 
-    Captions of one image find, or miss, the same neighbours: taken as independent, they make an
-    interval that is too narrow. Where all shares are equal, resampling knows no error, so at least
-    three in two groups may have been otherwise.
+    Captions of one image find, or miss, the same neighbours: treated as independent, they give too
+    narrow an interval. If all shares are equal, resampling shows no error, so the interval extends
+    at least 1.5 / groups to each side of the mean.
 
     Args:
         shares_M: Recall of each query.
@@ -99,7 +99,7 @@ def interval(shares_M: Floats, groups_M: Ints | None = None) -> tuple[float, flo
 
 
 def places(rows_MR: Ints, true_MK: Ints) -> Ints:
-    """Where each true neighbour stands among the candidates, shape (M, K); R where it does not."""
+    """Return the rank of each true neighbour among the candidates, (M, K); R if it is missing."""
     depth = rows_MR.shape[1]
     out = np.full(true_MK.shape, depth)
     for m, (rows_R, true_K) in enumerate(zip(rows_MR, true_MK, strict=True)):
@@ -113,20 +113,20 @@ def places(rows_MR: Ints, true_MK: Ints) -> Ints:
 def tune(
     index: Approximate, queries_MD: Floats, true_MK: Ints, k: int, wanted: float
 ) -> tuple[OperatingPoint, bool]:
-    """Find the fastest parameters that find the wanted share of the k nearest neighbours.
+    """Find the fastest parameters that reach the wanted recall of the k nearest neighbours.
 
-    A breadth needs the more candidates the fewer of the neighbours it has among the first ones; one
-    search tells how many. What then is fastest is timed, one query at a time.
+    For each breadth, one search shows how many candidates the recall requires. The resulting
+    parameters are timed, one query at a time.
 
     Returns:
-        The parameters, and True; or those that find most, and False, where even the whole index
-        does not find enough, as its codes are too coarse.
+        The parameters, and True; or those with the highest recall, and False, if even the whole
+        index falls short, as its codes are too coarse.
     """
     deepest = _deepest(index, k)
 
     @cache
     def sufficient(breadth: int) -> OperatingPoint | None:
-        """With the fewest candidates that hold the wanted share."""
+        """Return the point with the fewest candidates that reach the wanted recall."""
         rows_MR = index.candidates(queries_MD, OperatingPoint(k, breadth, deepest))
         places_MK = places(rows_MR, true_MK[:, :k])
         enough = (c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted)
@@ -162,21 +162,21 @@ def prove(
     *,
     own: int = 0,
 ) -> OperatingPoint | None:
-    """Look wider until held-out queries are found as well as was promised.
+    """Widen the search until held-out queries reach the promised recall.
 
-    They are, once the interval of their recall lies above it. So few queries that this could not
-    even be if all of them found everything, need only find it on average.
+    They do once the lower bound of their confidence interval reaches it. With too few queries for
+    that, even if every neighbour were found, their mean recall must reach it.
 
     Args:
         index: Built and tuned.
-        held: Queries that tuned nothing.
+        held: Held-out queries.
         true_MK: Their true neighbours.
         point: Where to start.
         wanted: The promised recall.
         own: See `measure`.
 
     Returns:
-        The first parameters that do, or None, where even the widest do not.
+        The first parameters that reach it, or None if even the widest do not.
     """
     deepest = max(point.candidates, _deepest(index, point.k))
     everything = interval(np.ones(len(held.queries_MD), np.float32), held.groups_M)[0]
@@ -197,7 +197,7 @@ def prove(
 
 
 def breadths(least: int, most: int, step: float) -> list[int]:
-    """Breadths worth trying, each so many times the one before.
+    """List the breadths to try, each `step` times the one before.
 
     >>> breadths(4, 20, 1.3), breadths(4, 3, 2)
     ([4, 5, 7, 9, 11, 15, 19, 20], [3])
@@ -208,18 +208,18 @@ def breadths(least: int, most: int, step: float) -> list[int]:
 
 
 def _deepest(index: Approximate, k: int) -> int:
-    """Most candidates worth looking at."""
+    """Return the largest number of candidates worth trying."""
     return min(DEEPEST * k, index.held, MOST_CANDIDATES)
 
 
 def depths(k: int, deepest: int) -> list[int]:
-    """Numbers of candidates worth trying for k neighbours."""
+    """List the numbers of candidates to try for k neighbours."""
     steps = [round(k * DEEPER**i) for i in range(20)]
     return [s for s in steps if s < deepest] + [deepest]
 
 
 def times(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floats:
-    """Seconds that each query takes, one at a time, shape (M,)."""
+    """Measure the seconds that each query takes, one at a time, shape (M,)."""
     index.search_at(queries_MD[:1], point)
     out = []
     for m in range(len(queries_MD)):
@@ -232,9 +232,9 @@ def times(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floa
 def in_turns(
     contestants: Sequence[tuple[Approximate, OperatingPoint]], queries_MD: Floats
 ) -> list[Floats]:
-    """Seconds that each query takes each contestant, one at a time.
+    """Measure the seconds that each contestant takes for each query, one at a time.
 
-    They take turns, so that whatever else the machine does slows all of them alike.
+    The contestants take turns, so that other load on the machine slows all of them equally.
     """
     parts: list[list[Floats]] = [[] for _ in contestants]
     for first in range(0, len(queries_MD), TURN):
@@ -253,16 +253,16 @@ def measure(
     own: int = 0,
     **known: Any,
 ) -> Trial:
-    """Measure one way to search on queries that tuned nothing.
+    """Measure one way to search on held-out queries.
 
     Args:
         index: Built and tuned.
         held: The queries.
         true_MK: Their true neighbours, at least as many as the point is for.
         point: Parameters of the search.
-        seconds_M: What `times` or `in_turns` say of some of the queries.
-        own: Rows that each query finds beside them and that are none: itself, if it is stored.
-        known: The rest of a `Trial`.
+        seconds_M: The result of `times` or `in_turns` for some of the queries.
+        own: Rows that each query finds but that do not count: itself, if it is stored.
+        known: The other fields of a `Trial`.
     """
     queries_MD = held.queries_MD
     index.search_at(queries_MD[:1], point)

@@ -45,35 +45,36 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ivf": ({"density": 2}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
-"""By kind: what is tried as well of the best of the first round."""
-# Rows of the rounds, queries that tune in them (as many measure), and who goes on to the next one:
-# this share, of those that are not so many times slower than the best.
+"""By kind: variants of the best of the first round, tried as well."""
+# Rows of each round, tuning queries per round (as many measure), the share of specs that advance to
+# the next round, and how many times slower than the best a spec may be to advance.
 ROUNDS, ROUND_QUERIES, KEPT, SLOWER = (1 << 14, 1 << 16), 300, 0.3, 1.5
-# Queries that tune over all rows. The modalities by which no design is chosen tune and measure with
-# a quarter of their queries, as exact truth for each takes longest.
+# Tuning queries over all rows. Modalities that do not decide the choice are tuned and measured with
+# a quarter of their queries, as computing the exact neighbours takes longest.
 TUNING, QUARTER = 1_000, 4
-# The recall to tune for lies so far above the promise, as others queries find a little less.
+# Tuning targets a recall this far above the promised one, as recall on other queries is slightly
+# lower.
 MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries of one modality: some tune, the others measure what was tuned; final."""
+    """Queries of one modality: some tune, the others are held out to measure; final."""
 
     tune_MD: Floats
     held_MD: Floats
     stored: bool = False
-    """They are vectors of the index itself; each then finds itself, which counts for nothing."""
+    """They are vectors of the index itself: each then finds itself, which is not counted."""
     groups_M: Ints | None = None
-    """Image that each of `held_MD` belongs to; None where each stands for itself."""
+    """Image that each of `held_MD` belongs to; None if each is a group of its own."""
 
     @property
     def held(self) -> HeldOut:
-        """Those that measure."""
+        """The held-out queries."""
         return HeldOut(self.held_MD, self.groups_M)
 
     def fewer(self, part: int) -> "Queries":
-        """Return at most as many as tune over all rows, or a part of these."""
+        """Return 1 / part of `TUNING` tuning queries, at most, and of the held-out ones."""
         count = -(-len(self.held_MD) // part)
         groups_M = None if self.groups_M is None else self.groups_M[:count]
         tune_MD, held_MD = self.tune_MD[: TUNING // part], self.held_MD[:count]
@@ -86,13 +87,13 @@ class Plan:
 
     spec: IndexSpec
     index: Any = None
-    """FAISS's; None where every row is compared."""
+    """The FAISS index; None for exact search."""
     points: dict[str, list[OperatingPoint]] = field(default_factory=dict)
-    """Search parameters by modality of the query, for ascending k."""
+    """Search parameters by query modality, for ascending k."""
     kept: list[Trial] = field(default_factory=list)
-    """What is promised: measured over all rows, on queries that tuned nothing."""
+    """The promised results: measured over all rows, on held-out queries."""
     tried: list[Trial] = field(default_factory=list)
-    """What the rounds measured."""
+    """All measurements of the rounds."""
 
 
 def plan(
@@ -105,7 +106,7 @@ def plan(
     """Choose, build and tune an index.
 
     Args:
-        vectors: What will be searched.
+        vectors: The vectors to be searched.
         asked: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
@@ -283,13 +284,13 @@ def _build_and_tune(
 
 
 def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
-    """As many queries as tune and measure over all rows; the first modality has the most."""
+    """Return the queries that tune and measure over all rows; most are of the first modality."""
     main = next(iter(asked))
     return {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
 
 
 def _truths(vectors: VectorReader, asked: Mapping[str, Queries]) -> dict[str, Ints]:
-    """True neighbours of the queries that tune and of those held out, by modality."""
+    """Return the true neighbours of the tuning and the held-out queries, by modality."""
     every = [q_MD for queries in asked.values() for q_MD in (queries.tune_MD, queries.held_MD)]
     # The nearest neighbour of a stored vector is itself.
     true_MK = truth(vectors, np.concatenate(every), KS[-1] + 1)
@@ -310,7 +311,7 @@ def _known(spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float) -
 
 
 def truth(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
-    """The true neighbours among the live rows, shape (M, K)."""
-    # Once only: coding the rows would take longer than it saves.
+    """Return the true neighbours among the live rows, shape (M, K)."""
+    # A single search: coding the rows would take longer than it saves.
     exact = Exact(vectors.shards, coded_bytes=0)
     return exact.search(queries_MD, k, vectors.live_N)[1]

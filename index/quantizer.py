@@ -21,7 +21,7 @@ import torch
 from mmalign.index.spec import Floats, Ints
 
 RIDGE = 0.1
-# Vectors that are compared with all centres at once.
+# Vectors that are compared with all centroids at once.
 AT_ONCE = 2_048
 
 
@@ -39,7 +39,7 @@ class CoarseQuantizer:
         seen_LD = centres_LD
         if self.metric_DD is not None:
             seen_LD = centres_LD @ torch.from_numpy(self.metric_DD)
-        # Of the squared distance |x|² - 2 x·c + |c|², the first part is the same for all centres.
+        # Of the squared distance |x|² - 2 x·c + |c|², the first term is equal for all centroids.
         half_L = (seen_LD * centres_LD).sum(dim=1) / 2
         parts = [
             torch.addmm(-half_L, part_BD, seen_LD.T).argmax(dim=1)
@@ -49,11 +49,11 @@ class CoarseQuantizer:
 
 
 def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
-    """Return the metric of queries, shape (D, D), and its root, which maps vectors into it."""
+    """Return the query metric, shape (D, D), and its square root, which maps vectors into it."""
     spread_DD = np.cov(queries_MD, rowvar=False, bias=True)
     values_D, axes_DD = np.linalg.eigh(spread_DD)
     values_D = values_D.clip(0)
-    # A single query tells of no direction: all count alike.
+    # A single query has no covariance: all directions count equally.
     values_D += RIDGE * values_D.mean() if values_D.any() else 1.0
     values_D /= values_D.mean()
     metric_DD = (axes_DD * values_D**0.5) @ axes_DD.T

@@ -1,4 +1,4 @@
-"""What was tried and what was chosen, as a table for people."""
+"""A readable table of what was tried and what was chosen."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ HEAD = ("design", "rows", "asked", "recall", "+-", "p50 ms", "p99 ms", "QPS", "b
 
 
 def table(trials: Sequence[dict[str, Any]]) -> str:
-    """Lay out trials as index.json holds them; +- is half of the interval of 95 %."""
+    """Format the trials of index.json; +- is half the width of the 95 % confidence interval."""
     rows = [HEAD, *(_cells(trial) for trial in trials)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     lines = []

@@ -36,12 +36,12 @@ class Index(ABC):
         *,
         query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
-        """Return scores (M, K), best first, and rows (M, K); row -1 where there are fewer.
+        """Return scores (M, K), best first, and rows (M, K); row -1 if there are fewer.
 
         Args:
             queries_MD: Queries of unit norm.
             k: Neighbours per query.
-            allow_N: Rows that are False are not found.
+            allow_N: Rows that are False are excluded.
             asked: Modality of the queries, as each has search parameters of its own.
         """
 
@@ -64,7 +64,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """A kind of index, before the number of rows is known."""
+    """A kind of index, independent of the number of rows."""
 
     kind: Literal["exact", "ivf", "hnsw"]
     code: str = ""
@@ -77,29 +77,29 @@ class IndexSpec:
     """Neighbours of a node in an HNSW graph (M)."""
 
     def lists(self, rows: int) -> int:
-        """Number of inverted lists, a power of two."""
+        """Return the number of inverted lists, a power of two."""
         return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
 
     def divides(self, dim: int) -> bool:
-        """Say whether vectors of a width can be encoded: some codes join two or four dimensions."""
+        """Return whether `dim` fits the code: some codes combine two or four dimensions."""
         together = re.search(r"PQ/(\d)", self.code)
         return together is None or dim % int(together[1]) == 0
 
     def factory(self, rows: int, dim: int) -> str:
-        """Name of the index for FAISS's factory."""
+        """Return the FAISS factory string."""
         code = self.code.replace("/2", str(dim // 2)).replace("/4", str(dim // 4))
         if self.kind == "hnsw":
             return f"HNSW{self.links},{code}"
         return f"RR{dim},IVF{self.lists(rows)},{code}"
 
     def name(self, rows: int, dim: int) -> str:
-        """Name for reports: the factory string, and whose metric the lists are in."""
+        """Return a name for reports: the factory string, and the metric of the lists."""
         if self.kind == "exact":
             return "exact"
         return self.factory(rows, dim) + (" by queries" if self.metric == "queries" else "")
 
     def bytes_per_vector(self, rows: int, dim: int) -> float:
-        """Approximate memory of the index for each row."""
+        """Return the approximate memory of the index per row."""
         coded: float = CODES[self.code](dim) + ID_BYTES
         if self.kind == "hnsw":
             return coded + 4 * 2 * self.links * 1.04 + 8

@@ -1,4 +1,4 @@
-"""The vectors that an index is built over and scored with, wherever their shards lie.
+"""The vectors that an index is built over and scored with, in any number of shards.
 
 N rows, P row numbers, D dimensions.
 """
@@ -17,34 +17,34 @@ BLOCK_ROWS = 1 << 14
 
 
 class _Writable:
-    """Shows an array as one that may be written to."""
+    """Presents an array as writable."""
 
     def __init__(self, array: Any) -> None:
-        self.array = array  # keeps the memory
+        self.array = array  # keeps the memory alive
         place, _ = array.__array_interface__["data"]
         self.__array_interface__ = {**array.__array_interface__, "data": (place, False)}
 
 
 def shared(array: Any) -> torch.Tensor:
-    """Make a tensor of an array's own memory; nobody may write to it.
+    """Return a tensor that shares an array's memory and must not be written to.
 
-    Memory-mapped vectors are read-only, of which torch would warn, as its tensors cannot be.
+    Memory-mapped vectors are read-only; torch would warn, as its tensors cannot be.
     """
     return torch.from_numpy(np.asarray(_Writable(array)))
 
 
 class VectorReader:
-    """Shards of float16 vectors, numbered on from one to the next; final.
+    """Shards of float16 vectors, numbered consecutively across shards; final.
 
-    Some may be dead: they keep their numbers, and are passed over.
+    Deleted vectors keep their numbers and are skipped.
     """
 
     def __init__(self, shards: Shards, live_N: Bools | None = None) -> None:
-        """Take shards, each (rows, D) with rows that lie whole in memory or in a memory map.
+        """Take shards, each (rows, D) with contiguous rows, in memory or memory-mapped.
 
         Args:
-            shards: They must not be changed or unmapped while this lives.
-            live_N: Which rows are not dead; None where all live.
+            shards: They must not be changed or unmapped while this object lives.
+            live_N: Which rows are not deleted; None if all are live.
         """
         self.shards = [s for s in shards if len(s)]
         self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
@@ -61,13 +61,13 @@ class VectorReader:
         return int(self.shards[0].shape[1])
 
     def first(self, count: int) -> list[Halves]:
-        """Views of the first rows, by shard."""
+        """Return views of the first rows, by shard."""
         starts = self.ends - [len(s) for s in self.shards]
         views = [s[: max(0, count - first)] for s, first in zip(self.shards, starts, strict=True)]
         return [view for view in views if len(view)]
 
     def draw(self, count: int, seed: int) -> Ints:
-        """Draw numbers of live rows at random, without repetition; ascending."""
+        """Draw numbers of live rows at random, without replacement; ascending."""
         numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)
         drawn = np.random.default_rng(seed).choice(
             len(numbers), size=min(count, len(numbers)), replace=False
@@ -75,9 +75,9 @@ class VectorReader:
         return np.sort(numbers[drawn])
 
     def gather(self, rows_P: Ints, out: torch.Tensor | None = None) -> Halves:
-        """Copy the vectors of some rows, shape (P, D), with as many threads as torch has.
+        """Copy the vectors of some rows, shape (P, D), with all threads of torch.
 
-        They go to the start of `out` (P or more, D), if that is given.
+        They are written to the start of `out` (P or more, D), if given.
         """
         if not len(rows_P):
             return np.zeros((0, self.dim if self.shards else 0), np.float16)
@@ -91,7 +91,7 @@ class VectorReader:
         return found_PD.numpy()
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Yield numbers and float32 vectors of live rows, some thousands at a time.
+        """Yield numbers and float32 vectors of live rows, a few thousand at a time.
 
         Raises:
             VectorError: A vector holds NaN or infinity, or is zero.
@@ -105,7 +105,7 @@ class VectorReader:
                     kept = self.live_N[numbers]
                     numbers, block = numbers[kept], block[kept]
                 if len(numbers):
-                    # torch widens with all threads.
+                    # torch converts with all threads.
                     yield numbers, _checked(shared(block).float().numpy(), numbers)
             first += len(shard)
 
@@ -120,14 +120,14 @@ def _checked(block_BD: Floats, numbers_B: Ints) -> Floats:
 
 
 def _one_view(shards: Shards) -> tuple[Halves, Ints, int]:
-    """See all shards as one array, so that one copy gathers rows of any.
+    """View all shards as one array, so that one copy gathers rows of any shard.
 
-    Shards lie anywhere in memory, but all at distances that a small unit divides. So they are rows
-    of one array that starts at the lowest and has a row at each unit; rows overlap, and what lies
-    between shards is never read.
+    Shards lie anywhere in memory, but the distances between them are multiples of a small unit. So
+    they are rows of one array that starts at the lowest address and has a row at each unit; rows
+    overlap, and memory between shards is never read.
 
     Returns:
-        The array, and for each shard the place of its first row and the step to the next.
+        The array, and for each shard the index of its first row and the stride to the next.
     """
     width = shards[0].shape[1]
     row_bytes = 2 * width

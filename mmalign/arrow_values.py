@@ -1,4 +1,4 @@
-"""Rows of Arrow columns of any type, as values that `values.json_value` takes."""
+"""Convert rows of Arrow columns of any type to values that `values.json_value` accepts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from mmalign.values import EXACT_DIGITS
 
 INT64_DIGITS = 18
-# Those whose Python values say more than their storage.
+# Types whose Python values carry more meaning than their storage.
 KNOWN_EXTENSIONS = ("arrow.uuid", "arrow.bool8")
 
 
 def python_rows(batch: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the rows of a record batch, and the type of each column that cannot be read.
+    """Return the rows of a record batch, and the type of each unreadable column.
 
-    A column that cannot be read is in no row.
+    An unreadable column is omitted from the rows.
     """
     columns: dict[str, list[Any]] = {}
     unread: dict[str, str] = {}
@@ -24,7 +24,7 @@ def python_rows(batch: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
         else:
             columns[name] = values
     if not columns:
-        # With no column to read, a batch still knows how many rows it stands for.
+        # With no columns selected, a batch still has its number of rows.
         return [{} for _ in range(batch.num_rows)], unread
     lists = zip(*columns.values(), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in lists], unread
@@ -48,9 +48,9 @@ def _python(array: Any) -> list[Any] | None:
 
 
 def _mapped(kind: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Return a type with each type inside that holds no other replaced.
+    """Return a type with each of its leaf types replaced.
 
-    List views and run ends are left as they are: Arrow's own casts of them fail or lose values.
+    List views and run ends are left unchanged: Arrow's own casts of them fail or lose values.
     """
     import pyarrow as pa
 
@@ -80,10 +80,10 @@ def _in_utc(kind: Any) -> Any:
 
 
 def _readable(kind: Any) -> Any:
-    """Return the type whose Python values keep everything; most types are their own.
+    """Return the type whose Python values keep everything; most types are unchanged.
 
-    Python knows no nanoseconds; of durations they are dropped. A decimal is one kind of value in
-    all its rows: a number where a double holds every value of the type, else text.
+    Python does not support nanoseconds; those of durations are dropped. A decimal is converted the
+    same way in all rows: to a number if a double holds every value of the type, else to text.
     """
     import pyarrow as pa
 

@@ -1,7 +1,7 @@
-"""TOML files into frozen dataclasses and back. A dataclass is owned by what it configures.
+"""TOML files into frozen dataclasses and back. Each dataclass is defined by the code it configures.
 
-The dataclass is the schema: its field names are the keys, its types are checked, its defaults hold
-where a key is absent. An unknown key is an error that names the nearest known one.
+The dataclass is the schema: its field names are the keys, its types are checked, its defaults apply
+if a key is absent. An unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file; a syntax error names the file and the place."""
+    """Parse a TOML file; a syntax error names the file and the position."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -40,13 +40,13 @@ def build(cls: type[T], values: dict[str, Any], where: str = "configuration") ->
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Refuse a value that breaks its rule, by name."""
+    """Raise an error that names a value which breaks its rule."""
     if not holds:
         raise ConfigError(f"{name}={value} must be {rule}")
 
 
 def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
-    """Lay `key=value` words (dots for nesting, TOML values, bare words as strings) over values.
+    """Override values by `key=value` words (dots for nesting, TOML values, bare words as strings).
 
     >>> override({"epochs": 3}, ("epochs=5", "augment.flip=true", "preset=tiny"))
     {'epochs': 5, 'augment': {'flip': True}, 'preset': 'tiny'}
@@ -71,7 +71,7 @@ def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any
 
 
 def dump(config: Any) -> str:
-    """Write a dataclass as TOML: plain keys first, then a table for each nested dataclass.
+    """Format a dataclass as TOML: plain keys first, then a table for each nested dataclass.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Point:

@@ -1,18 +1,18 @@
-"""Every error that a person's input can cause.
+"""All errors that user input can cause.
 
     MmalignError             one clear line, no traceback; the command line exits with 1
-    ├── UsageError           the words of the call are off; exits with 2
-    │   ├── ConfigError      a configuration file or value is off
-    │   └── ItemError        something of a type that is no item; also a TypeError
+    ├── UsageError           the arguments of a call are wrong; exits with 2
+    │   ├── ConfigError      a configuration file or value is invalid
+    │   └── ItemError        a value of a type that is not an item; also a TypeError
     ├── DataError            a source is missing, empty, or yields nothing usable
     ├── ModelError           a model cannot be found or loaded
     │   └── IdentityError    two things were made by different models
-    ├── StoreError           a store is missing, damaged, or at odds with what is asked of it
+    ├── StoreError           a store is missing, damaged, or does not fit the request
     ├── VectorError          vectors or queries have a wrong shape, type or value
-    ├── TrainingError        training cannot go on (NaN loss, batch larger than the data)
-    └── InstallError         the installed packages do not go together
+    ├── TrainingError        training cannot continue (NaN loss, batch larger than the data)
+    └── InstallError         the installed packages are incompatible
 
-Anything else that escapes is a bug and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -20,28 +20,28 @@ import re
 import shlex
 from collections.abc import Iterable
 
-# A message names so many of the known names where none is close.
+# A message lists this many of the known names if none is close.
 SHOWN = 20
 
 
 class MmalignError(Exception):
-    """Base of all errors with a message for a person: what, where, and what to do."""
+    """Base of all errors with a message for the user: what, where, and what to do."""
 
     exit_code = 1
 
 
 class UsageError(MmalignError):
-    """The words of a call are off."""
+    """The arguments of a call are wrong."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A configuration file or value is off."""
+    """A configuration file or value is invalid."""
 
 
 class ItemError(UsageError, TypeError):
-    """Something of a type that can be neither encoded nor searched by."""
+    """A value of a type that can be neither encoded nor used as a query."""
 
 
 class DataError(MmalignError):
@@ -53,11 +53,11 @@ class ModelError(MmalignError):
 
 
 class IdentityError(ModelError):
-    """Two things that must come from one model come from two."""
+    """Two things that must come from the same model come from different ones."""
 
 
 class StoreError(MmalignError):
-    """A store is missing, damaged, or at odds with what is asked of it."""
+    """A store is missing, damaged, or does not fit the request."""
 
 
 class VectorError(MmalignError, ValueError):
@@ -65,17 +65,17 @@ class VectorError(MmalignError, ValueError):
 
 
 class TrainingError(MmalignError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class InstallError(MmalignError):
-    """The installed packages do not go together."""
+    """The installed packages are incompatible."""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason that a foreign exception gives, whole, in one line.
+    """Return the full message of a library's exception in one line.
 
-    Messages of libraries often name the place first and tell what is wrong in the lines below.
+    Such messages often name the location first and explain the problem in the lines below.
 
     >>> reason_of(RuntimeError("Error(s) in loading:\\n\\tMissing key(s): 'a'.\\n"))
     "Error(s) in loading: Missing key(s): 'a'."
@@ -90,7 +90,7 @@ def one_line(text: str) -> str:
 
 
 def shell_command(*words: object) -> str:
-    """Write a command that mends something, so that it can be pasted into a shell as it stands.
+    """Format a command that fixes a problem, ready to be pasted into a shell.
 
     >>> shell_command("repair", "my photos.store")
     "`mmalign repair 'my photos.store'`"
@@ -99,9 +99,9 @@ def shell_command(*words: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the close one, or all of them.
+    """Return the end of a message about an unknown name: the closest known name, or all of them.
 
-    Case and the marks between words do not make names differ.
+    Case and separators between words are ignored.
 
     >>> nearest("tine", ["nano", "tiny", "small"])
     "did you mean 'tiny'? (nano, small, tiny)"
@@ -121,7 +121,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def same(name: str, known: Iterable[str]) -> str | None:
-    """Return the name that differs by nothing but case and the marks between words.
+    """Return the known name that differs only in case and separators between words.
 
     >>> same("vit_b_32:OPENAI", ["ViT-B-32:openai", "ViT-B-16:openai"])
     'ViT-B-32:openai'

@@ -1,10 +1,10 @@
-"""Files that are either whole or absent: atomic writes, durable names, hashes, JSON lines.
+"""Write files that are either complete or absent: atomic writes, hashes, JSON lines.
 
-Everything that mmalign must not lose goes through here. A write lands under a temporary name that
-nobody else has, is synced to the disk, is renamed onto its place, and the folder that holds the
-name is synced too. A sync that fails is never repeated as if nothing had been: what the system
-could not write it may have dropped, so the file is given up and the caller gets the error. A
-temporary file that a killed process left is no data; `leftovers` finds it.
+All files that mmalign must not lose are written here. A write goes to a unique temporary name, is
+synced to disk and renamed to its final name; then the containing folder is synced too. A failed
+sync is never retried as if nothing had happened: the system may have dropped the unwritten data,
+so the file is abandoned and the caller gets the error. A temporary file left by a killed process
+is not data; `leftovers` finds it.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 WINDOWS = os.name == "nt"
-# What a file system says that has no sync of folders (some network mounts), or cannot be written.
+# Errors of a file system that cannot sync folders (some network mounts), or is read-only.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
-# What a system says of a disk that takes no more; libraries repeat its words.
+# Errors of a full disk; libraries repeat their messages.
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EDQUOT)
-# What one says that has no hard links: exFAT, many network mounts, some mounts of containers.
+# Errors of a file system without hard links: exFAT, many network mounts, some container mounts.
 NO_LINKS = (
     errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL,
     errno.EMLINK, errno.EXDEV,
 )  # fmt: skip
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-# Beyond the end of any file: Windows lets nobody read what is locked.
+# An offset beyond the end of any file: on Windows nobody can read locked bytes.
 LOCKED_BYTE = 2**30
 
 
@@ -51,35 +51,35 @@ fcntl, msvcrt = _if_there("fcntl"), _if_there("msvcrt")
 
 
 class Disk:
-    """What mmalign asks of a disk, one method an operation; final.
+    """The disk operations that mmalign uses, one method each; final.
 
-    Everything in this module goes through `disk`, so that tests can put one there that fails.
+    Everything in this module goes through `disk`, so that tests can substitute a failing disk.
     """
 
     def create(self, path: Path) -> BinaryIO:
-        """Open a new file for writing; an error if the name is taken."""
+        """Open a new file for writing; raise an error if the name is taken."""
         return open(path, "xb")
 
     def append(self, path: Path) -> BinaryIO:
-        """Open a file for writing at its end, unbuffered; it is made if there is none."""
+        """Open a file for unbuffered appending; create it if it does not exist."""
         return open(path, "ab", buffering=0)
 
     def truncate(self, file: BinaryIO, size: int) -> None:
-        """Forget what an open file holds beyond a size in bytes."""
+        """Discard the content of an open file beyond a size in bytes."""
         file.truncate(size)
 
     def sync(self, file: BinaryIO) -> None:
-        """Return when what was written to an open file is on the disk."""
+        """Wait until the data written to an open file is on the disk."""
         file.flush()
         _reach_the_disk(file.fileno())
 
     def sync_path(self, path: Path) -> None:
-        """Return when a file that somebody else wrote and closed is on the disk."""
+        """Wait until a file that was written and closed elsewhere is on the disk."""
         with open(path, "rb+") as file:
             _reach_the_disk(file.fileno())
 
     def sync_folder(self, folder: Path) -> None:
-        """Return when the names inside a folder are on the disk; Windows has no call for that."""
+        """Wait until the names in a folder are on the disk; Windows has no call for that."""
         if WINDOWS:
             return
         handle = os.open(folder, os.O_RDONLY)
@@ -89,26 +89,26 @@ class Disk:
             os.close(handle)
 
     def make_folder(self, path: Path) -> None:
-        """Make one folder inside an existing one; fine if it is there."""
+        """Create one folder inside an existing one, unless it exists already."""
         path.mkdir(exist_ok=True)
 
     def replace(self, source: Path, target: Path) -> None:
-        """Give a file or folder another name; a file of that name is gone."""
+        """Rename a file or folder, replacing a file of that name."""
         os.replace(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or folder a free name; an error if a folder that is not empty has it.
+        """Rename a file or folder; raise an error if a non-empty folder has the new name.
 
-        Only on Windows it is an error as well if a file has the name of a file.
+        On Windows only, renaming a file to the name of an existing file is an error as well.
         """
         os.rename(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name; an error if that is taken."""
+        """Create a hard link to a file; raise an error if the name is taken."""
         os.link(source, target)
 
     def touch(self, path: Path) -> None:
-        """Make a file as young as if it had been written just now."""
+        """Set a file's modification time to now."""
         os.utime(path)
 
     def unlink(self, path: Path) -> None:
@@ -124,7 +124,7 @@ disk = Disk()
 
 
 def _reach_the_disk(handle: int) -> None:
-    # On a Mac `fsync` leaves in the drive's cache what it should write.
+    # On macOS `fsync` may leave the data in the drive's cache.
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         try:
@@ -138,21 +138,21 @@ def _reach_the_disk(handle: int) -> None:
 
 
 class Draft(io.BufferedIOBase):
-    """A file that is being written, from its first byte to its last; final.
+    """A file that is being written sequentially; final.
 
-    It hashes what is handed to it: a byte that goes wrong on its way to the disk does not fit
-    the hash, as it would if the file were read back for that.
+    It hashes the bytes as they are passed in, so a byte corrupted on its way to the disk does not
+    match the hash. Hashing the file after reading it back would miss that.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
 
     def writable(self) -> bool:
-        """Say yes."""
+        """Return True."""
         return True
 
     def write(self, content: "ReadableBuffer", /) -> int:
-        """Take some bytes, all of them."""
+        """Write all of the given bytes."""
         size = memoryview(content).nbytes
         self._file.write(content)
         self._hash.update(content)
@@ -160,11 +160,11 @@ class Draft(io.BufferedIOBase):
         return size
 
     def tell(self) -> int:
-        """Count the bytes so far."""
+        """Return the number of bytes written so far."""
         return self.bytes
 
     def sha256(self) -> str:
-        """Hash what was written so far."""
+        """Return the hash of the bytes written so far."""
         return self._hash.hexdigest()
 
 
@@ -179,10 +179,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, so that they survive a power cut."""
+    """Create a folder and its missing parents so that they survive a power cut."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    # Whoever made the one that is there may have died before this. Its parent may also be none of
-    # our business, and closed to us.
+    # The process that created an existing folder may have died before this sync. Its parent may
+    # also lie outside our control and be inaccessible.
     with contextlib.suppress(PermissionError):
         sync_folder((missing[-1].parent if missing else path).parent)
     for folder in reversed(missing):
@@ -192,7 +192,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error; the system does so when a file is opened, not when written."""
+    """Add the file name to an error; the system names it on open but not on write."""
     try:
         yield
     except OSError as error:
@@ -203,18 +203,18 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Lend a name beside `path` that no other process or thread has; nothing is left under it."""
+    """Provide a unique temporary name beside `path` and remove the file afterwards."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with naming(path):
             yield temporary
     except OSError as error:
-        # The temporary name says nothing to a person.
+        # The temporary name means nothing to the user.
         if error.filename == str(temporary):
             error.filename = str(path)
         raise
     finally:
-        # What cannot be removed is garbage, and no reason to call a finished write a failure.
+        # A file that cannot be removed is garbage; the write itself has succeeded.
         if temporary.exists():
             with contextlib.suppress(OSError):
                 disk.unlink(temporary)
@@ -222,21 +222,21 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _synced(path: Path) -> Iterator[Draft]:
-    """Open a new file that is on the disk when the block ends well."""
+    """Open a new file that is synced to disk when the block ends without an error."""
     with disk.create(path) as file:
         yield Draft(file)
         disk.sync(file)
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Give a finished file its real name."""
+    """Rename a finished file to its final name."""
     disk.replace(temporary, path)
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Draft]:
-    """Open a file for writing that appears under its name only when the block ends well."""
+    """Open a file for writing that gets its name only if the block ends without an error."""
     with _temporary(path) as temporary:
         with _synced(temporary) as draft:
             yield draft
@@ -255,15 +255,15 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write one JSON document atomically and durably, readable by a person."""
+    """Write one JSON document atomically and durably, in a human-readable layout."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_through(path: Path, write: Callable[[str], None]) -> None:
-    """Let a library write a file by name (FAISS, safetensors), then make it appear atomically.
+    """Let a library (FAISS, safetensors) write a file by name, then rename it atomically.
 
     Raises:
-        OSError: The disk is full or broken, in whichever words the library says so.
+        OSError: The disk is full or broken, however the library words that.
     """
     with _temporary(path) as temporary:
         with _as_system_errors():
@@ -274,9 +274,9 @@ def write_through(path: Path, write: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _as_system_errors() -> Iterator[None]:
-    """Raise what a library says of a disk as the error of the system that it stems from.
+    """Convert a library's disk errors to the underlying system error.
 
-    Libraries have exceptions of their own for a full disk, some without its number or its reason.
+    Some libraries raise their own exceptions for a full disk, without its error number or cause.
     """
     try:
         yield
@@ -293,7 +293,7 @@ def _as_system_errors() -> Iterator[None]:
 
 
 def _code_in(message: str) -> int | None:
-    """Find the number of a system's error in a message: "(os error 28)", or its words."""
+    """Find a system error number in a message, from "(os error 28)" or the error text."""
     found = re.search(r"os error (\d+)|errno:? (\d+)", message, re.IGNORECASE)
     if found:
         return int(found[1] or found[2])
@@ -301,15 +301,16 @@ def _code_in(message: str) -> int | None:
 
 
 def claim(path: Path, content: bytes) -> bool:
-    """Create a file atomically only if the name is free; False when it was not, or may not be.
+    """Create a file atomically if the name is free; return False if it was not, or may not be.
 
-    A file system without hard links cannot do this with a file, but it can with a folder: one that
-    is not empty is never replaced. There the name is that of a folder, and the file of the same
-    name inside of it has the content; `claimed` reads either.
+    A file system without hard links cannot do this with a file, but it can with a folder, because a
+    non-empty folder is never replaced. There the name becomes a folder that holds a file of the
+    same name with the content; `claimed` reads both forms.
 
     Raises:
-        OSError: It could not be written, or it is there but might not survive a power cut. Others
-            may have seen it and built on it, so it stays; its maker must look before going on.
+        OSError: It could not be written, or it exists but might not survive a power cut. Other
+            processes may have seen it and relied on it, so it stays; the caller must check before
+            continuing.
     """
     with _temporary(path) as temporary:
         with _synced(temporary) as draft:
@@ -318,7 +319,7 @@ def claim(path: Path, content: bytes) -> bool:
             if not _named(temporary, path):
                 return False
         except FileNotFoundError:
-            # Who was silent for so long that its file was taken for that of a dead process.
+            # This process was silent so long that its file was taken for that of a dead process.
             if temporary.exists() or not path.parent.exists():
                 raise
             return False
@@ -331,18 +332,18 @@ def claim(path: Path, content: bytes) -> bool:
 
 
 def claimed(path: Path) -> bytes:
-    """Read what `claim` has written under a name."""
+    """Read the content that `claim` wrote under a name."""
     file = path / path.name if path.is_dir() else path
     require_regular(file)
     return file.read_bytes()
 
 
 def _named(temporary: Path, path: Path) -> bool:
-    """Give a finished file its name if that is free."""
+    """Give a finished file its name if that name is free."""
     try:
         disk.link(temporary, path)
     except FileExistsError:
-        # Over a network a link can be made and its answer lost; then our file has two names.
+        # On a network mount a link can succeed and its reply be lost; our file then has two names.
         return os.stat(temporary).st_nlink > 1
     except FileNotFoundError:
         raise
@@ -382,14 +383,14 @@ def _in_a_folder(temporary: Path, path: Path) -> bool:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a file or folder into another folder, durably; it never has no name at all."""
+    """Move a file or folder into another folder durably; it has a name at every moment."""
     disk.replace(path, target)
     sync_folder(target.parent)
     sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; fine if it is gone already."""
+    """Remove a file, or a folder with its content; do nothing if it does not exist."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             for inner in path.iterdir():
@@ -400,18 +401,18 @@ def remove(path: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files in a folder: of writers at work, and of killed ones."""
+    """List the temporary files in a folder, both of active writers and of killed ones."""
     return sorted(folder.glob(".*.tmp"))
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines durably: all of them, or after an error none.
+    """Append JSON lines durably: all of them, or none after an error.
 
-    A line that a killed process has torn stays apart from them. Without rows, what others appended
-    is made to last.
+    They stay separate from a partial line left by a killed process. Without rows, lines appended by
+    others are synced to disk.
     """
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Names of files may hold half a surrogate; UTF-8 has none, JSON has an escape for it.
+    # File names may hold lone surrogates; UTF-8 cannot encode them, JSON can escape them.
     content = lines.encode("utf-8", "backslashreplace")
     with _appending(path) as (file, alone):
         size = file.seek(0, os.SEEK_END)
@@ -421,7 +422,7 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 left = left[file.write(left) :]
             disk.sync(file)
         except OSError:
-            # Half a line, or one that can be seen and is not on the disk, is worse than none.
+            # A partial line, or a line that is visible but not on the disk, is worse than none.
             if alone:
                 with contextlib.suppress(OSError):
                     disk.truncate(file, size)
@@ -430,10 +431,10 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change a file as a whole while those who would append to it wait.
+    """Replace a file's content while processes that want to append to it wait.
 
-    Windows replaces no file that is open. There it is written over, and what `change` was given is
-    lost if the process is killed meanwhile.
+    Windows cannot replace an open file. There the file is overwritten in place, and the input of
+    `change` is lost if the process is killed during the write.
     """
     with _appending(path) as (file, _):
         content = change(path.read_bytes())
@@ -447,11 +448,11 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """Open a file at its end; True where nobody else can (some file systems have no locks)."""
+    """Open a file at its end; True if it is locked for us alone (some file systems lack locks)."""
     while True:
         with naming(path), disk.append(path) as file:
             alone = _lock(file)
-            # Whoever was waited for may have put another file in its place.
+            # The process that held the lock may have replaced the file.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file, alone
                 return
@@ -459,14 +460,14 @@ def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[bool]:
-    """Hold a folder; False where another process holds it.
+    """Lock a folder; yield False if another process holds it.
 
-    The system ends the hold with the process, however that ends. Where there are no locks of
-    folders, everybody gets True.
+    The system releases the lock when the process ends, for any reason. Where folders cannot be
+    locked, every process gets True.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         yield True
         return
     try:
@@ -488,7 +489,7 @@ def _held_by_us(handle: int) -> bool:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Wait until nobody else has a lock on an open file; it goes when the file is closed."""
+    """Wait for an exclusive lock on an open file; closing the file releases it."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -515,7 +516,7 @@ def _locked_within_seconds(file: BinaryIO) -> bool:
 
 
 def _is_torn(path: Path) -> bool:
-    """Say whether a file ends in the middle of a line."""
+    """Return whether a file ends in the middle of a line."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -523,9 +524,9 @@ def _is_torn(path: Path) -> bool:
 
 
 def in_utf8(text: str) -> str:
-    """Return a name or word as its bytes read in UTF-8; as it is where they are none.
+    """Return a name or word with its bytes decoded as UTF-8; unchanged if they are not UTF-8.
 
-    Python holds bytes that the locale's encoding has no letters for as halves of characters.
+    Python represents bytes that the locale's encoding cannot decode as lone surrogates.
     """
     try:
         text.encode()
@@ -536,9 +537,9 @@ def in_utf8(text: str) -> str:
 
 
 def utf8_name(path: Path | str) -> str:
-    """Write a path for a library that knows no names but those in UTF-8.
+    """Convert a path for a library that accepts only UTF-8 names.
 
-    Where the locale has another encoding, Python holds the bytes of a name in a way of its own.
+    In a locale with another encoding, Python represents the bytes of a name differently.
 
     Raises:
         OSError: The name is not UTF-8.
@@ -555,9 +556,9 @@ _scratch: list[Path] = []
 
 @contextlib.contextmanager
 def scratch_in(folder: Path) -> Iterator[None]:
-    """Let the temporary files of a block lie beside what it writes, or in the folder around it.
+    """Place a block's temporary files beside its output, or in the parent folder.
 
-    It holds for all threads: who decodes is another one than who asked for it.
+    It applies to all threads, because decoding runs in other threads than the caller's.
     """
     _scratch.append(folder.absolute())
     try:
@@ -567,7 +568,7 @@ def scratch_in(folder: Path) -> Iterator[None]:
 
 
 def scratch_folder() -> Path:
-    """Return where large temporary files go: /tmp, which is memory on many systems, comes last."""
+    """Return the folder for large temporary files; /tmp, often in memory, is the last choice."""
     if any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")):
         return Path(tempfile.gettempdir())
     beside = (next(f for f in (s, *s.parents) if f.is_dir()) for s in reversed(_scratch))
@@ -576,17 +577,17 @@ def scratch_folder() -> Path:
 
 
 def scratch_file() -> BinaryIO:
-    """Open a file that has no name, and is gone when it is closed or the process ends."""
+    """Open an unnamed file that disappears when it is closed or the process ends."""
     folder = scratch_folder()
     with naming(folder):
         return tempfile.TemporaryFile(dir=folder)
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is there and is no file, before it is opened: to read from a pipe may never end.
+    """Refuse a path that is not a regular file before opening it: reading a pipe may never end.
 
     Raises:
-        OSError: It is a folder, a pipe, a device; or there is nothing.
+        OSError: It is a folder, a pipe, a device; or it does not exist.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))

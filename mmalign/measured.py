@@ -1,11 +1,11 @@
-"""What was measured once on this kind of machine, kept in a cache folder and reused.
+"""Timings measured once per kind of machine, kept in a cache folder and reused.
 
-Which of some ways is the fastest differs between processors, and a clock read in a busy moment
-answers wrongly. So it is read once: every later process finds the figures. They decide only how
-fast something is, never what it gives, and any of the files may be deleted.
+Which of several methods is the fastest depends on the processor, and a measurement on a busy
+machine can be wrong. So each is measured once, and later processes reuse the figures. They affect
+only speed, never results, and any of the files may be deleted.
 
-The folder is $MMALIGN_CACHE ("off": nothing is kept), else mmalign's in the folder that the system
-has for caches. Where it cannot be read or written, the figures last as long as the process.
+The folder is $MMALIGN_CACHE ("off": nothing is kept), else mmalign's folder in the system's cache
+folder. If it cannot be read or written, the figures last as long as the process.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from mmalign.files import require_regular, write_json
 
 Figures = dict[str, float]
 VARIABLE, OFF = "MMALIGN_CACHE", "off"
-# What /proc/cpuinfo says of a kind of processor, on x86 and on ARM.
+# Fields of /proc/cpuinfo that identify a kind of processor, on x86 and on ARM.
 KIND = (
     "model name", "cpu family", "model", "stepping", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features",
@@ -43,15 +43,15 @@ def measured(
     ways: Sequence[str],
     measure: Callable[[], Figures],
 ) -> Figures:
-    """Return the recorded figures of some ways to do a thing; measure and record them if need be.
+    """Return the recorded figures of several methods; measure and record them if necessary.
 
     Args:
-        what: What is measured, as a part of a file's name: "encoding", "exact-search".
-        conditions: All that the figures depend on beside the processor, its cores and the versions
-            of torch and mmalign.
-        ways: What is compared; the figures have exactly these names.
-        measure: Runs each way and returns a finite figure of each. One thread of a process
-            measures at a time.
+        what: What is measured, used in the file name: "encoding", "exact-search".
+        conditions: Everything that the figures depend on besides the processor, its cores and the
+            versions of torch and mmalign.
+        ways: The methods compared; the figures have exactly these names.
+        measure: Runs each method and returns a finite figure for each. Only one thread of a
+            process measures at a time.
     """
     key = {**machine(), **{k: str(v) for k, v in conditions.items()}, "ways": ", ".join(ways)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -71,7 +71,7 @@ def measured(
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of the records; None where nothing is to be kept, or no folder is known."""
+    """Return the folder of the records; None if caching is off or no folder is known."""
     chosen = os.environ.get(VARIABLE, "")
     if chosen:
         return None if chosen == OFF else Path(chosen)
@@ -84,7 +84,7 @@ def cache_folder() -> Path | None:
 
 @cache
 def machine() -> dict[str, str]:
-    """Name the kind of processor, the cores of it that may be used, and the versions."""
+    """Return the kind of processor, the number of usable cores, and the versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         torch = version("torch")
@@ -106,13 +106,13 @@ def _processor() -> str:
             if key.strip() in KIND:
                 said.setdefault(key.strip(), value.strip())
     name = said.get("model name") or platform.processor() or platform.machine()
-    # Virtual machines hide names: one says "AMD EPYC" of five generations.
+    # Virtual machines hide names: one reports "AMD EPYC" for five generations.
     kind = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return f"{name}, {platform.machine()}, {kind[:8]}"
 
 
 def _inside(variable: str, usual: str, ours: str) -> Path | None:
-    # By the rule of XDG, a path that is not absolute does not count.
+    # According to the XDG specification, a relative path is ignored.
     given = os.environ.get(variable, "")
     if Path(given).is_absolute():
         return Path(given) / ours
@@ -123,7 +123,7 @@ def _inside(variable: str, usual: str, ours: str) -> Path | None:
 
 
 def _read(path: Path, key: dict[str, str]) -> Figures | None:
-    """Read the figures of a file; None where there are none of this key."""
+    """Read the figures of a file; None if it has none for this key."""
     try:
         require_regular(path)
         content: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
 """Messages and progress bars.
 
-Messages go to the logger `mmalign` of Python's `logging`, as those of any library: a program sees
-warnings, and more where it configures logging. Progress bars are not shown. The command line calls
+Messages go to the logger `mmalign` of Python's `logging`, as in any library: a program sees
+warnings, and more if it configures logging. Progress bars are not shown. The command line calls
 `to_stderr`, as a program may: messages and bars then appear on stderr. `setLevel(logging.WARNING)`
-on the logger hides bars and leaves warnings, `logging.CRITICAL` hides all.
+on the logger hides bars and keeps warnings, `logging.CRITICAL` hides everything.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ def to_stderr() -> None:
 
 
 class _Stderr(logging.Handler):
-    """Prints messages as they are, above the bars that are shown."""
+    """Prints messages unchanged, above the visible bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         from tqdm import tqdm
 
-        # A terminal that is gone is no reason to stop.
+        # A closed terminal is no reason to stop.
         with contextlib.suppress(OSError):
             tqdm.write(record.getMessage(), file=sys.stderr)
 
@@ -52,11 +52,11 @@ def bar(
 ) -> Any:
     """Return a tqdm bar (use it as a context manager; `.update(n)`, `.set_postfix_str(text)`).
 
-    It is visible if `shown` is true or, where that is None, if bars are shown on stderr.
+    It is visible if `shown` is true or, if that is None, if bars are shown on stderr.
     """
     from tqdm import tqdm
 
-    # Where stderr is a file, a line every ten seconds is enough.
+    # If stderr is a file, one line every ten seconds is enough.
     pace = 0.2 if sys.stderr.isatty() else 10.0
     made = tqdm(
         total=total, desc=f"{label:<10}", unit=f" {unit}", mininterval=pace, file=sys.stderr,
@@ -68,7 +68,7 @@ def bar(
 
 
 def over(label: str, items: Iterable[T], total: int | None = None, unit: str = "") -> Iterator[T]:
-    """Pass items on while the bar counts them."""
+    """Yield the items while a bar counts them."""
     with bar(label, total, unit) as progress:
         for item in items:
             yield item
@@ -76,19 +76,19 @@ def over(label: str, items: Iterable[T], total: int | None = None, unit: str = "
 
 
 def close_bars() -> None:
-    """End the lines of all bars, so that what is printed next begins a line."""
+    """Close all bars, so that the next output starts on a new line."""
     for each in list(_open):
         with contextlib.suppress(OSError):
             each.close()
 
 
 def say(message: str) -> None:
-    """Log a message for a person; one that begins with "warning:" is a warning."""
+    """Log a message for the user; one that begins with "warning:" is a warning."""
     level = logging.WARNING if message.startswith("warning:") else logging.INFO
     if LOGGER.isEnabledFor(level):
         from mmalign.terminal import printable
 
-        # Line ends are ours: tables have some.
+        # Line breaks are intended, as in tables, so they are kept.
         LOGGER.log(level, "%s", "\n".join(map(printable, message.split("\n"))))
 
 

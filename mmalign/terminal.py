@@ -1,7 +1,7 @@
-"""Text for a terminal: a line stays one line, keeps to a width, and does nothing to the terminal.
+"""Safe text for a terminal: one line, limited in width, without control sequences.
 
-Captions, ids and names of files are other people's text. They may hold escape sequences, line ends,
-marks that turn the direction of writing around, or half a character.
+Captions, ids and file names are untrusted text. They may contain escape sequences, line breaks,
+marks that reverse the writing direction, or half a character.
 """
 
 import os
@@ -11,12 +11,12 @@ import sys
 
 # Control characters, line and paragraph separators, direction overrides, half characters.
 ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Width of a line for a reader that is no terminal: a file, or another program.
+# Line width if stdout is not a terminal but a file or another program.
 UNSEEN_COLUMNS = 240
 
 
 def printable(text: str) -> str:
-    r"""Write what would act on a terminal as Python writes it.
+    r"""Escape characters that would act on a terminal, as Python does.
 
     >>> printable("a\x1b[31mred\nb")
     'a\\x1b[31mred\\nb'
@@ -25,19 +25,20 @@ def printable(text: str) -> str:
 
 
 def width(text: str) -> int:
-    """Count the columns that a terminal needs; a Chinese character takes two."""
+    """Count the terminal columns of a text; a Chinese character takes two."""
     from wcwidth import wcwidth
 
     return sum(max(0, wcwidth(character)) for character in text)
 
 
 def shorten(text: str, columns: int) -> str:
-    """Cut a text to a number of columns; three dots say that it was.
+    """Cut a text to a number of columns; an ellipsis marks the cut.
 
     >>> shorten("a dog on a beach", 8), shorten("红色的圆", 5)
     ('a dog o…', '红色…')
     """
-    # Most characters take a column, none takes half of one that counts: no need to look further.
+    # Most characters take at least one column: no need to look further.
+
     head = text[: 4 * columns + 4]
     if len(head) == len(text) and width(text) <= columns:
         return text
@@ -48,14 +49,15 @@ def shorten(text: str, columns: int) -> str:
 
 
 def columns() -> int:
-    """Return how wide a line on stdout may be."""
+    """Return the maximum width of a line on stdout."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNSEEN_COLUMNS
 
 
 def openable(uri: str) -> str:
-    """Return the place of an image as a person would type it here: the shorter of two paths.
+    """Return the path of an image as a user would type it here: the shorter of two paths.
 
-    A URL stays as it is; `#` and what follows name a member of a tar, or a row of a table.
+    A URL stays unchanged; `#` and what follows name a member of a tar, or a row of a table.
+
     """
     if "://" in uri or not os.path.isabs(uri):
         return uri

@@ -1,4 +1,4 @@
-"""Values as JSON holds them: one conversion for all that a source says of a sample.
+"""Convert values to JSON: one conversion for all data that a source gives for a sample.
 
 Tables, sidecar files and imported metadata come as Python or Arrow values; a row of a store keeps
 them as JSON, and `--where` compares them.
@@ -12,21 +12,21 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-# A double holds every decimal of so many digits exactly.
+# A double holds every decimal of this many digits exactly.
 EXACT_DIGITS = 15
 MAX_DEPTH = 64
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
-    r"""Convert a value to what JSON can hold.
+    r"""Convert a value to JSON-compatible types.
 
-    Numbers stay numbers, NaN and infinity are null. Decimals are numbers where a double holds them
-    exactly, else text. Dates and times are ISO 8601 with a blank, in UTC where their zone is known,
-    so that text compares as time does; durations are seconds. Bytes are text where they are UTF-8,
-    else hexadecimal. What cannot be UTF-8 in a text stands as a `\` escape.
+    Numbers stay numbers, NaN and infinity become null. Decimals are numbers if a double holds them
+    exactly, else text. Dates and times are ISO 8601 with a space, in UTC if their zone is known, so
+    that text order is time order; durations are seconds. Bytes are text if they are UTF-8, else
+    hexadecimal. Characters that cannot be UTF-8 become a `\` escape.
 
     Raises:
-        ValueError: It is nested more than 64 deep.
+        ValueError: It is nested more than 64 levels deep.
 
     >>> json_value([float("nan"), Decimal("1.50"), date(2020, 1, 2), b"\x00\xff"])
     [None, 1.5, '2020-01-02', '00ff']
@@ -51,7 +51,7 @@ def json_value(value: Any, depth: int = 0) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Write a value as JSON that every reader takes: no NaN, no half characters."""
+    """Serialise a value as JSON that every reader accepts: no NaN, no lone surrogates."""
     return json.dumps(json_value(value), ensure_ascii=False, allow_nan=False)
 
 
@@ -59,7 +59,7 @@ def _scalar(value: Any, depth: int) -> Any:
     if isinstance(value, Decimal):
         return _decimal(value)
     if isinstance(value, datetime):
-        with contextlib.suppress(OverflowError):  # the first and last day that Python knows
+        with contextlib.suppress(OverflowError):  # the first and last day that Python supports
             value = value.astimezone(UTC) if value.tzinfo else value
         return value.isoformat(sep=" ")
     if isinstance(value, date | time):

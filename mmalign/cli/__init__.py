@@ -1,9 +1,9 @@
 """The command `mmalign`: parse, call one function, print.
 
 main.py      the commands that go from pairs to hits
-store.py     the commands that look after a store
-info.py      what a store holds, in ten lines
-demo.py      all verbs, on scenes it draws itself
-options.py   what commands share
+store.py     the commands that maintain a store
+info.py      a summary of a store in ten lines
+demo.py      all commands, on generated scenes
+options.py   options shared by commands
 errors.py    how a command ends: one line for a mistake, exit codes
 """

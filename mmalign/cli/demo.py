@@ -1,4 +1,4 @@
-"""`mmalign demo`: the whole path on scenes it draws itself, by the verbs that real data takes.
+"""`mmalign demo`: the whole pipeline on generated scenes, with the commands used for real data.
 
 draw -> train -> embed -> index -> search in two languages -> evaluate -> sheet and report
 """
@@ -25,9 +25,9 @@ from mmalign.training.train import TrainConfig, train
 
 LANGUAGES = {"english": "captions", "chinese": "captions_zh"}
 HELD_OUT_SCENES = 1_000
-# Training goes by the clock. Two passes over the scenes gave a recall@1 of 50 %, three gave 67 %.
+# Training is limited by time. Two passes over the scenes gave a recall@1 of 50 %, three 67 %.
 FEW_PASSES = 4
-# Held-out scenes to look for, by (row, number of the caption: English first, then Chinese).
+# Held-out scenes to search for, as (row, caption number: English first, then Chinese).
 LOOKED_FOR = ((7, 0), (8, 4), (21, 1), (34, 7), (50, 2), (61, 6))
 LAST_LOOKED_FOR = max(row for row, _ in LOOKED_FOR)
 
@@ -39,17 +39,17 @@ def demo(
     minutes: float = 4.0,
     held_out: int = HELD_OUT_SCENES,
 ) -> dict[str, Any]:
-    """Run the whole path and leave run/, scenes.store/, sheet.png and report.json in a folder.
+    """Run the whole pipeline and write run/, scenes.store/, sheet.png and report.json to a folder.
 
     Args:
         out: The folder; it must be new or empty.
         scenes: Scenes to train on.
-        minutes: Time to train.
-        held_out: Scenes to search that are never seen in training.
+        minutes: Training time.
+        held_out: Number of held-out scenes to search.
 
     Returns:
-        The content of report.json: recall@1/5/10 for the scenes never seen in training, in each
-        language and direction, and the seconds of every step.
+        The content of report.json: recall@1/5/10 on the held-out scenes, in each language and
+        direction, and the seconds of every step.
     """
     folder = Path(out)
     if not held_out > LAST_LOOKED_FOR:
@@ -77,7 +77,7 @@ def demo(
             caption_loss=0.5,
             batch_size=256,
             weight_decay=0.2,
-            # Small pictures of small shapes teach little: at full size from the first step.
+            # Small images of small shapes teach little: train at full size from the first step.
             start_size=1.0,
             augment=Augment(crop_min=0.85, aspect=1.05, colour=0.1, erase=0.0),
         )
@@ -112,7 +112,7 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _sheet(searcher: Searcher, path: Path, recalls: dict[str, dict[str, Any]]) -> None:
-    """Show captions of held-out scenes and what they find, their own scene framed."""
+    """Draw a sheet of captions of held-out scenes and their hits, with the correct scene framed."""
     rows = searcher.store.rows([row for row, _ in LOOKED_FOR], ("id", "captions"))
     asked = [
         (row["captions"][number], row["id"])

@@ -1,8 +1,8 @@
 """How a command ends: one line for a mistake, a traceback for a bug, an exit code for each.
 
-0    done
-1    it could not be done; also a bug, which keeps its traceback
-2    the words of the call are off
+0    success
+1    failure; also a bug, which keeps its traceback
+2    the arguments of the call are wrong
 130  interrupted, by Ctrl-C or SIGTERM
 """
 
@@ -31,23 +31,23 @@ BUG = (
     "This is a bug of mmalign, not a mistake of yours. Please report it with the lines above, the "
     "command, and what `mmalign --version` prints."
 )
-# Errors of the system that only a bug can cause; all others tell of a place, a disk or a network.
+# System errors that only a bug can cause; all others concern a path, a disk or a network.
 OURS = (errno.EBADF, errno.EFAULT, errno.EINVAL)
-# A reason is given whole, but a message is not as long as the data.
+# A reason is printed in full, but a message must not be as long as the data.
 MAX_MESSAGE, MAX_CALL = 2_000, 300
 
 
 class Commands(click.Group):
-    """Shows our errors as one line, and the nearest name for an unknown command."""
+    """Shows mmalign's errors as one line, and the nearest name for an unknown command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands in the order in which a person meets them."""
+        """Return the commands in the order of their use."""
         return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is called; the nearest ones where there is none."""
+        """Find the command that is called; suggest the nearest ones if there is none."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise click.UsageError(
                 f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
@@ -55,7 +55,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **words: Any) -> Any:
-        """Run a command; a mistake in its words is one line too."""
+        """Run a command; wrong arguments are reported in one line too."""
         _any_encoding()
         _quiet()
         try:
@@ -65,12 +65,12 @@ class Commands(click.Group):
             click.echo(error.ctx.get_help() if error.ctx else "", err=True)
             code = 2
         except click.ClickException as error:
-            # The shell may have made thousands of words of one pattern.
+            # The shell may have expanded one pattern to thousands of arguments.
             told = shorten(error.format_message().rstrip("."), MAX_CALL)
             complain(f"{told}{_hint(error)}")
             code = error.exit_code
         except click.Abort as abort:
-            # click takes the end of a file for Ctrl-D at a prompt; there is no prompt here.
+            # click takes an EOFError for Ctrl-D at a prompt; there is no prompt here.
             if isinstance(abort.__cause__, EOFError):
                 abort.__cause__.add_note(BUG)
                 raise abort.__cause__ from None
@@ -78,7 +78,7 @@ class Commands(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call a command; what it raises for a person becomes one line."""
+        """Call a command; an error meant for the user becomes one line."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -109,16 +109,16 @@ def complain(message: str) -> None:
 
 
 def _reader_left(error: Exception) -> bool:
-    """Say whether an error is that nobody reads stdout any more; if so, nothing is printed there.
+    """Return whether an error means that stdout was closed; if so, nothing more is printed there.
 
-    All that prints is click's `echo`; a pipe that broke elsewhere, in a network, is an error.
+    Only click's `echo` prints; a pipe that broke elsewhere, e.g. in a network, is an error.
     """
     if not isinstance(error, BrokenPipeError):
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if not frame.f_globals["__name__"].startswith("click."):
         return False
-    # Python would complain at its end of what it could not print.
+    # At exit, Python would complain about output that it could not write.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
@@ -129,7 +129,7 @@ def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
 
 
 def _told(error: Exception) -> str | None:
-    """Return what a person can do something about: disks, networks, memory; None for a bug."""
+    """Return the message of an error a user can fix (disk, network, memory); None for a bug."""
     if isinstance(error, io.UnsupportedOperation):
         return None
     if isinstance(error, OSError):
@@ -139,7 +139,7 @@ def _told(error: Exception) -> str | None:
         if not place and error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = f"a disk is full, perhaps that of temporary files ({tempfile.gettempdir()}): "
         return place + reason_of(error)
-    # That of a GPU is torch's own, and known here by its name, as torch need not be loaded.
+    # The GPU error is torch's own; it is recognized by name, as torch may not be loaded.
     lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if lacking or "DefaultCPUAllocator: " in str(error):
         return f"out of memory: {reason_of(error)}"
@@ -151,7 +151,7 @@ def _is_name(filename: object) -> bool:
 
 
 def _hint(error: click.ClickException) -> str:
-    """Say what to write in place of words that are off."""
+    """Suggest a correction for wrong arguments."""
     ctx = getattr(error, "ctx", None)
     if ctx is None:
         return ""
@@ -170,7 +170,7 @@ def _hint(error: click.ClickException) -> str:
 
 
 def _any_encoding() -> None:
-    """Print a replacement for what stdout has no code for; stderr writes it as Python does."""
+    """Replace characters that stdout cannot encode; stderr escapes them as Python does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stderr, io.TextIOWrapper):
@@ -178,14 +178,14 @@ def _any_encoding() -> None:
 
 
 def _quiet() -> None:
-    """Keep warnings to ourselves that a person can do nothing about; a program sees them."""
-    # The limit of pixels is ours to hold; Pillow warns at half of it.
+    """Hide warnings that a command-line user cannot act on; a program still sees them."""
+    # mmalign enforces the pixel limit itself; Pillow warns at half of it.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")
 
 
 class _Terminated:
-    """While a command runs, SIGTERM ends it as Ctrl-C does: files are left whole."""
+    """While a command runs, SIGTERM ends it like Ctrl-C does: files are left intact."""
 
     def __enter__(self) -> None:
         self.before: Any = None

@@ -1,4 +1,4 @@
-"""What `mmalign info` says of a store: as values, and in ten lines for a person."""
+"""The output of `mmalign info`: as values, and as ten readable lines."""
 
 import unicodedata
 from collections import Counter
@@ -11,11 +11,11 @@ from mmalign.errors import shell_command
 if TYPE_CHECKING:
     from mmalign.store import Store
 
-# Scripts are counted in so many captions, from the start.
+# Number of captions, from the start, in which scripts are counted.
 COUNTED = 20_000
 SHOWN = 3
-# First words of the Unicode names of letters, and what a person calls the script. Kana decide for
-# Japanese, as its Chinese characters are also those of Chinese.
+# First words of the Unicode names of letters, and the common names of the scripts. Kana identify
+# Japanese, as it shares its Chinese characters with Chinese.
 SCRIPTS = {
     "LATIN": "Latin", "CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese",
     "HANGUL": "Korean", "CYRILLIC": "Cyrillic", "ARABIC": "Arabic", "DEVANAGARI": "Devanagari",
@@ -24,7 +24,7 @@ SCRIPTS = {
 
 
 def described(store: "Store") -> dict[str, Any]:
-    """Return what a store holds, as values."""
+    """Return a summary of a store as values."""
     from mmalign.index import describe
 
     manifest, folder = store.manifest, store.index_folder
@@ -44,7 +44,7 @@ def described(store: "Store") -> dict[str, Any]:
 
 
 def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
-    """Return lines for a person: rows, captions by script, model, index, failures, size."""
+    """Return readable lines: rows, captions by script, model, index, failures, size."""
     deleted = values["deleted"]
     compact = shell_command("compact", store.path)
     more = f" and {deleted:,} deleted, on the disk until {compact}" if deleted else ""
@@ -121,7 +121,7 @@ def _reasons(store: "Store") -> str:
 
 
 def _bytes(count: float) -> str:
-    """Write an amount of memory.
+    """Format an amount of memory.
 
     >>> _bytes(950), _bytes(4527242), _bytes(3.2e10)
     ('950 bytes', '4.5 MB', '32.0 GB')

@@ -1,7 +1,7 @@
-"""The `mmalign` command: parse, call one verb, print or answer.
+"""The `mmalign` command: parse the arguments, call one function, print the result.
 
-Only click and the error tree are loaded up front; each command imports what it needs. Results go to
-stdout (`--json`: one object), everything else to stderr. `cli_errors.py` has the exit codes.
+Only click and the error classes are loaded up front; each command imports what it needs. Results go
+to stdout (`--json`: one object), everything else to stderr. `errors.py` has the exit codes.
 """
 
 import os
@@ -26,9 +26,9 @@ from mmalign.progress import to_stderr
 from mmalign.terminal import columns, openable, printable, shorten, width
 
 Command = Callable[..., Any]
-# A hit's place is cut only where no system would open it; its words get what is left of a line.
+# A hit's path is cut only if no system could open it; its text gets the rest of the line.
 MAX_PLACE, MIN_WORDS = 4096, 20
-# What a query that means a file may begin with; whether there is one, the disk says.
+# Prefixes of queries that may mean a file; whether the file exists is checked on disk.
 PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "https://")
 
 
@@ -52,7 +52,7 @@ def _sources(required: bool = True) -> Callable[[Command], Command]:
 
 
 def _columns(command: Command) -> Command:
-    """Add the options that name columns of tables."""
+    """Add the options that name table columns."""
     keys = click.option(
         "--caption-key", "caption_keys", multiple=True, metavar="KEY", type=TEXT,
         help="Where captions stand in the .json or table; repeatable. Default: captions.",
@@ -128,7 +128,7 @@ def train(
     from mmalign.training.train import configure
     from mmalign.training.train import train as run
 
-    # A run that is resumed goes on with its own configuration unless told otherwise.
+    # A resumed run keeps its own configuration unless told otherwise.
     own = Path(out) / "config.toml"
     file = config or (str(own) if resume and own.exists() else None)
     values = read_toml(Path(file)) if file else {}
@@ -303,17 +303,17 @@ def search(
 
 
 def _line(start: str, place: str, words: str) -> str:
-    """Put a hit into one line: its place whole, so that it can be opened, its words as they fit."""
+    """Format a hit as one line: its full path, so that it can be opened, and text as it fits."""
     line = f"{start}  {shorten(printable(place), MAX_PLACE)}"
     room = max(MIN_WORDS, columns() - width(line) - 2)
     return f"{line}  {shorten(printable(words), room)}".rstrip()
 
 
 def _query(words: tuple[str, ...]) -> str | bytes:
-    """Decide what a person asks by: the content of an image file, or a text.
+    """Decide whether a query is an image file (returned as its content) or a text.
 
-    A file that exists is never searched by the words of its name, as nobody would notice; nor is a
-    name of no file refused, as it may be words.
+    The name of an existing file is never searched as text, as nobody would notice; a name that
+    matches no file is not refused, as it may be a text.
     """
     if len(words) > 1:
         raise UsageError(f"one query is searched: put its words in quotes: {' '.join(words)!r}")
@@ -322,7 +322,7 @@ def _query(words: tuple[str, ...]) -> str | bytes:
     file = Path(os.path.expanduser(typed[1:] if named else typed))
     try:
         exists, is_file, is_folder = file.exists(), file.is_file(), file.is_dir()
-    except (OSError, ValueError):  # too long for a name, or with a NUL
+    except (OSError, ValueError):  # too long for a file name, or contains a NUL
         exists = is_file = is_folder = False
     if named and not is_file:
         reason = "not a regular file" if exists else "no such image file"
@@ -345,7 +345,7 @@ def _ends_as_image(name: str) -> bool:
 
 
 def _image(file: Path, hint: str) -> bytes:
-    """Read an image to search by; refuse one that cannot be decoded before a model is loaded."""
+    """Read a query image; refuse one that cannot be decoded before a model is loaded."""
     from mmalign.data import is_image_content, open_image
 
     try:

@@ -1,4 +1,4 @@
-"""What several commands share: their options, and how an answer is printed."""
+"""Options shared by several commands, and the printing of results."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import click
 from mmalign import files
 from mmalign.terminal import printable
 
-# Control characters that JSON lets stand as they are, and a terminal may act on.
+# Control characters that JSON leaves unescaped and a terminal may act on.
 ACTIVE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-# click's own class takes a type parameter since 8.4 only.
+# click's own class takes a type parameter only since 8.4.
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
@@ -25,7 +25,7 @@ else:
 
 
 class _Text(ParamType):
-    """Words; in UTF-8, as terminals write them, also where the locale says nothing of it."""
+    """A text; in UTF-8, as terminals write it, even if the locale does not say so."""
 
     name = "text"
 
@@ -34,7 +34,7 @@ class _Text(ParamType):
 
 
 class _Place(ParamType):
-    """A path or another name of a place; `~` is the home folder, which a shell reads only bare."""
+    """A path or URL; expands `~` to the home folder, which a shell does only for a bare `~`."""
 
     name = "text"
 
@@ -72,7 +72,7 @@ where_option = click.option(
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:
-    """Print an answer as one JSON object, or as lines for a person."""
+    """Print a result as one JSON object, or as readable lines."""
     if as_json:
         click.echo(_json(values))
         return
@@ -83,7 +83,7 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _number(value: float) -> str:
-    """Write a number so that a person sees its first digits.
+    """Format a number so that its first digits are visible.
 
     >>> _number(0.9512345), _number(2e-5), _number(0.0), _number(1035971223.02)
     ('0.9512', '2.00e-05', '0.0000', '1035971223')
@@ -94,12 +94,12 @@ def _number(value: float) -> str:
 
 
 def show(line: str) -> None:
-    """Print one line of an answer on stdout; names and captions in it do nothing to a terminal."""
+    """Print one line of a result to stdout, with control characters in it escaped."""
     click.echo(printable(line))
 
 
 def _json(values: dict[str, Any]) -> str:
-    """Write JSON as it can be read by a person where stdout can print it, else in ASCII."""
+    """Write readable Unicode JSON if stdout can print it, else ASCII."""
     text = json.dumps(values, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -109,7 +109,7 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Turn nested tables into dotted names."""
+    """Flatten nested dicts to dotted names."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

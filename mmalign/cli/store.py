@@ -1,4 +1,4 @@
-"""The commands that look after a store: info, verify, repair, delete, compact, export, import."""
+"""The commands that maintain a store: info, verify, repair, delete, compact, export, import."""
 
 import sys
 from dataclasses import asdict
@@ -125,7 +125,8 @@ def compact(store: Path, now: bool, as_json: bool) -> None:
 
 
 def _as_lists(report: Any) -> dict[str, Any]:
-    """Return the fields of a report as JSON has them; a person is shown the lists apart."""
+    """Return the fields of a report for JSON; in readable output the lists are separate."""
+
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(report).items()}
 
 
@@ -180,7 +181,7 @@ def delete(
 
 
 def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArray[np.int64]":
-    """Return the numbers of rows, by SQL or by ids that must all be known."""
+    """Return row numbers, selected by SQL or by ids that must all exist."""
     import numpy as np
 
     if where is not None:

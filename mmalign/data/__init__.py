@@ -1,11 +1,11 @@
-"""From a source to decoded, augmented, batched pairs; every skipped sample has a reason.
+"""Turn sources into decoded, augmented, batched pairs; every skipped sample has a reason.
 
 samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
 spilled.py   samples on disk while a source is scanned
-places.py    local paths and URLs: opened and listed in one way
+places.py    local paths and URLs: opened and listed in the same way
 kinds.py     which files are images, by ending and by content
-gone.py      whether something is there no more
+gone.py      whether something no longer exists
 folders.py   images in a folder
 tars.py      WebDataset tars, local or remote
 sidecars.py  files beside an image that describe it
@@ -14,14 +14,14 @@ columns.py   which columns hold the image, captions and id
 delimited.py, json_rows.py, arrow_tables.py    rows of a format
 row_images.py    images inside tables, each group of rows read once
 decode.py    bytes -> RGB pixels of a wanted size, with limits
-budget.py    one budget of memory for all threads that decode
+budget.py    one memory budget for all threads that decode
 colours.py   colour profiles
 exif.py      what a camera writes into an image
 raw.py       the preview in a camera's raw file
 device.py    JPEGs decoded and resized on a GPU
-pixels.py    decoded images by row: a memory-mapped cache, or decoded when asked for
+pixels.py    decoded images by row: a memory-mapped cache, or decoded on request
 augment.py   random crops, flips and colours of a whole batch at once
-batches.py   which rows make the next batch; working ahead in threads
+batches.py   which rows make the next batch; prefetching in threads
 """
 
 from mmalign.data.augment import Augment as Augment

@@ -1,6 +1,6 @@
-"""Tables of Arrow: .parquet, and .arrow or .feather files. The door to pyarrow for sources.
+"""Read Arrow tables: .parquet, and .arrow or .feather files; sources use pyarrow through here.
 
-A table comes in groups of rows: parquet's row groups, or Arrow's record batches. Rows are read
+A table consists of groups of rows: parquet's row groups, or Arrow's record batches. Rows are read
 without their images; the images of a group are read as one stream.
 """
 
@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 
 from mmalign.data.places import is_url, open_file
 
-# A parquet column is read in pieces of this size: all at once, it would take the memory of a group.
+# A parquet column is read in chunks of this size: reading it at once would need a whole group's
+# memory.
 BUFFER_BYTES = 1 << 20
-# Images that are decompressed at once.
+# The number of images decompressed at once.
 CHUNK_BYTES = 4 << 20
 ROWS_AT_A_TIME = 256
 ImageKind = Literal["path", "bytes", "struct"]
@@ -25,7 +26,7 @@ class Table(Protocol):
 
     schema: Any
     metadata: Any
-    """What `open_table` need not read again."""
+    """Metadata that `open_table` need not read again."""
     ends: list[int]
     """The number of the row after each group."""
 
@@ -36,16 +37,16 @@ class Table(Protocol):
         """Yield arrays of one column of a group, in order."""
 
     def is_empty(self, column: str, field: str) -> bool:
-        """Say whether a field of a struct is null in every row, as far as can be told quickly."""
+        """Return whether a struct's field is null in every row, by a quick check only."""
 
 
 @contextmanager
 def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
-    """Open a table by its ending, remote ones through fsspec.
+    """Open a table by its extension, remote ones through fsspec.
 
     Args:
         path: The file.
-        metadata: That of a table of the same file, which is then not read again.
+        metadata: The metadata of an open table of the same file, which is then not read again.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
 
 
 class ParquetTable:
-    """A parquet file, its columns read as streams; final."""
+    """A parquet file whose columns are read as streams; final."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.schema, self.metadata = file, file.schema_arrow, file.metadata
@@ -83,7 +84,7 @@ class ParquetTable:
             yield batch.column(0)
 
     def is_empty(self, column: str, field: str) -> bool:
-        """Say whether a field of a struct is null in every row, as far as statistics tell."""
+        """Return whether a struct's field is null in every row, as far as statistics tell."""
         leaves = [
             leaf
             for group in range(len(self.ends))
@@ -115,7 +116,7 @@ class IpcTable:
         except pa.ArrowInvalid:  # a stream, as Hugging Face writes them
             source.seek(0)
             stream = pa.ipc.open_stream(source)
-            # Mapped, not copied, unless they are compressed.
+            # Memory-mapped, not copied, unless they are compressed.
             self.streamed = list(stream)
             count, self.schema = len(self.streamed), stream.schema
         if ends is None:
@@ -138,7 +139,7 @@ class IpcTable:
         yield self._read(group, [column]).column(0)
 
     def is_empty(self, column: str, field: str) -> bool:
-        """Say whether a field of a struct is null in every row."""
+        """Return whether a struct's field is null in every row."""
         import pyarrow.compute as pc
 
         if _is_null(self.schema, column, field):
@@ -147,11 +148,11 @@ class IpcTable:
         return all(pc.struct_field(b.column(0), field).null_count == len(b) for b in batches)
 
     def _read(self, group: int, columns: Sequence[str]) -> Any:
-        """Read some columns of a batch; of compressed ones, others are not unpacked."""
+        """Read some columns of a batch; other compressed columns are not decompressed."""
         import pyarrow as pa
 
         if self.streamed or not columns:
-            # Of no column at all, a batch still has its number of rows.
+            # With no columns selected, a batch still has its number of rows.
             held = self.streamed or [self._read(group, self.schema.names[:1])]
             return held[group if self.streamed else 0].select(list(columns))
         fields = [self.schema.get_field_index(name) for name in columns]
@@ -160,7 +161,7 @@ class IpcTable:
 
 
 def image_kind(kind: Any) -> ImageKind | None:
-    """Tell whether a column of a type holds paths, bytes, or structs of both, or no images."""
+    """Return whether a column type holds paths, bytes or structs of both; None if no images."""
     import pyarrow as pa
 
     t = pa.types
@@ -182,7 +183,7 @@ def image_kind(kind: Any) -> ImageKind | None:
 
 
 def images_of(array: Any) -> Iterator[bytes | str | None]:
-    """Yield of each row its encoded image, or the path of it, or nothing."""
+    """Yield each row's encoded image, its path, or None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -205,7 +206,7 @@ def images_of(array: Any) -> Iterator[bytes | str | None]:
 
 
 def _width(kind: Any) -> int:
-    """Estimate how much of a column is read with one of its values."""
+    """Estimate how many bytes of a column are read with one of its values."""
     try:
         return int(kind.bit_width)
     except ValueError:  # text, lists

@@ -1,6 +1,6 @@
-"""Random crops, flips and colours, for a whole batch at once.
+"""Apply random crops, flips and colour changes to a whole batch at once.
 
-B images, S side of the input, T side of the output. Done as one resampling and one affine map of
+B images, S side of the input, T side of the output. This takes one resampling and one affine map of
 the colours, so that augmenting 256 small images costs milliseconds.
 """
 
@@ -16,21 +16,21 @@ from mmalign.config import require
 
 @dataclass(frozen=True)
 class Augment:
-    """How much training images are varied. `none()` leaves them as they are."""
+    """The strength of training augmentation. `none()` leaves images unchanged."""
 
     crop_min: float = 0.35
     """Smallest share of the image's area that a random crop keeps; 1 turns cropping off."""
     aspect: float = 1.25
-    """Largest change of aspect of a crop."""
+    """Largest change of a crop's aspect ratio."""
     flip: bool | None = None
-    """Mirror half of the images; unset: only where the captions do not speak of left and right."""
+    """Mirror half of the images; if unset, only if the captions do not mention left and right."""
     colour: float = 0.4
     """Largest relative change of brightness, contrast and saturation."""
     erase: float = 0.3
     """Share of images in which one random box is greyed out."""
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing, by name."""
+        """Refuse invalid values, naming the option."""
         require(self.crop_min > 0, "augment.crop_min", self.crop_min, "above 0")
         require(self.aspect >= 1, "augment.aspect", self.aspect, "at least 1")
         require(self.colour >= 0, "augment.colour", self.colour, "at least 0")

@@ -1,7 +1,7 @@
-"""Which rows make the next batch, and working ahead in threads.
+"""Choose the rows of the next batch, and prefetch in threads.
 
 B rows of a batch. The order of an epoch is a function of (seed, epoch) alone, so that training
-resumes at any step with the batches it would have seen.
+resumes at any step with the same batches as without interruption.
 """
 
 import queue
@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch as numbers: the rows, and for each of them the captions drawn for this epoch."""
+    """One batch as indices: the rows, and the captions drawn for each of them in this epoch."""
 
     step: int
     rows_B: Ints
@@ -32,10 +32,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Shuffled batches over N rows, without replacement; the incomplete last one is left out.
+    """Shuffled batches over N rows, without replacement; the last incomplete batch is dropped.
 
     Row i owns the captions numbered `starts[i]` to `starts[i + 1]`; each batch draws
-    `captions_per_image` of them (with repeats only where a row has fewer).
+    `captions_per_image` of them (with repeats only if a row has fewer).
     """
 
     starts: Ints
@@ -49,7 +49,7 @@ class Sampler:
         return (len(self.starts) - 1) // self.batch_size
 
     def draws(self, first_step: int = 0) -> Iterator[Draw]:
-        """Yield batches for ever, from any step on."""
+        """Yield batches forever, from any step on."""
         step = first_step
         while True:
             epoch = step // self.steps_per_epoch
@@ -60,8 +60,8 @@ class Sampler:
                 step += 1
 
     def _captions(self, rows_B: Ints, step: int) -> Ints:
-        # One start for the whole batch: where all samples list their languages in one order, the
-        # captions of a column are of one language, and so are the negatives.
+        # One start for the whole batch: if all samples list their languages in the same order, the
+        # captions of a column share one language, and so do the negatives.
         start = np.random.default_rng((self.seed, step, 1)).integers(1 << 32)
         counts_B = self.starts[rows_B + 1] - self.starts[rows_B]
         offsets_BC = (start + np.arange(self.captions_per_image)) % counts_B[:, None]
@@ -69,7 +69,7 @@ class Sampler:
 
 
 def read_ahead(make: Callable[[A], B], items: Iterator[A], depth: int = 3) -> Iterator[B]:
-    """Run `make` over items in a thread, `depth` results ahead; its errors surface here."""
+    """Run `make` over items in a thread, `depth` results ahead; its errors are raised here."""
     done = object()
     results: queue.Queue[B | BaseException | object] = queue.Queue(depth)
     stop = threading.Event()
@@ -89,7 +89,7 @@ def read_ahead(make: Callable[[A], B], items: Iterator[A], depth: int = 3) -> It
                     return
                 put(make(item))
             put(done)
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # passed to the consumer, whatever it is
             put(error)
 
     thread = threading.Thread(target=work, daemon=True, name="read_ahead")
@@ -112,13 +112,13 @@ def in_threads(
     ahead: int,
     prepare: Callable[[], None] | None = None,
 ) -> Iterator[B]:
-    """Run a function over items in threads; results come in order, at most `ahead` are waiting.
+    """Run a function over items in threads; yield results in order, with at most `ahead` waiting.
 
     Args:
-        run: What to do with an item; its error surfaces when its result is due.
-        items: They are taken one by one as results are, so a stream stays a stream.
-        workers: Threads.
-        ahead: Items that are begun before their result is asked for.
+        run: The function to apply to an item; its error is raised when its result is due.
+        items: They are consumed one by one as results are, so a stream stays a stream.
+        workers: The number of threads.
+        ahead: The number of items started before their result is requested.
         prepare: Called once in each thread before its first item.
     """
     with ThreadPoolExecutor(workers, initializer=prepare) as pool:

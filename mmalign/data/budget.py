@@ -1,4 +1,4 @@
-"""One budget of memory for all threads that decode.
+"""Share one memory budget among all threads that decode.
 
 A file of a few hundred kilobytes may decode to a gigabyte, and every core decodes one at a time.
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from mmalign.data.samples import SampleProblem
 
-# Decoding may take this share of the memory, whatever the number of threads, and no more than ...
+# Decoding may use this share of the memory for any number of threads, and no more than ...
 MEMORY_SHARE = 0.25
 MOST_BYTES = 4 << 30
-# ... where the memory cannot be asked for, it is taken to be this.
+# ... if the memory size cannot be determined, it is assumed to be this.
 ASSUMED_BYTES = 8 << 30
-# One image may take so much, if that is in the budget.
+# One image may use this much, if the budget allows it.
 IMAGE_BYTES = 1 << 30
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -27,10 +27,10 @@ _CGROUP_LIMITS = (
 
 
 class ByteBudget:
-    """Bytes that threads share; who asks first is served first, so none waits for ever; final."""
+    """A byte budget shared by threads; first come, first served, so none starves; final."""
 
     def __init__(self, total_bytes: int, each_bytes: int) -> None:
-        """Share out a total, no more than `each_bytes` of it at a time to one image."""
+        """Set the total, and the maximum `each_bytes` for one image."""
         self.total_bytes, self.each_bytes = total_bytes, min(each_bytes, total_bytes)
         self._free = total_bytes
         self._waiting: deque[object] = deque()
@@ -38,12 +38,12 @@ class ByteBudget:
 
     @contextmanager
     def taken(self, wanted_bytes: int, what: str) -> Iterator[None]:
-        """Hold bytes while an image is decoded; waits until they are free.
+        """Reserve bytes while an image is decoded; wait until they are free.
 
-        A thread must not ask for more while it holds some: all of them could wait for each other.
+        A thread must not request more while it holds some, because all threads could deadlock.
 
         Raises:
-            SampleProblem: One image may not take so much.
+            SampleProblem: The image needs more than one image may use.
         """
         if wanted_bytes > self.each_bytes:
             raise SampleProblem(
@@ -71,12 +71,12 @@ class ByteBudget:
 
 @cache
 def decoding_budget() -> ByteBudget:
-    """Return the one budget of this process."""
+    """Return the only budget of this process."""
     return ByteBudget(min(MOST_BYTES, int(MEMORY_SHARE * memory_bytes())), IMAGE_BYTES)
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process is kept in."""
+    """Return the memory of this machine, or of the container in which this process runs."""
     found = ASSUMED_BYTES
     with suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

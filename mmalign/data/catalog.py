@@ -1,4 +1,4 @@
-"""`scan`: any mix of sources in, one list of records out, a reason for all that is left out."""
+"""Scan any mix of sources into one list of records, with a reason for everything left out."""
 
 import glob
 import os
@@ -28,9 +28,9 @@ from mmalign.progress import bar, say
 Sources = str | Path | Sequence[str | Path]
 """One source or several: paths, patterns or URLs."""
 MAX_SILENT_SKIPS = 0.01
-# Columns are listed of so many tables.
+# The maximum number of tables whose columns are listed.
 MAX_TABLES = 3
-# Samples whose metadata is looked at for what might be their captions.
+# The number of samples whose metadata is searched for possible captions.
 MAX_DESCRIBED = 1_000
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
@@ -39,14 +39,14 @@ HINTS = {end: "unpack it first" for end in PACKED} | {end: "save it as .csv" for
 
 @dataclass(frozen=True)
 class Catalog:
-    """All records of the sources, in a fixed order, and all that was left out."""
+    """All records of the sources, in a fixed order, and everything that was left out."""
 
     records: list[Record]
     skips: list[Skip]
 
 
 def as_sources(given: Sources) -> tuple[str, ...]:
-    """Return sources as a tuple of strings; a single one may be given without a list.
+    """Return sources as a tuple of strings; a single source need not be in a list.
 
     >>> as_sources("photos"), as_sources([Path("a.tar"), "b.tar"])
     (('photos',), ('a.tar', 'b.tar'))
@@ -63,22 +63,22 @@ def scan(
     image_column: str | None = None,
     need_captions: bool = False,
 ) -> Catalog:
-    """List the samples of folders, tars (braces, globs), tables and fsspec URLs of these.
+    """List the samples of folders, tars (braces, globs), tables, and fsspec URLs of these.
 
     Args:
         sources: One or several paths, patterns or URLs.
         caption_keys: Keys of the .json (or columns of the table) that hold captions; several are
             joined. The default key also reads `caption`, `text`, `title` and the .txt file.
-        image_column: The column of tables that holds images, or their paths; by default the first
-            of those that usually do.
+        image_column: The table column that holds images or their paths; by default the first of the
+            usual names.
         need_captions: Leave out samples without a caption (training, evaluation).
 
     Returns:
         A catalog whose record ids are unique: `<name of the source>/<key>`, or the whole uri where
-        two sources would give one id to two files.
+        two sources would give two files the same id.
 
     Raises:
-        DataError: A source does not exist, is of no known kind, or none holds a usable sample.
+        DataError: A source does not exist, is of no known kind, or no source holds a usable sample.
     """
     sources = as_sources(sources)
     records: list[Record] = []
@@ -94,7 +94,7 @@ def scan(
         else:
             records.append(found)
     if need_captions:
-        # A caption problem explains the missing caption; one line a sample is enough.
+        # A caption problem explains the missing caption; one line per sample is enough.
         bare = {s.uri for s in skips if s.reason == "no caption"}
         explained = {s.uri: replace(s, lost="sample") for s in skips if s.kept and s.uri in bare}
         skips = [s for s in skips if s.uri not in explained or not (s.kept or s.uri in bare)]
@@ -109,7 +109,7 @@ def stream(
 ) -> Generator[Record | Skip, None, None]:
     """Yield what `scan` lists, one by one: memory does not grow with the number of samples.
 
-    Where no sample has a caption, it is said at the end what there is: columns, other files.
+    If no sample has a caption, the available columns and other files are reported at the end.
     """
     samples = described = 0
     fields: dict[str, None] = {}
@@ -123,7 +123,7 @@ def stream(
                 if not described and samples < MAX_DESCRIBED:
                     fields.update(dict.fromkeys(found.meta))
             else:
-                # A caption that cannot be read was found all the same.
+                # A caption that cannot be read still counts as found.
                 described += found.kept
                 if not described and found.lost == "ending" and len(others) < MAX_DESCRIBED:
                     others.append(found)
@@ -146,7 +146,7 @@ def _stream(sources: Sequence[str], asked: Asked) -> Generator[Record | Skip, No
 def _looked_for(
     sources: Sequence[str], asked: Asked, fields: Sequence[str], others: Sequence[Skip]
 ) -> str:
-    """Say where captions were looked for, and what there is: columns, metadata, other files."""
+    """Say where captions were searched for; list available columns, metadata, other files."""
     told = f"looked for under {', '.join(asked.caption_keys)} (see --caption-key)"
     found = [place for place in expand(sources) if tables.is_table(place)]
     for place in found[:MAX_TABLES]:
@@ -158,14 +158,14 @@ def _looked_for(
 
 
 def expand(sources: Sequence[str]) -> list[str]:
-    """Resolve braces and globs to existing places; a URL without a glob passes through."""
+    """Expand braces and globs to existing paths; a URL without a glob is returned unchanged."""
     from braceexpand import braceexpand
 
     found: list[str] = []
     for source in sources:
         given = places.local_path(os.path.expanduser(source))
         try:
-            # A backslash is an escape only where it separates no folders.
+            # A backslash is an escape only where it does not separate folders.
             patterns = [given] if _is_there(given) else braceexpand(given, escape=os.sep == "/")
             for pattern in patterns:
                 hits = _hits(pattern)
@@ -178,10 +178,10 @@ def expand(sources: Sequence[str]) -> list[str]:
 
 
 def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
-    """Refuse a folder for results that is a source, lies in a source folder, or holds a source.
+    """Refuse an output folder that is a source, lies in a source folder, or contains a source.
 
     Raises:
-        UsageError: It is, does, or holds one.
+        UsageError: It is, lies in, or contains a source.
         DataError: A source does not exist.
     """
     folder = os.path.realpath(out)
@@ -205,7 +205,7 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Say whether two names are of one file or folder; case may not count, and links lead there."""
+    """Return whether two names refer to one file or folder, despite letter case and links."""
     try:
         return one == other or os.path.samefile(one, other)
     except OSError:
@@ -222,7 +222,7 @@ def _hits(pattern: str) -> list[str]:
     if os.path.exists(pattern):
         return [os.path.abspath(pattern)]
     found = [os.path.abspath(hit) for hit in sorted(glob.glob(pattern))]
-    # img2dataset writes a table and figures of each tar beside it.
+    # img2dataset writes a table and statistics beside each tar.
     tars = {hit.removesuffix(".tar") for hit in found if hit.endswith(".tar")}
     about = {tar + end for tar in tars for end in (".parquet", "_stats.json")}
     return [hit for hit in found if hit not in about]
@@ -232,7 +232,7 @@ def _expand_url(url: str) -> list[str]:
     try:
         fs, path = places.file_system(url)
         with places.foreign_errors():
-            # What was listed some time ago may be out of date.
+            # An earlier listing may be out of date.
             fs.invalidate_cache()
             return sorted(map(fs.unstrip_protocol, fs.glob(path))) if "*" in path else [url]
     except OSError as error:
@@ -240,7 +240,7 @@ def _expand_url(url: str) -> list[str]:
 
 
 def read_image(record: Record) -> bytes:
-    """Read the encoded image of a record, from wherever it lies."""
+    """Read the encoded image of a record, wherever it is stored."""
     if record.row >= 0:
         return tables.read_cell(record.path, record.row, record.column)
     try:
@@ -250,29 +250,29 @@ def read_image(record: Record) -> bytes:
 
 
 def counted(skips: Iterable[Skip], *kinds: Lost) -> int:
-    """Count the samples, or files, that skips of some kinds stand for."""
+    """Count the samples or files that skips of some kinds represent."""
     return sum(s.count for s in skips if s.lost in kinds)
 
 
 def found_in(records: int, skips: Iterable[Skip]) -> int:
-    """Count the samples and files that a scan found, given the number of its records."""
+    """Count the samples and files that a scan found, given its number of records."""
     return records + counted(skips, "sample", "ending")
 
 
 def report_skips(
     skips: Sequence[Skip], *, found: int, used: int, where: Path | str | None = None
 ) -> None:
-    """Say what was left out and why; a warning above 1 %, an error where nothing is used.
+    """Report what was left out and why: a warning above 1 %, an error if nothing is used.
 
     Args:
-        skips: Each is counted as what it costs: a sample, captions, a place, or an ending.
+        skips: Each is counted by what it loses: a sample, captions, a place, or an ending.
         found: How many samples and files the scan found, see `found_in`.
         used: How many samples are used.
         where: The file that lists the skips.
 
     Raises:
         DataError: Not one sample is used.
-        AssertionError: A sample was counted twice, or not at all: a fault of mmalign.
+        AssertionError: A sample was counted twice or not at all, which is a bug in mmalign.
     """
     of = {lost: [s for s in skips if s.lost == lost] for lost in get_args(Lost)}
     failed, passed_over = counted(skips, "sample"), counted(skips, "ending")
@@ -326,7 +326,7 @@ def _scan_one(place: str, asked: Asked) -> Found:
 
 
 def _printable(found: Record | Skip) -> Record | Skip:
-    """Escape what is not UTF-8 in a name, so that it can be stored and shown."""
+    """Escape the parts of a name that are not UTF-8, so that it can be stored and shown."""
     try:
         found.uri.encode()
         return found
@@ -357,14 +357,14 @@ def nothing_usable(
     image_column: str | None = None,
     fields: Sequence[str] = (),
 ) -> DataError:
-    """Make the error for sources without a single usable sample.
+    """Create the error for sources without a usable sample.
 
     Args:
-        sources: As they were given.
-        skips: Why none is.
-        keys: Where captions were looked for.
-        image_column: And the images of tables.
-        fields: What the metadata of the samples holds.
+        sources: The sources as given.
+        skips: The reasons why no sample is usable.
+        keys: The keys that were searched for captions.
+        image_column: The column that was searched for the images of tables.
+        fields: The metadata fields of the samples.
     """
     where = ", ".join(sources)
     if len(skips) == 1 and skips[0].count == 1 and skips[0].lost != "ending":
@@ -386,7 +386,7 @@ def nothing_usable(
 
 
 def _give(sources: Sequence[str], others: Sequence[Skip]) -> str:
-    """Say how to give what lies in a folder and is a source of its own."""
+    """Describe how to pass files found in a folder that are sources of their own."""
     for place in expand(sources):
         ends = {suffix(s.uri) for s in others} & SOURCE_SUFFIXES
         for end in sorted(ends, key=lambda end: (end != ".tar", end)):

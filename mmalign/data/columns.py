@@ -1,7 +1,7 @@
-"""Which columns of a table hold the image, the captions and the id.
+"""Find the table columns that hold the image, the captions and the id.
 
-Names are compared without regard to case and to blanks around and inside them, so that `Image Path`
-is `image_path`.
+Names are compared ignoring case and spaces around and inside them, so that `Image Path` is
+`image_path`.
 """
 
 import math
@@ -21,21 +21,21 @@ IMAGE_COLUMNS = (
 )
 # fmt: on
 ID_COLUMNS = ("id", "key", "__key__", "image_id")
-# A message shows so many names, and so much of each.
+# The number of names that a message shows, and the maximum length of each.
 SHOWN, SHOWN_CHARACTERS = 30, 40
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person says of the columns of a table."""
+    """The user's options for the columns of a table."""
 
     caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,)
     image_column: str | None = None
     said: set[str] = field(default_factory=set, compare=False)
 
     def say_once(self, path: str, text: str) -> None:
-        """Say something of a table that may hold for hundreds of them."""
+        """Log a message about a table once, because it may apply to hundreds of them."""
         if text not in self.said:
             self.said.add(text)
             say(f"{path}: {text}")
@@ -43,14 +43,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are read, by what they hold."""
+    """The columns of a table that are read, by their content."""
 
     image: str | None
     id: str | None
     captions: dict[str, str]
-    """Which column stands for a caption key, or for one of the default key's aliases."""
+    """The column for each caption key, or for one of the default key's aliases."""
     used: frozenset[str]
-    """Those that are no metadata."""
+    """The columns that are not metadata."""
 
     def captions_of(self, row: dict[str, Any], asked: Asked) -> tuple[str, ...]:
         """Collect the captions of a row; see `samples.captions_in`."""
@@ -61,11 +61,11 @@ class Columns:
 def find_columns(
     names: Iterable[str], asked: Asked, may_be_image: Callable[[str], bool] = lambda name: True
 ) -> Columns:
-    """Choose among the names of columns.
+    """Choose columns by name.
 
     Args:
         names: The columns, or the keys of a JSON object.
-        asked: The columns that a person wants.
+        asked: The columns that the user wants.
         may_be_image: Whether the values of a column can be images or their paths.
     """
     by_name = {name: name for name in names}
@@ -87,14 +87,14 @@ def find_columns(
         found = {alias: find(alias, plain(alias)) for alias in aliases}
         here = {alias: name for alias, name in found.items() if name is not None}
         captions |= here
-        # An alias that stands back for another is metadata as well.
+        # An alias that is not used because another one is preferred is also metadata.
         used |= set(list(here.values())[:1])
     id = find(*ID_COLUMNS)
     return Columns(image, id, captions, frozenset(used | ({id} if id else set())))
 
 
 def plain(name: str) -> str:
-    """Return a name as it is compared.
+    """Return the normalised form of a name for comparison.
 
     >>> plain(" Image Path")
     'image_path'
@@ -103,7 +103,7 @@ def plain(name: str) -> str:
 
 
 def no_image_column(path: str, names: Sequence[str], asked: Asked) -> DataError:
-    """Make the error for a table in which no column holds an image."""
+    """Create the error for a table without an image column."""
     if asked.image_column is not None:
         wanted = f"no column is called {shown(asked.image_column)!r}"
         return DataError(f"{path}: {wanted}: {nearest(asked.image_column, map(shown, names))}")
@@ -114,7 +114,7 @@ def no_image_column(path: str, names: Sequence[str], asked: Asked) -> DataError:
 
 
 def missing_keys(names: Sequence[str], asked: Asked) -> list[str]:
-    """Say of each caption key that no column has, which may be meant; the default key is free."""
+    """Suggest columns for each caption key that is missing; the default key is optional."""
     found = find_columns(names, asked).captions
     return [
         f"no column is called {shown(key)!r}: {nearest(key, map(shown, names))}"
@@ -124,13 +124,13 @@ def missing_keys(names: Sequence[str], asked: Asked) -> list[str]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write the names of columns for a message, however many and long they are."""
+    """Format column names for a message, limiting their number and length."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(shown, names[:SHOWN])) + rest
 
 
 def shown(name: str) -> str:
-    r"""Write a name for a message: cut, and without what would act on a terminal.
+    r"""Format a name for a message: truncated, and without terminal control characters.
 
     >>> shown("a\x1b" + "b" * 100)
     'a\\x1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb…'
@@ -140,12 +140,12 @@ def shown(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Write control characters as Python writes them."""
+    """Escape control characters as Python does."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _caption(value: Any) -> Any:
-    """Take a missing number for no caption, and a text that was not UTF-8 for its bytes."""
+    """Convert a missing number to no caption, and text that was not UTF-8 to its bytes."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, str) and not value.isascii():

@@ -1,6 +1,6 @@
-"""Bytes to RGB pixels of a wanted size, with limits; what cannot be decoded says why.
+"""Decode bytes to RGB pixels of a given size, with limits; failures give a reason.
 
-All threads together decode within one budget of memory, see `budget.py`.
+All threads together decode within one memory budget, see `budget.py`.
 """
 
 import io
@@ -27,27 +27,28 @@ from mmalign.data.samples import SampleProblem
 from mmalign.errors import UsageError
 
 Pixels = NDArray[np.uint8]
-# Phones take images of 200 megapixels. The limit on memory is another one, see `budget.py`.
+# Phones take images of 200 megapixels. Memory has a separate limit, see `budget.py`.
 MAX_PIXELS = 1 << 28
-# A JPEG may be decoded at a half, a quarter or an eighth as long as so many times the wanted pixels
-# are left: what the last resize then sees differs by less than a grey level.
+# A JPEG may be decoded at a half, a quarter or an eighth as long as the result has this multiple of
+# the wanted pixels: the final resize then differs by less than a grey level.
 REDUCED_ROOM = 2
-# Whatever the model, so many pixels are wanted at least: one image then gives the same pixels
-# whether or not a thumbnail is drawn of it too.
+# At least this many pixels are decoded for any model, so that one image gives the same pixels
+# whether or not a thumbnail is made as well.
 THUMBNAIL_SIDE = 160
-# Other images are averaged over whole pixels only where they are larger than this, and so much room
-# is left: that bounds what comes after decoding, and leaves ordinary photographs as they are.
+# Other images are reduced by averaging whole pixels only if they are larger than this, and this
+# much resolution is kept: that bounds the work after decoding and leaves ordinary photographs
+# unchanged.
 REDUCED_ABOVE, AVERAGED_ROOM = 1 << 24, 4
-# Colours are converted by so many pixels at a time.
+# The number of pixels whose colours are converted at a time.
 STRIP_PIXELS = 1 << 20
-# What takes part in decoding beside the pixels themselves, in bytes for each; measured.
+# Bytes per pixel used by decoding in addition to the pixels themselves; measured.
 _DECODER_BYTES = {
     "WEBP": 13, "AVIF": 14, "HEIF": 8, "JPEG2000": 16, "QOI": 4, "DDS": 4, "TIFF": 4, "PSD": 4,
 }  # fmt: skip
-# And what is made of the decoded image: RGB, an array of it, the copies of a resize.
+# Bytes per pixel of what is made from the decoded image: RGB, an array, copies for a resize.
 _RESULT_BYTES = 12
-# Read by Pillow itself. EPS, which it hands to another program, and formats of scientific data are
-# not among them. TGA has no mark of its own, so it comes last.
+# Formats that Pillow reads itself. EPS, which it passes to another program, and scientific data
+# formats are not included. TGA has no signature, so it comes last.
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "MPO", "ICO",
     "CUR", "ICNS", "PCX", "DDS", "QOI", "PSD", "SGI", "SUN", "TGA",
@@ -64,17 +65,17 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Decode an image to RGB: upright, on white where it is transparent, first frame only.
 
-    The memory it takes counts as taken until the block ends, so the block should hold what makes
-    the large image small; one thread decodes one image at a time.
+    Its memory is reserved until the block ends, so the block should include the step that makes the
+    large image small; one thread decodes one image at a time.
 
     Args:
         content: The encoded image.
         side: The side in pixels that it will be resized to; a much larger JPEG is then decoded at
             reduced scale, which takes a fraction of the time. 0 decodes every pixel.
-        max_pixels: Refuse images with more.
+        max_pixels: Refuse images with more pixels.
 
     Raises:
-        SampleProblem: It is no image, is cut short, or has too many pixels.
+        SampleProblem: It is not an image, is truncated, or has too many pixels.
     """
     with _one_line():
         image, container = _opened(content)
@@ -90,7 +91,7 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
     with decoding_budget().taken(wanted_bytes, what):
         with _one_line():
             image.load()
-            # The camera turns a preview itself, or says for the whole file how it is to be turned.
+            # The camera rotates a preview itself, or gives one orientation for the whole file.
             turned = read_exif(image).get(ORIENTATION) or container.get(ORIENTATION)
             small = _to_rgb(image, factor)
             del image
@@ -101,10 +102,10 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
 
 @contextmanager
 def image_of(item: Any, side: int = 0) -> Iterator[Image.Image]:
-    """Give the RGB image of an item that `items.kind_of` calls an image; see `decoded`.
+    """Return the RGB image of an item that `items.kind_of` calls an image; see `decoded`.
 
     Raises:
-        UsageError: There is no such file, or it is not a regular one.
+        UsageError: The file does not exist or is not a regular file.
         SampleProblem: It cannot be read or decoded.
     """
     if isinstance(item, Path):
@@ -122,7 +123,7 @@ def image_of(item: Any, side: int = 0) -> Iterator[Image.Image]:
 
 
 def _read_file(file: Path) -> bytes:
-    """Read an image file; anything but a regular file would block, or worse."""
+    """Read an image file; opening anything but a regular file could block, or worse."""
     try:
         if not file.exists():
             raise UsageError(f"{file}: no such image file")
@@ -134,9 +135,9 @@ def _read_file(file: Path) -> bytes:
 
 
 def image_meta(content: bytes) -> dict[str, Any]:
-    """Return what a camera wrote into an image, see `exif.camera_meta`; only headers are read.
+    """Return an image's camera metadata, see `exif.camera_meta`; only headers are read.
 
-    What is no image, or damaged, has none.
+    The result is empty if the content is not an image or is damaged.
     """
     try:
         with _one_line():
@@ -147,7 +148,7 @@ def image_meta(content: bytes) -> dict[str, Any]:
 
 
 def open_image(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image that `decoded` gives, for one at a time."""
+    """Return the image that `decoded` yields, for a single image."""
     with decoded(content, side, max_pixels) as image:
         return image
 
@@ -180,7 +181,7 @@ def fit_image(
 
 @dataclass(frozen=True)
 class Fit:
-    """To which size an image is scaled, and where the crop of it, or itself, then begins."""
+    """The size to scale an image to, and the origin of the crop or of the image itself."""
 
     width: int
     height: int
@@ -189,7 +190,7 @@ class Fit:
 
 
 def fit(width: int, height: int, size: int, mode: str) -> Fit:
-    """Plan how an image of some size becomes one of (size, size); see `fit_image`."""
+    """Compute how an image of a given size becomes one of (size, size); see `fit_image`."""
     if mode == "squash":
         return Fit(size, size, 0, 0)
     if mode == "shortest":
@@ -208,8 +209,8 @@ def fit(width: int, height: int, size: int, mode: str) -> Fit:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """Draw a WebP of at most 160 pixels a side."""
-    # Whole pixels are averaged first: one pass, in a quarter of the time.
+    """Create a WebP of at most 160 pixels a side."""
+    # Averaging whole pixels first needs one pass and a quarter of the time.
     small = image.reduce(max(1, max(image.size) // THUMBNAIL_SIDE))
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     out = io.BytesIO()
@@ -218,7 +219,7 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Pixels:
-    """Resize as Pillow does; what only shrinks takes a third of its time, and is off by a level."""
+    """Resize like Pillow; pure shrinking takes a third of its time and differs by one level."""
     if (image.width, image.height) == (width, height):
         return np.array(image)
     if image.width < width or image.height < height:
@@ -230,7 +231,7 @@ def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> 
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn whatever a decoder raises into a reason of one line."""
+    """Convert any error of a decoder to a one-line reason."""
     try:
         yield
     except SampleProblem:
@@ -244,7 +245,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
-    """Read the header of an image; the second is the EXIF of the raw file that it lies in."""
+    """Read an image header; the second value is the EXIF of the raw file that contains it."""
     kind = content_kind(content[:HEAD_BYTES])
     if why := not_decoded(f".{kind}"):
         raise SampleProblem(why)
@@ -270,16 +271,16 @@ def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
 
 
 def open_header(content: bytes) -> Image.Image | None:
-    """Open an image with the decoders of `FORMATS`; None where none of them takes it.
+    """Open an image with the decoders of `FORMATS`; return None if none accepts it.
 
-    This is `Image.open` without its limit on pixels, which is one number for the whole process and
-    warns at half of it.
+    This is `Image.open` without its pixel limit, which is a single number for the whole process and
+    triggers a warning at half of it.
     """
     Image.init()
     for name in FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
         try:
-            # A decoder that is not built in says so by a string.
+            # A missing decoder is reported as a string.
             if factory and (accepts is None or accepts(content[:16]) is True):
                 return factory(io.BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, struct.error):
@@ -288,14 +289,14 @@ def open_header(content: bytes) -> Image.Image | None:
 
 
 def _factor(image: Image.Image, side: int) -> int:
-    """Return by how much an image is reduced after it is decoded."""
+    """Return the factor by which an image is reduced after decoding."""
     if image.width * image.height <= REDUCED_ABOVE:
         return 1
     return max(1, min(image.size) // (AVERAGED_ROOM * side))
 
 
 def _coefficient_bytes(image: Image.Image) -> int:
-    """Return what a JPEG of several scans takes whole, at whatever scale it is decoded."""
+    """Return the size of all coefficients of a multi-scan JPEG, needed at any decoding scale."""
     layers = getattr(image, "layer", ()) if image.format in ("JPEG", "MPO") else ()
     if not layers:
         return 0
@@ -305,10 +306,10 @@ def _coefficient_bytes(image: Image.Image) -> int:
 
 
 def _decoding_bytes(image: Image.Image, content: bytes, factor: int) -> int:
-    """Return what is held at most while an image is decoded, converted and resized."""
+    """Return the peak memory in bytes while an image is decoded, converted and resized."""
     pixels = image.width * image.height
     if image.format in ("ICO", "CUR", "ICNS"):
-        # Each holds whole PNGs, which may be larger than it says.
+        # Each contains whole PNGs, which may be larger than the header says.
         pixels = max(pixels, *_png_pixels(content))
     held = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     decoder = _DECODER_BYTES.get(str(image.format), 0)
@@ -326,7 +327,7 @@ def _png_pixels(content: bytes) -> Iterator[int]:
 
 
 def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
-    """Convert an image to RGB and reduce it, strip by strip: no second copy of it is made."""
+    """Convert an image to RGB and reduce it in strips, without a second full copy."""
     profile = image.info.get("icc_profile")
     convert = partial(_strip_to_rgb, profile=profile, white=_white(image))
     width, height = image.size
@@ -341,11 +342,11 @@ def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
 
 
 def _white(image: Image.Image) -> float:
-    """Return the value that stands for white in an image of 16 bits."""
+    """Return the value of white in a 16-bit image."""
     if image.mode not in _DEEP:
         return 255
     darkest, brightest = np.ravel(image.getextrema())
-    # Sensors and scanners of 12 bits store these numbers as they are.
+    # 12-bit sensors and scanners store these numbers unscaled.
     return 4095 if darkest >= 0 and 255 < brightest < 4096 else 65535
 
 

@@ -1,7 +1,7 @@
-"""Rows of a .csv or .tsv file, whatever its separator, encoding, and habits of quoting.
+"""Read the rows of a .csv or .tsv file with any separator, encoding and quoting style.
 
-What is not said in the file is found by looking: encoding by its first bytes, separator and header
-by its first line, quoting of a .tsv and the columns that hold numbers by reading all of it once.
+What the file does not declare is detected: the encoding from its first bytes, the separator and
+header from its first line, the quoting of a .tsv and the numeric columns from one full pass.
 """
 
 import codecs
@@ -26,7 +26,7 @@ from mmalign.data.places import open_file
 from mmalign.data.samples import DEFAULT_CAPTION_KEY, SampleProblem
 from mmalign.errors import DataError
 
-# The first that gives an image column is taken.
+# The first separator that gives an image column is used.
 SEPARATORS = ",;\t|"
 MAX_LINE = 1 << 24
 _BOMS = (
@@ -52,19 +52,19 @@ class Layout:
     skipped_lines: int
     """Lines before the first row: the header, and Excel's `sep=;`."""
     blank_follows: bool
-    """A blank after a separator belongs to it."""
+    """A space after a separator belongs to it."""
     unnamed: frozenset[str] = frozenset()
-    """Names of our own, for columns that have none: a header may end in a separator."""
+    """Names that we assign to unnamed columns: a header may end in a separator."""
     quoted: bool = True
     guessed_header: str = ""
-    """What was taken for what, in a file without a header."""
+    """The assumed meaning of the columns in a file without a header."""
 
 
 def find_layout(path: str, default: str, asked: Asked) -> Layout:
-    """Look how a file is written.
+    """Detect how a file is written.
 
     Raises:
-        DataError: It is empty, no text, has two columns of one name, or no image column.
+        DataError: It is empty, is not text, has duplicate column names, or has no image column.
     """
     with open_text(path) as file:
         first = file.readline(MAX_LINE)
@@ -94,7 +94,7 @@ def find_layout(path: str, default: str, asked: Asked) -> Layout:
 
 
 def rows(layout: Layout) -> Iterator[tuple[int, Row | SampleProblem]]:
-    """Yield numbered rows of text; a row of more fields than the header is a problem.
+    """Yield numbered rows of text; a row with more fields than the header is a problem.
 
     Raises:
         ValueError: A quote is not closed, or a field is too long; the message names the line.
@@ -125,7 +125,7 @@ def rows(layout: Layout) -> Iterator[tuple[int, Row | SampleProblem]]:
 
 
 def quoting_of(layout: Layout) -> Layout:
-    """Tell whether the quotes of a .tsv are more than quotes: read it to its end to see."""
+    """Determine by a full pass whether the quotes of a .tsv are quoting or plain text."""
     if layout.separator != "\t":
         return layout
     try:
@@ -138,9 +138,9 @@ def quoting_of(layout: Layout) -> Layout:
 
 @contextmanager
 def open_text(path: str) -> Iterator[TextIO]:
-    """Open a text, compressed or not, in the encoding that its first bytes tell; lines as written.
+    """Open a text file, compressed or not, in the encoding of its first bytes; newlines unchanged.
 
-    What is not UTF-8 comes as half characters, so that it costs one caption and not the file.
+    Bytes that are not UTF-8 become lone surrogates, so that they cost one caption and not the file.
     """
     with open_bytes(path) as file:
         start = file.read(1024)
@@ -156,7 +156,7 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[Any]:
-    """Open a file or URL; what is compressed is unpacked while it is read."""
+    """Open a file or URL; compressed content is decompressed while it is read."""
     from fsspec.compression import compr
     from fsspec.utils import infer_compression
 
@@ -173,18 +173,19 @@ def open_bytes(path: str) -> Iterator[Any]:
 
 @dataclass
 class Numbers:
-    """Finds the columns whose texts are numbers, all of them; final.
+    """Finds the columns in which every text is a number; final.
 
-    They are where each number can be written back as it was: `7`, `0.5`, or all with as many
-    decimals (`12.50`, `3.00`). Codes such as 007, and versions such as 1.9 beside 1.10, stay text.
+    A column is numeric if each number can be written back unchanged: `7`, `0.5`, or all with the
+    same number of decimals (`12.50`, `3.00`). Codes such as 007, and versions such as 1.9 beside
+    1.10, stay text.
     """
 
     but: frozenset[str] = frozenset()
-    """Columns that are text whatever is in them."""
+    """Columns that are text whatever they contain."""
     forms: dict[str, "_Form"] = field(default_factory=dict)
 
     def see(self, row: Row) -> None:
-        """Take note of the cells of a row."""
+        """Update the statistics with the cells of a row."""
         for name, cell in row.items():
             if name in self.but:
                 continue
@@ -195,7 +196,7 @@ class Numbers:
                 form.see(cell)
 
     def value(self, name: str, cell: str) -> Any:
-        """Return a cell as what its column holds; nothing, where a number is missing."""
+        """Convert a cell to its column's type; return None where a number is missing."""
         form = self.forms[name]
         if not form.is_number or not form.seen:
             return cell
@@ -207,7 +208,7 @@ class Numbers:
 
 @dataclass
 class _Form:
-    """What the numbers of a column look like so far."""
+    """The format of a column's numbers so far."""
 
     is_number: bool = True
     seen: bool = False
@@ -233,7 +234,7 @@ class _Form:
 
 
 def _checked(path: str, separator: str, names: Sequence[str], skipped_lines: int) -> Layout:
-    """Refuse names that stand twice, as one would hide the other."""
+    """Refuse duplicate names, because one column would hide the other."""
     stripped = [name.strip() for name in names]
     for name in stripped:
         if name and stripped.count(name) > 1:
@@ -246,7 +247,7 @@ def _checked(path: str, separator: str, names: Sequence[str], skipped_lines: int
 def _without_header(
     path: str, line: str, separator: str, skipped_lines: int, asked: Asked
 ) -> Layout | None:
-    """Take the first line for a row where it holds the name of an image file, or a URL."""
+    """Treat the first line as a row if it contains an image file name or a URL."""
     cells = _split(line, separator)
     image = next((i for i, cell in enumerate(cells) if _is_image_name(cell)), None)
     if image is None or (asked.image_column and not asked.image_column.startswith("column")):
@@ -277,7 +278,7 @@ def _reader(file: TextIO, layout: Layout) -> Any:
     return csv.reader(
         _lines(file),
         delimiter=layout.separator,
-        # Strict, as an open quote would swallow the rows after it.
+        # Strict, because an unclosed quote would swallow the following rows.
         strict=True,
         quoting=csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE,
         skipinitialspace=layout.blank_follows,

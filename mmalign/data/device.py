@@ -1,11 +1,11 @@
-"""JPEGs decoded and resized on a GPU, where they would keep the CPU's cores from feeding it.
+"""Decode and resize JPEGs on a GPU where decoding on the CPU's cores could not keep it busy.
 
 B images, H height, W width, S side of the result in pixels.
 
-torchvision decodes with nvJPEG on a CUDA device and with libjpeg on a CPU; the resizing is torch's,
-antialiased, and off by a grey level from what `decode.fit_image` gives. What is not a plain JPEG
-goes the way over the CPU. torchvision warns that its decoders are to move to TorchCodec, whose
-wheels do not go with all of its versions yet.
+torchvision decodes with nvJPEG on a CUDA device and with libjpeg on a CPU; torch does the resizing,
+antialiased, which differs by a grey level from `decode.fit_image`. Anything but a plain JPEG is
+decoded on the CPU. torchvision warns that its decoders will move to TorchCodec, whose wheels do not
+work with all of its versions yet.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from mmalign.data.colours import is_srgb
 from mmalign.data.decode import Fit, fit, open_header
 from mmalign.data.exif import ORIENTATION, read_exif
 
-# A batch of larger ones would not fit the memory; the CPU decodes them at reduced scale.
+# A batch of larger ones would not fit in memory; the CPU decodes them at reduced scale.
 MOST_PIXELS = 1 << 25
 END_OF_IMAGE = b"\xff\xd9"
 
 
 def suits_device(content: bytes) -> bool:
-    """Say whether an image is an upright sRGB JPEG that has its end; only its header is read."""
+    """Return whether an image is a complete upright sRGB JPEG; only its header is read."""
     if not content.startswith(b"\xff\xd8") or END_OF_IMAGE not in content[-64:]:
         return False
     try:
@@ -37,7 +37,7 @@ def suits_device(content: bytes) -> bool:
             and read_exif(image).get(ORIENTATION, 1) == 1
             and image.width * image.height <= MOST_PIXELS
         )
-    except Exception:  # decoders raise anything; the way over the CPU says what it is
+    except Exception:  # decoders raise anything; the CPU path reports the reason
         return False
 
 

@@ -1,4 +1,4 @@
-"""What a camera writes into an image: when, with what and where it was taken."""
+"""Read what a camera writes into an image: when, with what and where it was taken."""
 
 import math
 from contextlib import suppress
@@ -15,16 +15,16 @@ _LATITUDE, _LONGITUDE, _ALTITUDE = 2, 4, 6
 
 
 def read_exif(image: Image.Image) -> Image.Exif:
-    """Return the EXIF of an image; empty where there is none, or it is damaged."""
+    """Return the EXIF of an image; empty if it is missing or damaged."""
     try:
-        # The method of PNG would decode the pixels, to see whether EXIF follows them.
+        # PNG's own method would decode the pixels to check whether EXIF follows them.
         return Image.Image.getexif(image)
-    except Exception:  # parsers raise anything; what cannot be read must not cost the image
+    except Exception:  # parsers raise anything; damaged EXIF must not cost the image
         return Image.Exif()
 
 
 def camera_meta(exif: Image.Exif) -> dict[str, Any]:
-    """Return what a person may search by, as far as it is there.
+    """Return the searchable camera metadata that is present.
 
     Returns:
         `taken`: "2020-01-31 12:00:00" on the camera's clock; `camera`; `lens`; `latitude` and

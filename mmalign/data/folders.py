@@ -1,4 +1,4 @@
-"""Images in a folder and below it, with files beside them that describe them."""
+"""Scan images in a folder and its subfolders, with the files beside them that describe them."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,23 +11,23 @@ from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, passed_over, suffix
 from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
 from mmalign.errors import DataError
 
-# Captions of many images in one table, as the image folders of Hugging Face have them.
+# Tables with the captions of many images, as used by Hugging Face image folders.
 TABLES_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def scan(folder: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record an image, folder by folder, in the order of names.
+    """Yield one record per image, folder by folder, sorted by name.
 
-    Hidden files are passed over. Links to folders are followed, each folder once. A folder that
-    cannot be listed is a skip that loses a place; the others are scanned all the same.
+    Hidden files are skipped silently. Links to folders are followed, each folder once. A folder
+    that cannot be listed is a skip that loses a place; the others are still scanned.
 
     Raises:
-        DataError: There is no such folder.
+        DataError: The folder does not exist.
     """
     try:
         if places.is_url(folder):
             fs, root = places.file_system(folder)
-            # What was listed some time ago may be out of date.
+            # An earlier listing may be out of date.
             fs.invalidate_cache()
             listing = partial(places.list_remote, fs)
             found = _Folders(root, listing, fs.unstrip_protocol, str, caption_keys)
@@ -50,7 +50,7 @@ class _Folders:
     """The name of a folder that all links to it share."""
     keys: Sequence[str]
     listed: dict[str, Record] = field(default_factory=dict)
-    """What tables beside the images say of them, by uri, until the image is met."""
+    """Table values about images, by uri, until the image is found."""
 
     def found(self) -> Found:
         """Yield the records and skips of all folders."""
@@ -63,7 +63,7 @@ class _Folders:
             yield Skip(record.id, record.uri, "listed in a table beside the images, but not there")
 
     def _walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
-        """Yield each folder with its files; what cannot be listed is a skip."""
+        """Yield each folder with its files; a folder that cannot be listed is a skip."""
         seen: set[str] = set()
         waiting = [self.root]
         while waiting:
@@ -144,7 +144,7 @@ class _Folders:
         )
 
     def _read_table(self, path: str) -> Found:
-        """Keep what a table tells of images in its folder and below."""
+        """Store what a table says about images in its folder and subfolders."""
         uri = self.uri(path)
         try:
             for found in tables.scan(uri, Asked(self.keys)):
@@ -157,8 +157,8 @@ class _Folders:
 
     def _no_image(self, path: str, entry: places.Entry) -> Skip | None:
         if entry.kind == "other":
-            # A link to a disk that is not mounted may have led to a folder, unless it is named as
-            # an image: what lay there is not gone.
+            # A link to an unmounted disk may have led to a folder, unless it is named like an
+            # image: the files there are not gone.
             folder = entry.hides and suffix(path) not in IMAGE_SUFFIXES
             return self._skip(path, entry.why, "place" if folder else "sample")
         try:

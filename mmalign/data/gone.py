@@ -1,20 +1,20 @@
-"""Whether what a uri names is there no more, as far as that can be told."""
+"""Determine whether the target of a uri no longer exists, as far as possible."""
 
 import os
 
 from mmalign.data import places
 
-# Half a character of a name that is not UTF-8, as a uri escapes it: the name itself is not known.
+# An escaped lone surrogate from a name that is not UTF-8: the name itself is unknown.
 ESCAPED = "\\udc"
 
 
 def is_gone(uri: str, *, inside: bool) -> bool:
-    """Say whether a sample that a scan did not find is gone: doubt says no.
+    """Return whether a sample that a scan did not find is gone; False if in doubt.
 
     Args:
         uri: A path, a URL, or a member of a tar or row of a table behind `#`.
-        inside: It lies in what was scanned, and the scan reached its end: a member that was not
-            found in its tar, or a file of a remote folder that was not listed, is gone.
+        inside: It lies in what was scanned, and the scan was complete: a member that was not found
+            in its tar, or a file of a remote folder that was not listed, is gone.
     """
     if places.is_url(uri):
         return inside or not places.exists(uri.partition("#")[0])
@@ -22,7 +22,7 @@ def is_gone(uri: str, *, inside: bool) -> bool:
         return inside and "#" in uri
     if _exists(uri):
         return False
-    # A name may hold the sign itself.
+    # A name may contain `#` itself.
     cuts = (i for i, sign in enumerate(uri) if sign == "#")
     return inside or not any(_exists(uri[:cut]) for cut in cuts)
 
@@ -37,7 +37,7 @@ def _is_foreign(path: str) -> bool:
 
 def _exists(path: str) -> bool:
     try:
-        # The locale of this process may have no letters for what was recorded in UTF-8.
+        # The locale of this process may be unable to encode a name recorded in UTF-8.
         name: str | bytes = path.encode() if _is_foreign(path) else path
         os.lstat(name)
     except (FileNotFoundError, NotADirectoryError, ValueError):

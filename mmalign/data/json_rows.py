@@ -1,4 +1,4 @@
-"""Rows of JSON: an object a line (.jsonl, .ndjson), or one array of objects (.json)."""
+"""Read rows of JSON: one object per line (.jsonl, .ndjson), or one array of objects (.json)."""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 def rows(path: str) -> Iterator[tuple[int, Row | SampleProblem]]:
-    """Yield numbered objects; what is no object, or no JSON, is a problem.
+    """Yield numbered objects; anything that is not an object, or not JSON, is a problem.
 
     Raises:
-        DataError: The file holds something else: nothing, or one object over several lines.
+        DataError: The file is empty, or contains something else, such as one multi-line object.
     """
     with open_text(path) as file:
         start = next((c for c in iter(lambda: file.read(1), "") if c not in BLANKS), "")
@@ -39,7 +39,7 @@ def rows(path: str) -> Iterator[tuple[int, Row | SampleProblem]]:
 
 
 def _is_begun(line: str) -> bool:
-    """Say whether a line is only the beginning of an object."""
+    """Return whether a line is only the beginning of an object."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -84,7 +84,7 @@ def _object(text: str, what: str) -> Row | SampleProblem:
 
 
 def _elements(file: TextIO) -> Iterator[Row | SampleProblem]:
-    """Yield the elements of an array, in the memory of one."""
+    """Yield the elements of an array, using the memory of one."""
     decoder = json.JSONDecoder()
     text, at, ended = "", 0, False
     opened = False

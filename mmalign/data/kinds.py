@@ -1,7 +1,7 @@
-"""Which files are images: by their ending, else by how their content begins.
+"""Decide which files are images: by extension, else by their first bytes.
 
-An ending decides where it is known; what has none, or one that says nothing, is looked at. Images
-are decoded by content alone, so a wrong ending among those of images does no harm.
+A known extension decides; a file with none, or an unspecific one, is inspected. Images are decoded
+by content alone, so a wrong extension among image formats does no harm.
 """
 
 import importlib.util
@@ -17,21 +17,21 @@ IMAGE_SUFFIXES = frozenset((
     ".tga", ".ico", ".cur", ".icns", ".pcx", ".dds", ".qoi", ".psd", ".avif", ".sgi", ".ras",
 ))
 HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-# Raw files of cameras hold a JPEG for viewers, which is what is read of them.
+# Camera raw files contain a JPEG for viewers, which is the part that is read.
 RAW_SUFFIXES = frozenset((
     ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef",
     ".srw", ".3fr", ".fff", ".iiq", ".erf", ".mef", ".mos", ".mrw", ".kdc", ".dcr", ".rwl",
 ))
-# Pictures to a person, but nothing that is decoded here: named as skipped.
+# Images to a person, but not decoded here: reported as skipped.
 FOREIGN_SUFFIXES = frozenset((
     ".svg", ".svgz", ".jxl", ".pdf", ".eps", ".ai", ".wmf", ".emf", ".xcf", ".exr", ".hdr", ".jxr",
     ".wdp", ".dcm", ".djvu", ".x3f",
 ))
-# These may hold images, but not one: they are sources of their own.
+# These may contain images, but are not single images: they are sources of their own.
 SOURCE_SUFFIXES = frozenset((
     ".tar", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".ndjson",
 ))
-# Certainly no images: their content is not looked at.
+# Never images: their content is not inspected.
 OTHER_SUFFIXES = frozenset((
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".mts", ".wmv",
     ".mp3", ".m4a", ".wav", ".flac", ".ogg", ".aac", ".txt", ".md", ".rst", ".html", ".htm", ".css",
@@ -43,7 +43,7 @@ OTHER_SUFFIXES = frozenset((
 ))
 # fmt: on
 PICTURE_SUFFIXES = IMAGE_SUFFIXES | HEIC_SUFFIXES | RAW_SUFFIXES | FOREIGN_SUFFIXES
-# So much of a file tells its kind.
+# This many bytes of a file identify its kind.
 HEAD_BYTES = 64
 PHOTOS_EXTRA = "pip install 'mmalign[photos]'"
 
@@ -78,15 +78,15 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 
 
 def suffix(path: str) -> str:
-    """Lower-case extension with its dot; a name such as `.gitignore` has none."""
+    """Return the lower-case extension with its dot; a name such as `.gitignore` has none."""
     return PurePosixPath(path).suffix.lower()
 
 
 def content_kind(head: bytes) -> str:
     """Name the kind of an image by its first `HEAD_BYTES`, "" for anything else.
 
-    TGA, which has no mark of its own, is known by its ending only. "jxl" and "svg" are told, though
-    neither is decoded.
+    TGA, which has no signature, is recognised by its extension only. "jxl" and "svg" are
+    recognised, although neither is decoded.
     """
     for start, kind in _STARTS:
         if head.startswith(start):
@@ -103,7 +103,7 @@ def content_kind(head: bytes) -> str:
 
 
 def is_image_content(content: bytes) -> bool:
-    """Say whether a file is an image by how it begins, whatever it is called.
+    """Return whether a file is an image by its first bytes, whatever its name.
 
     >>> is_image_content(b"a dog on a beach")
     False
@@ -112,18 +112,18 @@ def is_image_content(content: bytes) -> bool:
 
 
 def has_heif() -> bool:
-    """Say whether the package that decodes HEIC is installed."""
+    """Return whether the package that decodes HEIC is installed."""
     return importlib.util.find_spec("pillow_heif") is not None
 
 
 def passed_over(
     name: str, head: Callable[[], bytes]
 ) -> tuple[str, Literal["sample", "ending"]] | None:
-    """Say why a file is not taken for an image, and what that loses; None where it is one.
+    """Say why a file is not treated as an image, and what that loses; None if it is one.
 
     Args:
         name: Its name.
-        head: Reads its first `HEAD_BYTES`; called only where the ending does not tell.
+        head: Reads its first `HEAD_BYTES`; called only if the extension does not decide.
     """
     end = suffix(name)
     if end in SOURCE_SUFFIXES:
@@ -140,7 +140,7 @@ def passed_over(
 
 
 def not_decoded(end: str) -> str:
-    """Say why images of an ending, or of a kind with a dot before it, are not decoded; else ""."""
+    """Say why images of an extension, or of a kind with a leading dot, are not decoded; else ""."""
     if end in FOREIGN_SUFFIXES:
         return f"image type not supported: {end}"
     if end in HEIC_SUFFIXES and not has_heif():
@@ -149,7 +149,7 @@ def not_decoded(end: str) -> str:
 
 
 def _iso_kind(head: bytes) -> str:
-    """Tell the kinds of one container apart by its brands: AVIF, HEIC, Canon's raw, or a film."""
+    """Distinguish the kinds of one container by brand: AVIF, HEIC, Canon's raw, or a video."""
     length = min(int.from_bytes(head[:4], "big"), len(head))
     brands = [head[8:12], *(head[i : i + 4] for i in range(16, length - 3, 4))]
     if brands[0] == b"crx ":

@@ -1,8 +1,8 @@
-"""Decoded images by row: from a memory-mapped cache where they fit, else decoded when asked for.
+"""Decoded images by row: from a memory-mapped cache if they fit, else decoded on request.
 
 B rows of a batch, S side of an image in pixels.
 
-Decoding once and reading bytes ever after is what keeps a small model fed: a 64-pixel image costs
+Decoding once and then reading bytes keeps a small model supplied with data: a 64-pixel image costs
 12 KB of disk and a microsecond, its JPEG a millisecond each time.
 """
 
@@ -28,14 +28,14 @@ T = TypeVar("T")
 Array = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Decode = Callable[[bytes], T]
-# A cache may take this share of the free disk.
+# The largest share of the free disk space that a cache may use.
 DISK_SHARE = 0.5
-# The grid of brightness that a look is made of.
+# The brightness grid from which a look is computed.
 LOOK_ROWS, LOOK_COLUMNS = 8, 9
 
 
 def read_and_decode(record: Record, decode: Decode[T]) -> T | Skip:
-    """Read the image of a record and decode it, or say why it cannot be."""
+    """Read and decode the image of a record, or return the reason why that failed."""
     try:
         return decode(read_image(record))
     except SampleProblem as problem:
@@ -59,8 +59,8 @@ def decode_stream(
 class Pixels:
     """Images of equal size by row number.
 
-    `cache_NSS3` holds them all; where it is None (they did not fit on the disk), `decode` makes
-    them from `records` on each fetch.
+    `cache_NSS3` holds them all; if it is None (they did not fit on the disk), `decode` creates them
+    from `records` on each fetch.
     """
 
     records: list[Record]
@@ -68,12 +68,12 @@ class Pixels:
     cache_NSS3: Array | None
     workers: int
     contents_N: Ints
-    """Hash of each encoded image; 0 where it was not read yet."""
+    """Hash of each encoded image; 0 if it has not been read yet."""
     looks_N: Ints
-    """64 bits of each image, see `look`; 0 where it was not decoded yet."""
+    """64 bits of each image, see `look`; 0 if it has not been decoded yet."""
 
     def fetch(self, rows_B: NDArray[np.int64]) -> tuple[Array, list[int], list[Skip]]:
-        """Return the pixels of the rows that can be decoded, their positions, and what is lost."""
+        """Return the pixels of the decodable rows, their positions, and the skips."""
         if self.cache_NSS3 is not None:
             return self.cache_NSS3[rows_B], list(range(len(rows_B))), []
         wanted = [self.records[row] for row in rows_B]
@@ -96,11 +96,11 @@ def decode_all(
 ) -> tuple[Pixels, list[Skip]]:
     """Decode every record once into a memory-mapped file of (N, side, side, 3) uint8.
 
-    Returns the pixels of the records that could be decoded, in order, and what was left out. Where
-    half of the free disk would not hold the cache, nothing is decoded now.
+    Returns the pixels of the records that could be decoded, in order, and what was left out. If
+    half of the free disk space cannot hold the cache, nothing is decoded now.
 
     Raises:
-        OSError: The disk filled up meanwhile.
+        OSError: The disk filled up in the meantime.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     size_bytes = len(records) * side * side * 3
@@ -136,15 +136,15 @@ def content_hash(content: bytes) -> int:
 
 
 def look(pixels_SS3: Array) -> int:
-    """Return 64 bits, signed, of which a picture keeps nearly all when it is resized or re-encoded.
+    """Return a signed 64-bit perceptual hash, nearly unchanged by resizing or re-encoding.
 
-    Each says whether one of 8 x 9 areas is brighter (in green) than its left neighbour.
+    Each bit tells whether one of 8 x 9 areas is brighter (in green) than its left neighbour.
     """
     side = len(pixels_SS3)
     sums = pixels_SS3[:, :, 1].astype(np.int64)
     edges = [np.arange(n + 1) * side // n for n in (LOOK_ROWS, LOOK_COLUMNS)]
     sums = np.add.reduceat(np.add.reduceat(sums, edges[0][:-1], axis=0), edges[1][:-1], axis=1)
-    # An image of fewer pixels than areas has empty areas, which stand for their first pixel.
+    # An image with fewer pixels than areas has empty areas, which use their first pixel.
     heights, widths = (np.maximum(np.diff(e), 1) for e in edges)
     means = sums / (heights[:, None] * widths[None])
     bits = np.packbits(means[:, 1:] > means[:, :-1])
@@ -152,9 +152,9 @@ def look(pixels_SS3: Array) -> int:
 
 
 def _reserve(file: Path, shape: tuple[int, ...]) -> Array:
-    """Make a file of zeros that is mapped into memory and has its space on the disk for sure.
+    """Create a memory-mapped file of zeros whose disk space is allocated in advance.
 
-    Without it, another program that fills the disk would end this one by a signal (SIGBUS).
+    Otherwise, another program that fills the disk would kill this one by a signal (SIGBUS).
     """
     size = int(np.prod(shape, dtype=np.int64))
     with open(file, "wb+") as handle:
@@ -165,7 +165,7 @@ def _reserve(file: Path, shape: tuple[int, ...]) -> Array:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(file)) from error
     cache: Array = np.memmap(file, np.uint8, "r+", shape=shape)
-    # Where a mapped file needs no name, even a killed process leaves nothing.
+    # Where a mapped file needs no name, even a killed process leaves no file behind.
     with contextlib.suppress(OSError):
         os.unlink(file)
     return cache

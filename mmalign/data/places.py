@@ -1,7 +1,7 @@
-"""Places where samples lie: local paths, and URLs that fsspec knows.
+"""Access the places where samples are stored: local paths, and URLs that fsspec knows.
 
-A local path is never parsed as a URL, so its name may hold `::`, `#` or `%`. Only regular files are
-opened: reading a named pipe would wait for ever. What fails behind a URL is tried again.
+A local path is never parsed as a URL, so its name may contain `::`, `#` or `%`. Only regular files
+are opened: reading a named pipe would wait forever. Failed operations on a URL are retried.
 """
 
 import inspect
@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import unquote
 
-# A scheme of one letter is a Windows drive. fsspec chains schemes: `simplecache::s3://bucket/key`.
+# A one-letter scheme is a Windows drive. fsspec chains schemes: `simplecache::s3://bucket/key`.
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _LOCAL_URL = re.compile(r"(?:file|local)://", re.IGNORECASE)
-# No image has so many bytes, and no sidecar. Each thread holds a whole file while it is decoded.
+# No image or sidecar has this many bytes. Each thread holds a whole file while decoding it.
 MOST_BYTES, MOST_SIDECAR_BYTES = 1 << 29, 1 << 26
-# Reading from a URL is tried so often, with a pause before the second try, and twice that before
-# the third. No answer is waited for longer.
+# The number of attempts to read from a URL, with a pause before the second and twice that before
+# the third, and the longest wait for an answer.
 TRIES, PAUSE_S, TIMEOUT_S = 3, 0.5, 120.0
-# What a server says of a moment: too slow, too early, too many. And of a file that is not there.
+# HTTP statuses of a temporary failure: too slow, too early, too many. And of a missing file.
 _PASSING, _ABSENT = (408, 425, 429), (404, 410)
-# Errors that say the same when one asks again.
+# Errors that a retry would not change.
 _FINAL = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
     ImportError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError,
 )  # fmt: skip
-# What file systems call the things that change with a file, in small letters without signs.
+# File systems' names for the properties that change with a file, in lower case without punctuation.
 _VERSION = {
     "blobid", "checksum", "contentmd5", "crc", "crc32c", "created", "datetime", "digest", "etag",
     "generation", "lastmodified", "lastwritetime", "md5", "md5hash", "modificationtime", "modified",
@@ -53,35 +53,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A name in a folder, and what it stands for; "other" is explained by `why`."""
+    """A name in a folder and its kind; `why` explains "other"."""
 
     name: str
     kind: Literal["file", "folder", "other"]
     why: str = ""
     hides: bool = False
-    """Whether samples may lie behind what could not be looked at."""
+    """Whether samples may lie behind an entry that could not be examined."""
 
 
 def is_url(place: str) -> bool:
-    """Say whether a place is a URL; `file://` URLs are local paths, see `local_path`."""
+    """Return whether a place is a URL; `file://` URLs are local paths, see `local_path`."""
     return bool(_URL.match(place)) and not _LOCAL_URL.match(place)
 
 
 def local_path(place: str) -> str:
-    """Return the path of a `file://` URL, and any other place as it is."""
+    """Return the path of a `file://` URL; return any other place unchanged."""
     found = _LOCAL_URL.match(place)
     if not found:
         return place
     path = place[found.end() :].removeprefix("localhost")
-    # File managers write a blank as %20; a name that holds the very characters wins.
+    # File managers write a space as %20; an existing file with the literal name takes precedence.
     return path if os.path.lexists(path) else unquote(path)
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path on it.
+    """Return the fsspec file system of a URL and the path on it.
 
     Raises:
-        OSError: Whatever went wrong; each file system has errors of its own.
+        OSError: For any failure; each file system has its own errors.
     """
     import fsspec
 
@@ -96,7 +96,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def spelled(place: str) -> str:
-    """Return a place as the uris of what lies below it begin: `memory://a` is `memory:///a`."""
+    """Return a place as the prefix of the uris below it: `memory://a` is `memory:///a`."""
     if not is_url(place):
         return local_path(place)
     fs, path = file_system(place)
@@ -105,10 +105,10 @@ def spelled(place: str) -> str:
 
 @contextmanager
 def open_file(place: str) -> Iterator[BinaryIO]:
-    """Open a regular file, or a URL, to read bytes.
+    """Open a regular file or a URL to read bytes.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: It cannot be opened, or is not a regular file.
     """
     if not is_url(place):
         with open(local_path(place), "rb", opener=_open_regular) as file:
@@ -120,23 +120,23 @@ def open_file(place: str) -> Iterator[BinaryIO]:
 
 
 def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTES) -> bytes:
-    """Read a regular file, or a part of it; less than `length` where it ends before.
+    """Read a regular file or part of it; fewer than `length` bytes if it ends earlier.
 
     Args:
         place: A path or URL.
         offset: Where to begin.
-        length: How many bytes; -1 up to the end.
-        most: Refuse to read more; behind a URL, the size of a whole file is not asked for.
+        length: The number of bytes; -1 reads to the end.
+        most: Refuse to read more; for a URL, the size of the whole file is not requested.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or has more.
+        OSError: It cannot be read, is not a regular file, or is larger.
     """
     _refuse_large(length, most)
     if is_url(place):
         fs, path = file_system(place)
         end = None if length < 0 else offset + length
         content = bytes(_ask(fs.cat_file, path, start=offset or None, end=end))
-        # Some servers know no parts, and send the whole file.
+        # Some servers do not support ranges and send the whole file.
         return content[offset:end] if 0 <= length < len(content) else content
     with open_file(place) as file:
         if length < 0:
@@ -146,7 +146,7 @@ def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTE
 
 
 def exists(url: str) -> bool:
-    """Say whether there is something behind a URL; doubt says yes."""
+    """Return whether something exists at a URL; True if in doubt."""
     try:
         fs, path = file_system(url)
         _ask(fs.info, path)
@@ -158,10 +158,10 @@ def exists(url: str) -> bool:
 
 
 def version(url: str) -> list[str]:
-    """Return what a server says of a file that changes when the file does: ETag, time, size.
+    """Return the server's values that change when the file does: ETag, time, size.
 
     Raises:
-        OSError: It says nothing.
+        OSError: It gives none.
     """
     fs, path = file_system(url)
     told = _ask(fs.info, path, tries=1)
@@ -170,20 +170,20 @@ def version(url: str) -> list[str]:
 
 
 def list_local(folder: str) -> list[Entry]:
-    """List a local folder in the order of names; links are followed.
+    """List a local folder sorted by name; links are followed.
 
     Raises:
-        OSError: It cannot be listed to its end.
+        OSError: The listing could not be completed.
     """
     with os.scandir(folder) as entries:
         return sorted((_entry(e) for e in entries), key=lambda e: e.name)
 
 
 def list_remote(fs: Any, folder: str) -> list[Entry]:
-    """List a folder of an fsspec file system in the order of names.
+    """List a folder of an fsspec file system sorted by name.
 
     Raises:
-        OSError: It cannot be listed; FileNotFoundError where there is none.
+        OSError: It cannot be listed; FileNotFoundError if it does not exist.
     """
     listed = _ask(fs.ls, folder, detail=True)
     here = folder.rstrip("/")
@@ -203,7 +203,7 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
 
 
 class _Patient(io.RawIOBase):
-    """A file behind a URL; what cannot be read is tried again; final."""
+    """A file at a URL; failed reads are retried; final."""
 
     def __init__(self, remote: Any) -> None:
         self._remote = remote
@@ -234,17 +234,17 @@ class _Patient(io.RawIOBase):
 
 
 def _ask(method: Callable[..., T], *args: Any, tries: int = TRIES, **words: Any) -> T:
-    """Call a method of a file system, with a limit of time where it takes one."""
+    """Call a method of a file system, with a timeout if it accepts one."""
     if inspect.iscoroutinefunction(getattr(method, "__wrapped__", None)):
         words["timeout"] = TIMEOUT_S
     return _patiently(lambda: method(*args, **words), tries)
 
 
 def _patiently(call: Callable[[], T], tries: int = TRIES) -> T:
-    """Call what may fail for a moment, a few times.
+    """Call a function that may fail temporarily, with a few retries.
 
     Raises:
-        OSError: It fails still, or for good.
+        OSError: It still fails, or fails permanently.
     """
     with foreign_errors():
         for number in range(1, tries):
@@ -253,7 +253,7 @@ def _patiently(call: Callable[[], T], tries: int = TRIES) -> T:
             except Exception as error:
                 if not _may_pass(_true_error(error)):
                     raise
-            # Not all threads at once.
+            # Jitter, so that threads do not retry all at once.
             time.sleep(PAUSE_S * 2 ** (number - 1) * random.uniform(1, 1.5))
         return call()
 
@@ -266,7 +266,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _true_error(error: Exception) -> Exception:
-    """Return what went wrong: fsspec's HTTP says of any error that there is no such file."""
+    """Return the actual error: fsspec's HTTP reports any error as a missing file."""
     cause = error.__cause__
     if not (isinstance(error, FileNotFoundError) and isinstance(cause, Exception)):
         return error
@@ -276,7 +276,7 @@ def _true_error(error: Exception) -> Exception:
 
 @contextmanager
 def foreign_errors() -> Iterator[None]:
-    """Turn whatever a file system raises into an `OSError` with its words."""
+    """Convert any error of a file system to an `OSError` with its message."""
     try:
         yield
     except Exception as raised:
@@ -288,7 +288,7 @@ def foreign_errors() -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """Say in one line what an error is about, without the place, which is said beside it."""
+    """Describe an error in one line, without the place, which is reported beside it."""
     return " ".join(str(error.strerror or error).split())
 
 
@@ -301,20 +301,20 @@ def _entry(found: "os.DirEntry[str]") -> Entry:
         mode = os.stat(found.path).st_mode
         return Entry(found.name, "other", f"not a regular file: {special(mode)}")
     except FileNotFoundError:
-        # A link to a disk that is not mounted: what lay there is not gone.
+        # A link to an unmounted disk: the files on it are not gone.
         return Entry(found.name, "other", "link that leads nowhere", hides=True)
     except OSError as error:
         return Entry(found.name, "other", f"cannot be looked at: {reason(error)}", hides=True)
 
 
 def special(mode: int) -> str:
-    """Name what is no regular file by its `st_mode`."""
+    """Name the type of a file that is not regular, by its `st_mode`."""
     return _SPECIAL.get(stat.S_IFMT(mode), "of an unknown kind")
 
 
 def _open_regular(path: str, flags: int) -> int:
-    # Opening is refused before it can have an effect (a device), and must not wait (a pipe that
-    # took the place of a file in between).
+    # The open is refused before it can have an effect (a device), and must not block (a pipe that
+    # replaced the file in the meantime).
     refuse_special(os.stat(path).st_mode)
     number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -331,6 +331,6 @@ def _refuse_large(size: int, most: int) -> None:
 
 
 def refuse_special(mode: int) -> None:
-    """Raise an `OSError` for what is no regular file, by its `st_mode`."""
+    """Raise an `OSError` if `st_mode` is not that of a regular file."""
     if not stat.S_ISREG(mode):
         raise OSError(f"not a regular file: {special(mode)}")

@@ -1,8 +1,8 @@
-"""The images of tables by row: each group of rows is read once, however many threads ask.
+"""Read the images of tables by row: each group of rows is read once for all threads.
 
-A group goes through the memory a piece at a time into a file without a name; from there its images
-are read in any order. Memory depends neither on the size of a group nor on the number of threads,
-but on that of a page, as its writer made it: pyarrow puts up to 1,024 images into one.
+A group is copied in chunks to an unnamed file; from there its images are read in any order. Memory
+use depends neither on the group size nor on the number of threads, but on the page size chosen by
+the writer: pyarrow puts up to 1,024 images into one page.
 """
 
 import os
@@ -21,17 +21,17 @@ from mmalign.data.arrow_tables import images_of, open_table
 from mmalign.data.samples import SampleProblem
 from mmalign.errors import DataError, reason_of
 
-# Groups that are kept on the disk may take so much, and no more than a share of what is free.
+# The maximum disk space of cached groups, and the share of the free space that they may use.
 KEPT_BYTES, FREE_SHARE = 8 << 30, 8
 # Each is an open file, of which macOS allows a process 256.
 KEPT_GROUPS = 64
 
 
 def read_row_image(path: str, row: int, column: str) -> bytes | str:
-    """Return the encoded image of one row of a table, or the path that stands in its place.
+    """Return the encoded image of one row of a table, or the path stored in its place.
 
     Raises:
-        SampleProblem: There is none, or its group cannot be read.
+        SampleProblem: There is no image, or its group cannot be read.
         DataError: There is no room on the disk.
     """
     _, ends = _outline(path)
@@ -43,7 +43,7 @@ def read_row_image(path: str, row: int, column: str) -> bytes | str:
 
 
 def forget(path: str) -> None:
-    """Forget what is kept of a table: it may have been written anew."""
+    """Discard cached data of a table, because it may have been rewritten."""
     _outline.cache_clear()
     _kept.forget(path)
 
@@ -56,7 +56,7 @@ def _outline(path: str) -> tuple[Any, list[int]]:
 
 
 class _Group:
-    """The images of one group of rows, in a file without a name; final."""
+    """The images of one group of rows, in an unnamed file; final."""
 
     def __init__(self, images: Iterable[bytes | str | None]) -> None:
         self._file = files.scratch_file()
@@ -74,7 +74,7 @@ class _Group:
 
     @property
     def size(self) -> int:
-        """Bytes on the disk."""
+        """The size on disk in bytes."""
         return self._ends[-1]
 
     def image(self, number: int) -> bytes | str:
@@ -91,14 +91,14 @@ class _Group:
 
 
 class _Groups:
-    """Groups on the disk, those that were asked for last; final."""
+    """The most recently used groups on disk; final."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[str, str, int], _Group] = OrderedDict()
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
     def group(self, path: str, group: int, column: str) -> _Group:
-        """Return a group; the first to ask reads it, others wait."""
+        """Return a group; the first caller reads it, others wait."""
         key = (path, column, group)
         found = self._find(key)
         if found is None:
@@ -111,7 +111,7 @@ class _Groups:
         return found
 
     def forget(self, path: str) -> None:
-        """Drop the groups of a table; who reads from one goes on."""
+        """Drop the groups of a table; threads that are reading one can continue."""
         with self._lock:
             for key in [key for key in self._held if key[0] == path]:
                 del self._held[key]

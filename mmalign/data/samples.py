@@ -1,4 +1,4 @@
-"""What a sample is before it is decoded: a record that says where its image and captions are."""
+"""Define an undecoded sample: a record of where its image and captions are."""
 
 import hashlib
 import os
@@ -10,24 +10,24 @@ from mmalign.data.places import is_url, local_path, version
 from mmalign.errors import DataError
 
 DEFAULT_CAPTION_KEY = "captions"
-# Where the default key is absent, these are read in its place.
+# If the default key is absent, these are read instead.
 CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
 
 
-# What a skip costs: one sample; only the captions of one, which is used without them; an unknown
-# number of samples of a place that cannot be listed to its end (a folder, a tar, a table), none of
-# which may be taken as removed; a file passed over because its ending is on no list; or nothing, as
-# the sample was found once before.
+# What a skip loses: one sample; only the captions of a sample, which is used without them; an
+# unknown number of samples of a place that cannot be listed completely (a folder, a tar, a table),
+# none of which may be treated as removed; a file skipped because its extension is on no list; or
+# nothing, because the sample was found before.
 Lost = Literal["sample", "captions", "place", "ending", "nothing"]
 
 
 class SampleProblem(DataError):
-    """Why one sample, or a part of it, cannot be used; a scan turns it into a `Skip`."""
+    """The reason why a sample, or part of it, cannot be used; a scan turns it into a `Skip`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample: where its image lies, and its captions.
+    """One sample: the location of its image, and its captions.
 
     The image is the whole file at `path`, or `length` bytes of it from `offset`, or row `row` of
     column `column` of a parquet file.
@@ -43,65 +43,65 @@ class Record:
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     given_id: bool = False
-    """The source itself names the sample (a table with an id column): the id decides which sample
-    this is, wherever its row has moved to. Else an id is made from names of files or rows, and
-    says no more than the uri does."""
+    """The source names the sample itself (a table with an id column): the id identifies the sample
+    wherever its row moves. Otherwise the id is made from file names or rows, and carries no more
+    information than the uri."""
     stamp: int = 0
-    """What `Stamps` said of it when it was scanned; 0 where nobody asked."""
+    """The value of `Stamps` when it was scanned; 0 if it was not requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Something that a source holds and that is not used, and why."""
+    """An unused item of a source, and the reason."""
 
     id: str
     uri: str
     reason: str
     lost: Lost = "sample"
     count: int = 1
-    """Files it stands for: those of one folder or tar that are passed over by ending are one skip
-    for each ending, with the first of them as its uri."""
+    """The number of files it represents: files of one folder or tar that are skipped by extension
+    form one skip per extension, with the first file as its uri."""
 
     @property
     def kept(self) -> bool:
-        """Whether the sample is used all the same, without its captions."""
+        """Whether the sample is still used, without its captions."""
         return self.lost == "captions"
 
 
 class JoinedSkips:
-    """The skips of one folder or tar; those that lose an ending are joined by their reasons."""
+    """The skips of one folder or tar; those that lose an ending are merged by reason."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Start empty."""
         self._skips: dict[str, Skip] = {}
 
     def add(self, skip: Skip) -> None:
-        """Take one more."""
+        """Add a skip."""
         key = skip.reason if skip.lost == "ending" else f"{len(self._skips)} {skip.uri}"
         first = self._skips.get(key)
         self._skips[key] = replace(first, count=first.count + skip.count) if first else skip
 
     def __iter__(self) -> Iterator[Skip]:
-        """Yield them in the order of their first."""
+        """Yield the skips in the order of first occurrence."""
         return iter(self._skips.values())
 
 
 class Stamps:
-    """Says when samples have changed, without reading them; final. Safe to use in threads."""
+    """Detects changed samples without reading them; final. Thread-safe."""
 
     def __init__(self) -> None:
-        """Know nothing of any place yet: what is said of a tar or a table is asked once."""
+        """Start without cached data: the properties of a tar or a table are read only once."""
         self._versions: dict[str, list[str]] = {}
 
     def of(self, record: Record) -> int:
-        """Return 64 bits that change when a sample does, as far as can be told without its image.
+        """Return 64 bits that change when a sample does, as far as known without reading its image.
 
-        They cover captions, metadata, length and what is known of the file: size and time of the
-        last change; behind a URL ETag, time and size, as far as its server tells them. Never 0. A
-        member of a tar carries the time of its tar.
+        They cover captions, metadata, length and file properties: size and modification time; for a
+        URL ETag, time and size, if the server provides them. Never 0. A member of a tar has the
+        time of its tar.
 
         Raises:
-            OSError: The file cannot be looked at.
+            OSError: The file properties cannot be read.
         """
         known: list[Any] = [record.captions, record.meta, record.length, record.row, record.column]
         alone = record.length < 0 and record.row < 0
@@ -133,12 +133,12 @@ def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:
-    """Strip captions; drop empty and repeated ones, keeping the order."""
+    """Strip captions; drop empty and duplicate ones, keeping the order."""
     return tuple(dict.fromkeys(c.strip() for c in captions if c.strip()))
 
 
 def text(content: Any) -> str:
-    """Return a caption as a string; bytes must be UTF-8, and JSON may not hold half a character."""
+    """Return a caption as a string; bytes must be UTF-8, and JSON must not hold lone surrogates."""
     if isinstance(content, int):
         return str(content)
     if not isinstance(content, str | bytes):

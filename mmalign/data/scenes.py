@@ -1,7 +1,7 @@
-"""Procedurally drawn scenes with compositional captions in English and Chinese.
+"""Draw procedural scenes with compositional captions in English and Chinese.
 
 A scene shows two groups of shapes. Each group has a shape, a colour, a texture, a size and a count,
-and one stands left of, right of, above or below the other. Every caption says all of it, so that
+and one is left of, right of, above or below the other. Every caption states all of this, so that
 finding a scene among a thousand needs every word.
 """
 
@@ -21,7 +21,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Word:
-    """One thing in two languages."""
+    """One concept in two languages."""
 
     en: str
     zh: str
@@ -55,7 +55,7 @@ TEXTURES = {
 }
 SIZES = {"small": Word("small", "小"), "large": Word("large", "大")}
 COUNTS = {1: Word("a", "一个"), 2: Word("two", "两个"), 3: Word("three", "三个")}
-# Where the first group stands, as seen from the second.
+# The position of the first group relative to the second.
 PLACES = {
     "left": (Word("to the left of", "左边"), "right"),
     "right": (Word("to the right of", "右边"), "left"),
@@ -67,7 +67,7 @@ RADIUS = {"small": 0.085, "large": 0.15}
 
 @dataclass(frozen=True)
 class Group:
-    """Some equal shapes."""
+    """A group of identical shapes."""
 
     shape: str
     colour: str
@@ -91,7 +91,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two groups and where the first stands."""
+    """Two groups and the position of the first."""
 
     first: Group
     second: Group
@@ -121,7 +121,7 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw the words of a scene; the two groups differ in shape or colour."""
+    """Draw the attributes of a scene at random; the two groups differ in shape or colour."""
 
     def pick(names: Iterable[str]) -> str:
         return str(rng.choice(list(names)))
@@ -138,7 +138,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Paint a scene; position, turn, tint and background vary freely."""
+    """Draw a scene; position, rotation, tint and background vary randomly."""
     side = SIDE * SUPERSAMPLE
     background = tuple(int(v) for v in rng.integers(218, 253, size=3))
     canvas = Image.new("RGB", (side, side), background)
@@ -185,7 +185,7 @@ def _centres(place: str) -> tuple[Point, Point]:
 
 
 def _spots(group: Group, centre: Point, *, across: bool, rng: np.random.Generator) -> list[Point]:
-    """Lay the shapes of a group out in a loose line along its half of the picture."""
+    """Place the shapes of a group in a loose line along its half of the picture."""
     spots = []
     for i in range(group.count):
         along = (i - (group.count - 1) / 2) * 0.31 + rng.uniform(-0.02, 0.02)
@@ -216,7 +216,7 @@ def _paint(canvas: Image.Image, group: Group, spot: Point, rng: np.random.Genera
     if group.texture == "solid":
         pen.polygon(points, fill=colour)
         return
-    # A light shape with the pattern laid over it, cut to the outline.
+    # A light shape overlaid with the pattern, clipped to the outline.
     mask = Image.new("L", canvas.size, 0)
     ImageDraw.Draw(mask).polygon(points, fill=255)
     pattern = Image.new("RGB", canvas.size, tuple(int(v + (255 - v) * 0.72) for v in colour))

@@ -1,9 +1,8 @@
-"""Files beside an image that describe it: captions, and metadata in the forms of other programs.
+"""Read files beside an image that describe it: captions, and metadata of other programs.
 
-Beside `a.jpg` these are looked for, their own ending in any case:
-
-    a.txt, a.caption, a.jpg.txt, a.jpg.caption    one caption a line
-    a.json, a.jpg.json                            captions under keys, all else is metadata
+These are searched for beside `a.jpg`, with their own extension in any case:
+    a.txt, a.caption, a.jpg.txt, a.jpg.caption    one caption per line
+    a.json, a.jpg.json                            captions under keys, the rest is metadata
     a.jpg.supplemental-metadata.json, a.jpg.json  as Google Takeout writes them
     a.xmp, a.jpg.xmp                              XMP: title, description, subject, date, rating
 """
@@ -29,7 +28,7 @@ from mmalign.values import json_value
 TEXT_SUFFIXES = (".txt", ".caption")
 _ORDER = (*TEXT_SUFFIXES, ".json", ".xmp")
 SUFFIXES = frozenset(_ORDER)
-# Takeout cuts names, before `.json`, at so many characters.
+# Takeout cuts names to this many characters before `.json`.
 _TAKEOUT_LENGTH = 46
 # IMG.jpg(1).json describes IMG(1).jpg.
 _NUMBERED = re.compile(r"(?P<stem>.*)(?P<number>\(\d+\))(?P<end>\.[^.]*)")
@@ -46,7 +45,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Described:
-    """What the files beside an image say of it, and which of them could not be used."""
+    """The content of the files beside an image, and which of them could not be used."""
 
     captions: tuple[str, ...] = ()
     meta: Values = field(default_factory=dict)
@@ -54,13 +53,13 @@ class Described:
 
 
 def folded(name: str) -> str:
-    """Return a file name with its ending in lower case, as sidecars are looked up."""
+    """Return a file name with its extension in lower case, as sidecars are looked up."""
     stem, dot, end = name.rpartition(".")
     return f"{stem}{dot}{end.lower()}"
 
 
 def key_of(image: str) -> str:
-    """Return all of a path up to the first dot of its file name, as WebDataset does."""
+    """Return the path up to the first dot of its file name, as WebDataset does."""
     folder, slash, file = image.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 
@@ -71,7 +70,7 @@ def names_of_key(image: str) -> list[str]:
 
 
 def named_beside(image: str, keys: Sequence[str]) -> dict[str, str]:
-    """Map caption keys such as `outputs.txt` to the folded names of the files they stand for.
+    """Map caption keys such as `outputs.txt` to the folded names of their files.
 
     >>> named_beside("k.input.jpg", ["captions", "outputs.txt"])
     {'outputs.txt': 'k.outputs.txt'}
@@ -80,7 +79,7 @@ def named_beside(image: str, keys: Sequence[str]) -> dict[str, str]:
 
 
 def names_beside(image: str) -> list[str]:
-    """List the folded names under which files about one image may stand, the strongest first."""
+    """List the folded names of possible sidecars of one image, highest priority first."""
     folder, slash, file = image.rpartition("/")
     stem = file.rpartition(".")[0] or file
     names = [f"{name}{end}" for end in _ORDER for name in (stem, file)]
@@ -96,15 +95,15 @@ def names_beside(image: str) -> list[str]:
 def describe(
     files: Sequence[tuple[str, bytes]], keys: Sequence[str], named: Mapping[str, bytes]
 ) -> Described:
-    """Read what stands beside one image.
+    """Read the sidecars of one image.
 
-    A .json wins where it holds a wanted key; the text file stands in for the default key, then the
-    description of Takeout or XMP. What cannot be read costs itself only.
+    A .json takes precedence if it has a wanted key; the text file replaces the default key, then
+    the description of Takeout or XMP. A file that cannot be read affects only itself.
 
     Args:
-        files: Name and content of the sidecars, the strongest first.
-        keys: Where captions are.
-        named: Text files that stand for caption keys, see `named_beside`.
+        files: Name and content of the sidecars, highest priority first.
+        keys: The keys that hold captions.
+        named: Text files for caption keys, see `named_beside`.
     """
     own, foreign, lines, problems = _contents(files)
     captions: list[str] = []
@@ -141,7 +140,7 @@ def describe(
 def _contents(
     files: Sequence[tuple[str, bytes]],
 ) -> tuple[Values, Values, tuple[str, ...], list[str]]:
-    """Read sidecars: our own .json, what other programs wrote, lines of text, and problems."""
+    """Read sidecars: our own .json, other programs' metadata, lines of text, and problems."""
     own: Values = {}
     foreign: Values = {}
     lines: tuple[str, ...] = ()
@@ -182,7 +181,7 @@ def _is_takeout(values: Values) -> bool:
 
 
 def _takeout(values: Values) -> Values:
-    """Take what Google Photos knows of an image; its `title` is the name of the file."""
+    """Extract Google Photos' metadata of an image; its `title` is the file name."""
     found: Values = {}
     if isinstance(values.get("description"), str) and values["description"].strip():
         found["description"] = values["description"].strip()
@@ -202,12 +201,12 @@ def _takeout(values: Values) -> Values:
 
 
 def _xmp(content: bytes) -> Values:
-    """Read the few fields of XMP that describe a picture to a person."""
+    """Read the few XMP fields that describe a picture to a person."""
     kind = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         words = content.decode(kind)
-        # XMP has no use for a document type, which is where entities would be declared that grow
-        # to gigabytes or stand for other files.
+        # XMP does not need a document type, which is where entities could be declared that expand
+        # to gigabytes or refer to other files.
         if "<!DOCTYPE" in words or "<!ENTITY" in words:
             raise SampleProblem(".xmp is not read: it declares a document type")
         tree = ElementTree.fromstring(words)

@@ -1,4 +1,4 @@
-"""Samples on disk while a source is scanned: as many as there are, in the memory of a few."""
+"""Store samples on disk while a source is scanned: any number, in little memory."""
 
 import pickle
 import sqlite3
@@ -11,10 +11,10 @@ from mmalign.data.samples import Record, Skip
 
 
 class UniqueIds:
-    """Makes ids unique among all that were seen, and skips that two sources have; final.
+    """Makes record ids unique, and detects skips that two sources share; final.
 
-    Two files of one id are told apart by their uri. SQLite keeps the names in a temporary file of
-    its own, which is gone with the process.
+    Two files with one id are distinguished by their uri. SQLite keeps the names in its own
+    temporary file, which disappears with the process.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class UniqueIds:
         self._db.execute(f"CREATE TABLE skip (uri, reason, source, {key}) WITHOUT ROWID")
 
     def unique(self, found: Record) -> Record | Skip:
-        """Return the record under a free id, or a skip where it was seen before."""
+        """Return the record under a free id, or a skip if it was seen before."""
         held = self._uri(found.id)
         if held is not None and held != found.uri:
             found = replace(found, id=other_id(found))
@@ -36,11 +36,11 @@ class UniqueIds:
         return found
 
     def once(self, skip: Skip, source: int) -> Skip:
-        """Return a skip, or one that costs nothing where an earlier source had the same.
+        """Return a skip, or one that loses nothing if an earlier source had the same.
 
         Args:
-            skip: What a source holds and cannot be used.
-            source: The number of the source: in one, a name may stand twice.
+            skip: An unusable item of a source.
+            source: The number of the source: within one source, a name may occur twice.
         """
         self._db.execute(
             "INSERT OR IGNORE INTO skip VALUES (?, ?, ?)", (skip.uri, skip.reason, source)
@@ -50,11 +50,11 @@ class UniqueIds:
         return skip if first == source else replace(skip, reason="given twice", lost="nothing")
 
     def _is_first(self, uri: str) -> bool:
-        """Note a file that is known by its place alone: a folder, and one in it, both have it."""
+        """Register a file known only by its place: a folder and a source inside it share it."""
         return self._db.execute("INSERT OR IGNORE INTO place VALUES (?)", (uri,)).rowcount == 1
 
     def close(self) -> None:
-        """Forget all names."""
+        """Discard all names."""
         self._db.close()
 
     def _uri(self, name: str) -> str | None:
@@ -63,9 +63,9 @@ class UniqueIds:
 
 
 def other_id(record: Record) -> str:
-    """Return the id that a record has where its own is taken: that of its row, or its uri.
+    """Return a record's alternative id if its own is taken: that of its row, or its uri.
 
-    Called with that id in the record, it returns its own one where that can be told.
+    Called with that id in the record, it returns the original one if that can be determined.
     """
     if not (record.given_id and record.row >= 0):
         return record.uri
@@ -74,7 +74,7 @@ def other_id(record: Record) -> str:
 
 
 def is_derived(name: str, uri: str) -> bool:
-    """Say whether an id was made of the place alone: a name in a folder or a tar, or the uri."""
+    """Return whether an id was made from the place alone: a name in a folder or tar, or the uri."""
     if name == uri or uri.endswith(f"/{name}"):
         return True
     container, _, member = uri.partition(".tar#")
@@ -83,7 +83,7 @@ def is_derived(name: str, uri: str) -> bool:
 
 
 class SpilledRecords:
-    """A list of records in a temporary file; final. Used as a context manager it is closed."""
+    """A list of records in a temporary file; final. As a context manager, it closes itself."""
 
     def __init__(self) -> None:
         self._folder = files.scratch_folder()
@@ -100,18 +100,18 @@ class SpilledRecords:
         return self._count
 
     def add(self, record: Record) -> None:
-        """Put a record at the end."""
+        """Append a record."""
         with files.naming(self._folder):
             pickle.dump(record, self._file)
         self._count += 1
 
     def __iter__(self) -> Iterator[Record]:
-        """Yield the records in the order they came."""
+        """Yield the records in insertion order."""
         self._file.seek(0)
         for _ in range(self._count):
-            # Written by this process a moment ago, into a file that has no name.
+            # This process has just written it to an unnamed file.
             yield pickle.load(self._file)
 
     def close(self) -> None:
-        """Give the space back."""
+        """Release the disk space."""
         self._file.close()

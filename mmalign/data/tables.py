@@ -1,7 +1,7 @@
-"""Tables with an image column (a path, a URL, or the bytes) and caption columns.
+"""Read tables with an image column (a path, a URL, or the bytes) and caption columns.
 
-Rows that name the same image are one sample with several captions, as in the csv files that come
-with many caption sets. Such rows may lie anywhere, so they are put in order on the disk: memory
+Rows that name the same image form one sample with several captions, as in the csv files of many
+caption data sets. Such rows may be anywhere in the table, so they are sorted on disk: memory use
 does not grow with the table.
 """
 
@@ -44,12 +44,12 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES, *JSON_SUFFIXES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# What is longer is no metadata: another image, a document, an attack.
+# A longer value is not metadata: it is another image, a document or an attack.
 MAX_BYTES, MAX_JSON = 4096, 1 << 20
-# No file system knows longer paths; what is longer is an image as text.
+# No file system allows longer paths; a longer text is an encoded image.
 MAX_PATH = 4096
 MAX_NAME, MAX_REASON = 1024, 300
-# Names of columns that a JSON table may have before the rest is not listed.
+# The maximum number of column names of a JSON table before the rest is not listed.
 MAX_NAMES = 1000
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ Convert = Callable[[str, Any], Any]
 
 
 def table_suffix(path: str) -> str | None:
-    """Return the ending that tells the kind of a table, without that of its compression."""
+    """Return the extension that gives the table format, without the compression suffix."""
     end = suffix(path)
     if end in COMPRESSED:
         end = suffix(path[: -len(end)])
@@ -66,27 +66,27 @@ def table_suffix(path: str) -> str | None:
 
 
 def is_table(path: str) -> bool:
-    """Say whether a place is a table by its ending."""
+    """Return whether a path or URL is a table by its extension."""
     return table_suffix(path) is not None
 
 
 def tables_in(folder: str) -> list[str]:
-    """List the tables of a folder that stands for one table; none of a folder of images.
+    """List the tables of a folder that represents one table; empty for a folder of images.
 
-    That are folders named as tables, as Spark writes them, and Hugging Face's saved data sets.
+    These are folders named like tables, as Spark writes them, and data sets saved by Hugging Face.
     """
     end = table_suffix(folder.rstrip("/"))
     if os.path.isfile(os.path.join(folder, "dataset_info.json")):
         end = ".arrow"
     if end is None:
         return []
-    # Names that begin so are Spark's own.
+    # Spark uses names with these prefixes for its own files.
     paths = (str(p) for p in sorted(Path(folder).rglob(f"*{end}")) if p.name[0] not in "._")
     return [path for path in paths if os.path.isfile(path)]
 
 
 def scan_folder(folder: str, paths: Sequence[str], asked: Asked) -> Found:
-    """Yield the records of all tables of a folder; `year=2020` in a path is a column of its rows.
+    """Yield the records of all tables of a folder; `year=2020` in a path becomes a column.
 
     Raises:
         DataError: One of them cannot be read.
@@ -105,7 +105,7 @@ def scan_folder(folder: str, paths: Sequence[str], asked: Asked) -> Found:
 
 
 def _partition(path: str) -> dict[str, str]:
-    """Return what the folders of a path say: `a=1/b=x/part.parquet` is {a: 1, b: x}."""
+    """Return the values encoded in a path: `a=1/b=x/part.parquet` gives {a: 1, b: x}."""
     pairs = (part.partition("=") for part in Path(path).parts[:-1])
     # Hive's name for a missing value.
     known = {name: unquote(value) for name, equal, value in pairs if name and equal}
@@ -113,10 +113,10 @@ def _partition(path: str) -> dict[str, str]:
 
 
 def scan(path: str, asked: Asked) -> Found:
-    """Yield one record an image, in the order of rows.
+    """Yield one record per image, in row order.
 
     Raises:
-        DataError: The file cannot be read as what it is, or has no image column.
+        DataError: The file cannot be read as its format, or has no image column.
     """
     if table_suffix(path) in ARROW_SUFFIXES:
         yield from _scan_arrow(path, asked)
@@ -130,7 +130,7 @@ def read_cell(path: str, row: int, column: str) -> bytes:
     """Read the image of one row of a table.
 
     Raises:
-        SampleProblem: There is none.
+        SampleProblem: The row has no image.
         OSError: The row names a file that cannot be read.
     """
     image = row_images.read_row_image(path, row, column)
@@ -140,7 +140,7 @@ def read_cell(path: str, row: int, column: str) -> bytes:
 
 
 def column_names(path: str, asked: Asked) -> list[str]:
-    """Return the names of the columns of a table, for a message; of JSON those of its first rows.
+    """Return a table's column names for a message; for JSON, those of its first rows.
 
     Raises:
         DataError: It cannot be read.
@@ -159,12 +159,12 @@ def column_names(path: str, asked: Asked) -> list[str]:
 
 @dataclass
 class _Reading:
-    """What is known of a table while it is read; final."""
+    """The state of reading one table; final."""
 
     path: str
     asked: Asked
     left_out: Counter[str] = field(default_factory=Counter)
-    """Why values were left out of metadata, by column."""
+    """The reason why values were left out of the metadata, by column."""
 
     @cached_property
     def name(self) -> str:
@@ -173,15 +173,15 @@ class _Reading:
         return PurePosixPath(file.stem).stem if file.suffix.lower() in COMPRESSED else file.stem
 
     def uri(self, number: int) -> str:
-        """Name a row."""
+        """Return the uri of a row."""
         return f"{self.path}#row={number}"
 
     def skip(self, number: int, reason: str) -> Skip:
-        """Refuse a row."""
+        """Return the skip for an unusable row."""
         return Skip(f"{self.name}/row {number}", self.uri(number), reason)
 
     def id_of(self, row: Row, columns: Columns, other: str) -> tuple[str, bool]:
-        """Return the id of a row, and whether the table gives it."""
+        """Return the id of a row, and whether it comes from the table."""
         given = json_value(row.get(columns.id)) if columns.id else None
         is_given = isinstance(given, str | int | float) and given != ""
         return f"{self.name}/{_short(str(given) if is_given else other)}", is_given
@@ -189,7 +189,7 @@ class _Reading:
     def captions(
         self, row: Row, columns: Columns, id: str, uri: str
     ) -> tuple[tuple[str, ...], list[Skip]]:
-        """Return the captions of a row, or why it has none."""
+        """Return the captions of a row, or the reasons why it has none."""
         try:
             return columns.captions_of(row, self.asked), []
         except SampleProblem as problem:
@@ -197,7 +197,7 @@ class _Reading:
             return (), [Skip(id, uri, f"{problem}{hint}", lost="captions")]
 
     def meta(self, row: Row, cell: Convert = lambda name, value: value) -> Row:
-        """Return metadata as JSON; what is too large for it is counted."""
+        """Return metadata as JSON; values that are too large are counted."""
         meta = {}
         for name, value in row.items():
             try:
@@ -207,7 +207,7 @@ class _Reading:
         return meta
 
     def say_left_out(self) -> None:
-        """Name what was too large."""
+        """Report the values that were too large."""
         for reason, count in self.left_out.most_common(20):
             say(f"{self.path}: {reason}: left out of meta, {count} times")
 
@@ -235,7 +235,7 @@ def _scan_arrow(path: str, asked: Asked) -> Found:
 
 
 def _in_row(reading: _Reading, number: int, row: Row, columns: Columns) -> Found:
-    """Yield the record of a row that holds its image itself."""
+    """Yield the record of a row that contains its image."""
     uri = reading.uri(number)
     id, is_given = reading.id_of(row, columns, f"row {number}")
     captions, problems = reading.captions(row, columns, id, uri)
@@ -248,7 +248,7 @@ def _in_row(reading: _Reading, number: int, row: Row, columns: Columns) -> Found
 
 
 def _image_column(path: str, table: Table, asked: Asked) -> tuple[str, ImageKind]:
-    """Choose the image column of a table whose columns have types."""
+    """Choose the image column of a table with typed columns."""
     names = list(table.schema.names)
     for name in names:
         if names.count(name) > 1:
@@ -330,9 +330,9 @@ def _by_path(
     rows: Iterator[tuple[int, Row | SampleProblem, Columns]],
     cell: Convert = lambda name, value: value,
 ) -> Found:
-    """Yield one record for all rows that name the same image, and what is wrong with rows.
+    """Yield one record for all rows that name the same image, and the problems of rows.
 
-    Nothing is yielded before all rows are read.
+    Nothing is yielded until all rows are read.
     """
     with closing(_Gathered()) as gathered:
         for number, row, columns in rows:
@@ -362,9 +362,9 @@ def _by_path(
 
 
 class _Gathered:
-    """Things of a table, those of one image together, in the order of the first of each; final.
+    """Values grouped by image, in the order of each image's first row; final.
 
-    SQLite keeps and sorts them in a temporary file of its own, which is gone with the process.
+    SQLite stores and sorts them in its own temporary file, which disappears with the process.
     """
 
     def __init__(self) -> None:
@@ -373,23 +373,23 @@ class _Gathered:
         self._new: list[tuple[bytes, int, bytes]] = []
 
     def add(self, image: str, number: int, thing: Any) -> None:
-        """Add what a row says of an image."""
+        """Add a row's value for an image."""
         self._new.append((image.encode("utf-8", "surrogatepass"), number, pickle.dumps(thing)))
         if len(self._new) == ROWS_AT_A_TIME:
             self._put()
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """Yield the things of each image."""
+        """Yield the values of each image."""
         self._put()
         first = "SELECT *, min(number) OVER (PARTITION BY image) AS first FROM thing"
         ordered = f"SELECT first, content FROM ({first}) ORDER BY first, number"
         with _room():
             for _, same in groupby(self._db.execute(ordered), key=lambda row: row[0]):
-                # Written by this process a moment ago, into a file that has no name.
+                # This process has just written it to an unnamed file.
                 yield [pickle.loads(content) for _, content in same]
 
     def close(self) -> None:
-        """Give the space back."""
+        """Release the disk space."""
         self._db.close()
 
     def _put(self) -> None:
@@ -413,7 +413,7 @@ def _say_missing(path: str, names: Sequence[str], asked: Asked) -> None:
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turn whatever the reader of a broken table raises into one line."""
+    """Convert any error from the reader of a broken table to a one-line error."""
     try:
         yield
     except DataError:
@@ -430,7 +430,7 @@ def _until_broken(path: str, items: Iterator[T]) -> Iterator[T]:
 
 
 def _image_path(value: Any) -> str:
-    """Return the path of an image from what stands in its cell."""
+    """Return the path of an image from the value of its cell."""
     if isinstance(value, dict):
         value = value.get("path")
     if isinstance(value, bytes):
@@ -473,7 +473,7 @@ def _small(value: Any) -> Any:
 
 
 def _short(name: str) -> str:
-    """Return a name for an id: control characters escaped, and its end hashed where it is long."""
+    """Return a name usable in an id: control characters escaped, a long name's end hashed."""
     name = escaped(name)
     if len(name) <= MAX_NAME:
         return name

@@ -1,8 +1,8 @@
-"""WebDataset tars, local or behind any fsspec URL.
+"""Read WebDataset tars, local or at any fsspec URL.
 
-A tar is read once from end to end for its small members (captions, metadata) and for the place of
-each image. Training then reads images at random by offset, so that shuffling is over the whole set
-and the number of shards has nothing to do with the number of workers.
+A tar is read once from end to end for its small members (captions, metadata) and the position of
+each image. Training then reads images at random by offset, so that shuffling covers the whole set
+and the number of shards is independent of the number of workers.
 """
 
 import stat
@@ -17,7 +17,7 @@ from mmalign.data.kinds import HEAD_BYTES, passed_over, suffix
 from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
 from mmalign.errors import DataError
 
-# So much is looked at behind the end mark: tars are padded to whole records.
+# The number of bytes checked after the end mark: tars are padded to whole records.
 _PADDING = 1 << 20
 _MODES = {
     tarfile.FIFOTYPE: stat.S_IFIFO,
@@ -27,12 +27,12 @@ _MODES = {
 
 
 def scan(path: str, caption_keys: Sequence[str]) -> Found:
-    """Yield one record a sample, in the tar's order; the rules for sidecars are those of folders.
+    """Yield one record per sample, in tar order; sidecars follow the same rules as in folders.
 
-    What is found in a tar that breaks off is used; the tar is then a skip that loses a place.
+    Samples found in a truncated tar are used; the tar is then a skip that loses a place.
 
     Raises:
-        DataError: There is no such file.
+        DataError: The file does not exist.
     """
     found = _Tar(path, PurePosixPath(path).stem, caption_keys)
     try:
@@ -55,22 +55,22 @@ class _Image:
 
 @dataclass
 class _Tar:
-    """What one tar holds."""
+    """The content of one tar."""
 
     path: str
     name: str
     caption_keys: Sequence[str]
     skips: JoinedSkips = field(default_factory=JoinedSkips)
     images: dict[str, _Image] = field(default_factory=dict)
-    """By the member's name without its last extension."""
+    """Keyed by the member's name without its last extension."""
     beside: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    """Sidecars by folded name: the name as it stands in the tar, and the content."""
+    """Sidecars by folded name: the name in the tar, and the content."""
 
     def read(self, file: BinaryIO) -> None:
-        """Note images and sidecars.
+        """Collect images and sidecars.
 
         Raises:
-            OSError: The tar breaks off, is damaged, or has no end mark; what was noted stays.
+            OSError: The tar is truncated, damaged, or has no end mark; collected members are kept.
         """
         size = file.seek(0, 2)
         file.seek(0)
@@ -81,7 +81,7 @@ class _Tar:
             _check_end(file, tar.offset)
 
     def samples(self) -> Found:
-        """Yield a record for each image, and a skip for each sidecar that has none."""
+        """Yield a record for each image, and a skip for each sidecar without an image."""
         claimed: set[str] = set()
         for base, image in self.images.items():
             key, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
@@ -168,7 +168,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, length: int = -1) ->
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """Refuse a tar that does not end where its last member does."""
+    """Refuse a tar that does not end after its last member."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:

@@ -1,6 +1,6 @@
-"""Images and captions into a store: the verb `embed`.
+"""Images and captions into a store: the command `embed`.
 
 embed.py     sources and a model -> rows of a store
-changes.py   what a store lacks of its sources
-stored.py    the rows of a store, found by place and by content
+changes.py   what is missing in a store compared with its sources
+stored.py    the rows of a store, found by location and by content
 """

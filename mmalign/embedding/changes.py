@@ -1,4 +1,4 @@
-"""What a store lacks of some sources, and what it holds that they no longer have.
+"""Compare a store with its sources: samples it lacks, and rows whose samples are gone.
 
 N rows of the store, deleted ones included.
 """
@@ -32,14 +32,14 @@ from mmalign.encoding.modalities import decode_workers
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
 
-# Samples whose place in the store is looked up at once.
+# Samples that are looked up in the store at once.
 LOOKED_UP = 1_000
 Outcome = Literal["added", "changed", "present"]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a scan."""
+    """The options of a scan."""
 
     sources: Sequence[str]
     caption_keys: Sequence[str] = ("captions",)
@@ -50,14 +50,14 @@ class Wanted:
     """(i, n): only the i-th of n equal parts of the samples."""
 
     def takes(self, found: Record | Skip) -> bool:
-        """Say whether a sample is in this part, on whichever machine it is asked."""
+        """Return whether a sample is in this part; the answer is the same on every machine."""
         number, parts = self.part
         return zlib.crc32(found.id.encode()) % parts == number - 1
 
 
 @dataclass
 class ChangeSet:
-    """What a scan found; `records` are to be read; final."""
+    """The result of a scan; `records` are to be read; final."""
 
     records: SpilledRecords
     stored: StoredRows
@@ -67,7 +67,7 @@ class ChangeSet:
     found: int = 0
     """Samples and files of this part that were found, usable or not."""
     present: int = 0
-    """Samples that the store holds as they are, as far as can be told without reading them."""
+    """Samples that are unchanged in the store, as far as can be told without reading them."""
     captions: int = 0
     """Samples that have a caption."""
     skips: list[Skip] = field(default_factory=list)
@@ -75,21 +75,21 @@ class ChangeSet:
 
     @property
     def samples(self) -> int:
-        """Samples that a scan found nothing wrong with."""
+        """Return the number of samples without errors in the scan."""
         return self.present + len(self.records)
 
     def stamp_of(self, record: Record) -> int:
-        """Say what tells whether a sample has changed; 0 where it cannot be looked at."""
+        """Return the stamp that shows whether a sample has changed; 0 if it is not accessible."""
         try:
             return self.stamps.of(record)
         except OSError:
-            return 0  # reading it will say why
+            return 0  # reading it will report why
 
 
 def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> ChangeSet:
-    """Scan sources for what a store lacks, or may hold in an older state; it is spilled to disk.
+    """Scan sources for samples that a store lacks or may hold outdated; they are spilled to disk.
 
-    A sample is as it was where its place, size, time of last change, captions and metadata are.
+    A sample is unchanged if its location, size, modification time, captions and metadata are.
 
     Raises:
         DataError: A source does not exist, or none holds a usable sample.
@@ -121,7 +121,7 @@ def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> Chang
 
 
 def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None:
-    """Tell the samples that the store holds as they are from those that must be read."""
+    """Separate samples that are unchanged in the store from those that must be read."""
     rows = changes.stored.of(records)
     changes.seen_N[[row["number"] for row in rows if row]] = True
     mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
@@ -139,7 +139,7 @@ def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None
 
 
 def _see_what_cannot_be_used(changes: ChangeSet) -> None:
-    """What can no longer be used is not gone: its row stays."""
+    """Mark samples that can no longer be used as seen: they are not gone, so their rows stay."""
     store = changes.stored.store
     lost = [s for s in changes.skips if s.lost != "place"]
     if len(store) and lost:
@@ -151,31 +151,31 @@ def _see_what_cannot_be_used(changes: ChangeSet) -> None:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a sample that was read."""
+    """The outcome for a sample that was read."""
 
     outcome: Outcome
     id: str
-    """Under which its row is put into the store."""
+    """The id of its row in the store."""
     replaces: tuple[str, ...] = ()
-    """Ids of other rows, which go."""
+    """Ids of other rows, which are deleted."""
     moved: bool = False
-    """It lay elsewhere, or was called otherwise, when it was last embedded."""
+    """It had another location or name when it was last embedded."""
     as_it_is: bool = False
-    """The row of the store says all that there is to say."""
+    """The row in the store is already up to date."""
 
 
 class Settling:
-    """Decides for each sample that was read which row it is; one sample after the other; final."""
+    """Decides which row each sample that was read belongs to, one by one; final."""
 
     def __init__(self, changes: ChangeSet) -> None:
-        """Take what the scan found."""
+        """Take the result of a scan."""
         self.changes, self.stored = changes, changes.stored
         self.taken: set[int] = set()
         """Rows that followed their content to another place."""
         self._moved: dict[bytes, Iterator[int]] = {}
 
     def settle(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Settled]:
-        """Say what becomes of some samples, given the checksums of their images."""
+        """Return the outcome for some samples, given the checksums of their images."""
         rows = self.stored.of(records)
         return [self._settle(*one) for one in zip(records, rows, checksums, strict=True)]
 
@@ -201,7 +201,7 @@ class Settling:
         return Settled(outcome, name, _other(name, *followed), bool(followed))
 
     def _name(self, record: Record, row: Row) -> str:
-        """Keep the id of a row, unless its source says another one now, and it is free."""
+        """Return the id of a row, or the new id that its source now gives, if that is free."""
         old: str = row["id"]
         if not record.given_id or old in (record.id, other_id(record)):
             return old
@@ -212,7 +212,7 @@ class Settling:
         return holder < 0 or holder in self.taken
 
     def _which_moved(self, checksum: bytes) -> list[str]:
-        """Take a row of some content whose place is gone; return its id, if there is one."""
+        """Claim a row with this content whose location is gone; return its id, if there is one."""
         if checksum not in self._moved:
             rows = self.stored.with_content(checksum)
             self._moved[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
@@ -230,10 +230,10 @@ class Settling:
 
 
 def removed(settling: Settling) -> list[int]:
-    """List the rows whose images lay in the sources and were not seen there.
+    """List the rows whose images were in the sources but were not found there.
 
-    What could not be listed to its end, or read, may still hold what was not seen: below such a
-    place nothing counts as removed, nor does what has the name of such a file.
+    Places that could not be listed completely, or read, may still hold missing samples: nothing
+    below such a place counts as removed, nor does a row that has the name of such a file.
     """
     changes, store = settling.changes, settling.stored.store
     for skip in changes.skips:
@@ -255,7 +255,7 @@ def removed(settling: Settling) -> list[int]:
 
 
 def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the items in lists of a size, the last one shorter."""
+    """Yield the items in lists of a given size; the last one may be shorter."""
     rest = iter(items)
     return iter(lambda: list(islice(rest, size)), [])
 
@@ -269,5 +269,5 @@ def _file_name(uri: str) -> str:
 
 
 def _container(uri: str, record: Record) -> str:
-    """Return the file that a sample lies in: the number of its row in a table is no place."""
+    """Return the file that contains a sample: a row number in a table is not a location."""
     return uri.rpartition("#")[0] if record.row >= 0 else uri

@@ -2,7 +2,7 @@
 
     scan -> what the store lacks -> decode and encode, overlapping -> shards -> manifest
 
-Run again, it adds what is new or changed; killed, it goes on where the last committed shard ended.
+Another run adds what is new or changed; after a kill it continues after the last committed shard.
 """
 
 import time
@@ -44,7 +44,7 @@ from mmalign.store import (
 )
 
 COMMIT_SECONDS = 60.0
-# Samples that are embedded in float32 as well, to say what eight bits cost.
+# Samples that are also embedded in float32, to report the loss from eight bits.
 COMPARED = 128
 
 
@@ -55,27 +55,26 @@ class EmbedReport:
     added: int
     """Samples that the store did not have."""
     changed: int
-    """Samples with a new row in place of their old one: other content, captions, metadata, or
-    another place."""
+    """Samples whose row was replaced: other content, captions, metadata or location."""
     present: int
-    """Samples that the store holds as they are."""
+    """Samples that are unchanged in the store."""
     failed: int
     """Samples that cannot be used; `Store.failures` lists them with the reasons."""
     passed_over: int
-    """Files that are no images by their ending."""
+    """Files that are not images, by their extension."""
     cut_captions: int
-    """Captions embedded now that are longer than the model reads: the end of each is left out."""
+    """Captions embedded in this run that are longer than the model reads and were truncated."""
     moved: int
-    """Of the changed, those whose row followed their content to another place."""
+    """Changed samples whose row followed their content to another location."""
     read: int
     """Images that were read."""
     encoded: int
-    """Of them, those whose vectors were computed; the others were embedded before."""
+    """Images read whose vectors were computed; the others were embedded before."""
     removed: int
-    """Rows deleted as their source is gone; only where that was asked for."""
+    """Rows deleted because their source is gone; only with `drop_removed`."""
     rows: int
     images_per_s: float
-    """Images read in a second, from the end of the scan."""
+    """Images read per second, from the end of the scan."""
     precision: str
 
 
@@ -93,19 +92,19 @@ def embed(
     yes: bool = False,
     part: tuple[int, int] = (1, 1),
 ) -> EmbedReport:
-    """Embed what the store does not hold yet, or holds in an older state.
+    """Embed samples that the store does not hold yet, or that have changed.
 
     Args:
         model: A run folder, `NAME:TAG`, or an encoder that was loaded from one of these.
         sources: Folders, tars, tables, URLs, as `data.scan` takes them.
-        out: The store; made if it does not exist.
-        caption_keys: Where the captions are.
-        image_column: The column of tables that holds images, or their paths.
+        out: The store; created if it does not exist.
+        caption_keys: The fields that hold the captions.
+        image_column: The table column that holds images, or their paths.
         thumbnails: Keep a small WebP of each image, so that results can be shown.
         precision: "auto", "float32", "bfloat16" or "int8", see `model.in_precision`.
         checksum: Read every image that the store holds, and compare its content.
-        drop_removed: Delete the rows whose images lay in the sources and are there no more. What
-            could not be listed or read counts as there.
+        drop_removed: Delete the rows whose images were in the sources but are no longer there.
+            What could not be listed or read counts as still there.
         yes: Let `drop_removed` delete more than a tenth of the rows.
         part: (i, n): embed only the i-th of n equal parts of the samples, so that n processes
             can work on one store.
@@ -113,8 +112,8 @@ def embed(
     Raises:
         DataError: Nothing usable in the sources.
         IdentityError: The store belongs to another model.
-        StoreError: More than a tenth of the rows would be deleted. All else is done.
-        UsageError: The store is a source, lies in one, or holds one.
+        StoreError: More than a tenth of the rows would be deleted. Everything else is done.
+        UsageError: The store is a source, is inside one, or contains one.
     """
     if not 1 <= part[0] <= part[1]:
         raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
@@ -172,7 +171,7 @@ def _open(path: Path, card: ModelCard, plain: Encoder) -> Store:
 
 
 class _Work:
-    """Reads what the scan found, and writes the rows that come of it; final."""
+    """Reads the samples that a scan found, and writes their rows; final."""
 
     def __init__(
         self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
@@ -184,7 +183,7 @@ class _Work:
         self.seconds = 0.0
 
     def run(self) -> None:
-        """Read, embed and write everything, and commit now and then."""
+        """Read, embed and write everything, committing from time to time."""
         started = committed_at = time.monotonic()
         with self.writer, bar("embed", len(self.changes.records)) as progress:
             for good, lost in self.pipeline.run(self.changes.records):
@@ -208,7 +207,7 @@ class _Work:
                 self.writer.add(_row(encoded, settled.id), settled.replaces)
 
     def counts(self) -> dict[str, int]:
-        """Count what became of each sample."""
+        """Count the samples by outcome."""
         return {
             "added": self.outcomes["added"],
             "changed": self.outcomes["changed"],
@@ -236,7 +235,7 @@ def _say_what_it_costs(plain: Encoder, encoder: Encoder, sample: list[Record]) -
     try:
         say(f"int8 beside float32: {compare(plain, encoder, sample)}")
     except DataError as error:
-        # What cannot be compared may still be embedded: others may be better.
+        # A failed comparison does not stop the run: other samples may be usable.
         say(f"int8 is not compared with float32: {error}")
 
 
@@ -256,7 +255,7 @@ def _row(encoded: Encoded, name: str) -> Row:
 
 
 def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:
-    """List what was lost, and say how much; what was lost before and is not now is resolved."""
+    """List failed samples and report their number; mark earlier failures that were resolved."""
     listed = {s.uri: s for s in changes.skips if s.lost != "nothing"}
     rows: list[dict[str, Any]] = [
         {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in listed.values()

@@ -1,8 +1,8 @@
-"""What a store holds, found by place and by content: which row a sample is, and which one moved.
+"""Find the rows of a store by location and content: which row a sample is, and which one moved.
 
-A row follows its content. What lies where a row says is that row's sample, whatever it is called
-now; where a source itself names its samples, the name decides. A file that is new may be one that
-lay elsewhere before: then some row has its checksum, and the place of that row is gone.
+A row follows its content. The sample at a row's location belongs to that row, whatever its name is
+now; if a source itself names its samples, the name decides. A new file may be one that was moved:
+then some row has its checksum, and the location of that row is gone.
 
 N rows of the store, deleted ones included; D dimensions.
 """
@@ -27,12 +27,12 @@ from mmalign.store.ids import hashes
 
 Ints = NDArray[np.int64]
 Row = dict[str, Any]
-# What tells whether a sample is as it was, without its image.
+# Columns that show whether a sample is unchanged, without its image.
 OUTLINE = ("id", "uri", "stamp")
 
 
 class _Lookup:
-    """Rows by a value of theirs, about 16 bytes a row; final."""
+    """Rows indexed by one of their values, about 16 bytes per row; final."""
 
     def __init__(
         self, store: Store, column: str, hashed: Callable[[Any], NDArray[np.uint64]]
@@ -45,17 +45,17 @@ class _Lookup:
         self.hashes, self.rows = hashes_N[rows_N][order], rows_N[order].astype(small)
 
     def candidates(self, hashes_M: NDArray[np.uint64]) -> list[Ints]:
-        """Return, for each of M hashes, the live rows that have it, the first one first."""
+        """Return, for each of M hashes, the live rows that have it, in ascending order."""
         starts = np.searchsorted(self.hashes, hashes_M)
         ends = np.searchsorted(self.hashes, hashes_M, side="right")
         return [self.rows[a:b].astype(np.int64) for a, b in zip(starts, ends, strict=True)]
 
 
 class StoredRows:
-    """The rows of one generation, by what they are rows of; final. Safe to use from threads."""
+    """The rows of one generation, found by their samples; final. Safe to use from threads."""
 
     def __init__(self, store: Store) -> None:
-        """Take a store; what is looked up is read when it is first asked for."""
+        """Take a store; its columns are read when they are first needed."""
         self.store = store
         self._lock = threading.Lock()
         self._sound: dict[int, bool] = {}
@@ -69,7 +69,7 @@ class StoredRows:
         return _Lookup(self.store, "checksum", _first_bytes)
 
     def at(self, uris: Sequence[str]) -> list[list[Row]]:
-        """Return the rows of each of some places: number, id, uri, stamp."""
+        """Return the rows at each of some locations: number, id, uri, stamp."""
         if not len(self.store):
             return [[] for _ in uris]
         found = self._places.candidates(hashes(uris))
@@ -80,7 +80,7 @@ class StoredRows:
         ]
 
     def of(self, records: Sequence[Record]) -> list[Row | None]:
-        """Return the row that each record is the sample of, as far as its place or name tells."""
+        """Return the row of each record, as far as its location or name determines it."""
         if not len(self.store):
             return [None for _ in records]
         placed = self.at([r.uri for r in records])
@@ -89,13 +89,14 @@ class StoredRows:
         return [named.get(record.id) or _same(record, rows) for record, rows in pairs]
 
     def _named(self, pairs: Sequence[tuple[Record, list[Row]]]) -> dict[str, Row]:
-        """Return the rows of records whose source names them, by the ids of the records.
+        """Return the rows of records that are named by their source, by record id.
 
         Args:
-            pairs: The records, and the rows of their places.
+            pairs: The records, and the rows at their locations.
         """
-        # Two tables of one name may each give one id. A table that holds its images is known by
-        # its place; another by that most of the files it names are rows of a table of its name.
+        # Two tables of the same name may use the same ids. A table that contains its images is
+        # recognized by its location; one that names files, if most of them are rows of a table of
+        # its name.
         every = Counter(_prefix(r.id) for r, rows in pairs if r.row < 0)
         known = Counter(
             _prefix(r.id)
@@ -114,11 +115,11 @@ class StoredRows:
         return found
 
     def holder(self, name: str) -> int:
-        """Return the row that has an id, or -1."""
+        """Return the number of the row with an id, or -1."""
         return int(self.store.find([name])[0]) if len(self.store) else -1
 
     def with_content(self, checksum: bytes) -> Ints:
-        """Return the rows whose image has a checksum."""
+        """Return the rows whose image has this checksum."""
         if not len(self.store) or checksum == UNKNOWN:
             return np.zeros(0, np.int64)
         numbers = self._contents.candidates(_first_bytes_of(checksum))[0]
@@ -127,7 +128,7 @@ class StoredRows:
         return numbers[same]
 
     def known(self, checksum: bytes) -> Known | None:
-        """Return what was made of an image with this content, if it was embedded before."""
+        """Return the results for an image with this content, if it was embedded before."""
         for number in self.with_content(checksum)[:1].tolist():
             if not self._is_sound(self.store.shard_of(number)):
                 break
@@ -138,7 +139,7 @@ class StoredRows:
         return None
 
     def _is_sound(self, shard: int) -> bool:
-        """Say whether a shard is what was written: damage that was copied would look whole."""
+        """Return whether a shard is undamaged: copied damage would look valid."""
         with self._lock:
             if shard not in self._sound:
                 card = self.store.manifest.shards[shard]
@@ -155,28 +156,28 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a scan has looked, and where it could not look to the end."""
+    """The places that a scan has covered, and those it could not list completely."""
 
     scanned: tuple[str, ...]
-    """How the uris begin of what lies in the sources."""
+    """URI prefixes of everything in the sources."""
     unsure: tuple[str, ...]
 
     def gone(self, uri: str) -> bool:
-        """Say whether what a scan did not see is there no more, neither at its place."""
+        """Return whether a sample that a scan did not see is gone, also from its location."""
         if uri.startswith(self.unsure):
             return False
         return is_gone(uri, inside=uri.startswith(self.scanned))
 
 
 def below(places: Iterable[str]) -> tuple[str, ...]:
-    """Return how the uris begin that lie in some folders, tars and tables."""
+    """Return the URI prefixes of everything in some folders, tars and tables."""
     return tuple(place.rstrip("/") + end for place in places for end in ("/", "#"))
 
 
 def _same(record: Record, rows: Sequence[Row]) -> Row | None:
-    """Return the row that lies where a record does, and was found in the same way.
+    """Return the row that has a record's location, and was found in the same way.
 
-    A picture may lie in a folder and be named by a table, each with its own captions: two samples.
+    An image may be in a folder and be named by a table, each with its own captions: two samples.
     """
     if record.given_id and record.row >= 0:
         return None

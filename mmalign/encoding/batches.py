@@ -1,4 +1,4 @@
-"""What every loop over an encoder needs: a cache of texts, and batches that fit the memory.
+"""Tools for loops over an encoder: a cache of texts, and batches that fit the memory.
 
 B items of a batch, C captions of one item, D dimensions.
 """
@@ -37,7 +37,7 @@ class TextCache:
         """Captions so far that were truncated."""
 
     def __call__(self, captions: Sequence[Sequence[str]]) -> list[Vectors]:
-        """Return, for each item, the unit vectors (C, D) of its captions in their order."""
+        """Return, for each item, the unit vectors (C, D) of its captions, in order."""
         asked = list(dict.fromkeys(c for own in captions for c in own))
         with self._lock:
             found = {c: self._known[c] for c in asked if c in self._known}
@@ -47,7 +47,7 @@ class TextCache:
             found |= zip(part, self._encode(part), strict=True)
         cut = self.encoder.tokenizer.cut(missing)
         with self._lock:
-            # Another thread may have had the same at the same time.
+            # Another thread may have encoded the same texts at the same time.
             self.cut += sum(c not in self._known for c in cut)
             for caption in asked:
                 self._known[caption] = found[caption]
@@ -59,7 +59,7 @@ class TextCache:
 
 
 class BatchSplitter(Generic[T]):
-    """Encodes batches; one that does not fit the memory is split, as are all after it; final.
+    """Encodes batches; one that does not fit the memory is split, as are all later ones; final.
 
     Safe to use from several threads.
     """
@@ -72,7 +72,7 @@ class BatchSplitter(Generic[T]):
         """Encode a batch, whole or in parts.
 
         Raises:
-            RuntimeError: There is no memory for a single item.
+            RuntimeError: There is not enough memory for a single item.
         """
         most = self.most
         if len(items) > most:
@@ -91,7 +91,7 @@ class BatchSplitter(Generic[T]):
 
 
 def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
-    """Say how many texts are longer than a model reads, if any are."""
+    """Report how many texts are longer than a model reads, if any are."""
     if count:
         say(
             f"warning: {count} {what} are longer than {encoder.name} reads: "
@@ -100,8 +100,8 @@ def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Say whether an error means that memory ran out."""
-    # torch has an exception class for GPU memory only; on a CPU the message tells.
+    """Return whether an error means that memory ran out."""
+    # torch has an exception class for GPU memory only; on a CPU only the message shows it.
     kinds = (MemoryError, torch.OutOfMemoryError)
     words = ("can't allocate memory", "MPS backend out of memory")
     return isinstance(error, kinds) or any(w in str(error) for w in words)

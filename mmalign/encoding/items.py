@@ -1,4 +1,4 @@
-"""Mixed lists of texts and images into vectors: what `Encoder.encode` does.
+"""Mixed lists of texts and images into vectors: the implementation of `Encoder.encode`.
 
 N items, B items of a batch, D dimensions.
 """
@@ -29,12 +29,12 @@ Pixels = NDArray[np.uint8]
 def encode_items(
     encoder: Encoder, items: Sequence[Any], *, batch_size: int | None = None, progress: bool = False
 ) -> Vectors:
-    """Encode texts and images, mixed, to unit vectors (N, D) in their order; see `items`.
+    """Encode a mix of texts and images to unit vectors (N, D), in order; see `items`.
 
     Args:
         encoder: The model.
-        items: Texts, images and vectors; the latter are only scaled to unit length.
-        batch_size: Images encoded at once; by default what suits the device.
+        items: Texts, images and vectors; vectors are only scaled to unit length.
+        batch_size: Images encoded at once; by default chosen for the device.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -72,7 +72,7 @@ def encode_items(
 
 
 def _decoded(encoder: Encoder, images: Sequence[Any], batch: int) -> Iterator[Pixels]:
-    """Decode images in threads, those of the next batch while one is encoded."""
+    """Decode images in threads: the next batch while the current one is encoded."""
     shape = encoder.preprocess
 
     def decode(item: Any) -> Pixels:
@@ -90,7 +90,7 @@ def _decoded(encoder: Encoder, images: Sequence[Any], batch: int) -> Iterator[Pi
 
 
 class _Silent(contextlib.nullcontext[Any]):
-    """A progress bar that is not shown; to make one of tqdm's takes as long as half a search."""
+    """A progress bar that is not shown; creating one of tqdm's takes as long as half a search."""
 
     def __enter__(self) -> "_Silent":
         return self

@@ -22,11 +22,11 @@ class Modality:
 
     name: str
     decode: Callable[[bytes], Any]
-    """Encoded bytes to one item; raises `DataError` with the reason where it cannot."""
+    """Converts encoded bytes to one item; raises `DataError` with the reason if it cannot."""
     batch: Callable[[Sequence[Any]], Any]
-    """Decoded items to what `encode` takes."""
+    """Converts decoded items to the input of `encode`."""
     encode: Callable[[Any], NDArray[np.float32]]
-    """A batch to unit vectors (B, D)."""
+    """Encodes a batch to unit vectors (B, D)."""
 
 
 def modalities_of(encoder: Encoder) -> dict[str, Modality]:
@@ -39,11 +39,11 @@ def modalities_of(encoder: Encoder) -> dict[str, Modality]:
 
 
 def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:
-    """Decode an image to the (S, S, 3) pixels that a model wants."""
+    """Decode an image to the (S, S, 3) pixels that a model expects."""
     with decoded(content, shape.size) as image:
         return fit_image(image, shape.size, shape.resize_mode, shape.interpolation)
 
 
 def decode_workers() -> int:
-    """Threads that read and decode: a few more than there are cores, as reading waits."""
+    """Return the number of decoding threads: a few more than cores, as reading waits."""
     return (os.cpu_count() or 1) + 2

@@ -1,11 +1,11 @@
-"""Encoding many samples at full speed: decoding, encoding and what the caller does overlap.
+"""Encode many samples at full speed: decoding, encoding and the caller's work overlap.
 
-    records -> read, decode (threads) -> batches -> encode (threads) -> results, in their order
+    records -> read, decode (threads) -> batches -> encode (threads) -> results, in order
 
-On a CPU each encoding thread takes a batch of its own and computes alone: threads that share one
-batch wait for each other at every layer, and for every image that is decoded beside them. On a GPU
-two threads take turns, so that one copies while the other computes. On other devices (Apple's) one
-thread encodes.
+On a CPU each encoding thread takes its own batch and computes on one core: threads that share a
+batch wait for each other at every layer, and for every image that is decoded at the same time. On a
+GPU two threads take turns, so that one copies while the other computes. On other devices (Apple's)
+one thread encodes.
 
 B items of a batch, S side of an image in pixels, D dimensions.
 """
@@ -44,15 +44,15 @@ from mmalign.model import Encoder
 
 T = TypeVar("T")
 Vectors = NDArray[np.float32]
-# Small batches stay in a core's cache; a GPU wants large ones.
+# Small batches fit a core's cache; a GPU needs large ones.
 CPU_BATCH, GPU_BATCH = 16, 256
-# Batches that are begun for each encoding thread before their results are asked for.
+# Batches that are started for each encoding thread before their results are requested.
 AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Known:
-    """What was made before of an image with the same content."""
+    """Earlier results for an image with the same content."""
 
     image_D: Vectors
     texts: dict[str, Vectors]
@@ -62,20 +62,20 @@ class Known:
 
 @dataclass(frozen=True)
 class Item:
-    """An image on its way to the encoder, and what is kept of it."""
+    """An image to be encoded, and the values that are stored with it."""
 
     pixels_SS3: NDArray[np.uint8] | None
-    """Decoded; or None, and `jpeg` is decoded where it is encoded."""
+    """The decoded pixels; None if `jpeg` is decoded on the encoding device."""
     jpeg: bytes
     thumbnail: bytes
     checksum: bytes
     """sha256 of the encoded image."""
     stamp: int
-    """What its source looked like before it was read, see `data.Stamps`."""
+    """The stamp of its source before it was read, see `data.Stamps`."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """What its camera wrote into it, see `data.image_meta`."""
+    """Metadata written by its camera, see `data.image_meta`."""
     known: Known | None = None
-    """Its vectors, where it was embedded before; it is not decoded then."""
+    """Its vectors, if it was embedded before; it is then not decoded."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class Encoded:
     item: Item
     image_D: Vectors
     texts_CD: Vectors
-    """One unit vector a caption, in their order."""
+    """One unit vector per caption, in order."""
 
 
 @dataclass
 class Stage:
-    """How busy one part of the work is; final."""
+    """How busy one stage of the pipeline is; final."""
 
     name: str
     workers: int
@@ -100,7 +100,7 @@ class Stage:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count the time of a block, in any thread."""
+        """Add the time of a block, in any thread."""
         started = time.perf_counter()
         try:
             yield
@@ -113,7 +113,7 @@ class Pipeline:
     """Decodes and encodes records, several at a time; final.
 
     With a GPU, plain JPEGs are decoded there. The CPU then decodes them at reduced scale only: for
-    the thumbnail, and because a GPU's decoder may not say that an image is damaged.
+    the thumbnail, and because a GPU decoder may not report that an image is damaged.
     """
 
     def __init__(
@@ -126,9 +126,9 @@ class Pipeline:
         """Prepare to encode.
 
         Args:
-            encoder: Makes the vectors.
-            thumbnails: Make a small picture of each image.
-            known: Returns what was made before of an image with some checksum; called in threads.
+            encoder: Computes the vectors.
+            thumbnails: Make a thumbnail of each image.
+            known: Returns earlier results for an image checksum; called from several threads.
         """
         self.encoder, self.thumbnails, self.known = encoder, thumbnails, known
         self.encoded = 0
@@ -149,13 +149,13 @@ class Pipeline:
         self.started = time.perf_counter()
 
     def run(self, records: Iterable[Record]) -> Iterator[tuple[list[Encoded], list[Skip]]]:
-        """Yield what was encoded and what was lost, batch by batch, in the order of the records.
+        """Yield encoded and skipped samples, batch by batch, in the order of the records.
 
-        The time until the next one is asked for counts as writing.
+        The time until the caller requests the next batch counts as writing.
         """
         self.started = time.perf_counter()
         workers = self.encoding.workers
-        # Decoding must be so far ahead that a batch is ready whenever an encoder is free.
+        # Decoding must be far enough ahead that a batch is ready whenever an encoder is free.
         decoded = in_threads(
             self._decode,
             records,
@@ -175,7 +175,7 @@ class Pipeline:
             torch.set_num_threads(self.threads)
 
     def describe(self) -> str:
-        """Say how busy each stage is, the one that holds up the others first."""
+        """Describe how busy each stage is, the bottleneck first."""
         elapsed_s = max(time.perf_counter() - self.started, 1e-9)
         stages = (self.decoding, self.encoding, self.writing)
         shares = {s.name: s.busy_s / (s.workers * elapsed_s) for s in stages}
@@ -183,19 +183,19 @@ class Pipeline:
         return "busy: " + ", ".join(f"{name} {min(1.0, shares[name]):.0%}" for name in ordered)
 
     def _apart(self) -> None:
-        """Let an encoding thread compute by itself: on a GPU, in a stream of its own."""
+        """Let an encoding thread compute independently: on a GPU, in its own stream."""
         _alone()
         if self.encoder.device.type == "cuda":
-            # The weights may still be on their way, in the stream of who loaded them.
+            # The weights may still be being copied, in the stream that loaded them.
             torch.cuda.synchronize(self.encoder.device)
             torch.cuda.set_stream(torch.cuda.Stream(self.encoder.device))
 
     def _batches(self, decoded: Iterator[T], count: int) -> Iterator[list[T]]:
-        """Full batches; smaller ones at the end, so that no encoder waits long for another's last.
+        """Yield full batches, and smaller ones at the end so that no encoder idles for long.
 
         Args:
-            decoded: What is to be encoded.
-            count: How much that is; 0 where it is not known.
+            decoded: The items to be encoded.
+            count: Number of items; 0 if unknown.
         """
         left, size = count, self.batch
         while batch := list(islice(decoded, size)):
@@ -207,10 +207,10 @@ class Pipeline:
 
     def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
         with self.decoding.working():
-            # The stamp was taken before the image is read: a change in between is seen next time.
+            # The stamp is taken before the image is read: a change in between is noticed next time.
             item = read_and_decode(record, partial(self._item, record.stamp))
             if isinstance(item, Item):
-                # What stands beside an image wins over what its camera wrote into it.
+                # Metadata given with an image takes precedence over that of its camera.
                 record = replace(record, meta={**item.meta, **record.meta})
             return record, item
 
@@ -247,7 +247,7 @@ class Pipeline:
         return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
 
     def _images(self, items: Sequence[Item]) -> Vectors:
-        """Embed images that are decoded, and such that are not yet."""
+        """Embed images, decoded or still to be decoded."""
         images_BD = np.empty((len(items), self.encoder.dim), np.float32)
         for row, item in enumerate(items):
             if item.known:
@@ -263,7 +263,7 @@ class Pipeline:
         return images_BD
 
     def _texts(self, good: Sequence[tuple[Record, Item]]) -> list[Vectors]:
-        """Embed the captions of images, but for those that are known with their image."""
+        """Embed the captions of images, except those known from an earlier embedding."""
         known = [item.known.texts if item.known else {} for _, item in good]
         pairs = list(zip([record.captions for record, _ in good], known, strict=True))
         new = self.texts([[c for c in captions if c not in old] for captions, old in pairs])
@@ -285,11 +285,11 @@ class Pipeline:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # The CPU has decoded each of them once already.
+            # The CPU has already decoded each of them once.
             return self.images.encode(self.images.batch(list(map(self.images.decode, contents))))
         return self.encoder.encode_pixels(pixels_B3SS)
 
 
 def _alone() -> None:
-    """Let a thread compute by itself."""
+    """Let a thread compute on a single core."""
     torch.set_num_threads(1)

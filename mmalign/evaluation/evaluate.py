@@ -1,6 +1,6 @@
 """`mmalign evaluate`: retrieval recall in both directions, and zero-shot classification.
 
-N images, P captions, D dimensions, C classes. Names and rules are those of CLIP_benchmark: a
+N images, P captions, D dimensions, C classes. Names and rules follow CLIP_benchmark: a
 text->image hit is the caption's own image, an image->text hit is any of the image's captions.
 """
 
@@ -24,9 +24,9 @@ from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.progress import bar, say
 
 KS = (1, 5, 10)
-# Where a caption fits so many of the other images, it is said.
+# Warn if captions fit at least this share of the other images.
 MOST_SHARED = 0.5
-# Equal images get vectors that are equal up to the rounding of bfloat16.
+# Equal images get vectors that are equal up to bfloat16 rounding.
 SAME = 1e-3
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.", "{}")
 Vectors = NDArray[np.float32]
@@ -47,9 +47,9 @@ def evaluate(
         model: A run folder, `NAME:TAG`, or an encoder.
         sources: Pairs, as `data.scan` takes them.
         caption_keys: Which captions to query with.
-        image_column: The column of tables that holds images, or their paths.
-        classes: Class names; given, zero-shot accuracy is measured too.
-        label_key: Where a sample's metadata holds its class name.
+        image_column: The table column that holds images, or their paths.
+        classes: Class names; if given, zero-shot accuracy is measured too.
+        label_key: The metadata field that holds a sample's class name.
 
     Returns:
         `image_retrieval_recall@k` (text->image) and `text_retrieval_recall@k` (image->text) for
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]) -> dict[str, Any]:
-    """Recall and MRR in both directions; `owners_P[p]` is the image that caption p belongs to."""
+    """Compute recall and MRR in both directions; `owners_P[p]` is the image of caption p."""
     images, texts = torch.from_numpy(images_ND), torch.from_numpy(texts_PD)
     numbers_N = np.arange(len(images_ND))
     report: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]
 
 
 def too_few(images: int) -> str | None:
-    """Say which recalls mean nothing, as among so few images they are always 1; None if all do."""
+    """Describe which recalls are always 1, as there are too few images; None if none is."""
     free = [k for k in KS if k >= images]
     if not free:
         return None
@@ -114,7 +114,7 @@ def too_few(images: int) -> str | None:
 
 
 def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> str | None:
-    """Say that captions fit other images too, and what follows; None where most tell them apart.
+    """Describe that captions also fit other images, and the consequence; None if few do.
 
     >>> records = [Record(name, name, name, captions=("a cat",)) for name in "ab"]
     >>> describe_overlap(records, "images", "nothing is learned")
@@ -137,7 +137,7 @@ def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> 
 
 
 def _same_vectors(images_ND: Vectors) -> str | None:
-    """Say that images are equal, or look so to the model."""
+    """Describe that all images are equal, or look so to the model; None if they are not."""
     if len(images_ND) < 2 or np.ptp(images_ND, axis=0).max() > SAME:
         return None
     return f"warning: all {len(images_ND)} images have the same vector: recall says nothing"
@@ -148,8 +148,8 @@ def encode_records(
 ) -> tuple[list[Record], Vectors, list[Vectors], list[Skip]]:
     """Embed images and captions of records.
 
-    Returns the records that could be used, their images (N, D), the captions of each (C, D), and
-    what is lost.
+    Returns the usable records, their image vectors (N, D), the caption vectors of each (C, D), and
+    the skipped samples.
     """
     done: list[tuple[Record, Vectors, Vectors]] = []
     skips: list[Skip] = []
@@ -167,7 +167,7 @@ def encode_records(
 
 
 def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
-    """Say in words how near another arithmetic of a model comes to it on some samples."""
+    """Describe how close a model in another arithmetic comes to the original on some samples."""
     reports, vectors = [], []
     for encoder in (model, other):
         kept, images_ND, texts, _ = encode_records(encoder, records)

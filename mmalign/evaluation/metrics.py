@@ -14,16 +14,16 @@ Ints = NDArray[np.int64]
 def recall_at(
     ranked_MK: Ints, owners_N: Ints, wanted_M: Ints, ks: Sequence[int]
 ) -> dict[int, float]:
-    """Share of queries with at least one right candidate among their first k.
+    """Compute the share of queries with at least one correct candidate among their first k.
 
-    A candidate n is right for query m when `owners_N[n] == wanted_M[m]`. With images as candidates
-    and captions as queries this is text->image recall (one right image a caption); with captions
-    as candidates it is image->text recall (any of the image's captions counts).
+    Candidate n is correct for query m if `owners_N[n] == wanted_M[m]`. With images as candidates
+    and captions as queries this is text->image recall (one correct image per caption); with
+    captions as candidates it is image->text recall (any of the image's captions counts).
 
     Args:
-        ranked_MK: Candidate rows, best first, shape (M, K); -1 where there is none.
+        ranked_MK: Candidate rows, best first, shape (M, K); -1 if there is none.
         owners_N: The owner (an image number) of each candidate, shape (N,).
-        wanted_M: The owner each query looks for, shape (M,).
+        wanted_M: The correct owner for each query, shape (M,).
         ks: The depths to report, each at most K.
 
     >>> ranked = np.array([[0, 1], [0, 1], [1, 0]])
@@ -35,7 +35,7 @@ def recall_at(
 
 
 def mean_reciprocal_rank(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints) -> float:
-    """Mean over queries of 1 / rank of the first right candidate, 0 where none is among the K.
+    """Compute the mean over queries of 1 / rank of the first correct candidate (0 if none in K).
 
     Arguments are those of `recall_at`.
 
@@ -49,12 +49,13 @@ def mean_reciprocal_rank(ranked_MK: Ints, owners_N: Ints, wanted_M: Ints) -> flo
 
 
 def accuracy(ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Zero-shot classification: `acc1`, `acc5` and `mean_per_class_recall`.
+    """Compute zero-shot accuracy: `acc1`, `acc5` and `mean_per_class_recall`.
 
     Args:
         ranked_MK: Class numbers, best first, shape (M, K).
         labels_M: The true class of each image, shape (M,).
-        ks: The depths to report; those deeper than K are left out.
+        ks: The depths to report; those above K are left out.
+
 
     >>> accuracy(np.array([[0, 1], [0, 1], [1, 0]]), np.array([0, 0, 0]), ks=[1])
     {'acc1': 0.6666666666666666, 'mean_per_class_recall': 0.6666666666666666}

@@ -1,4 +1,4 @@
-"""Files of other programs: the verbs `export` and `import`.
+"""Exchange files with other programs: the commands `export` and `import`.
 
-transfer.py   a store into parquet, npy, datasets; embeddings of clip-retrieval into a store
+transfer.py   a store to parquet, npy, datasets; embeddings of clip-retrieval to a store
 """

@@ -1,6 +1,6 @@
-"""`mmalign export` and `mmalign import`: rows of a store for other programs, and theirs for us.
+"""`mmalign export` and `mmalign import`: exchange rows of a store with other programs.
 
-    export:  store -> rows by SQL, or all -> parquet, clip-retrieval's parts, a Hugging Face dataset
+    export:  store -> all rows, or by SQL -> parquet, clip-retrieval's parts, a Hugging Face dataset
     import:  clip-retrieval's parts -> checked, renormalised, named -> store
 
 N rows, D dimensions.
@@ -41,9 +41,9 @@ class ExportReport:
     format: str
     rows: int
     captions: int
-    """Captions with their vectors."""
+    """Captions exported with their vectors."""
     captions_left_out: int
-    """Captions beyond the first, where the layout has room for one vector."""
+    """Captions after the first, if the layout holds only one text vector per row."""
     bytes: int
 
 
@@ -55,18 +55,18 @@ def export(
     where: str | None = None,
     thumbnails: bool = False,
 ) -> ExportReport:
-    """Write live rows of a store for other programs; OUT appears when it is whole.
+    """Export live rows of a store for other programs; OUT appears only when it is complete.
 
     Args:
         store: The store.
         out: The file (parquet) or folder to make.
         kind: "parquet", "npy" (the folder of clip-retrieval) or "hf" (a Hugging Face dataset).
         where: Only rows for which this SQL is true; see `store.where`.
-        thumbnails: Put thumbnails into the parquet file; "hf" has them whenever there are some.
+        thumbnails: Include thumbnails in the parquet file; "hf" includes them if there are any.
 
     Raises:
-        UsageError: OUT exists, or the SQL is off.
-        StoreError: There is no row to export.
+        UsageError: OUT exists, or the SQL is invalid.
+        StoreError: There are no rows to export.
     """
     held, place = open_store(store), Path(out)
     if thumbnails and kind == "npy":
@@ -119,7 +119,7 @@ def _require_free(place: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(place: Path) -> Iterator[Path]:
-    """Lend a name beside a place; what was written there appears at the place at the end."""
+    """Yield a draft path next to a place, and move the draft to the place at the end."""
     files.make_folder(place.parent)
     draft = place.with_name(f".{place.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -127,7 +127,7 @@ def _appearing(place: Path) -> Iterator[Path]:
         _require_free(place)
         files.move(draft, place)
     except OSError as error:
-        # The name of the draft tells nobody anything, and some writers name no file.
+        # The name of the draft would not help the user, and some writers name no file.
         error.filename = str(place)
         raise
     finally:
@@ -146,37 +146,37 @@ class ImportReport:
     failed: int
     """Rows without a usable image vector; failures.jsonl lists them."""
     renamed: int
-    """Rows that got another id, because a row before them has theirs."""
+    """Rows that got another id, because an earlier row has theirs."""
     captions_left_out: int
-    """Captions without a usable vector; they stand in meta as `captions_without_vector`."""
+    """Captions without a usable vector; meta keeps them as `captions_without_vector`."""
     rows: int
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a row of metadata says."""
+    """The contents of a metadata row."""
 
     id: str
     uri: str
     captions: list[str]
-    """The first is the one that may have a vector."""
+    """Only the first may have a vector."""
     meta: dict[str, Any]
     place: str
-    """Part and row."""
+    """Numbers of its part and row."""
 
 
 def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> ImportReport:
-    """Take over vectors that clip-retrieval made; again = go on with what the store lacks.
+    """Import vectors made by clip-retrieval; run again to continue with rows the store lacks.
 
     Args:
-        folder: Holds img_emb/ and metadata/, and text_emb/ where there are captions.
-        out: The store; made if it does not exist.
-        model: A run folder or open_clip name. Nothing in the folder tells which model made the
-            vectors, so the caller vouches for this one; only the dimensions can be compared.
+        folder: Holds img_emb/ and metadata/, and text_emb/ if there are captions.
+        out: The store; created if it does not exist.
+        model: A run folder or open_clip name. The folder does not say which model made the
+            vectors, so the caller vouches for this one; only the dimensions can be checked.
 
     Raises:
-        DataError: The folder has no such layout, or its files do not fit together.
-        IdentityError: The model makes other dimensions, or the store belongs to another model.
+        DataError: The folder does not have this layout, or its files are inconsistent.
+        IdentityError: The model has other dimensions, or the store belongs to another model.
     """
     from mmalign.model import keep_weights, load_model  # An export needs no torch.
 
@@ -220,10 +220,10 @@ def _entry(record: dict[str, Any], place: str) -> _Entry:
 
 
 def _named(record: dict[str, Any], place: str) -> tuple[str, str]:
-    """Return the id and the uri of a row, by the best that is known of it."""
+    """Return the id and the uri of a row, from the best values it has."""
     values = [record.get(name) for name in NAMES]
     key, path, url = ("" if _is_nothing(value) else str(value) for value in values)
-    # An image that came from a tar has its key for a path.
+    # An image from a tar archive has its key as its path.
     is_path = "/" in path or "." in path
     return key or path or url or place, (path if is_path else url or path or key or place)
 
@@ -233,9 +233,9 @@ def _is_nothing(value: Any) -> bool:
 
 
 class _Names:
-    """Gives each row an id that no other row of the folder has; final.
+    """Gives each row an id that is unique in the folder; final.
 
-    The first row with an id keeps it. Ids are known by their hashes: 8 bytes a row.
+    The first row with an id keeps it. Ids are kept as hashes: 8 bytes per row.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -251,7 +251,7 @@ class _Names:
         self.used: set[str] = set()
 
     def of(self, entry: _Entry) -> Iterator[str]:
-        """Yield ids for a row, the best first; each is nobody else's."""
+        """Yield candidate ids for a row, best first; no other row has any of them."""
         here = f"{entry.place}/{entry.id}"
         for name in (entry.id, entry.uri, here, f"{entry.uri}#{entry.place}"):
             if name == entry.id and int(hashes([name])[0]) not in self.repeated:
@@ -267,7 +267,7 @@ class _Names:
 
 
 class _Intake:
-    """Puts rows into a store, each under an id of its own, and counts them; final."""
+    """Adds rows to a store, each under a unique id, and counts them; final."""
 
     def __init__(self, out: Path, card: ModelCard, parts: Sequence[Part]) -> None:
         self.names = _Names(parts)
@@ -278,7 +278,7 @@ class _Intake:
         self.added = self.present = self.renamed = self.left_out = 0
 
     def take(self, entries: list[_Entry], images_ND: Vectors, texts_ND: Vectors | None) -> None:
-        """Add the rows whose vectors are usable and that the store lacks; list the others."""
+        """Add rows with usable vectors that the store lacks; note unusable vectors as failures."""
         images_N = _normalise(images_ND)
         for row in np.flatnonzero(~images_N).tolist():
             self._fail(entries[row], "the image vector is zero or not finite", embedded=False)
@@ -299,7 +299,7 @@ class _Intake:
             self._add(name, entry, images_ND[row], text_1D)
 
     def _names_of(self, entries: list[_Entry]) -> list[str]:
-        """Return the id of each row, or nothing where the store has the row already."""
+        """Return the id of each row, or an empty string if the store already has the row."""
         options = [self.names.of(entry) for entry in entries]
         names = [next(option) for option in options]
         numbers = self.store.find(names)
@@ -307,7 +307,7 @@ class _Intake:
         uris = dict(zip(numbers[numbers >= 0].tolist(), (row["uri"] for row in held), strict=True))
         for i in np.flatnonzero(numbers >= 0).tolist():
             uri = uris[int(numbers[i])]
-            # The store has another row of this id.
+            # The store has a different row with this id.
             while uri not in (None, entries[i].uri):
                 names[i] = next(options[i])
                 there = self.store.find([names[i]])
@@ -330,7 +330,7 @@ class _Intake:
         self.failures.append(failure)
 
     def report(self) -> ImportReport:
-        """List what failed, and tell what was done."""
+        """Write the list of failures, and print and return a summary."""
         place = self.writer.store
         add_failures(place, self.failures)
         rows = len(open_store(place))
@@ -350,7 +350,7 @@ class _Intake:
 
 
 def _normalise(vectors_ND: Vectors) -> NDArray[np.bool_]:
-    """Scale vectors to unit norm in place; say which of them could be, shape (N,)."""
+    """Scale vectors to unit norm in place; return a mask of the usable ones, shape (N,)."""
     norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
     usable_N: NDArray[np.bool_] = np.isfinite(norms_N) & (norms_N > 0)
     vectors_ND /= np.where(usable_N, norms_N, 1)[:, None]

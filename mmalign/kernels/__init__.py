@@ -2,10 +2,10 @@
 
 N rows (pairs or stored vectors), M queries, D dimensions, K neighbours.
 
-Both jobs of a dual encoder are one product of two matrices: training compares every image of a
-batch with every text, search compares every query with every stored vector. This room knows no
-images and no words. `reference.py` says what each function means, in plain torch; every other
-implementation gives the same, without ever holding the product.
+Both uses of a dual encoder are one product of two matrices: training compares every image of a
+batch with every text, search compares every query with every stored vector. This package works on
+matrices only. `reference.py` defines what each function computes, in plain torch; every other
+implementation gives the same without ever materializing the product.
 """
 
 from typing import Any, Literal
@@ -41,7 +41,7 @@ __all__ = [
 
 LossImpl = Literal["auto", "reference", "blocked", "triton"]
 _IMPLS = ("auto", "reference", "blocked", "triton")
-# Up to here dense logits are small and quick.
+# Up to this many rows, dense logits are small and fast.
 _DENSE_ROWS = 512
 
 
@@ -54,21 +54,21 @@ def contrastive_loss(
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
-    """Symmetric InfoNCE: each image must find its own text among N, and each text its image.
+    """Compute symmetric InfoNCE: each image must identify its text among N, and vice versa.
 
     Args:
         image_ND: Image embeddings of unit norm, shape (N, D), any floating type.
-        text_ND: Text embeddings of unit norm, row i belonging to image i, shape (N, D).
+        text_ND: Text embeddings of unit norm, shape (N, D); row i belongs to image i.
         logit_scale: The multiplier of the cosines (not its logarithm), a scalar tensor.
-        groups: Integer ids, shape (N,). Rows with an equal id are no negatives of each other:
-            their off-diagonal logits leave both denominators. Or a pair of matrices, ids of the
-            images (N, L) and of the texts (N, M): an image and a text that share an id are no
-            negatives of each other; negative ids stand for nothing.
-        impl: "reference" is dense, "blocked" needs memory O(N D) on any device, "triton" is the
-            same fused for a GPU, "auto" is what `choose_loss` says.
-        ranks: Processes that bring N rows each; the loss is then over the joined batch and the
-            same on all, and gradients are its gradients once they are averaged over the ranks,
-            as data-parallel training does.
+        groups: Integer ids, shape (N,). Rows with an equal id are not negatives of each other:
+            their off-diagonal logits are left out of both denominators. Or a pair of matrices, ids
+            of the images (N, L) and of the texts (N, M): an image and a text that share an id are
+            not negatives of each other; negative ids mean no id.
+        impl: "reference" is dense, "blocked" needs O(N D) memory on any device, "triton" is the
+            same, fused for a GPU, "auto" uses `choose_loss`.
+        ranks: Processes with N rows each; the loss is then over the joined batch and equal on all
+            ranks. Averaging the gradients over the ranks, as data-parallel training does, gives
+            the gradients of that loss.
 
     Returns:
         A scalar in float32 (float64 for float64 inputs), differentiable once in all three tensors.
@@ -101,11 +101,11 @@ def sigmoid_loss(
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss: every image-text pair is its own yes-or-no question.
+    """Compute the pairwise sigmoid loss: a binary classification of every image-text pair.
 
     Arguments, result and errors are those of `contrastive_loss`; `logit_bias` is a scalar tensor
-    added to every logit. The sum over all pairs is divided by N. Gradients are made together with
-    the loss.
+    added to every logit. The sum over all pairs is divided by N. Gradients are computed together
+    with the loss.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
@@ -125,7 +125,7 @@ def sigmoid_loss(
 def choose_loss(
     image_ND: Tensor, text_ND: Tensor, ranks: "dist.ProcessGroup | None" = None
 ) -> LossImpl:
-    """Say which implementation `impl="auto"` stands for with these inputs."""
+    """Return the implementation that `impl="auto"` selects for these inputs."""
     if image_ND.is_cuda and text_ND.is_cuda:
         kernels = checks.triton_module("triton_loss")
         if kernels and not kernels.refuses(image_ND):

@@ -1,12 +1,12 @@
-"""Contrastive losses tile by tile: the N x N logits never exist, on any device.
+"""Contrastive losses tile by tile: the N x N logits are never materialized, on any device.
 
-B image rows at hand, N text columns, D dimensions, R x C one tile of logits, L and M ids
-of an image and a text.
+B local image rows, N text columns, D dimensions, R x C one tile of logits, L and M ids of an image
+and a text.
 
 InfoNCE costs 8 N^2 D FLOPs, forward and backward together. One product (2) makes a tile of logits,
-whose exponentials are summed along rows and along columns at once; going back, the tile is made
-anew (2) and multiplied into both gradients (4). The sigmoid loss has no normalizer, so its
-gradients are made on the way forward, in 6.
+whose exponentials are summed along rows and columns together; the backward pass recomputes the tile
+(2) and multiplies it into both gradients (4). The sigmoid loss has no normalizer, so its gradients
+are computed in the forward pass, for 6.
 
 `triton_loss.py` has the same three functions, fused for a GPU.
 """
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from mmalign.kernels.groups import sharing
 
-# A tile that stays in the cache of a CPU, and one that fills a GPU.
+# A tile that fits into the cache of a CPU, and one that fills a GPU.
 CPU_TILE = (512, 1024)
 GPU_TILE = (4096, 8192)
-# float32 holds exp(x) to full precision for x within these of a common shift; see `_shift`.
+# float32 holds exp(x) at full precision for x this far above or below a common shift; see `_shift`.
 ABOVE, BELOW = 70.0, 60.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Images of this process against all texts: row i belongs to column `first + i`."""
+    """Images of this process against all texts: row i matches column `first + i`."""
 
     image_BD: Tensor
     text_ND: Tensor
@@ -38,33 +38,34 @@ class Problem:
     first: int = 0
     image_ids_BL: Tensor | None = None
     text_ids_NM: Tensor | None = None
-    """Pairs that share an id, but for the own ones, are left out; see `groups.py`."""
+    """Pairs that share an id are masked, except positive pairs; see `groups.py`."""
 
     @property
     def own(self) -> slice:
-        """The columns that belong to all rows."""
+        """Return the columns that match all rows."""
         return self.owned(slice(0, len(self.image_BD)))
 
     def meeting(self, rows: slice, columns: slice) -> slice:
-        """Those of some rows whose own column is among some columns."""
+        """Return those of some rows whose matching column is among some columns."""
         start = max(rows.start, columns.start - self.first)
         return slice(start, max(start, min(rows.stop, columns.stop - self.first)))
 
     def owned(self, rows: slice) -> slice:
-        """The columns that belong to some rows."""
+        """Return the columns that match some rows."""
         return slice(rows.start + self.first, rows.stop + self.first)
 
 
 def accumulator(matrix: Tensor) -> torch.dtype:
-    """In what a matrix's products are summed: float32, or float64 for float64."""
+    """Return the dtype that a matrix's products are summed in: float32, or float64 for float64."""
     return torch.promote_types(matrix.dtype, torch.float32)
 
 
 def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of the logits along rows (B) and down columns (N), and the own logits (B).
+    """Log-sum-exp of the logits along rows (B) and down columns (N), and the diagonal logits (B).
 
-    The first two are float64. Own powers join their sums there: what a pair that is nearly learned
-    still misses is all there is of its gradient, and would be lost in the rounding of float32.
+    The first two are float64. With a common shift, the exponentials of the diagonal are added in
+    float64: the small remaining error of a nearly learned pair is its entire gradient, and would be
+    lost in float32 rounding.
     """
     shift = _shift(problem)
     nothing, dtype = (-torch.inf, problem.scale.dtype) if shift is None else (0.0, torch.float64)
@@ -86,7 +87,7 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             columns_N[columns] += powers_RC.sum(0)
             rows_B[met] += own_powers
             columns_N[problem.owned(met)] += own_powers
-    if shift is None:  # another process may have one, and all must send the same type
+    if shift is None:  # another rank may have a shift, and all must send the same dtype
         return rows_B.double(), columns_N.double(), own_B
     return rows_B.log_().add_(shift), columns_N.log_().add_(shift), own_B
 
@@ -94,14 +95,14 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def infonce_gradients(
     problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Derivatives of InfoNCE times N: by the images, and by the texts, both before the scale.
+    """Compute N times the derivatives of InfoNCE by images and texts, both before the scale.
 
     Args:
         problem: As in `statistics`.
         rows_B: Its log-sum-exp along rows.
-        columns_N: Its log-sum-exp down columns, over the rows of every process.
-        wants_image: Whether to make the first.
-        wants_text: Whether to make the second.
+        columns_N: Its log-sum-exp down columns, over the rows of all processes.
+        wants_image: Whether to compute the first.
+        wants_text: Whether to compute the second.
     """
     shift = _shift(problem)
     products = _Products(problem, wants_image, wants_text)
@@ -128,7 +129,7 @@ def infonce_gradients(
 def sigmoid_pass(
     problem: Problem, bias: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The sigmoid loss times N, and its derivatives in the same pass.
+    """Compute the sigmoid loss times N, and its derivatives in the same pass.
 
     Returns:
         The loss (float64), its derivative by the bias (float64), by the images and by the texts,
@@ -141,7 +142,7 @@ def sigmoid_pass(
     for rows, columns, logits_RC in _logits(problem, bias):
         _own(problem, logits_RC, rows, columns).neg_()
         loss -= F.logsigmoid(-logits_RC).sum(dtype=torch.float64)
-        # Every pair now holds by how much it is wrong: the own ones with their sign turned.
+        # Each entry becomes the error of its pair; the logits of positive pairs were negated above.
         weights_RC = logits_RC.sigmoid_()
         _own(problem, weights_RC, rows, columns).neg_()
         by_bias += weights_RC.sum(dtype=torch.float64)
@@ -150,7 +151,7 @@ def sigmoid_pass(
 
 
 class _Products:
-    """Sums of weights times texts (B, D) and of weights, transposed, times images (N, D)."""
+    """Sums of weights @ texts (B, D) and of weights.T @ images (N, D)."""
 
     def __init__(self, problem: Problem, wants_image: bool, wants_text: bool) -> None:
         dtype = accumulator(problem.image_BD)
@@ -166,7 +167,7 @@ class _Products:
 
 
 def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield tiles of logits, each in the same memory; pairs that share an id hold -inf."""
+    """Yield tiles of logits, all in the same memory; pairs that share an id hold -inf."""
     dtype = accumulator(problem.image_BD)
     texts_ND = problem.text_ND.to(dtype)
     high, wide = CPU_TILE if texts_ND.device.type == "cpu" else GPU_TILE
@@ -187,24 +188,24 @@ def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slic
 
 
 def _own(problem: Problem, tile_RC: Tensor, rows: slice, columns: slice) -> Tensor:
-    """A view of the places in a tile where an image meets its own text; often empty."""
+    """Return a view of the positive pairs (a diagonal) in a tile; often empty."""
     return tile_RC.diagonal(problem.first + rows.start - columns.start)
 
 
 def _shift(problem: Problem) -> float | None:
-    """A number to subtract from every logit before its exponential, or None if none is safe.
+    """Return a number to subtract from every logit before exp, or None if none is safe.
 
-    Rows and columns may have maxima so far apart that one exponential of a logit underflows in the
-    sum of its row and still rules its column. Each maximum is at least the pair's own logit, and no
-    logit exceeds scale * |image| * |text|; where these two bounds lie close enough, one shift
-    serves all. On a GPU reading them would stall the queue: there the maxima are kept apart always.
+    Row and column maxima may differ so much that the exponential of a logit underflows in its row's
+    sum although it dominates its column. Each maximum is at least the pair's diagonal logit, and no
+    logit exceeds scale * |image| * |text|; if these two bounds are close enough, one shift serves
+    all. On a GPU, reading them would stall the queue, so there the maxima are always kept separate.
     """
     if problem.image_BD.device.type != "cpu":
         return None
     dtype = accumulator(problem.image_BD)
     longest = [m.to(dtype).norm(dim=1).max() for m in (problem.image_BD, problem.text_ND)]
     top = float(problem.scale.abs() * longest[0] * longest[1])
-    # The rows of other processes own columns too: only their bound is known here.
+    # Columns may match rows of other processes, for which only the bound is known here.
     lowest = -top
     if len(problem.image_BD) == len(problem.text_ND):
         own_B = (problem.image_BD.to(dtype) * problem.text_ND.to(dtype)).sum(dim=1)

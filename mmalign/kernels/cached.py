@@ -1,10 +1,10 @@
-"""Large batches on small memory: encode in parts, hold one part's activations at a time.
+"""Large batches in little memory: encode in micro-batches, keep one's activations at a time.
 
-A contrastive loss needs the vectors of the whole batch, but not the activations that led to them.
-So a batch is encoded twice: first without gradients, for the loss and its gradient by the vectors;
-then part by part with gradients, each part continuing from the vector gradients it was given. The
-random state is put back before the second time, so that dropout strikes the same units. The loss is
-evaluated once, and whatever else it depends on (the logit scale) has its gradient then.
+A contrastive loss needs the vectors of the whole batch, but not the activations behind them. So a
+batch is encoded twice: first without gradients, for the loss and its gradient with respect to the
+vectors; then one micro-batch at a time with gradients, each backpropagating its vector gradients.
+The random state is restored before the second pass, so that dropout drops the same units. The loss
+is evaluated once, which also gives the gradients of its other inputs (the logit scale).
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
 """
@@ -26,15 +26,15 @@ def backward_in_parts(
 ) -> Tensor:
     """Add the gradients of `loss(*vectors of all parts joined)` and return the loss, detached.
 
-    The result equals that of one large batch, unless the network's items look at each other: batch
-    norms normalize each part by itself, and their running averages are moved once, by the second
-    encoding.
+    The result equals that of one large batch, unless the network mixes the items of a batch: batch
+    norms normalize each micro-batch separately, and their running averages are updated once, by
+    the second pass.
 
     Args:
         network: Holds the weights and buffers that `encode` uses.
-        parts: The batch, cut into pieces of any sizes.
-        encode: From a part to one or more tensors, whose first dimension runs over the part.
-        loss: From those tensors, each joined over all parts, to a scalar.
+        parts: The batch, split into micro-batches of any sizes.
+        encode: Maps a micro-batch to one or more tensors, whose first dimension is its items.
+        loss: Maps those tensors, each concatenated over all micro-batches, to a scalar.
     """
     device = next(network.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}

@@ -1,6 +1,6 @@
 """Exact scores of a few candidates: the second half of an approximate search.
 
-M queries, R candidates of each, D dimensions, K neighbours.
+M queries, R candidates per query, D dimensions, K neighbours.
 """
 
 import torch
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mmalign.errors import VectorError
 
-# Candidates beyond k that are scored in float64, as float32 may put neighbours in another order.
+# Candidates beyond k that are scored in float64, as float32 may order neighbours differently.
 SPARE = 6
-# Numbers widened at once, so that they stay in the cache of a CPU.
+# Elements widened at once, so that they stay in the CPU cache.
 AT_ONCE = 1 << 18
-# Up to so many numbers, float64 for all takes less time than to preselect candidates.
+# Up to this many elements, float64 for all is faster than preselecting candidates.
 FEW = 1 << 15
 
 
@@ -26,12 +26,12 @@ def best_candidates(
     Args:
         queries_MD: Queries of unit norm, shape (M, D).
         vectors_MRD: Their candidates, shape (M, R, D), any floating type.
-        rows_MR: The row number of each candidate, shape (M, R); -1 is none.
+        rows_MR: The row number of each candidate, shape (M, R); -1 means no candidate.
         k: Neighbours per query.
 
     Returns:
-        scores (M, K) float32, best first, and rows (M, K) int64. Equal scores come in row order;
-        fewer than k candidates leave a score of -inf and row -1 at the end.
+        scores (M, K) float32, best first, and rows (M, K) int64. Ties are sorted by row; with fewer
+        than k candidates, the remaining places have a score of -inf and row -1.
 
     Raises:
         VectorError: The shapes do not fit.
@@ -58,12 +58,12 @@ def best_candidates(
 def _best(
     queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best of a few queries, scored and put in order in float64."""
+    """Return the k best of a few queries, scored and sorted in float64."""
     if rows_MR.shape[1] > k + SPARE and vectors_MRD.numel() > FEW:
         vectors_MRD, rows_MR = _candidates(queries_MD, vectors_MRD, rows_MR, k + SPARE)
     exact_MRD = vectors_MRD.float().double().mul_(queries_MD.double()[:, None])
     scores_MR = exact_MRD.sum(dim=2).float().masked_fill_(rows_MR < 0, -torch.inf)
-    # By score, and what is equal by row: two sorts, of which the last counts most.
+    # By score, ties by row: two stable sorts, with the primary key last.
     rows_MR, order_MR = rows_MR.sort(dim=1)
     scores_MR, by_score_MR = scores_MR.gather(1, order_MR).sort(dim=1, descending=True, stable=True)
     return scores_MR[:, :k], rows_MR.gather(1, by_score_MR)[:, :k]
@@ -72,9 +72,9 @@ def _best(
 def _candidates(
     queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """The candidates of each query that have the best scores in float32: vectors and rows."""
+    """Return vectors and rows of each query's best candidates by float32 score."""
     count, candidates = rows_MR.shape
-    # One after the other: torch is slow at products of many small matrices.
+    # In a loop: torch is slow at batched products of many small matrices.
     rough_MR, wide_RD = torch.empty(count, candidates), torch.empty(vectors_MRD.shape[1:])
     for rough_R, vectors_RD, query_D in zip(rough_MR, vectors_MRD, queries_MD, strict=True):
         torch.mv(wide_RD.copy_(vectors_RD), query_D, out=rough_R)

@@ -1,4 +1,4 @@
-"""Bad input is refused by the name of the argument, before anything is computed.
+"""Input validation: errors name the argument, before anything is computed.
 
 N rows, M queries, D dimensions.
 """
@@ -15,13 +15,13 @@ from mmalign.kernels.groups import Groups
 
 
 def check_impl(impl: str, known: Sequence[str]) -> None:
-    """Refuse an implementation that does not exist."""
+    """Reject an unknown implementation."""
     if impl not in known:
         raise VectorError(f"impl={impl!r} does not exist: {nearest(impl, known)}")
 
 
 def triton_module(name: str) -> Any:
-    """Import one of the two rooms of Triton kernels, or return None where torch has no Triton."""
+    """Import one of the two modules of Triton kernels, or return None if torch has no Triton."""
     try:
         return importlib.import_module(f"mmalign.kernels.{name}")
     except ImportError:
@@ -29,7 +29,7 @@ def triton_module(name: str) -> Any:
 
 
 def check_triton(module: Any, problem: str | None) -> Any:
-    """Return a module of Triton kernels, or refuse it by what it says against the input."""
+    """Return a module of Triton kernels, or raise with the reason it cannot take the input."""
     problem = problem if module else "Triton is not installed"
     if problem:
         raise VectorError(f"impl='triton' does not work here: {problem}")
@@ -39,7 +39,7 @@ def check_triton(module: Any, problem: str | None) -> Any:
 def check_pairs(
     image_ND: Tensor, text_ND: Tensor, groups: Groups | None, scalars: dict[str, Tensor]
 ) -> None:
-    """Refuse what no loss can be made of."""
+    """Reject inputs for which no loss is defined."""
     if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
         raise VectorError(
             f"image_ND and text_ND must have one shape (N, D), N and D at least 1; "
@@ -72,7 +72,7 @@ def _check_groups(groups: Groups, rows: int) -> None:
 
 
 def check_vectors(name: str, matrix_ND: Tensor, first_row: int = 0) -> None:
-    """Refuse NaN, infinite and zero vectors, naming the first of them."""
+    """Reject NaN, infinite and zero vectors, naming the first of them."""
     norms_N = torch.linalg.vector_norm(matrix_ND.detach().float(), dim=1)
     bad_N = ~((norms_N > 0) & torch.isfinite(norms_N))
     if bad_N.any():
@@ -82,7 +82,7 @@ def check_vectors(name: str, matrix_ND: Tensor, first_row: int = 0) -> None:
 
 
 def check_queries(queries_MD: Tensor, width: int) -> None:
-    """Refuse queries that cannot be compared with vectors of some width."""
+    """Reject queries that cannot be compared with vectors of the given width."""
     if queries_MD.ndim != 2 or not len(queries_MD):
         raise VectorError(
             f"queries_MD must be a matrix (queries, dims), got {tuple(queries_MD.shape)}"
@@ -95,7 +95,7 @@ def check_queries(queries_MD: Tensor, width: int) -> None:
 
 
 def check_shards(shards: Sequence[Tensor]) -> None:
-    """Refuse shards that are no matrices of one width."""
+    """Reject shards that are not matrices of equal width."""
     if not shards or any(s.ndim != 2 or not s.is_floating_point() for s in shards):
         raise VectorError("vectors_ND must be one or more floating matrices (rows, dims)")
     widths = sorted({s.shape[1] for s in shards})
@@ -106,7 +106,7 @@ def check_shards(shards: Sequence[Tensor]) -> None:
 
 
 def check_choice(k: int, allow: Tensor | None, rows: int) -> None:
-    """Refuse a k, or a filter, that does not fit the rows."""
+    """Reject a k or a filter that does not fit the rows."""
     if not 1 <= k <= rows:
         raise VectorError(f"k={k} must lie between 1 and the number of rows, {rows}")
     if allow is not None and (allow.dtype != torch.bool or allow.shape != (rows,)):

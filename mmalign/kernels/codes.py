@@ -1,13 +1,13 @@
-"""Vectors in one byte for each number, and products of such codes in whole numbers; on a CPU.
+"""Vectors quantized to one byte per element, and integer products of such codes; on a CPU.
 
 M queries, B coded vectors, D dimensions, X groups of neighbouring vectors.
 
-A vector becomes the centre of its shard and seven bits for each number of its difference from it,
-in steps that the vectors of a group share. Before that, the space is turned by a random rotation,
-which spreads the few large numbers of an embedding over all, so that steps can be small. Seven, as
-processors without VNNI add pairs of products in 16 bits: 2 * 127 * 127 still fits, so sums are
-exact everywhere. What a code loses is measured, not estimated: the distance between each vector
-and its code bounds the error of every score.
+A vector is stored as the centre of its shard plus seven bits for each element of its difference
+from it, with a step size shared by the vectors of a group. Before that, a random rotation spreads
+the few large elements of an embedding over all dimensions, so that steps can be small. Seven bits,
+as processors without VNNI add pairs of products in 16 bits: 2 * 127 * 127 still fits, so sums are
+exact everywhere. The quantization error is measured, not estimated: the distance between each
+vector and its code bounds the error of every score.
 """
 
 from collections.abc import Callable
@@ -21,35 +21,35 @@ GROUP = 16
 LEVELS, QUERY_LEVELS = 63, 127
 ZERO = 64
 AT_ONCE = 1 << 13
-# Up to so many queries, reading the codes takes longer than multiplying them. The product for few
-# reads past the end of rows that do not fill its registers.
+# Up to FEW queries, reading the codes takes longer than multiplying them. The kernel for few
+# queries reads past the end of rows whose width is not a multiple of FEW_WIDTHS.
 FEW, FEW_WIDTHS = 2, 64
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A random rotation, and how far from one it is in float32."""
+    """A random rotation, and how far it is from a true rotation in float32."""
 
     matrix_DD: Tensor
     tilt: float
-    """Frobenius norm of R'R - I: products of turned vectors are off by this share at most."""
+    """Frobenius norm of R'R - I: the relative error bound of products of rotated vectors."""
     rounding: float
-    """A turned vector is off by this share of its length at most, however sums are ordered."""
+    """Relative error bound of a rotated vector, in any order of summation."""
 
     def __call__(self, vectors_BD: Tensor) -> Tensor:
-        """Turn float32 vectors."""
+        """Rotate float32 vectors."""
         return vectors_BD @ self.matrix_DD
 
 
 @cache
 def rotation(width: int) -> Rotation:
-    """Return the rotation of a width, always the same one."""
+    """Return the rotation for a width, always the same one."""
     generator = torch.Generator().manual_seed(width)
     matrix_DD = torch.randn(width, width, generator=generator, dtype=torch.float64)
     matrix_DD = torch.linalg.qr(matrix_DD).Q.float()
     square_DD = matrix_DD.double().T @ matrix_DD.double()
     tilt = float(torch.linalg.matrix_norm(square_DD - torch.eye(width, dtype=torch.float64)))
-    # Each number is a sum of D products and a difference, off by (D + 2) u |row| |vector|.
+    # Each element is a sum of D products and a difference, off by (D + 2) u |row| |vector|.
     return Rotation(matrix_DD, tilt, 1.01 * (width + 2) * 2.0**-24 * width**0.5)
 
 
@@ -58,25 +58,25 @@ class Codes:
     """The codes of one shard."""
 
     codes_BD: Tensor
-    """uint8; `scale * (code - 64)` is the turned difference from the centre, less what is lost."""
+    """uint8; `scale * (code - 64)` is the rotated difference from the centre, rounded."""
     centre_D: Tensor
     scale_X: Tensor
     lost_X: Tensor
-    """How far scores of the group can be off by what its codes have lost, for a query of norm 1."""
+    """Score error of a group from quantizing its vectors, for a query of norm 1."""
     length_X: Tensor
-    """The same by what the code of a query has lost, for a loss of 1: their largest norm."""
+    """The same from quantizing the query, for an error of norm 1: the largest code norm."""
 
     def __len__(self) -> int:
         return len(self.codes_BD)
 
     def __getitem__(self, rows: slice) -> "Codes":
-        """A part of the rows; it must start where a group does."""
+        """Return a slice of the rows; it must start at the start of a group."""
         groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
         by_group = (t[groups] for t in (self.scale_X, self.lost_X, self.length_X))
         return Codes(self.codes_BD[rows], self.centre_D, *by_group)
 
     def scores(self, queries: "Queries") -> tuple[Tensor, Tensor]:
-        """Return products, (B, M), yet to be multiplied by `scale_X`, and their errors, (X, M)."""
+        """Return products (B, M), to be multiplied by `scale_X`, and their errors (X, M)."""
         products_BM, rounding_M = queries.products(self.codes_BD)
         error_XM = self.lost_X[:, None] * queries.norm_M
         error_XM.addcmul_(self.length_X[:, None], queries.lost_M)
@@ -86,16 +86,16 @@ class Codes:
 
 @dataclass(frozen=True)
 class Queries:
-    """Turned queries in eight bits, whose products with codes are whole numbers."""
+    """Rotated queries in eight bits, whose products with codes are integers."""
 
     norm_M: Tensor
     lost_M: Tensor
-    """Distance of a turned query from what is multiplied."""
+    """Distance of a rotated query from its quantized form."""
     packed: Tensor
     scale_M: Tensor
 
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, M) in steps of the codes, and their errors for each query."""
+        """Return (B, M) in steps of the codes, and the error of each query."""
         zero_M = torch.zeros(len(self.scale_M), dtype=torch.int32)
         products_BM: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes_BD, 1.0, ZERO, self.packed, self.scale_M, zero_M,
@@ -106,7 +106,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class FewQueries(Queries):
-    """Turned queries in bfloat16: slower for many, faster for one, as codes are only read."""
+    """Rotated queries in bfloat16: slower for many, faster for one, as codes are only read."""
 
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
         """See `Queries.products`."""
@@ -117,12 +117,12 @@ class FewQueries(Queries):
         width = codes_BD.shape[1]
         sums = sum_error(width, 2.0**-24) * 127 * width**0.5
         error_M = 2.0**-8 * rounded_BM.abs().amax(dim=0) + sums * self.scale_M
-        # Codes were read as they lie, 64 too high.
+        # Codes were read with their offset of 64.
         return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
 
 
 def code(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
-    """Code the vectors of a shard; `tick` is called again and again, and may raise to end it."""
+    """Quantize the vectors of a shard; `tick` is called repeatedly and may raise to abort."""
     count, width = shard_ND.shape
     turn = rotation(width)
     centre_D = torch.zeros(width, dtype=torch.float64)
@@ -154,7 +154,7 @@ def code(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
 
 
 def code_queries(queries_MD: Tensor) -> Queries:
-    """Turn and round float32 queries."""
+    """Rotate and quantize float32 queries."""
     turn = rotation(queries_MD.shape[1])
     turned_MD, norm_M = turn(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
     fits = queries_MD.shape[1] % FEW_WIDTHS == 0 and hasattr(torch, "_weight_int8pack_mm")
@@ -172,11 +172,11 @@ def code_queries(queries_MD: Tensor) -> Queries:
 
 
 def sum_error(terms: int, roundoff: float) -> float:
-    """Relative error of a sum of products in any order, and of two more roundings of it."""
+    """Relative error of a sum of products in any order, plus two more roundings of it."""
     return (terms + 4) * roundoff / (1 - (terms + 4) * roundoff)
 
 
 def _by_group(values_B: Tensor) -> Tensor:
-    """Largest of each group of neighbours."""
+    """Return the maximum of each group of neighbours."""
     short = -len(values_B) % GROUP
     return torch.nn.functional.pad(values_B, (0, short)).view(-1, GROUP).amax(dim=1)

@@ -1,11 +1,11 @@
-"""Exact top-k in two steps: a screen bounds every score, and what may win is scored exactly.
+"""Exact top-k in two steps: a screen bounds every score, and the candidates are scored exactly.
 
 M queries, N stored vectors, D dimensions, K neighbours, B vectors of a block, X groups of
-neighbouring vectors, G of a group, P pairs of a query and a vector, H groups worth a look.
+neighbouring vectors, G vectors of a group, P (query, vector) pairs, H groups that hold candidates.
 
-A screen is a fast product in low precision whose error is bounded, proven and not guessed. A vector
-whose upper bound lies below the k-th best score so far cannot be among the k best, so it is dropped
-unseen; the few that are left, usually not many more than k, are scored in float64. The answer is
+A screen is a fast low-precision product with a proven error bound. A vector whose upper bound lies
+below the k-th best score so far cannot be among the k best, so it is dropped without exact scoring;
+the remaining candidates, usually not many more than k, are scored in float64. The result equals
 that of `reference.topk`, digit for digit, ties included, whichever screen was used.
 """
 
@@ -33,22 +33,22 @@ _SCREENS: dict[str, screens.Screen] = {
     "int8": screens.int8,
 }
 _IMPLS = ("auto", "reference", "triton", *_SCREENS)
-# Pairs that are collected before they are pruned: in all, or for each of the k of a query. If more
-# than CROWDED for each remain, bounds are wide, and the best candidates are scored exactly.
+# Pairs collected before pruning: PENDING in total, or WAITING for each of a query's k. If more than
+# CROWDED for each remain, the bounds are wide, and the best candidates are scored exactly.
 PENDING, WAITING, CROWDED = 1 << 17, 8, 5
-# They are also pruned whenever GROWTH times more rows have been seen. SPARE pairs beyond k are
+# Pairs are also pruned whenever GROWTH times more rows have been seen. SPARE pairs beyond k are
 # scored exactly first.
 GROWTH, SPARE = 4, 6
 QUERIES_AT_ONCE = 1024
-# Reading float16 once for each query beats widening it to float32 up to so many queries, but where
-# the processor multiplies tiles. bfloat16 beats float32 from so many on, where the processor knows
-# it, and with tiles.
+# Up to HALF_QUERIES queries, reading float16 once per query beats widening it to float32, except on
+# processors with tile multiplication. On processors with bfloat16, bfloat16 beats float32 from
+# BRIEF_QUERIES on, or from TILED_QUERIES on with tiles.
 HALF_QUERIES, BRIEF_QUERIES, TILED_QUERIES = 8, 128, 48
 FEW_ALLOWED = 0.1
-# Of so few rows and scores, float64 for all takes less time than the bookkeeping of a screen.
+# For this few rows and scores, float64 for all is faster than the bookkeeping of a screen.
 FEW_ROWS, FEW_SCORES = 2048, 1 << 14
 WIDE_ROWS = 64
-# Of fewer numbers, a search takes some milliseconds: the choice of a screen is not worth measuring.
+# With fewer elements a search takes some milliseconds: measuring the screens is not worth it.
 MEASURED_NUMBERS = 1 << 26
 
 _log = logging.getLogger("mmalign.kernels")
@@ -65,20 +65,20 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Find the k rows with the largest inner product for every query, exactly.
 
-    A score is the float32 nearest to the inner product in float64: it depends on its two vectors
-    alone, and no implementation, batch or device changes it.
+    A score is the float32 nearest to the inner product in float64: it depends only on its two
+    vectors, not on the implementation, batch or device.
 
     Args:
         queries_MD: Queries of unit norm, shape (M, D), any floating type; read as float32.
-        vectors_ND: Vectors of unit norm, shape (N, D), or a sequence of such matrices (shards)
-            whose rows are numbered on from one to the next and which may lie on the disk (memory
-            maps) or on several GPUs; or what `prepare` made of them. The (M, N) scores never exist.
+        vectors_ND: Vectors of unit norm, shape (N, D); or a sequence of such matrices (shards)
+            with rows numbered consecutively across them, which may lie on disk (memory maps) or on
+            several GPUs; or the result of `prepare`. The (M, N) scores are never materialized.
         k: Neighbours per query, between 1 and N.
-        allow: Boolean (N,); rows that are False cannot be found. Fewer than k allowed rows leave
-            a score of -inf and row -1 at the end.
-        impl: "reference" compares in float64; the others screen first: "single" in float32, on any
-            device; "half" in float16, "bfloat16" in that, and "int8" by the codes of a prepared
-            corpus, on a CPU; "triton" on a GPU. "auto" is what `choose_topk` says.
+        allow: Boolean (N,); rows that are False are excluded. With fewer than k allowed rows, the
+            remaining places have a score of -inf and row -1.
+        impl: "reference" compares in float64; the others screen first: "single" in float32 on any
+            device; on a CPU "half" in float16, "bfloat16" in bfloat16 and "int8" with the codes of
+            a prepared corpus; "triton" on a GPU. "auto" uses `choose_topk`.
 
     Returns:
         scores (M, K) float32, best first, and rows (M, K) int64. Equal scores come in row order.
@@ -111,7 +111,7 @@ def topk(
 
 
 def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None) -> TopkImpl:
-    """Say which implementation `impl="auto"` stands for with these inputs."""
+    """Return the implementation that `impl="auto"` selects for these inputs."""
     if queries_MD.is_cuda:
         kernels = checks.triton_module("triton_topk")
         return "triton" if kernels and not kernels.refuses(queries_MD, corpus) else "single"
@@ -125,7 +125,7 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
 
 
 def _usual(queries_MD: Tensor, corpus: Corpus, few: bool) -> TopkImpl:
-    """What is taken where nothing was measured."""
+    """Return the default choice if nothing was measured."""
     if corpus.codes is not None and not few:
         return "int8"
     if len(queries_MD) <= HALF_QUERIES and not has_tiles() and not _refuses_half(corpus):
@@ -135,7 +135,7 @@ def _usual(queries_MD: Tensor, corpus: Corpus, few: bool) -> TopkImpl:
 
 
 def _possible(corpus: Corpus) -> list[TopkImpl]:
-    """Screens of a CPU that a corpus allows for."""
+    """Return the CPU screens that a corpus supports."""
     names: list[tuple[TopkImpl, bool]] = [
         ("single", True),
         ("half", not _refuses_half(corpus)),
@@ -147,15 +147,15 @@ def _possible(corpus: Corpus) -> list[TopkImpl]:
 
 @torch.no_grad()
 def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) -> Corpus:
-    """Make vectors ready to be searched many times: check each, bound their norms, code them.
+    """Prepare vectors for repeated searches: check each, bound their norms, quantize on request.
 
     Args:
         vectors_ND: As in `topk`. The matrices are kept, not copied.
-        with_codes: Whether to hold one byte for each number in memory, for "int8": several queries
-            at a time are then faster on a CPU.
+        with_codes: Whether to keep one extra byte per element in memory for "int8": on a CPU,
+            several queries at a time are then faster.
 
-    On a CPU, the first of many vectors of a type and width are also when screens are timed, once
-    for a kind of processor: see `timings`.
+    On a CPU, the first large corpus of a dtype and width also triggers timing of the screens, once
+    per kind of processor: see `timings`.
 
     Raises:
         VectorError: A shape or type is wrong, or a vector is NaN, infinite or zero.
@@ -167,23 +167,23 @@ def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) 
 
 
 def _checked(corpus: Corpus) -> Corpus:
-    """Check each vector and bound the norms of all."""
+    """Check each vector and bound all norms."""
     longest = 0.0
     for first, shard in corpus.numbered():
         for start in range(0, len(shard), reference.BLOCK_ROWS):
             block = shard[start : start + reference.BLOCK_ROWS].float()
             checks.check_vectors("vectors_ND", block, first + start)
             longest = max(longest, float(torch.linalg.vector_norm(block, dim=1).max()))
-    # The norm is itself a rounded sum.
+    # The norm itself is a rounded sum.
     return replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
 
 
 @torch.no_grad()
 def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
-    """Add codes to a prepared corpus; `tick` is called again and again, and may raise to end it.
+    """Add codes to a prepared corpus; `tick` is called repeatedly and may raise to abort.
 
     Raises:
-        VectorError: This torch has no products of bytes.
+        VectorError: This torch has no int8 matrix products.
     """
     if not has_int8():
         raise VectorError("with_codes needs a torch that is built with oneDNN")
@@ -191,7 +191,7 @@ def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
 
 
 def codes_pay(corpus: Corpus, queries: int) -> bool:
-    """Say whether so many queries at a time are likely to be answered faster by codes."""
+    """Return whether codes are likely to be faster for this many queries at a time."""
     if not has_int8():
         return False
     if corpus.timings is None or not corpus.timings.ms:
@@ -207,7 +207,7 @@ def _timings(corpus: Corpus) -> Timings:
 
     def ready(shards: list[Tensor]) -> Callable[[Tensor, str], object]:
         sample = _checked(Corpus(shards))
-        if has_int8():  # all shards are alike, but lie in memory of their own
+        if has_int8():  # all shards are equal, but each has its own memory
             one = codes.code(shards[0])
             sample = replace(
                 sample, codes=[replace(one, codes_BD=one.codes_BD.clone()) for _ in shards]
@@ -249,14 +249,14 @@ def _refuses_half(corpus: Corpus) -> str | None:
 
 
 class _Found:
-    """Pairs that may still be among the k best of some queries; final."""
+    """Candidates for the k best of some queries; final."""
 
     def __init__(self, queries_MD: Tensor, corpus: Corpus, k: int) -> None:
         self.queries_MD, self.corpus, self.k = queries_MD.double(), corpus, k
         shape, device = (len(queries_MD), k), queries_MD.device
         self.scores_MK = torch.full(shape, -torch.inf, device=device)
         self.rows_MK = torch.full(shape, -1, dtype=torch.int64, device=device)
-        # A lower bound of the k-th best score so far.
+        # A lower bound on the k-th best score so far.
         self.threshold_M = torch.full(shape[:1], -torch.inf, device=device)
         self.pending: list[_Pairs] = []
         self.count = self.seen = self.pruned = 0
@@ -291,11 +291,11 @@ class _Found:
             self._prune()
             if self.count > CROWDED * len(self.threshold_M) * self.k:  # the bounds are wide
                 self._score_best()
-            if self.count > self.room:  # many vectors are nearly alike
+            if self.count > self.room:  # many vectors are nearly identical
                 self._score(self._together())
 
     def _together(self) -> "_Pairs":
-        """All pending pairs that still reach the threshold."""
+        """Return all pending pairs that still reach the threshold."""
         pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.pending, strict=True)))
         return pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])
 
@@ -310,7 +310,7 @@ class _Found:
         self._keep(pairs)
 
     def _keep(self, pairs: "_Pairs") -> None:
-        """Keep the pairs that reach the threshold pending."""
+        """Set the pending pairs to those that reach the threshold."""
         self.pending = [pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])]
         self.count = len(self.pending[0].rows_P)
 
@@ -325,14 +325,14 @@ class _Found:
             torch.cat([self.scores_MK.flatten(), scores_P]),
             (len(self.rows_MK), self.k),
         )
-        # One float32 step below the k-th score, so that ties with it still pass.
+        # One float32 step below the k-th score, so that ties still pass.
         floor_M = torch.nextafter(self.scores_MK[:, -1], self.threshold_M.new_tensor(-torch.inf))
         self.threshold_M = torch.maximum(self.threshold_M, floor_M)
 
     def _score_best(self) -> None:
         """Score the best candidates of each query exactly.
 
-        One exact score prunes more than many bounds: most pending pairs are then never scored.
+        One exact score prunes more than many bounds, so most pending pairs are never scored.
         """
         pairs = self._together()
         order, places_P = pairs.ranked(pairs.upper_P)
@@ -341,7 +341,7 @@ class _Found:
         self._keep(pairs.of(order[~first_P]))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The k best, exactly."""
+        """Return the k best with exact scores."""
         if self.pending:
             self._score_best()
             self._score(self._together())
@@ -349,7 +349,7 @@ class _Found:
 
 
 class _Pairs(NamedTuple):
-    """Pairs that may be among the best, with bounds of their scores."""
+    """Candidate (query, row) pairs with bounds on their scores."""
 
     query_P: Tensor
     rows_P: Tensor
@@ -360,7 +360,7 @@ class _Pairs(NamedTuple):
         return _Pairs(*(part[kept_P] for part in self))
 
     def ranked(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Sort by query, the largest values first; return the order, and places in each query."""
+        """Sort by query, largest values first; return the order and the rank within each query."""
         order = by_query(self.query_P, values_P)
         query_P = self.query_P[order]
         places = torch.arange(len(order), device=order.device)
@@ -368,7 +368,7 @@ class _Pairs(NamedTuple):
 
 
 def _grouped(scores_BM: Tensor) -> Tensor:
-    """Cut columns of scores into groups of neighbours, (X, G, M); -inf fills the last one."""
+    """Split score columns into groups of neighbours, (X, G, M); -inf pads the last one."""
     short = -len(scores_BM) % GROUP
     if short:
         scores_BM = torch.nn.functional.pad(scores_BM, (0, 0, 0, short), value=-torch.inf)
@@ -376,7 +376,7 @@ def _grouped(scores_BM: Tensor) -> Tensor:
 
 
 def _best_of_groups(groups_XGM: Tensor) -> Tensor:
-    """Maxima over the members; torch's own reduction crawls where rows are short."""
+    """Take the maximum of each group; torch's own reduction is slow where rows are short."""
     if groups_XGM.shape[2] >= WIDE_ROWS:
         return groups_XGM.amax(dim=1)
     while groups_XGM.shape[1] > 1:

@@ -1,9 +1,9 @@
-"""Which pairs are no negatives of each other: an image and a text that share an id.
+"""Which pairs are not negatives of each other: an image and a text that share an id.
 
-N pairs, B of them at hand, L ids of an image at most, M ids of a text at most.
+N pairs, B of them local, at most L ids per image and M ids per text.
 
-One caption may fit several images, and an image may have several captions. So each side brings a
-set of ids, and a pair is struck out where the two sets meet. Negative ids stand for nothing.
+One caption may fit several images, and an image may have several captions. So each side has a set
+of ids, and a pair whose two sets intersect is masked. Negative ids mean no id.
 """
 
 from typing import TypeAlias
@@ -11,14 +11,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# One id a pair, (N,); or ids of the images (N, L) and of the texts (N, M).
+# One id per pair, (N,); or ids of the images (N, L) and of the texts (N, M).
 Groups: TypeAlias = Tensor | tuple[Tensor, Tensor]
-# What pads the ids of images and of texts: never equal.
+# Padding for the ids of images and of texts: never equal.
 NO_IMAGE, NO_TEXT = -1, -2
 
 
 def id_sets(groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return ids of the images (N, L) and of the texts (N, M), negative where there is none."""
+    """Return ids of the images (N, L) and of the texts (N, M); negative means no id."""
     if isinstance(groups, tuple):
         return groups
     ids_N1 = groups.unique(return_inverse=True)[1][:, None]
@@ -26,7 +26,7 @@ def id_sets(groups: Groups) -> tuple[Tensor, Tensor]:
 
 
 def sharing(image_ids_RL: Tensor, text_ids_CM: Tensor) -> Tensor:
-    """Say of each image and each text whether they share an id, (R, C)."""
+    """Return whether each image and each text share an id, (R, C)."""
     same_RC = torch.zeros(
         (len(image_ids_RL), len(text_ids_CM)), dtype=torch.bool, device=image_ids_RL.device
     )
@@ -40,12 +40,12 @@ def sharing(image_ids_RL: Tensor, text_ids_CM: Tensor) -> Tensor:
 def useful_ids(
     image_ids_BL: Tensor, text_ids_NM: Tensor, first: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Keep the ids that strike a pair out, as few columns as hold them, int32; None without any.
+    """Keep only ids that mask a pair, as int32 in few columns; None if there are none.
 
     Args:
-        image_ids_BL: Ids of the images at hand.
+        image_ids_BL: Ids of the local images.
         text_ids_NM: Ids of all texts.
-        first: Image i belongs to text `first + i`, and that pair is never struck out.
+        first: Image i belongs to text `first + i`, and that positive pair is never masked.
     """
     ids, numbers = torch.cat([image_ids_BL.flatten(), text_ids_NM.flatten()]).unique(
         return_inverse=True
@@ -54,7 +54,7 @@ def useful_ids(
     images_BL = numbers[: image_ids_BL.numel()].view_as(image_ids_BL)
     texts_NM = numbers[image_ids_BL.numel() :].view_as(text_ids_NM)
     own = slice(first, first + len(images_BL))
-    # Ids that only the pair itself shares strike nothing out.
+    # Ids shared only within a positive pair mask nothing.
     met_BL = (images_BL[:, :, None] == texts_NM[own, None, :]).sum(2)
     image_counts = torch.bincount(images_BL.flatten(), minlength=len(ids))
     text_counts = torch.bincount(texts_NM.flatten(), minlength=len(ids))
@@ -67,7 +67,7 @@ def useful_ids(
 
 
 def _packed(ids_NL: Tensor, wanted_NL: Tensor, nothing: int) -> Tensor:
-    """Move what is wanted to the left, and cut off the columns that hold none of it."""
+    """Move wanted ids to the left, and drop the columns without any."""
     order_NL = wanted_NL.int().argsort(dim=1, descending=True, stable=True)
     width = int(wanted_NL.sum(1).max())
     ids_NL = ids_NL.masked_fill(~wanted_NL, nothing).gather(1, order_NL)

@@ -1,11 +1,11 @@
-"""The contrastive losses as functions that torch can differentiate, on one process or many.
+"""The contrastive losses as differentiable torch functions, on one process or many.
 
-B pairs of this process, W processes (ranks), N = W * B pairs in all, D dimensions.
+B pairs of this process, W processes (ranks), N = W * B pairs in total, D dimensions.
 
-Across ranks each one holds its B images against all N texts. So only texts travel: gathered on the
-way forward, their gradients summed and scattered on the way back, beside N column sums. Gradients
-are such that averaging them over the ranks, as data-parallel training does, gives exactly the
-gradient of the joined batch, for the towers and for the scale alike.
+Each rank compares its B images with all N texts. So only texts are communicated: gathered in the
+forward pass, their gradients reduce-scattered in the backward pass, plus N column sums. Averaging
+the gradients over the ranks, as data-parallel training does, gives exactly the gradient of the
+joined batch, for the towers and for the scale alike.
 """
 
 from types import ModuleType
@@ -20,7 +20,7 @@ from mmalign.errors import VectorError
 from mmalign.kernels.blocked import Problem, accumulator
 from mmalign.kernels.groups import Groups, id_sets, useful_ids
 
-# In quotes, as some builds of torch have no process groups.
+# Quoted, as some builds of torch have no process groups.
 Ranks: TypeAlias = "dist.ProcessGroup | None"
 # Renamed in torch 2.13 or so; the old names warn.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -86,7 +86,7 @@ class _InfoNCE(torch.autograd.Function):
                 ctx.problem,
                 rows_B,
                 columns_N,
-                # The scale's gradient is an inner product of either matrix with its own gradient.
+                # The scale's gradient is the inner product of either matrix with its own gradient.
                 wants_image=wants_image or (wants_scale and not wants_text),
                 wants_text=wants_text,
             )
@@ -140,7 +140,7 @@ def _problem(
     groups: Groups | None,
     ranks: Ranks,
 ) -> Problem:
-    """Gather the texts of all ranks, and drop groups that hold one pair each."""
+    """Gather the texts of all ranks, and drop groups that contain one pair each."""
     dtype = torch.promote_types(image_BD.dtype, text_BD.dtype)
     image_BD, text_BD = (m.detach().to(dtype).contiguous() for m in (image_BD, text_BD))
     scale = logit_scale.detach().to(accumulator(image_BD)).reshape(())
@@ -149,7 +149,7 @@ def _problem(
     if groups is None:
         return Problem(image_BD, text_ND, scale, first)
     if ranks is not None and not isinstance(groups, tuple):
-        groups = (groups[:, None], groups[:, None])  # numbered by each rank, they would not agree
+        groups = (groups[:, None], groups[:, None])  # ids renumbered per rank would not match
         lowest = _lowest(groups[0], ranks)
         groups = (groups[0] - lowest, groups[1] - lowest)
     image_ids_BL, text_ids_BM = id_sets(groups)
@@ -164,7 +164,7 @@ def _lowest(ids: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _gather_ids(ids_BM: Tensor, ranks: Ranks) -> Tensor:
-    """Join the ids of all ranks; one may have more of them for a pair than another."""
+    """Join the ids of all ranks; the number of ids per pair may differ between ranks."""
     if ranks is None:
         return ids_BM
     width = torch.tensor(ids_BM.shape[1], device=ids_BM.device)
@@ -176,12 +176,12 @@ def _gather_ids(ids_BM: Tensor, ranks: Ranks) -> Tensor:
 def _gradients(
     ctx: Any, by_loss: Tensor, by_image_BD: Tensor | None, by_text_ND: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Finish the gradients of images, texts and scale from their unscaled sums over pairs."""
+    """Compute the gradients of images, texts and scale from their unscaled sums over pairs."""
     problem, ranks = ctx.problem, ctx.ranks
     image_BD, text_BD, logit_scale = ctx.saved_tensors[:3]
     wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
     factor = by_loss / len(problem.text_ND)
-    # Averaging over ranks divides by their number; the sum over ranks is what is meant.
+    # Averaging over ranks divides by their number, but the sum over ranks is needed.
     spread = factor * problem.scale * (dist.get_world_size(ranks) if ranks else 1)
     image = text = scale = None
     if wants_scale:
@@ -199,7 +199,7 @@ def _gradients(
 
 
 def _gather(matrix: Tensor, ranks: Ranks) -> Tensor:
-    """Join equal parts of all ranks along the first dimension."""
+    """Concatenate equally sized parts of all ranks along the first dimension."""
     if ranks is None:
         return matrix
     count = torch.tensor([len(matrix), -len(matrix)], device=matrix.device)
@@ -230,7 +230,7 @@ def _sum(value: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _join_log_sums(columns_N: Tensor, ranks: Ranks) -> Tensor:
-    """Log-sum-exp over ranks."""
+    """Combine log-sum-exp values over ranks."""
     if ranks is None:
         return columns_N
     top_N = columns_N.clone()

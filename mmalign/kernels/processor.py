@@ -1,8 +1,7 @@
-"""What this processor and this build of torch can multiply, asked in one place.
+"""What this processor and this build of torch can multiply, queried in one place.
 
-torch answers through private functions that not every build has: wheels for macOS and Windows on
-ARM come without oneDNN's. A question that cannot be asked is answered with no, so that the plain
-path is taken.
+The queries use private torch functions that not every build has: wheels for macOS and Windows on
+ARM lack oneDNN's. If a function is missing, the answer is no, so that the plain path is taken.
 """
 
 import platform
@@ -15,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def has_bfloat16(device: torch.device = CPU) -> bool:
-    """Say whether a device multiplies bfloat16 itself; emulated, it is slower than float32."""
+    """Return whether a device supports bfloat16 natively; emulated, it is slower than float32."""
     if device.type == "cuda":
         return True
     return device.type == "cpu" and _cpu_has_bfloat16()
@@ -23,38 +22,38 @@ def has_bfloat16(device: torch.device = CPU) -> bool:
 
 @cache
 def has_int8() -> bool:
-    """Say whether oneDNN's products of bytes are there, on a CPU."""
+    """Return whether oneDNN's int8 products are available, on a CPU."""
     names = ("qlinear_prepack", "qlinear_pointwise")
     return torch.backends.mkldnn.is_available() and has_operators("onednn", *names)
 
 
 @cache
 def has_vnni() -> bool:
-    """Say whether a CPU adds products of bytes in 32 bits; without, pairs are cut off at 16."""
+    """Return whether a CPU sums int8 products in 32 bits; otherwise pairs saturate at 16."""
     return _ask(torch.cpu, "_is_vnni_supported")
 
 
 @cache
 def has_tiles() -> bool:
-    """Say whether a CPU multiplies tiles of bfloat16 and of bytes: AMX."""
+    """Return whether a CPU multiplies tiles of bfloat16 and int8 (AMX)."""
     return _ask(torch.cpu, "_is_amx_tile_supported")
 
 
 @cache
 def packs_bfloat16() -> bool:
-    """Say whether oneDNN's linear layer over weights laid out in advance is there."""
+    """Return whether oneDNN's linear layer with prepacked weights is available."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return _cpu_has_bfloat16() and has_operators("mkldnn", *names)
 
 
 def sums_float16_in_float32() -> bool:
-    """Say whether a CPU is known to sum float16 products in float32; a user may change it."""
+    """Return whether a CPU is known to sum float16 products in float32; a user may change it."""
     known = getattr(torch._C, "_get_cpu_allow_fp16_reduced_precision_reduction", None)
     return known is not None and not known()
 
 
 def has_operators(namespace: str, *names: str) -> bool:
-    """Say whether this build of torch has all of some operators."""
+    """Return whether this build of torch has all of the given operators."""
     space = getattr(torch.ops, namespace)
     return all(hasattr(space, name) for name in names)
 

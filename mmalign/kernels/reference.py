@@ -1,10 +1,10 @@
-"""What the similarity core means, in plain torch.
+"""Reference implementation of the similarity core, in plain torch.
 
 N rows, M queries, D dimensions, K neighbours, B rows of a block.
 
-The slow twin of every kernel: the fallback, the truth of the tests and the baseline of the
-benchmarks. Logits are made in float32 at least, also under autocast: at a logit scale of 100 a
-bfloat16 logit would be off by up to a quarter.
+The slow counterpart of every kernel: the fallback, the ground truth of the tests and the baseline
+of the benchmarks. Logits are computed in at least float32, also under autocast: at a logit scale of
+100 a bfloat16 logit would be off by up to a quarter.
 """
 
 import torch
@@ -50,8 +50,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Exact top-k, block by block; see `kernels.topk`.
 
-    A score is the float32 nearest to the float64 inner product. So it is a property of the two
-    vectors alone: no batch, block or machine changes it, and every faster way can be held to it.
+    A score is the float32 nearest to the float64 inner product. So it depends only on the two
+    vectors, not on batch, block or machine, and every faster implementation can be checked by it.
     """
     queries_MD = queries_MD.double()
     device = queries_MD.device
@@ -69,7 +69,7 @@ def topk(
                 denied = ~allow[first : first + len(block_BD)].to(device)
                 scores_MB = scores_MB.masked_fill(denied, -torch.inf)
             rows_B = torch.arange(first, first + len(block_BD), device=device)
-            # Earlier rows stand on the left, so a stable choice breaks ties by row number.
+            # Earlier rows stand on the left, so a stable sort breaks ties by row number.
             scores_MB = torch.cat([scores_MK, scores_MB], dim=1)
             rows_MB = torch.cat([rows_MK, rows_B.expand(len(queries_MD), -1)], dim=1)
             scores_MK, order_MK = scores_MB.sort(dim=1, descending=True, stable=True)
@@ -86,5 +86,5 @@ def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
 
 
 def _same_group(groups: Groups) -> Tensor:
-    """Different images and texts that share an id, as an (N, N) mask."""
+    """Return an (N, N) mask of different images and texts that share an id."""
     return sharing(*id_sets(groups)).fill_diagonal_(False)

@@ -1,6 +1,6 @@
-"""The second step of exact search: the pairs that may win, scored in float64 and put in order.
+"""The second step of exact search: candidates are scored in float64 and sorted.
 
-M queries, D dimensions, K neighbours, P pairs of a query and a stored vector.
+M queries, D dimensions, K neighbours, P (query, stored vector) pairs.
 """
 
 from functools import reduce
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mmalign.kernels.screens import Corpus
 
-# Pairs whose vectors are brought together at once: some megabytes on a CPU, or what fills a GPU.
+# Pairs whose vectors are gathered at once: some megabytes on a CPU, enough to fill a GPU.
 CPU_PAIRS, GPU_PAIRS = 1 << 15, 1 << 17
 
 
 def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Tensor) -> Tensor:
-    """Inner products with float64 queries, rounded to float32."""
+    """Compute inner products with the queries in float64, rounded to float32."""
     scores_P = torch.empty(len(rows_P), device=rows_P.device)
     if not len(rows_P):
         return scores_P
@@ -23,7 +23,7 @@ def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Te
     for lot in query_P.argsort(stable=True).split(CPU_PAIRS if on_cpu else GPU_PAIRS):
         vectors_PD = _gathered(corpus, rows_P[lot])
         if on_cpu:
-            # A CPU is fastest with all vectors of one query.
+            # A CPU is fastest when all vectors of one query are handled together.
             owners, counts = query_P[lot].unique_consecutive(return_counts=True)
             parts = zip(owners.tolist(), vectors_PD.split(counts.tolist()), strict=True)
             scores_P[lot] = torch.cat([_wide(v_PD) @ queries_MD[m] for m, v_PD in parts]).float()
@@ -33,7 +33,7 @@ def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Te
 
 
 def _gathered(corpus: Corpus, rows_P: Tensor) -> Tensor:
-    """The vectors of some rows, wherever their shards lie, shape (P, D)."""
+    """Gather the vectors of some rows, wherever their shards lie, shape (P, D)."""
     dtype = reduce(torch.promote_types, corpus.dtypes)
     vectors_PD = torch.empty(len(rows_P), corpus.width, dtype=dtype, device=rows_P.device)
     for first, shard in corpus.numbered():
@@ -45,14 +45,14 @@ def _gathered(corpus: Corpus, rows_P: Tensor) -> Tensor:
 
 
 def _wide(vectors_PD: Tensor) -> Tensor:
-    """In float64; torch is slow at the way from float16 that leaves out float32."""
+    """Convert to float64, via float32: torch is slow at the direct cast from float16."""
     return (vectors_PD if vectors_PD.dtype == torch.float64 else vectors_PD.float()).double()
 
 
 def best_pairs(
     query_P: Tensor, rows_P: Tensor, scores_P: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The k best pairs of each query: by score, then by row; the filling of empty places last."""
+    """Return the k best pairs of each query: by score, then by row; padding comes last."""
     count, k = shape
     order = rows_P.argsort(stable=True)
     order = order[by_query(query_P[order], scores_P[order])]
@@ -62,9 +62,9 @@ def best_pairs(
 
 
 def by_query(query_P: Tensor, values_P: Tensor) -> Tensor:
-    """Order pairs by query, the largest float32 values first; equal ones stay as they are.
+    """Order pairs by query, largest float32 values first; ties keep their order.
 
-    One sort of whole numbers, which torch does ten times as fast as two that would sort floats.
+    One integer sort, which is ten times as fast in torch as two sorts of floats.
     """
     bits_P = (values_P + 0.0).view(torch.int32)  # -0.0 equals 0.0
     ascending_P = torch.where(bits_P < 0, bits_P ^ 0x7FFFFFFF, bits_P)

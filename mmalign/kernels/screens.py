@@ -1,8 +1,8 @@
-"""Fast scores with a bounded error: what decides which vectors are worth an exact look.
+"""Fast scores with a bounded error, which decide which vectors need an exact score.
 
 M queries, N stored vectors, D dimensions, B vectors of a block, X groups of neighbouring vectors.
 
-Every bound follows from Cauchy and Schwarz. With q' and v' in place of q and v,
+Every bound follows from the Cauchy-Schwarz inequality. With q' and v' in place of q and v,
 |q v - q' v'| <= |q| |v - v'| + |q - q'| |v'|, and summing D products in a type with unit roundoff u
 in any order adds at most D u / (1 - D u) |q'| |v'|.
 """
@@ -18,14 +18,14 @@ from mmalign.kernels import checks
 from mmalign.kernels.codes import GROUP, Codes, code_queries, sum_error
 from mmalign.kernels.timings import Timings
 
-# Blocks of vectors and of scores that stay in the cache of a CPU, or fill a GPU.
+# Blocks of vectors and of scores that fit into the cache of a CPU, or fill a GPU.
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 CACHED_BYTES = 1 << 20
-# Blocks that are widened to float32 first, which is read again at once: smaller, so that it is
-# still in the cache of a core. Of 8 MiB, bfloat16 took two to four times as long.
+# Blocks that are first widened to float32, which is read again at once: smaller, so that they are
+# still in the cache of a core. With 8 MiB, bfloat16 took two to four times as long.
 WIDENED_BYTES = 2 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
-# Where a smaller share of the rows is allowed, they are gathered instead of masked.
+# If a smaller share of the rows is allowed, they are gathered instead of masked.
 GATHERED = 0.25
 BRIEF, HALF, SINGLE = 2.0**-8, 2.0**-11, 2.0**-24
 HALF_RANGE = 60_000.0
@@ -34,15 +34,15 @@ ROUNDOFF = {"highest": SINGLE, "high": HALF, "medium": BRIEF}
 
 @dataclass(frozen=True)
 class Corpus:
-    """Stored vectors in shards, and what is known of them; `prepare` makes one."""
+    """Stored vectors in shards, and what is known about them; created by `prepare`."""
 
     shards: list[Tensor]
     longest: float | None = None
     """A bound on all norms."""
     codes: list[Codes] | None = None
-    """One byte for each number, by shard."""
+    """One byte per element, by shard."""
     timings: Timings | None = None
-    """How long screens take on this processor, where it was measured."""
+    """Time of each screen on this processor, if measured."""
 
     @property
     def rows(self) -> int:
@@ -61,7 +61,7 @@ class Corpus:
 
     @cached_property
     def lost(self) -> float:
-        """A bound on the norms of what the vectors lose in bfloat16; reads all of them, once."""
+        """A bound on the norms of the vectors' bfloat16 rounding errors; reads all of them once."""
         pieces = (p for shard in self.shards for p in shard.split(_widened_rows(self.width)))
         lost = max(_lost_in_bfloat16(piece.float()) for piece in pieces)
         return lost * (1 + sum_error(self.width, SINGLE))
@@ -76,9 +76,9 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Block:
-    """Scores of some rows: `unit * score + offset` is within `error` of the truth.
+    """Scores of some rows: `unit * score + offset` is within `error` of the true score.
 
-    Rows that are not allowed score -inf. The other three are by group and query.
+    Rows that are not allowed score -inf. `error`, `unit` and `offset` are per group and query.
     """
 
     rows_B: Tensor
@@ -95,7 +95,7 @@ def _block(
     unit: Tensor | float = 1.0,
     offset: Tensor | float = 0.0,
 ) -> Block:
-    """Spread what is equal for many groups or queries."""
+    """Expand values shared by many groups or queries."""
     shape = (-(-len(scores_BM) // GROUP), scores_BM.shape[1])
     spread = [
         torch.as_tensor(x, device=scores_BM.device).expand(shape) for x in (error, unit, offset)
@@ -104,7 +104,7 @@ def _block(
 
 
 def joined(blocks: Iterator[Block], queries: int) -> Iterator[Block]:
-    """Put short blocks together: to look through one costs as much as to score a thousand rows."""
+    """Join short blocks: examining one costs as much as scoring a thousand rows."""
     high = min(MAX_ROWS, CPU_BYTES // 4 // queries)
     waiting: list[Block] = []
     count = 0
@@ -123,7 +123,7 @@ def _together(blocks: list[Block]) -> Block:
         return blocks[0]
     rows, scores = [], []
     for block in blocks:
-        # No group holds rows of two blocks: the last row fills its group, as one not allowed.
+        # No group spans two blocks: the last row pads its group, marked as not allowed.
         short = -len(block.rows_B) % GROUP
         rows += [block.rows_B, block.rows_B[-1:].expand(short)]
         scores.append(torch.nn.functional.pad(block.scores_BM, (0, 0, 0, short), value=-torch.inf))
@@ -135,7 +135,7 @@ Screen = Callable[[Tensor, Corpus, Tensor | None], Iterator[Block]]
 
 
 def plain(vectors_ND: Tensor | Sequence[Tensor]) -> Corpus:
-    """Take vectors as they are."""
+    """Wrap vectors as they are."""
     shards = [vectors_ND] if isinstance(vectors_ND, Tensor) else list(vectors_ND)
     checks.check_shards(shards)
     return Corpus([s for s in shards if len(s)])
@@ -164,7 +164,7 @@ def single(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator
 
 
 def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
-    """Scores of float16 vectors, read once for each query and summed in float32; on a CPU."""
+    """Scores of float16 vectors, read once per query and summed in float32; on a CPU."""
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     rounded_MD = queries_MD.half()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
@@ -192,7 +192,7 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
         scores_BM = brief.new_empty(len(block_BD), count)
         longest, lost = (corpus.longest, corpus.lost) if corpus.longest else (0.0, 0.0)
         for part_PD, scores_PM in zip(block_BD.split(piece), scores_BM.split(piece), strict=True):
-            # By way of float32: torch is slow from float16 to bfloat16.
+            # Via float32: torch is slow from float16 to bfloat16.
             wide_PD = wide[: len(part_PD)].copy_(part_PD)
             brief_PD = brief[: len(part_PD)].copy_(wide_PD)
             torch.mm(brief_PD, rounded_MD.T, out=scores_PM)
@@ -206,27 +206,27 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
 
 
 def _lost_in_bfloat16(wide_BD: Tensor) -> float:
-    """The largest norm of what vectors lose when they are cast to bfloat16."""
+    """Return the largest norm of the rounding errors of vectors cast to bfloat16."""
     return _norm(wide_BD - wide_BD.bfloat16().float())
 
 
 def _norm(wide_BD: Tensor) -> float:
-    """The largest norm."""
+    """Return the largest norm."""
     return float(torch.linalg.vector_norm(wide_BD, dim=1).max())
 
 
 def _scored_rows(queries: int) -> int:
-    """How many rows to score at once, so that their scores stay in the cache of a CPU."""
+    """Return how many rows to score at once, so that their scores fit into the CPU cache."""
     return min(MAX_ROWS, max(MIN_ROWS, CPU_BYTES // 4 // queries // GROUP * GROUP))
 
 
 def _widened_rows(width: int) -> int:
-    """How many rows to widen at once, so that they stay in the cache of a core."""
+    """Return how many rows to widen at once, so that they fit into the cache of a core."""
     return max(GROUP, min(CPU_BYTES, WIDENED_BYTES) // 4 // width // GROUP * GROUP)
 
 
 def _longest(block_BD: Tensor) -> float:
-    """The largest norm; widened in pieces that stay in the cache."""
+    """Return the largest norm; widens in pieces that fit into the cache."""
     pieces = block_BD.split(max(1, CACHED_BYTES // 4 // block_BD.shape[1]))
     wide = torch.empty(pieces[0].shape)
     norms = [torch.linalg.vector_norm(wide[: len(p)].copy_(p), dim=1).max() for p in pieces]
@@ -234,7 +234,7 @@ def _longest(block_BD: Tensor) -> float:
 
 
 def int8(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[Block]:
-    """Scores of codes by whole numbers, exact but for what the codes have lost; on a CPU."""
+    """Scores of codes by integer products, exact except for quantization error; on a CPU."""
     assert corpus.codes is not None
     high = _scored_rows(len(queries_MD))
     queries = code_queries(queries_MD)
@@ -252,7 +252,7 @@ def int8(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
 
 
 def _rounded_inputs() -> float:
-    """How far torch may round the factors of a float32 product, as the user has allowed it."""
+    """Return how far torch may round the factors of a float32 product, by the user's setting."""
     setting = torch.get_float32_matmul_precision()
     return 0.0 if setting == "highest" else 1.01 * ROUNDOFF[setting]
 
@@ -260,7 +260,7 @@ def _rounded_inputs() -> float:
 def _blocks(
     corpus: Corpus, allow: Tensor | None, high: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield row numbers and vectors in blocks, and which of them are allowed, if not all are."""
+    """Yield blocks of row numbers and vectors, with a mask of allowed rows if not all are."""
     few = allow is not None and int(allow.count_nonzero()) < GATHERED * corpus.rows
     if allow is not None and few:
         gathered = min(high, max(MIN_ROWS, CPU_BYTES // (2 * corpus.width)))
@@ -282,7 +282,7 @@ def _blocks(
 
 
 def _cuts(count: int, high: int) -> Iterator[slice]:
-    """Cut rows into blocks of nearly equal length, `high` at most."""
+    """Split rows into blocks of nearly equal length, at most `high`."""
     length = -(-count // -(-count // high))
     length += -length % GROUP
     for start in range(0, count, length):

@@ -1,7 +1,7 @@
 """Which screen of exact search is the fastest on this processor: measured once, then recorded.
 
-It differs by more than half between processors that call themselves by one name. Answers are the
-same whichever is taken, so a clock may decide.
+The times differ by more than half between processors with the same name. All screens give the same
+results, so the choice may depend on timing.
 """
 
 import math
@@ -15,16 +15,16 @@ import torch
 from mmalign.measured import Figures, measured
 
 COUNTS = (1, 4, 16, 64, 256)
-"""Numbers of queries that are measured."""
+"""Numbers of queries to measure."""
 LEAST, MOST = {"bfloat16": 16}, {"half": 4}
-"""Some screens cannot win for fewer queries, as they convert all vectors, or for more."""
-# Few queries are bound by memory, so they are measured over more rows than caches hold.
+"""Some screens cannot win below LEAST queries, as they convert all vectors, or above MOST."""
+# Few queries are memory-bound, so they are measured over more rows than caches hold.
 ROWS, MORE_ROWS, MANY_QUERIES = 1 << 15, 1 << 16, 64
-# A figure counts if it was reached twice, nearly, for nearly all ways. In a busy moment that does
-# not come about, or takes too long: then nothing is recorded.
+# Times are recorded once nearly all combinations have nearly repeated their best time. On a busy
+# machine that does not happen, or takes too long: then nothing is recorded.
 LEAST_ROUNDS, ROUNDS, SECONDS, REPEATED, NEARLY_ALL = 2, 6, 3.0, 1.15, 0.9
 PROBES, PROBE_SIDE = 12, 768
-# The usual screen is kept unless another takes less than this share of its time.
+# The usual screen is kept unless another takes less than this fraction of its time.
 CLEARLY = 0.9
 
 Search = Callable[[torch.Tensor, str], object]
@@ -34,18 +34,18 @@ _unsettled: set[str] = set()
 
 
 class _BusyError(Exception):
-    """The processor has other work to do: what is measured now says nothing."""
+    """The processor is busy with other work, so measurements would be unreliable."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """How long screens take; empty where that could not be measured."""
+    """Times of the screens; empty if they could not be measured."""
 
     ms: Mapping[str, float]
-    """By name and number of queries, as in "half 16"."""
+    """By name and number of queries, such as "half 16"."""
 
     def expected(self, screen: str, queries: int) -> float:
-        """Milliseconds for so many queries, to be compared with others; infinite if not known."""
+        """Return milliseconds for this many queries, for comparison; infinite if not known."""
         known = [c for c in COUNTS if f"{screen} {c}" in self.ms]
         if not known or queries < known[0]:
             return math.inf
@@ -58,7 +58,7 @@ class Timings:
         return from_ms + (to_ms - from_ms) * (queries - low) / max(1, high - low)
 
     def fastest(self, usual: Screen, possible: Sequence[Screen], queries: int) -> Screen:
-        """Name the fastest of the possible screens; the usual one unless another clearly is."""
+        """Return the fastest of the possible screens; the usual one unless another clearly is."""
         best = min(possible, key=lambda screen: self.expected(screen, queries))
         faster = self.expected(best, queries) < CLEARLY * self.expected(usual, queries)
         return best if faster else usual
@@ -70,14 +70,14 @@ def measure_screens(
     screens: Sequence[str],
     prepare: Callable[[list[torch.Tensor]], Search],
 ) -> Timings:
-    """Measure screens in turns, or read what was recorded; up to three seconds.
+    """Measure screens in turns, or read the recorded times; up to three seconds.
 
     Args:
         dtype: Of the vectors.
-        width: Numbers of a vector.
-        screens: What to compare.
-        prepare: Makes shards of vectors ready, and returns what searches them by queries and the
-            name of a screen.
+        width: Dimensions of a vector.
+        screens: The screens to compare.
+        prepare: Prepares shards of vectors, and returns a search function that takes queries and
+            the name of a screen.
     """
     ways = [(s, c) for s in screens for c in COUNTS if LEAST.get(s, c) <= c <= MOST.get(s, c)]
     conditions: dict[str, str | int] = {
@@ -109,7 +109,7 @@ def measure_screens(
 
 
 def _quiet() -> bool:
-    """Say whether one product takes the same time again and again; some 0.05 seconds."""
+    """Return whether one product repeatedly takes the same time; takes about 0.05 seconds."""
     ones = torch.ones(PROBE_SIDE, PROBE_SIDE)
     taken = []
     for _ in range(PROBES):
@@ -120,7 +120,7 @@ def _quiet() -> bool:
 
 
 def _in_turns(ways: Sequence[Way], search: Callable[[str, int], None], until: float) -> Figures:
-    """Time all ways one after the other, again and again until figures come back."""
+    """Time all combinations in turn, repeatedly, until the times are stable."""
     times: dict[Way, list[float]] = {way: [] for way in ways}
     for done in range(ROUNDS + 1):
         for way in ways:
@@ -150,10 +150,10 @@ def _copies(vectors_ND: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _cloud(rows: int, width: int, seed: int) -> torch.Tensor:
-    """Unit vectors around a centre of their own, as those of images and of texts are.
+    """Make unit vectors around a centre of their own, like those of images and of texts.
 
-    How far bounds reach depends on this: around one centre with the queries, vectors are so much
-    alike that bounds of low precision exclude few, and they looked slower than they are.
+    The width of the bounds depends on this: if vectors and queries shared one centre, they would be
+    so similar that low-precision bounds exclude few, and would look slower than they are.
     """
     generator = torch.Generator().manual_seed(seed)
     spread_D = torch.arange(1, width + 1).pow(-0.35)

@@ -1,10 +1,10 @@
 """Contrastive losses on a GPU: the three passes of `blocked.py`, with every tile fused.
 
-B image rows at hand, N text columns, D dimensions, R rows of a slab.
+B local image rows, N text columns, D dimensions, R rows of a slab.
 
-The logits of a tile live in registers from the product to their exponentials. Going back, weights
-are written for one slab of rows at a time, in the type of the inputs, and both gradients are plain
-products with it, which the vendor's library does at full speed. Sums are float32 throughout.
+The logits of a tile stay in registers from the product to their exponentials. The backward pass
+writes the weights of one slab of rows at a time, in the dtype of the inputs; both gradients are
+plain matrix products with it, at the full speed of the vendor's library. Sums are float32.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -24,17 +24,17 @@ from mmalign.kernels.blocked import Problem
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = range(16, 2049, 16)
-# Slabs of weights take this much memory, whatever the batch.
+# Memory of one slab of weights, whatever the batch size.
 SLAB_BYTES = 128 << 20
-# Each direction of the statistics is cut into so many parts, of whole tiles: enough programs to
-# fill a GPU, few enough partial sums to join cheaply.
+# Each direction of the statistics is split into PARTS parts of whole tiles: enough programs to fill
+# a GPU, few enough partial sums to combine cheaply.
 PARTS, TALLEST = 32, 128
-# float16 has no digits left below 6e-5, where the weights of a large batch lie.
+# float16 loses precision below 6e-5, where the weights of a large batch lie.
 GAIN = {torch.float16: 4096.0}
 
 
 def refuses(images: Tensor) -> str | None:
-    """Say why these kernels cannot take a matrix, or nothing where they can."""
+    """Return why these kernels cannot take a matrix, or None if they can."""
     if not images.is_cuda and not INTERPRETED:
         return f"image_ND is on {images.device}, not on a GPU"
     if images.dtype not in DTYPES:
@@ -57,7 +57,7 @@ def _configs() -> list[Any]:
 
 
 def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Keep the configurations whose tiles fit into shared memory in this type."""
+    """Keep the configurations whose tiles fit into shared memory for this dtype."""
     size = arguments["images"].element_size()
     kept = [
         c
@@ -77,7 +77,7 @@ def _logits(
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scaled products: -inf outside the matrices, and where a pair shares an id."""
+    """Compute one tile of logits: -inf outside the matrices and for pairs that share an id."""
     sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
     rows_in = (rows < row_count)[:, None]
     columns_in = (columns < column_count)[None, :]
@@ -94,7 +94,7 @@ def _logits(
             text = tl.load(
                 column_places + depth[:, None], mask=columns_in & inside[:, None], other=0.0
             )
-        if INTERPRETED:  # it takes the bits of bfloat16 for integers
+        if INTERPRETED:  # the interpreter reads the bits of bfloat16 as integers
             image, text = image.to(tl.float32), text.to(tl.float32)
         sums = tl.dot(image, text, sums, input_precision=PRECISION)
     logits = tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
@@ -106,7 +106,7 @@ def _logits(
                 place = column_ids + columns * COLUMN_IDS + j
                 column_id = tl.load(place, mask=columns < column_count, other=-2)
                 same |= (row_id[:, None] == column_id[None, :]).to(tl.int32)
-        # An image keeps its own text.
+        # Positive pairs are never masked.
         own = (rows + first)[:, None] == columns[None, :]
         logits = tl.where((same != 0) & ~own, float("-inf"), logits)
     return logits
@@ -115,7 +115,7 @@ def _logits(
 @triton.jit
 def _log_sum(logits, axis: tl.constexpr):
     top = tl.max(logits, axis)
-    # A row that is all -inf must not become NaN; every other one has a sum of at least one.
+    # A row that is all -inf must not become NaN; every other row has a sum of at least 1.
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(logits - tl.expand_dims(safe, axis)), axis)
     return top + tl.log(tl.maximum(total, 1.0))
@@ -136,7 +136,7 @@ def _statistics_kernel(
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one rectangle, along its rows and down its columns, and its own logits."""
+    """Log-sum-exp of one rectangle along rows and down columns, and its diagonal logits."""
     part_of_rows, part_of_columns = tl.program_id(1), tl.program_id(0)
     first_row, first_column = part_of_rows * rows_each, part_of_columns * columns_each
     row_end = tl.minimum(first_row + rows_each, row_count)
@@ -157,7 +157,7 @@ def _statistics_kernel(
                 tl.store(own_logits + rows, tl.sum(tl.where(own, logits, 0.0), 1), mask=met)
             along = _log_add(along, _log_sum(logits, 1))
             down = _log_sum(logits, 0)
-            # Only this program writes here: its running sums of the columns above.
+            # Only this program writes here: its running sums of the columns from the tiles above.
             place = column_sums + part_of_rows.to(tl.int64) * column_count + columns
             if row > first_row:
                 before = tl.load(place, mask=columns < column_end, other=float("-inf"))
@@ -176,7 +176,7 @@ def _infonce_kernel(
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Derivative of InfoNCE, times N, by each logit of a tile."""
+    """Derivative of InfoNCE, times N, with respect to each logit of a tile."""
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
@@ -193,7 +193,7 @@ def _infonce_kernel(
     tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
 
 
-# Partial sums are one a tile: those that a narrower configuration left while tuning must go.
+# One partial sum per tile: clear those that a narrower configuration wrote during autotuning.
 @triton.autotune(
     configs=_configs(), key=_KEY, prune_configs_by=_PRUNE, reset_to_zero=["losses", "slopes"]
 )
@@ -204,7 +204,7 @@ def _sigmoid_kernel(
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Sigmoid loss of each row, the sum of its derivatives, and the derivative by each logit."""
+    """Sigmoid loss of each row, the sum of its derivatives, and the derivative of each logit."""
     rows = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     columns = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     logits = _logits(
@@ -214,7 +214,7 @@ def _sigmoid_kernel(
     logits += tl.load(bias)
     own = (rows + first)[:, None] == columns[None, :]
     small = tl.exp(-tl.abs(logits))
-    # log(1 + x) by its series where 1 + x would round x away.
+    # log(1 + x) by its series, where computing 1 + x would round x away.
     tail = tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
     signed = tl.where(own, -logits, logits)
     loss = tl.maximum(signed, 0.0) + tail
@@ -222,7 +222,7 @@ def _sigmoid_kernel(
     falling = tl.where(logits >= 0, small, 1.0) / (1.0 + small)
     weight = tl.where(own, -falling, rising)
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    # A pair that is struck out has the logit -inf, and exp(-inf) leaves nothing of it.
+    # A masked pair has the logit -inf, so exp(-inf) makes its contribution zero.
     loss = tl.where(inside & (logits > float("-inf")), loss, 0.0)
     weight = tl.where(inside, weight, 0.0)
     sums = tl.program_id(1).to(tl.int64) * row_count + rows
@@ -284,7 +284,7 @@ def sigmoid_pass(
     with torch.cuda.device_of(images):
         for rows, weights in _slabs(images, columns):
             count = rows.stop - rows.start
-            # One sum for each row and tile; wider tiles leave the rest at zero.
+            # One sum per row and tile; wider tiles leave the remaining entries at zero.
             sums = problem.scale.new_zeros((2, -(-columns // narrowest), count))
             _sigmoid_kernel[_grid(count, columns)](
                 images[rows], texts, problem.scale, ids[0][rows], ids[1], bias,
@@ -299,7 +299,7 @@ def sigmoid_pass(
 
 
 class _Products:
-    """Sums of weights times texts (B, D) and of weights, transposed, times images (N, D); final."""
+    """Sums of weights @ texts (B, D) and of weights.T @ images (N, D); final."""
 
     def __init__(self, images: Tensor, texts: Tensor, wants_image: bool, wants_text: bool) -> None:
         self.images, self.texts = images, texts
@@ -321,7 +321,7 @@ class _Products:
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Add a product to a float32 matrix, summing in float32 whatever the factors are."""
+    """Add a product to a float32 matrix, summing in float32 whatever the dtype of the factors."""
     if one.dtype == torch.float32:
         total.addmm_(one, other)
     elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
@@ -331,7 +331,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Matrices, and ids (any tensors where there are none)."""
+    """Return the matrices and the ids (arbitrary tensors if there are none)."""
     images, texts = problem.image_BD, problem.text_ND
     if problem.image_ids_BL is None or problem.text_ids_NM is None:
         return images, texts, (images, texts)
@@ -339,7 +339,7 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
 
 
 def _padded(ids_NL: Tensor, nothing: int) -> Tensor:
-    """Widen ids to a power of two, so that few kernels are compiled and tuned."""
+    """Pad ids to a power-of-two width, so that few kernels are compiled and tuned."""
     width = ids_NL.shape[1]
     wider = (1 << (width - 1).bit_length()) - width
     return torch.nn.functional.pad(ids_NL, (0, wider), value=nothing).contiguous()
@@ -356,7 +356,7 @@ def _constants(problem: Problem, ids: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 
 def _slabs(images: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield groups of rows and the memory for their weights, (R, N)."""
+    """Yield slices of rows and the buffer for their weights, (R, N)."""
     count = len(images)
     high = max(128, SLAB_BYTES // (columns * images.element_size()) // 128 * 128)
     memory = images.new_empty((min(high, count), columns))
@@ -370,5 +370,5 @@ def _grid(rows: int, columns: int) -> Any:
 
 
 def _size_class(columns: int) -> int:
-    """Sizes within a factor of four share a tuning."""
+    """Group sizes within a factor of four, which share one tuning."""
     return columns.bit_length() // 2

@@ -2,10 +2,10 @@
 
 M queries, N stored vectors, D dimensions, K neighbours, X groups of neighbouring rows.
 
-The kernel reads each vector once and writes one number for 64 of them. The k best rows lie within
-the groups whose best scores reach the k-th best (less the error of the screen), so only these are
-scored again, in float64. Vectors may lie on several GPUs, each of which screens its own, or in the
-memory of the host, from where they are streamed.
+The kernel reads each vector once and writes one number per 64 of them. The k best rows lie within
+the groups whose best scores reach the k-th best (minus the error of the screen), so only these are
+rescored, in float64. Vectors may lie on several GPUs, each of which screens its own, or in host
+memory, from which they are streamed.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -26,9 +26,9 @@ from mmalign.kernels.screens import Corpus
 from mmalign.kernels.triton_loss import INTERPRETED
 
 GROUP = 64
-# Tensor cores may cut off what float32 would round: two bits are allowed for.
+# Tensor cores may truncate where float32 would round: two extra bits of error are allowed.
 ROUNDOFF = 2.0**-22
-# Best scores of groups take at most this much memory; more queries are split.
+# The best scores of groups take at most this much memory; more queries are split.
 BEST_BYTES = 1 << 30
 STREAMED_BYTES = 256 << 20
 
@@ -49,7 +49,7 @@ def _configs() -> list[Any]:
 
 
 def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Tiles as high as the queries ask for, and not beyond shared memory."""
+    """Keep tile heights that suit the number of queries and fit into shared memory."""
     high = 16 if arguments["query_count"] <= 16 else 64 if arguments["query_count"] <= 64 else 128
     size = arguments["vectors"].element_size()
     kept = [
@@ -72,8 +72,8 @@ def _best_kernel(
     D: tl.constexpr, FILTERED: tl.constexpr, PRECISION: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Largest inner product of each query with the allowed rows of each group."""
-    # Tiles of one stretch of vectors follow each other, so that they are read from memory once.
+    """Compute the largest inner product of each query with the allowed rows of each group."""
+    # Tiles over the same vectors run one after the other, so that these are read from memory once.
     query = tl.program_id(0) * HIGH + tl.arange(0, HIGH)
     row = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     query_in, row_in = query < query_count, row < row_count
@@ -93,7 +93,7 @@ def _best_kernel(
             other = tl.load(
                 row_places + depth[:, None], mask=row_in[None, :] & inside[:, None], other=0.0
             )
-        if INTERPRETED:  # it takes the bits of bfloat16 for integers
+        if INTERPRETED:  # the interpreter reads the bits of bfloat16 as integers
             one, other = one.to(tl.float32), other.to(tl.float32)
         sums = tl.dot(one, other, sums, input_precision=PRECISION)
     if FILTERED:
@@ -106,7 +106,7 @@ def _best_kernel(
 
 
 def refuses(queries_MD: Tensor, corpus: Corpus) -> str | None:
-    """Say why these kernels cannot search a corpus, or nothing where they can."""
+    """Return why these kernels cannot search a corpus, or None if they can."""
     if not queries_MD.is_cuda and not INTERPRETED:
         return f"queries_MD is on {queries_MD.device}, not on a GPU"
     types = {shard.dtype for shard in corpus.shards}
@@ -120,7 +120,7 @@ def refuses(queries_MD: Tensor, corpus: Corpus) -> str | None:
 def topk(
     queries_MD: Tensor, corpus: Corpus, k: int, *, allow: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.topk`; queries are float32, on the GPU that joins the results."""
+    """See `kernels.topk`; queries are float32, on the GPU that merges the results."""
     at_once = max(16, BEST_BYTES // (4 * -(-corpus.rows // GROUP)) // 16 * 16)
     parts = [_topk(part, corpus, k, allow) for part in queries_MD.split(at_once)]
     scores, rows = zip(*parts, strict=True)
@@ -159,7 +159,7 @@ def _topk(
         kept_HG &= allow.to(device)[rows_HG.clamp(max=corpus.rows - 1)]
     query_P, rows_P = query_H[:, None].expand_as(rows_HG)[kept_HG], rows_HG[kept_HG]
     scores_P = exact_scores(queries_MD.double(), corpus, query_P, rows_P)
-    # k empty places for each query, behind all that was found.
+    # k empty places per query, after all candidates.
     empty = torch.arange(len(queries_MD), device=device).repeat_interleave(k)
     return best_pairs(
         torch.cat([query_P, empty]),
@@ -170,7 +170,7 @@ def _topk(
 
 
 def _screen(queries_MD: Tensor, shard_ND: Tensor, allow_N: Tensor | None) -> Tensor:
-    """Best score of each group of a shard, (M, X)."""
+    """Return the best score of each group of a shard, (M, X)."""
     groups = -(-len(shard_ND) // GROUP)
     best_MX = torch.empty((len(queries_MD), groups), dtype=torch.float32, device=shard_ND.device)
     count, rows = len(queries_MD), len(shard_ND)
@@ -186,7 +186,7 @@ def _screen(queries_MD: Tensor, shard_ND: Tensor, allow_N: Tensor | None) -> Ten
 
 
 def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield the vectors with their first row: in place on a GPU, streamed from the host."""
+    """Yield vectors with their first row number: in place on a GPU, streamed from the host."""
     pinned: list[Tensor] = []
     copied: list[Any] = []
     turn = 0
@@ -203,7 +203,7 @@ def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor
                 shape = (high, shard.shape[1])
                 pinned = [torch.empty(shape, dtype=shard.dtype, pin_memory=True) for _ in range(2)]
                 copied = [torch.cuda.Event() for _ in range(2)]
-            # While the GPU copies and screens one part, the host fills the other.
+            # While the GPU copies and screens one part, the host fills the other buffer.
             place, event = pinned[turn % 2], copied[turn % 2]
             event.synchronize()
             place = place[: len(part)].copy_(part)
@@ -214,7 +214,7 @@ def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor
 
 
 def _loss_of_cast(queries_MD: Tensor, dtype: torch.dtype) -> float:
-    """Largest relative distance of a query from what it becomes in another type."""
+    """Return the largest relative error of a query when cast to another dtype."""
     lost_M = torch.linalg.vector_norm(queries_MD - queries_MD.to(dtype).float(), dim=1)
     return float((lost_M / torch.linalg.vector_norm(queries_MD, dim=1)).max())
 

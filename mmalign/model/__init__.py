@@ -1,18 +1,18 @@
-"""The encoders: own presets and open_clip models behind one `Encoder`.
+"""The encoders: our own presets and open_clip models behind one `Encoder`.
 
 encoder.py        Encoder: images and texts in, unit vectors out; its preprocessing and identity
 towers.py         the networks of our own presets
-presets.py        nano, tiny, small: which towers, how large, for which machine
+presets.py        nano, tiny, small: architecture, size and target machine of each
 tokenizer.py      byte-level BPE trained on captions
-openclip.py       open_clip's models by name: which network, weights and preprocessing
+openclip.py       open_clip's models by name: network, weights and preprocessing
 clip_networks.py  the only file that imports open_clip
 fast_clip.py      shortcuts through open_clip's networks, compared with its own functions
-weights.py        files of weights: what they are, or why they cannot be loaded
-torchscript.py    weights out of OpenAI's archives
+weights.py        weight files: what they are, or why they cannot be loaded
+torchscript.py    weights from OpenAI's archives
 devices.py        the device that an encoder runs on
-precision.py      float32, bfloat16 or eight bits to encode in
-fused.py           the layers of a transformer in fewer steps, for encoding on a CPU
-int8.py           linear layers in eight bits
+precision.py      float32, bfloat16 or int8 for encoding
+fused.py          fused transformer layers for encoding on a CPU
+int8.py           linear layers in int8
 checkpoint.py     run folders: weights as safetensors, everything else as text
 """
 

@@ -1,10 +1,10 @@
-"""Run folders: how a model is made, saved and found again. Nothing is ever unpickled.
+"""Run folders: how a model is created, saved and loaded. Nothing is ever unpickled.
 
 RUN/model.json                name, architecture, preprocessing; which weights are the run's
-RUN/model-HASH.safetensors    weights; HASH is the end of the identity that they give the model
+RUN/model-HASH.safetensors    weights; HASH is the end of the identity they give the model
 RUN/tokenizer.json            tokenizer
 
-Weights are never written over: a store that was made with earlier ones finds them by identity.
+Weights are never overwritten: a store made with earlier ones finds them by identity.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from mmalign.model.weights import reason, require_numbers
 
 
 def require_preset(preset: str) -> None:
-    """Refuse what is no preset.
+    """Reject an unknown preset.
 
     Raises:
-        ModelError: There is none; the message has the nearest name.
+        ModelError: The preset does not exist; the message suggests the nearest name.
     """
     if preset not in PRESETS:
         hint = nearest(preset, PRESETS)
@@ -54,9 +54,9 @@ def new_model(preset: str, captions: Iterable[str]) -> Encoder:
     return Encoder(preset, _towers(architecture), words, size.preprocess(), architecture)
 
 
-# What reading a damaged file raises, and weights of another network.
+# Errors from reading a damaged file, or the weights of another network.
 UNFIT = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)
-# The name of a file of weights, and that of runs from before there were several.
+# The name of a weight file, and the one used by runs that held only one.
 WEIGHTS, ONLY_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors"), "model.safetensors"
 
 
@@ -66,12 +66,12 @@ def load_model(name: str | Path, identity: str | None = None) -> Encoder:
     The latter are written `NAME:TAG`, `NAME:FILE`, `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
 
     Args:
-        name: Which one.
-        identity: Of a run that has been trained further since, the weights that give the model
-            this identity, where the run has them; else the newest.
+        name: The model's name or folder.
+        identity: For a run that has been trained further since: load the weights that give the
+            model this identity, if the run has them, else the newest.
 
     Raises:
-        ModelError: There is no such model, it has no trained weights yet, or its files are damaged.
+        ModelError: The model does not exist, has no trained weights yet, or its files are damaged.
     """
     run = Path(name)
     if run.is_dir():
@@ -95,7 +95,7 @@ def load_model(name: str | Path, identity: str | None = None) -> Encoder:
 
 
 def _unknown(name: str) -> ModelError:
-    """Say what was meant by what is neither a run folder nor the name of a model."""
+    """Suggest what was meant by a name that is neither a run folder nor a model."""
     known = openclip.names()
     listed = same(name, (f"{each}:{tag}" for each in known for tag in openclip.tags(each)))
     architecture, _, pretrained = name.partition(":")
@@ -122,14 +122,14 @@ def _some_tags(name: str, most: int = 8) -> str:
 
 
 def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
-    """Write an encoder into a run folder, whole or not at all (`model.json` comes last).
+    """Write an encoder into a run folder atomically (`model.json` comes last).
 
-    Earlier weights stay there. Returns the name of the file of weights.
+    Earlier weights are kept. Returns the name of the weight file.
 
     Args:
-        encoder: What to save.
+        encoder: The encoder to save.
         run: An existing folder.
-        steps: Of training, that led to these weights.
+        steps: Training steps that led to these weights.
 
     Raises:
         OSError: A file cannot be written; it is named.
@@ -146,7 +146,7 @@ def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
 def save_description(
     encoder: Encoder, run: Path, *, weights: str | None = None, steps: int | None = None
 ) -> None:
-    """Write what a model is, without weights as long as there are none worth having."""
+    """Write a model's description, without weights as long as none are worth saving."""
     files.write_text(run / "tokenizer.json", encoder.tokenizer.to_json())
     description = {
         "name": encoder.name,
@@ -159,35 +159,35 @@ def save_description(
 
 
 def has_weights(run: Path) -> bool:
-    """Say whether a run folder holds a model that can be loaded."""
+    """Return whether a run folder holds a model that can be loaded."""
     if not (run / "model.json").exists():
         return False
     try:
         return _weights(run, _description(run)) is not None
-    except ModelError:  # damaged, but somebody's
+    except ModelError:  # damaged, but it is somebody's model
         return True
 
 
 def keep_weights(encoder: Encoder) -> None:
-    """Let the run that an encoder was loaded from keep its weights, though it finds better ones.
+    """Make the run an encoder was loaded from keep its weights, even after finding better ones.
 
-    Whoever writes down the encoder's identity (a store) calls this: training removes only weights
-    of its own that nobody needs.
+    Anything that records the encoder's identity (a store) calls this: training removes only those
+    of its own weights that nothing needs.
     """
     file = Path(encoder.source or ".") / _weights_name(encoder.identity)
     if file.exists():
-        with contextlib.suppress(OSError):  # a run that cannot be written is not being trained
+        with contextlib.suppress(OSError):  # a run folder that is not writable is not being trained
             _keeper(file).touch()
 
 
 def drop_weights(run: Path, name: str) -> None:
-    """Remove weights that better ones have replaced, unless somebody asked to keep them."""
+    """Remove weights that better ones have replaced, unless they were marked to be kept."""
     if not _keeper(run / name).exists():
         files.remove(run / name)
 
 
 def blank_model(run: Path) -> Encoder:
-    """Build the encoder of a run with weights that are still to be loaded: until then all are NaN.
+    """Build the encoder of a run without loading weights: until then all are NaN.
 
     Raises:
         ModelError: Its files are missing or damaged.
@@ -245,7 +245,7 @@ def _description(run: Path) -> dict[str, Any]:
 
 
 def _weights(run: Path, description: dict[str, Any]) -> Path | None:
-    """Find the file of weights that a description names; None where it says there are none."""
+    """Find the weight file that a description names; None if it says there is none."""
     name = description.get("weights", ONLY_WEIGHTS)
     if name is None:
         return None
@@ -264,7 +264,7 @@ def _keeper(weights: Path) -> Path:
 
 def _build(run: Path, description: dict[str, Any]) -> Encoder:
     architecture = description["architecture"]
-    # What was trained with, whatever open_clip prepares images with by default.
+    # The preprocessing used in training, whatever open_clip's current default is.
     preprocess = Preprocess(**description["preprocess"])
     if architecture["kind"] == "open_clip":
         clip = openclip.blank(architecture)

@@ -1,7 +1,7 @@
 """open_clip's networks and tokenizers; the only file that imports open_clip and its hub.
 
-torchvision and torch must come from one place: where they do not, open_clip's import fails with
-words that help nobody, so they are replaced here.
+torchvision and torch must come from the same source; otherwise open_clip's import fails with an
+unhelpful message, which is replaced here.
 """
 
 import json
@@ -36,7 +36,7 @@ REACH_SECONDS = 5
 
 
 def module() -> Any:
-    """Import open_clip, or say in one line why it cannot be."""
+    """Import open_clip, or explain in one line why it cannot be imported."""
     try:
         import open_clip
     except RuntimeError as error:
@@ -47,12 +47,12 @@ def module() -> Any:
 
 
 def names() -> list[str]:
-    """Names of all model architectures that open_clip knows."""
+    """Return the names of all model architectures that open_clip knows."""
     return list(module().list_models())
 
 
 def tags(name: str) -> list[str]:
-    """Tags of the pretrained weights that open_clip knows for a model."""
+    """Return the tags of the pretrained weights that open_clip knows for a model."""
     return list(module().list_pretrained_tags_by_model(name))
 
 
@@ -60,11 +60,11 @@ class OpenClipTokenizer(Tokenizer):
     """The tokenizer that belongs to an open_clip model; final."""
 
     def __init__(self, architecture: dict[str, Any], folder: str | None = None) -> None:
-        """Take an architecture as `build` does, and where the files of its vocabulary lie.
+        """Take an architecture as in `build`, and the folder of its vocabulary files.
 
         Raises:
             InstallError: It needs the package transformers.
-            ModelError: Its vocabulary cannot be had.
+            ModelError: Its vocabulary is not available.
         """
         self.name = str(architecture.get("name", ""))
         self.text = _text_config(architecture)
@@ -102,11 +102,11 @@ class OpenClipTokenizer(Tokenizer):
     def cut(self, texts: Sequence[str]) -> list[str]:
         """See `Tokenizer`."""
         most = self.backend.context_length
-        # No text has more tokens than bytes, but for its two marks.
+        # No text has more tokens than bytes, plus its start and end tokens.
         return [t for t in texts if len(t.encode()) + 2 > most and self._length(t) > most]
 
     def _length(self, text: str) -> int:
-        """Tokens of a whole text, its marks included; 0 where open_clip does not tell."""
+        """Count the tokens of a whole text with its start and end; 0 if open_clip does not tell."""
         if hasattr(self.backend, "encode"):
             return len(self.backend.encode(text)) + 2
         if hasattr(self.backend, "tokenizer"):
@@ -114,12 +114,12 @@ class OpenClipTokenizer(Tokenizer):
         return 0
 
     def to_json(self) -> str:
-        """The name is enough: open_clip holds the vocabulary."""
+        """Return the name, which is enough: open_clip holds the vocabulary."""
         return json.dumps({"open_clip": self.name or self.text}, sort_keys=True)
 
 
 def _text_config(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the tokens of a text."""
+    """Return the settings that determine the tokens of a text."""
     config = architecture.get("config") or module().get_model_config(architecture["name"]) or {}
     text = config.get("text_cfg", {})
     keys = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
@@ -133,9 +133,9 @@ def blank(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None
     """Build an open_clip network without weights: all are NaN until some are loaded.
 
     Args:
-        architecture: `name`, or `config` (open_clip's model_cfg), and `quick_gelu` where the
-            weights want this activation and the architecture by itself has another.
-        preprocess: What differs from open_clip's defaults.
+        architecture: `name`, or `config` (open_clip's model_cfg), and `quick_gelu` if the weights
+            need this activation and it is not the architecture's default.
+        preprocess: Differences from open_clip's defaults.
     """
     return with_memory(build(architecture, preprocess))
 
@@ -143,7 +143,7 @@ def blank(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None
 def build(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None) -> Any:
     """Build an open_clip network whose parameters have no memory yet; see `blank`.
 
-    Nothing random is drawn, which takes seconds for a large network. Buffers are there.
+    Random initialization, which takes seconds for a large network, is skipped. Buffers exist.
     """
     thread = threading.get_ident()
 
@@ -154,17 +154,17 @@ def build(architecture: dict[str, Any], preprocess: dict[str, Any] | None = None
 
     hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
-        # Moved to no device: what has no memory cannot be moved.
+        # No device, as parameters without memory cannot be moved.
         return create(architecture, preprocess, device=None)
     except RuntimeError:
-        pass  # some networks of timm run while they are built, to learn their own shapes
+        pass  # some timm networks run during construction to infer their shapes
     finally:
         hook.remove()
     return create(architecture, preprocess, device="cpu")
 
 
 def with_memory(network: Any) -> Any:
-    """Give memory to the parameters of `build`, all NaN; those that layers share stay shared."""
+    """Allocate the parameters of `build`, all NaN; those that layers share stay shared."""
     given: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for layer in network.modules():
         for name, weight in list(layer.named_parameters(recurse=False)):
@@ -178,7 +178,7 @@ def with_memory(network: Any) -> Any:
 def create(
     architecture: dict[str, Any], preprocess: dict[str, Any] | None, device: str | None
 ) -> Any:
-    """Build by open_clip's own function, its weights as it draws them; see `blank`."""
+    """Build with open_clip's own function and its random weights; see `blank`."""
     words = {
         "load_weights": False,
         "pretrained_text": False,
@@ -197,7 +197,7 @@ def create(
 
 
 def cached(repo: str, wanted: Sequence[str]) -> Path | None:
-    """Find the first of some files of a repository in the hub's cache; no network is asked."""
+    """Find the first of some files of a repository in the hub's cache, without network access."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repo, name) for name in wanted)
@@ -205,7 +205,7 @@ def cached(repo: str, wanted: Sequence[str]) -> Path | None:
 
 
 def require_network(shown: str, where: str, instead: str = "") -> None:
-    """Find out in seconds whether a download can begin; libraries try for a minute.
+    """Check within seconds whether a download can start; libraries try for a minute.
 
     Raises:
         ModelError: It cannot.
@@ -237,10 +237,10 @@ class _NotOpenClip(logging.Filter):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip's lines out of the root logger: what matters is said by our own errors."""
+    """Keep open_clip's messages out of the root logger: our own errors report what matters."""
     root, no_lines, nowhere = logging.getLogger(), _NotOpenClip(), logging.NullHandler()
     root.addFilter(no_lines)
-    # Without a handler, the first of its lines would set up logging for the whole program.
+    # Without a handler, its first message would configure logging for the whole program.
     root.addHandler(nowhere)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The device that an encoder runs on: a GPU that gives the vectors of the CPU, else the CPU."""
+"""The device that an encoder runs on: a GPU that reproduces the CPU's vectors, else the CPU."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from mmalign.model.encoder import Encoder, Vectors
 from mmalign.progress import say
 
-# Images to try a device with, and how near its vectors must be to the CPU's, as a cosine.
+# Images to probe a device with, and the minimum cosine between its vectors and the CPU's.
 PROBED, NEAR = 4, 0.999
 PROBE_TEXT = "a photo of a brown dog that runs on the beach"
 CPU = torch.device("cpu")
@@ -15,9 +15,9 @@ CPU = torch.device("cpu")
 def to_fastest(encoder: Encoder) -> Encoder:
     """Move an encoder to the fastest device that can encode with it, and return it.
 
-    A CUDA GPU is taken as it is. An Apple GPU must first give the vectors of the CPU on some noise
-    and a text, as torch does not have every operator there; if it does not, that is said and the
-    CPU is used.
+    A CUDA GPU is used without a check. An Apple GPU must first reproduce the CPU's vectors on some
+    noise images and a text, as torch lacks some operators there; if it does not, a message says so
+    and the CPU is used.
     """
     if torch.cuda.is_available():
         return encoder.on(torch.device("cuda"))
@@ -29,7 +29,7 @@ def to_fastest(encoder: Encoder) -> Encoder:
         problem = (
             "" if nearest >= NEAR else f"its vectors have a cosine of {nearest:.4f} with the CPU's"
         )
-    except Exception as error:  # an operator that is missing there, no memory, an old system
+    except Exception as error:  # a missing operator, no memory, an old system
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
         say(f"the Apple GPU is not used, the CPU is: {problem}")

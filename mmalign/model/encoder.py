@@ -1,4 +1,4 @@
-"""An encoder: two towers that map images and texts to unit vectors of one space.
+"""An encoder: two towers that map images and texts to unit vectors in one space.
 
 B items of a batch, D dimensions, S side of an image in pixels, T tokens.
 """
@@ -27,10 +27,10 @@ TEXTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a decoded image to what the image tower expects; part of a model's identity.
+    """Preprocessing from a decoded image to the tower's input; part of a model's identity.
 
-    Which decoder gave the image is not: a JPEG decoded whole, at reduced scale or on a GPU differs
-    by less than half a grey level on the average after the resize.
+    The image decoder is not part of it: a JPEG decoded in full, at reduced scale or on a GPU
+    differs by less than half a grey level on average after the resize.
     """
 
     size: int
@@ -48,30 +48,30 @@ class Towers(nn.Module, ABC):
     logit_bias: nn.Parameter
     """Added to every logit by the sigmoid loss, a scalar; InfoNCE does not use it."""
     any_size: bool = False
-    """Whether images of another side than the model's own can be encoded."""
+    """Whether images of a size other than the model's own can be encoded."""
     cuts_texts: bool = True
-    """Whether padding behind a text can be left out without a change of its features."""
+    """Whether padding after a text can be left out without changing its features."""
 
     takes_pixels: bool = False
-    """Whether images come with their pixels as they are, in place of normalised."""
+    """Whether image input is raw pixels instead of normalised values."""
 
     def take_pixels(self, preprocess: Preprocess) -> None:
-        """Make normalisation a part of the first layer, for encoding only, where that is possible.
+        """Fold normalisation into the first layer, for encoding only, where possible.
 
-        `image_features` then takes bytes, and `takes_pixels` says so.
+        `image_features` then takes uint8, and `takes_pixels` is set.
         """
 
     @abstractmethod
     def image_features(self, images_B3SS: Tensor) -> Tensor:
-        """Map normalised images to features (B, D), of any length."""
+        """Map normalised images to features (B, D), not normalised to unit length."""
 
     @abstractmethod
     def text_features(self, tokens_BT: Tensor) -> Tensor:
-        """Map token ids, padded with 0, to features (B, D), of any length."""
+        """Map token ids, padded with 0, to features (B, D), not normalised to unit length."""
 
     @property
     def logit_scale(self) -> Tensor:
-        """The multiplier of the cosines, never above 100."""
+        """Return the multiplier of the cosines, at most 100."""
         return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
 
@@ -80,21 +80,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids (B, T) int64, padded with 0, T as long as the longest text needs."""
+        """Return ids (B, T) int64, padded with 0; T is as long as the longest text needs."""
 
     @abstractmethod
     def cut(self, texts: Sequence[str]) -> list[str]:
-        """Return those of the texts that are longer than what `__call__` returns of them."""
+        """Return the texts that `__call__` truncates."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """Everything needed to rebuild it, as JSON."""
+        """Return everything needed to rebuild it, as JSON."""
 
 
 def fastest_device() -> torch.device:
-    """Return the device to train on: a CUDA GPU where there is one, else the CPU.
+    """Return the device to train on: a CUDA GPU if there is one, else the CPU.
 
-    Not an Apple GPU: it has no float64, which the losses sum in. `to_fastest` is for encoding.
+    Not an Apple GPU: it lacks float64, which the losses sum in. `to_fastest` is for encoding.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,8 +103,8 @@ def fastest_device() -> torch.device:
 class Encoder:
     """Towers together with the preprocessing and the tokenizer they were trained with.
 
-    Many threads may encode with one encoder: encoding changes nothing in it. The towers are in
-    evaluation mode from the start; whoever trains them sets training mode, and sets it back.
+    Many threads may encode with one encoder: encoding changes nothing in it. The towers start in
+    evaluation mode; training code sets training mode, and resets it afterwards.
 
     >>> from mmalign.model import new_model
     >>> encoder = new_model("nano", captions=["a red square", "a blue circle"])
@@ -119,14 +119,14 @@ class Encoder:
     architecture: dict[str, Any]
     """What `checkpoint.py` needs to build the towers again."""
     source: str = ""
-    """The run folder or name it was loaded from; empty while it is new."""
+    """The run folder or name it was loaded from; empty for a new encoder."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.towers.eval()
 
     def on(self, device: torch.device | str) -> "Encoder":
-        """Move to a device and return itself."""
+        """Move to a device and return self."""
         self.device = torch.device(device)
         self.towers.to(self.device)
         return self
@@ -134,7 +134,7 @@ class Encoder:
     def encode(
         self, items: Sequence[Any], *, batch_size: int | None = None, progress: bool = False
     ) -> Vectors:
-        """Encode texts and images, mixed, to unit vectors (N, D) in their order.
+        """Encode a mix of texts and images to unit vectors (N, D), in order.
 
         Args:
             items: A str is a text, a `Path` an image file, bytes an encoded image, a PIL image or a
@@ -147,26 +147,26 @@ class Encoder:
             UsageError: A text is not UTF-8, or a file is missing.
             DataError: An image cannot be decoded.
         """
-        # Found by name: decoding and batches are `encoding/`, which is built upon this room.
+        # Imported by name: decoding and batching are in `encoding/`, which depends on this package.
         encode = import_module("mmalign.encoding.items").encode_items
         vectors: Vectors = encode(self, items, batch_size=batch_size, progress=progress)
         return vectors
 
     @cached_property
     def dim(self) -> int:
-        """Dimensions of the shared space."""
+        """Return the dimensions of the shared space."""
         return int(self.encode_texts(["a"]).shape[1])
 
     @cached_property
     def identity(self) -> str:
-        """Name and hash over architecture, weights, preprocessing and tokenizer.
+        """Return the name and a hash of architecture, weights, preprocessing and tokenizer.
 
-        Embeddings can be compared only when they carry the same identity.
+        Embeddings can be compared only if they have the same identity.
         """
         return self.identity_with(self.towers.state_dict())
 
     def identity_with(self, weights: dict[str, Tensor]) -> str:
-        """Return the identity that this encoder has with other weights."""
+        """Return the identity that this encoder would have with other weights."""
         digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
         digest.update(json.dumps(asdict(self.preprocess), sort_keys=True).encode())
         digest.update(self.tokenizer.to_json().encode())
@@ -178,7 +178,7 @@ class Encoder:
         return f"{self.name}-{digest.hexdigest()[:16]}"
 
     def former_fault(self, identity: str) -> str:
-        """Say what earlier versions got wrong with these weights, if that led to an identity."""
+        """Return what earlier versions got wrong with these weights, if that led to an identity."""
         plain = {k: v for k, v in self.architecture.items() if k != "quick_gelu"}
         size = self.preprocess.size
         for fault, former in (
@@ -209,7 +209,7 @@ class Encoder:
         """Embed decoded images (B, S, S, 3) to unit vectors (B, D)."""
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BSS3))
         if self.device.type == "cuda":
-            # From pinned memory a copy runs beside what the device computes for another thread.
+            # From pinned memory, a copy overlaps with what the device computes for another thread.
             pixels = pixels.pin_memory()
         return self.encode_pixels(pixels.permute(0, 3, 1, 2))
 
@@ -219,7 +219,7 @@ class Encoder:
         return self._run(lambda: self.image_vectors(pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
-        """Embed texts to unit vectors (B, D); those of like length are encoded together."""
+        """Embed texts to unit vectors (B, D); those of similar length are encoded together."""
         tokens_BT = self.tokenizer(texts)
         lengths_B = self.text_lengths(tokens_BT)
         order_B = lengths_B.argsort()
@@ -232,15 +232,15 @@ class Encoder:
         return whole
 
     def text_lengths(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens that must be read of each text, at least 1; what follows is padding."""
+        """Return how many tokens of each text must be read, at least 1; the rest is padding."""
         width = tokens_BT.shape[1]
         if not self.towers.cuts_texts:
             return torch.full((len(tokens_BT),), width)
         return ((tokens_BT != 0) * torch.arange(1, width + 1)).amax(dim=1).clamp(min=1)
 
     def _run(self, embed: Any) -> Vectors:
-        # Never switched here: the mode is shared by all threads, and batch norms that see one batch
-        # in training mode keep what they saw.
+        # Never switched here: the mode is shared by all threads, and batch norms in training mode
+        # update their running statistics with any batch.
         if self.towers.training:
             raise ModelError(f"{self.name}: in training mode: call towers.eval() before encoding")
         with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""open_clip's networks with shortcuts, each of which is compared with open_clip's own way.
+"""open_clip's networks with shortcuts, each of which is compared with open_clip's own functions.
 
 B items, T tokens, W width of a tower, S side of an image.
 
-The shortcuts read parts of open_clip that are not its interface, and that its versions rename.
-`compare_with_public` runs both ways once; a shortcut that fails or differs is not taken.
+The shortcuts read open_clip internals, which are not its public API and are renamed between
+versions. `compare_with_public` runs both once; a shortcut that fails or differs is not used.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mmalign.model.encoder import Encoder, Preprocess, Towers
 from mmalign.model.fused import Patches
 from mmalign.progress import say
 
-# How far unit vectors of the two ways may lie apart: both round in float32.
+# Largest distance between the unit vectors of both ways: both round in float32.
 TOLERANCE = 1e-3
 PROBE_TEXTS = ("a", "a photo of a brown dog that runs on the beach beside the sea")
 
@@ -35,12 +35,12 @@ class OpenClipTowers(Towers):
 
     @property
     def log_scale(self) -> nn.Parameter:  # type: ignore[override]
-        """open_clip stores the logarithm too."""
+        """Return open_clip's parameter, which is a logarithm too."""
         return self.clip.logit_scale  # type: ignore[no-any-return]
 
     @property
     def logit_bias(self) -> nn.Parameter:  # type: ignore[override]
-        """open_clip's own where the model has one."""
+        """Return open_clip's own bias if the model has one."""
         return self.clip.logit_bias if self._bias is None else self._bias
 
     def take_pixels(self, preprocess: Preprocess) -> None:
@@ -54,7 +54,7 @@ class OpenClipTowers(Towers):
         """See `Towers`."""
         if self.training or not self.pools_images:
             return self.clip.encode_image(images_B3SS)  # type: ignore[no-any-return]
-        # open_clip's own steps, the last of them for the token alone that is kept.
+        # open_clip's own steps, with the last block for the kept token only.
         visual = self.clip.visual
         states_BTW = visual._embeds(images_B3SS)
         first_B = torch.zeros(len(states_BTW), dtype=torch.long, device=states_BTW.device)
@@ -65,11 +65,11 @@ class OpenClipTowers(Towers):
         """See `Towers`."""
         if not self.cuts_texts:
             return self.clip.encode_text(tokens_BT)  # type: ignore[no-any-return]
-        # open_clip's own steps, over as many places as there are tokens.
+        # open_clip's own steps, for only as many positions as there are tokens.
         clip, places = self.clip, tokens_BT.shape[1]
         states_BTW = clip.token_embedding(tokens_BT) + clip.positional_embedding[:places]
         mask_TT = clip.attn_mask[:places, :places]
-        # The token that ends a text: the one of that number, or the one of the largest.
+        # The token that ends a text: the one with the end id, or the one with the largest id.
         ends_BT = tokens_BT
         if clip.text_pool_type == "eos":
             ends_BT = (tokens_BT == clip.text_eos_id).int()
@@ -82,10 +82,10 @@ class OpenClipTowers(Towers):
 
 
 def compare_with_public(encoder: Encoder) -> None:
-    """Take only those shortcuts of an encoder that give what open_clip's own functions give.
+    """Use only those shortcuts of an encoder that give the same results as open_clip's functions.
 
-    What is given up is said in one warning; the encoder is then slower and right. Costs one image
-    and two texts, encoded twice. Encoders that are not of open_clip have nothing to compare.
+    Disabled shortcuts are reported in one warning; the encoder is then slower but correct. Costs
+    one image and two texts, encoded twice. Other encoders have nothing to compare.
     """
     towers = encoder.towers
     if not isinstance(towers, OpenClipTowers):
@@ -122,7 +122,7 @@ def _public(towers: OpenClipTowers, inputs: Tensor) -> Tensor:
 
 
 def _difference(ours: Callable[[], Tensor], public: Callable[[], Tensor]) -> str:
-    """Say how a shortcut fails or differs; empty where it does not."""
+    """Describe how a shortcut fails or differs; empty if it does not."""
     with torch.inference_mode():
         wanted_BD = F.normalize(public().float(), dim=-1)
         try:
@@ -133,15 +133,15 @@ def _difference(ours: Callable[[], Tensor], public: Callable[[], Tensor]) -> str
 
 
 def _is(part: object, name: str) -> bool:
-    """Say whether a layer is open_clip's own of this name, not another kind of it."""
+    """Return whether a layer is open_clip's own class of this name, not another."""
     kind = type(part)
     return kind.__module__.startswith("open_clip.") and kind.__name__ == name
 
 
 def _cuts_texts(clip: Any) -> bool:
-    """Say whether a text is read by causal attention and known by its last token.
+    """Return whether texts are read by causal attention and represented by their last token.
 
-    No token then sees what comes behind it, so padding there can be left out.
+    No token then sees what follows it, so padding after it can be left out.
     """
     return (
         _is(clip, "CLIP")
@@ -151,7 +151,7 @@ def _cuts_texts(clip: Any) -> bool:
 
 
 def _pools_images(clip: Any) -> bool:
-    """Say whether an image is known by the first token of a plain transformer."""
+    """Return whether an image is represented by the first token of a plain transformer."""
     visual = clip.visual
     return (
         _is(clip, "CLIP")
@@ -168,12 +168,12 @@ def _one_token(
 ) -> Tensor:
     """Run a transformer; return the states (B, W) of one token of each item.
 
-    The last block runs for these alone, as nobody reads what it makes of the others: of twelve
-    blocks that saves the work of five sixths of one.
+    The last block runs for these tokens only, as its other outputs are unused: of twelve blocks,
+    that saves five sixths of the work of one.
     """
     rows_B = torch.arange(len(states_BTW), device=states_BTW.device)
     *blocks, last = transformer.resblocks
-    # Versions without the setting have batches first.
+    # Versions without the setting use batch-first layout.
     plain = _is(last, "ResidualAttentionBlock") and getattr(transformer, "batch_first", True)
     if transformer.training or not plain:
         return transformer(states_BTW, attn_mask=mask_TT)[rows_B, place_B]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The layers of a transformer in fewer steps, for encoding on a CPU; their results are the same.
+"""Fused transformer layers for encoding on a CPU; their results are the same.
 
 B items, T tokens, W width, H heads, S side of an image in pixels, P side of a patch, R rows
 (patches of all images), O width of the output.
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from mmalign.model.int8 import Linear8
 
-# Up to so many tokens all weights of a head fit a core's cache, and plain products in bfloat16 are
-# faster than the kernel that never holds them: 0.15 ms an image and layer (50 tokens, 12 heads) in
-# place of 0.27. In float32 they are not (0.29 and 0.21).
+# Up to SHORT tokens, all attention weights of a head fit a core's cache, and plain bfloat16
+# products are faster than the kernel that never stores them: 0.15 ms per image and layer (50
+# tokens, 12 heads) instead of 0.27. In float32 they are not (0.29 and 0.21).
 SHORT = 128
-# A usual number of rows, for which the layout of packed weights is chosen; it fits any number.
+# A typical number of rows, for which the layout of packed weights is chosen; any number works.
 ROWS = 800
-# Half of the range of a pixel: taken off, what is left is exact in bfloat16 and in eight bits.
+# Middle of the pixel range: after subtracting it, pixels are exact in bfloat16 and int8.
 MIDDLE = 128
 
 
 def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace PyTorch's attention, in place, by one with its layers in the open.
+    """Replace PyTorch's attention, in place, by one whose layers are separate modules.
 
     Args:
         module: A network that is only used to encode.
-        dtype: What queries, keys and values are multiplied in.
+        dtype: The dtype in which queries, keys and values are multiplied.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.MultiheadAttention) and _is_plain(child):
@@ -37,8 +37,8 @@ def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
 def pack(module: nn.Module) -> None:
     """Lay out bfloat16 weights for oneDNN, in place, in a network that is only used to encode.
 
-    Only layers whose owner is known to call them and no more: some attentions of timm hand the
-    weights of their layers on, and those are no longer of a kind that others can read.
+    Only layers whose owner is known just to call them: some attentions of timm pass on the weights
+    of their layers, and packed weights cannot be read by other code.
     """
     for owner in list(module.modules()):
         if isinstance(owner, (nn.Sequential, Attention, Patches)):
@@ -48,9 +48,9 @@ def pack(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN's product reads them; final.
+    """A linear layer whose weights are laid out for oneDNN's product; final.
 
-    `nn.Linear` lays them out anew at each call. For bfloat16 on a CPU that multiplies it.
+    `nn.Linear` reorders them at each call. For bfloat16 on a CPU that supports it natively.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -69,14 +69,14 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
 
 
 class Attention(nn.Module):
-    """`nn.MultiheadAttention` of states among themselves, its layers in the open; final."""
+    """`nn.MultiheadAttention` as self-attention, with its layers as separate modules; final."""
 
     def __init__(self, attention: nn.MultiheadAttention, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.batch_first = attention.num_heads, attention.batch_first
         self.dtype = dtype
         width = attention.embed_dim
-        # The scale of the products is a part of the queries' weights.
+        # The scale of the attention products is folded into the query weights.
         scale = torch.ones(3 * width, 1)
         scale[:width] = (width // self.heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width)
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         """Take the arguments of `nn.MultiheadAttention`; the value must be the key.
 
         Args:
-            query: Who looks.
-            key: At what.
-            value: The same.
+            query: States that attend.
+            key: States attended to.
+            value: The same as key.
             attn_mask: Added to every product, (T, T).
-            key_padding_mask: True where nobody looks, (B, T).
-            need_weights: Must be left out.
+            key_padding_mask: True for keys to ignore, (B, T).
+            need_weights: Must not be requested.
         """
         if value is not key or need_weights:
             raise ValueError("only attention whose values are its keys, without weights")
@@ -122,20 +122,20 @@ class Attention(nn.Module):
 
 
 def _mix(q_BHTW: Tensor, k_BHTW: Tensor, v_BHTW: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention with queries that are scaled already."""
+    """Compute attention with queries that are already scaled."""
     if k_BHTW.shape[2] > SHORT or k_BHTW.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTW, k_BHTW, v_BHTW, attn_mask=mask, scale=1.0)
     products_BHTT = q_BHTW @ k_BHTW.transpose(-1, -2)
     if mask is not None:
         products_BHTT = products_BHTT + mask
-    # Summed in float32; torch does that faster than a softmax in bfloat16, too.
+    # Summed in float32, which torch also does faster than a softmax in bfloat16.
     return products_BHTT.softmax(-1, dtype=torch.float32).to(v_BHTW.dtype) @ v_BHTW
 
 
 class Patches(nn.Module):
-    """A convolution whose patches do not overlap, as one product, over pixels as they are; final.
+    """A convolution with non-overlapping patches, as one product over raw pixels; final.
 
-    It takes the normalisation of pixels into its weights: w (p / 255 - mean) / std is linear in p.
+    Pixel normalisation is folded into its weights: w (p / 255 - mean) / std is linear in p.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Patches(nn.Module):
 
     @staticmethod
     def fits(layer: object) -> bool:
-        """Say whether a layer is such a convolution, of colours."""
+        """Return whether a layer is such a convolution over colour images."""
         return (
             isinstance(layer, nn.Conv2d)
             and layer.in_channels == 3

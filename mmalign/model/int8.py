@@ -1,12 +1,12 @@
-"""Linear layers in eight bits, for encoding on a CPU; it pays with VNNI or AMX.
+"""Linear layers in int8, for encoding on a CPU; this is faster with VNNI or AMX.
 
 R rows (tokens of all items), W width of the input, O width of the output, B items, T tokens.
 
-Weights are rounded once, with a step for each output; activations as they come, with a step for
-each token, so that one token with large numbers does not coarsen the others. Sums are whole
-numbers; what is between the layers stays float32. Convolutions, norms and softmax are untouched.
+Weights are quantized once, with a scale per output; activations dynamically, with a scale per
+token, so that one token with large values does not coarsen the others. Sums are exact integers;
+everything between the layers stays float32. Convolutions, norms and softmax are unchanged.
 A processor without VNNI adds pairs of products in 16 bits. There weights have seven bits, as
-2 * 255 * 63 fits and 2 * 255 * 127 does not: it would be cut off, and nobody told.
+2 * 255 * 63 fits and 2 * 255 * 127 does not: it would saturate without an error.
 
 Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale"
 (its vector-wise quantization).
@@ -22,24 +22,24 @@ from torch import Tensor, nn
 from mmalign.kernels.processor import has_vnni
 
 LEVELS, NARROW_LEVELS, ZERO = 127, 63, 128
-# Below so many weights, rounding costs more than it saves.
+# With fewer weights than this, quantization costs more than it saves.
 WORTH = 1 << 16
 
 
 def weight_levels() -> int:
-    """Steps of a weight on each side of zero whose sums this processor keeps whole."""
+    """Return the largest quantized weight whose sums do not overflow on this processor."""
     return LEVELS if has_vnni() else NARROW_LEVELS
 
 
 def quantize(network: nn.Module, encode: Callable[[], object]) -> None:
     """Replace the large linear layers of a network that is only used to encode, in place.
 
-    Some owners read the weights of their layers and never call these; bytes are of no use to
-    them. Which do so is seen while the network runs, with its own layers.
+    Some modules read the weights of their layers and never call these, so int8 layers do not work
+    there. One run of the network with its original layers shows which ones do so.
 
     Args:
-        network: What is changed.
-        encode: Runs all of the network's parts.
+        network: The network to change.
+        encode: Runs all parts of the network.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     plain = [layer for layer in layers if type(layer).forward is nn.Linear.forward]
@@ -48,7 +48,7 @@ def quantize(network: nn.Module, encode: Callable[[], object]) -> None:
         called = {id(layer) for layer in watched if layer.calls == layer.reads > 0}
     for owner in list(network.modules()):
         for name, layer in list(owner.named_children()):
-            # open_clip asks its last layer for texts for its class.
+            # open_clip checks the class of its last text layer.
             if not isinstance(layer, nn.Linear) or name == "text_projection":
                 continue
             if id(layer) in called and layer.weight.numel() >= WORTH:
@@ -57,7 +57,7 @@ def quantize(network: nn.Module, encode: Callable[[], object]) -> None:
 
 @contextmanager
 def _watched(layers: list[nn.Linear]) -> Iterator[list["_Watched"]]:
-    """Make layers count what is done with them."""
+    """Make layers count their calls and reads of their weights."""
     kinds = [type(layer) for layer in layers]
     try:
         for layer in layers:
@@ -71,11 +71,11 @@ def _watched(layers: list[nn.Linear]) -> Iterator[list["_Watched"]]:
 
 
 class _Watched(nn.Linear):
-    """A linear layer that counts how often it is called, and its weights are read; final."""
+    """A linear layer that counts its calls and the reads of its weights; final."""
 
     calls: int
     reads: int
-    # Some of open_clip's layers ask for the type of weights, but not of those with this.
+    # Some of open_clip's layers check the dtype of weights, unless this attribute exists.
     int8_original_dtype = torch.float32
 
     def forward(self, states: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class _Watched(nn.Linear):
 
 
 class Linear8(nn.Module):
-    """A linear layer with weights and inputs in eight bits; final."""
+    """A linear layer with weights and inputs in int8; final."""
 
     int8_original_dtype = torch.float32
-    """By this name open_clip asks what a layer without float weights takes."""
+    """The attribute where open_clip finds the input dtype of a layer without float weights."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -103,25 +103,25 @@ class Linear8(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(steps_OW, None)
         self.step_O = step_O
         self.zero_O = torch.zeros(self.width, dtype=torch.int32)
-        # Inputs are moved up by ZERO to be unsigned; what that adds to every sum is taken off here.
+        # Inputs are shifted by ZERO to be unsigned; this subtracts what that adds to every sum.
         self.moved_O = -ZERO * step_O * steps_OW.sum(dim=1)
         self.bias_O = torch.zeros(self.width) if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, states: Tensor) -> Tensor:
         """Map (..., W) to (..., O), float32."""
         states_RW = states.reshape(-1, states.shape[-1])
-        # Two looks, without a copy of the absolute values.
+        # Two reductions, without a copy of the absolute values.
         least_R1, most_R1 = (f(states_RW, 1, keepdim=True) for f in (torch.amin, torch.amax))
         step_R1 = torch.maximum(most_R1, -least_R1).float().div_(LEVELS).clamp_(min=1e-30)
-        # torch turns floats into signed bytes nine times as fast as into unsigned ones; flipping
-        # the highest bit then adds 128.
+        # torch converts floats to signed bytes nine times as fast as to unsigned ones; flipping the
+        # highest bit then adds 128.
         signed_RW = (states_RW * step_R1.reciprocal()).round_().to(torch.int8)
         sums_RO = self._sums(signed_RW.view(torch.uint8).bitwise_xor_(ZERO))
         torch.addcmul(self.bias_O, sums_RO, step_R1, out=sums_RO)
         return sums_RO.view(*states.shape[:-1], self.width)
 
     def of_bytes(self, bytes_RW: Tensor) -> Tensor:
-        """Map bytes, each standing for itself less 128, to (R, O), float32; inputs are exact."""
+        """Map bytes, each standing for its value minus 128, to (R, O) float32; inputs are exact."""
         return self._sums(bytes_RW).add_(self.bias_O)
 
     def _sums(self, bytes_RW: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """open_clip's models by name: which network, which weights, which preprocessing.
 
 NAME:TAG, NAME:FILE, hf-hub:ORG/REPO, local-dir:FOLDER
--> architecture, preprocessing, tokenizer, file of weights -> Encoder
+-> architecture, preprocessing, tokenizer, weight file -> Encoder
 """
 
 import json
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 HUB = "hf-hub"
-# As open_clip looks for them in a folder and on the hub, the first one first.
+# The names open_clip looks for in a folder and on the hub, in order.
 WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -69,33 +69,33 @@ HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {
     "bicubic": "bicubic",
     "bilinear": "bilinear",
-    "random": "bicubic",  # open_clip's choice where nothing is trained
+    "random": "bicubic",  # open_clip's choice for untrained models
 }
 
 
 @dataclass
 class Plan:
-    """What is to be built, and with which weights; final."""
+    """What to build, and with which weights; final."""
 
     shown: str
-    """The name as a person wrote it."""
+    """The name as the user wrote it."""
     name: str
     """The first part of the identity."""
     architecture: dict[str, Any]
-    """What `build` needs; it is a part of the identity."""
+    """What `build` needs; part of the identity."""
     preprocess: dict[str, Any] = field(default_factory=dict)
-    """What differs from open_clip's defaults."""
+    """Differences from open_clip's defaults."""
     file: Path | None = None
     """The weights; None for random ones."""
     source: str = ""
-    """The name by which the model is found again, from any folder."""
+    """The name under which the model can be loaded again, from any folder."""
 
 
 def require_name(name: str) -> None:
-    """Refuse what is no architecture of open_clip.
+    """Reject a name that is not an open_clip architecture.
 
     Raises:
-        ModelError: There is none; the message has the nearest name.
+        ModelError: It does not exist; the message suggests the nearest name.
     """
     known = names()
     if name in known:
@@ -110,11 +110,11 @@ def require_name(name: str) -> None:
 
 
 def require(name: str, pretrained: str | None) -> None:
-    """Refuse what `load` cannot have, before any work is done for it.
+    """Reject what `load` cannot get, before any work is done for it.
 
     Raises:
-        ModelError: No such architecture, or no such weights; the message has the nearest name. Or
-            they are neither on this machine nor in reach.
+        ModelError: No such architecture or weights; the message suggests the nearest name. Or the
+            weights are neither on this machine nor reachable.
     """
     if name.partition(":")[0] in (HUB, FOLDER):
         return
@@ -146,7 +146,7 @@ def _require_known(name: str, pretrained: str | None) -> None:
 
 
 def _require_tag(name: str, tag: str) -> None:
-    """Refuse a tag whose weights are neither on this machine nor in reach."""
+    """Reject a tag whose weights are neither on this machine nor reachable."""
     plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
     if not cfg.get("file") and _cached_tag(cfg) is None:
         where = cfg.get("hf_hub") or cfg.get("url", "")
@@ -158,12 +158,12 @@ def load(name: str, pretrained: str | None) -> Encoder:
 
     Args:
         name: An architecture of open_clip; or `hf-hub:ORG/REPO`, `local-dir:FOLDER`.
-        pretrained: A tag, a local file, or None for random weights. After `hf-hub` or `local-dir`
-            what stands behind the colon may be given here.
+        pretrained: A tag, a local file, or None for random weights. For `hf-hub` or `local-dir`,
+            the part after the colon may be given here.
 
     Raises:
         InstallError: The tokenizer needs a package that is not installed.
-        ModelError: Unknown name or tag, or the weights cannot be had or do not fit.
+        ModelError: Unknown name or tag, or the weights are unavailable or do not fit.
     """
     scheme, _, rest = name.partition(":")
     if scheme in (HUB, FOLDER):
@@ -183,7 +183,7 @@ def load(name: str, pretrained: str | None) -> Encoder:
 
 
 def plan_of_tag(name: str, tag: str) -> Plan:
-    """Return what a tag says of a network, without its weights."""
+    """Return what a tag specifies for a network, without its weights."""
     cfg = module().get_pretrained_cfg(name, tag)
     return Plan(
         f"{name}:{tag}",
@@ -197,7 +197,7 @@ def plan_of_tag(name: str, tag: str) -> Plan:
 def wrap(
     clip: Any, name: str, architecture: dict[str, Any], tokenizer: OpenClipTokenizer | None = None
 ) -> Encoder:
-    """Make an encoder of a built open_clip model."""
+    """Wrap a built open_clip model in an encoder."""
     preprocess = preprocess_of(name, module().get_model_preprocess_cfg(clip))
     words = tokenizer or OpenClipTokenizer(architecture)
     return Encoder(name, OpenClipTowers(clip), words, preprocess, architecture)
@@ -212,7 +212,7 @@ def _encoder(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder:
             clip = build(plan.architecture, plan.preprocess)
     except Exception as error:  # of timm, transformers, the hub
         weight_files.refuse(plan.shown, error)
-    # Before gigabytes are read.
+    # Check before gigabytes are read.
     preprocess_of(plan.name, module().get_model_preprocess_cfg(clip))
     if plan.file is not None:
         _fill(with_memory(clip), plan)
@@ -239,14 +239,14 @@ def _fill(clip: Any, plan: Plan) -> None:
 
 
 def _archived(clip: Any, file: Path) -> dict[str, Tensor]:
-    """Read an archive's weights, less what a network computes by itself and OpenAI's numbers."""
+    """Read an archive's weights, without computed buffers and OpenAI's integer settings."""
     computed = {name for name, _ in clip.named_buffers()} - clip.state_dict().keys()
     others = {"input_resolution", "context_length", "vocab_size", *computed}
     return {k: v for k, v in read_archive(file)[0].items() if k not in others}
 
 
 def _architecture(name: str, *, quick_gelu: bool) -> dict[str, Any]:
-    """Note an activation only where it is not the name's own: identities of others stay."""
+    """Record an activation only if it is not the name's default, to keep other identities."""
     own = bool((module().get_model_config(name) or {}).get("quick_gelu"))
     noted = {"quick_gelu": True} if quick_gelu and not own else {}
     return {"kind": "open_clip", "name": name, **noted}
@@ -260,7 +260,7 @@ def _from_tag(name: str, tag: str) -> Plan:
         try:
             with quiet():
                 file = Path(module().download_pretrained(cfg))
-        except Exception as error:  # of the hub, of urllib
+        except Exception as error:  # from the hub or urllib
             why = weight_files.reason(error)
             raise ModelError(
                 f"{plan.shown}: the weights cannot be downloaded: {why}; or give "
@@ -271,12 +271,12 @@ def _from_tag(name: str, tag: str) -> Plan:
 
 
 def _with_activation(plan: Plan) -> str:
-    """The name by which a file of the same weights is computed as their tag says."""
+    """Return the name under which a file of the same weights gets the activation of their tag."""
     return f"{plan.name}-quickgelu" if plan.architecture.get("quick_gelu") else plan.name
 
 
 def plan_of_file(name: str, file: Path) -> Plan:
-    """Take what the tags of a name agree on; a file says neither activation nor preprocessing."""
+    """Use what most tags of a name share; a file states neither activation nor preprocessing."""
     weight_files.require_weights(file)
     shown, quick = f"{name}:{file}", False
     cfgs = [module().get_pretrained_cfg(name, tag) for tag in tags(name)]
@@ -323,14 +323,14 @@ def _from_hub(repo: str) -> Plan:
         try:
             with quiet():
                 config, file = Path(fetch(repo, CONFIG)), Path(fetch(repo))
-        except Exception as error:  # of the hub
+        except Exception as error:  # from the hub
             why = weight_files.reason(error)
             raise ModelError(f"{shown}: cannot be downloaded: {why}") from error
     return _configured(shown, config, file, shown)
 
 
 def _configured(shown: str, config: Path, file: Path, source: str) -> Plan:
-    """Read a model that brings its own configuration."""
+    """Read a model that has its own configuration."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         network = content["model_cfg"]
@@ -338,7 +338,7 @@ def _configured(shown: str, config: Path, file: Path, source: str) -> Plan:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ModelError(f"{shown}: {config.name} cannot be used: {why}") from None
-    # Not its name: a model that moves to another folder stays the same one.
+    # Without its name: a model that moves to another folder keeps its identity.
     architecture = {"kind": "open_clip", "config": network}
     return Plan(shown, "open_clip", architecture, preprocess, file, source)
 
@@ -352,7 +352,7 @@ def preprocess_of(name: str, cfg: dict[str, Any]) -> Preprocess:
     """Read open_clip's preprocessing.
 
     Raises:
-        ModelError: It is one that this program does not have.
+        ModelError: This program does not support it.
     """
     sides = cfg["size"] if isinstance(cfg["size"], (tuple, list)) else (cfg["size"],)
     problem = ""
@@ -378,7 +378,7 @@ def preprocess_of(name: str, cfg: dict[str, Any]) -> Preprocess:
 
 
 def _cached_tag(cfg: dict[str, Any]) -> Path | None:
-    """Find the weights of a tag on this machine, as they were downloaded before."""
+    """Find the weights of a tag on this machine, from an earlier download."""
     repo, file = os.path.split(cfg.get("hf_hub", ""))
     if not repo:
         return None

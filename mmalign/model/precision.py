@@ -1,8 +1,8 @@
-"""The arithmetic that a trained model encodes in: float32, bfloat16, or eight bits on request.
+"""The arithmetic that a trained model encodes in: float32, bfloat16, or int8 on request.
 
-The model stays the same one: its identity is that of its float32 weights, and vectors of all
-precisions lie in one space. How far they lie apart is measured, not assumed. That also compares
-what stands in for a network's own layers here (fused.py, int8.py) with these layers.
+The model stays the same: its identity is that of its float32 weights, and vectors of all precisions
+share one space. The difference between them is measured, not assumed. The same measurement compares
+the replacement layers (fused.py, int8.py) with the network's own layers.
 
 B items, S side of an image in pixels, D dimensions.
 """
@@ -29,8 +29,8 @@ from mmalign.model.encoder import Encoder, Towers, Vectors
 from mmalign.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
-# How near the furthest vector of the probe must stay: for `auto` to leave float32, and for what was
-# asked for by name to be rounding and no fault.
+# Lowest cosine that any vector of the probe may have: CLOSE for `auto` to leave float32, ROUNDED
+# for a precision requested by name to count as rounding rather than a fault.
 CLOSE, ROUNDED = 0.999, 0.99
 ROUNDS = 5
 PROBE_TEXTS = (
@@ -38,14 +38,14 @@ PROBE_TEXTS = (
     "two people, one of them with a red umbrella, wait at a crossing in the rain", "No. 4711",
     "一只狗在海滩上奔跑", "ein Fahrrad lehnt an der Wand", "sea " * 40,
 )  # fmt: skip
-# What says that a network is not made as this program expects it.
+# Errors that show that a network is not built as this program expects.
 OTHERWISE = (
     AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError,
 )  # fmt: skip
 
 
 class CastTowers(Towers):
-    """Towers whose weights are in another type; final."""
+    """Towers with their weights cast to another dtype; final."""
 
     def __init__(self, towers: Towers, dtype: torch.dtype) -> None:
         super().__init__()
@@ -66,18 +66,18 @@ class CastTowers(Towers):
 def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     """Return the same model for encoding only, and the precision it got.
 
-    Some images and texts are encoded in both precisions first. Where a network is not made as this
-    program expects it, or a vector is not the rounded one of float32, one warning says so and the
-    encoder is returned as it is.
+    Some images and texts are first encoded in both precisions. If a network is not built as this
+    program expects, or a vector is more than a rounding away from float32, one warning says so and
+    the encoder is returned unchanged.
 
     Args:
-        encoder: In float32; it is left as it is.
-        precision: "auto" is bfloat16 where the processor multiplies it itself and every vector of
-            the probe keeps a cosine of 0.999, else float32. "int8" needs a CPU; one line says
-            where it is slower there than bfloat16 or float32.
+        encoder: In float32; it is not modified.
+        precision: "auto" is bfloat16 if the processor supports it natively and every vector of
+            the probe keeps a cosine of 0.999, else float32. "int8" needs a CPU; a message says
+            if it is slower there than bfloat16 or float32.
 
     Raises:
-        UsageError: "int8" is asked for on a GPU or a build of torch that cannot.
+        UsageError: "int8" is requested on a GPU or with a build of torch that lacks it.
     """
     if precision == "int8" and (encoder.device.type != "cpu" or not has_int8()):
         raise UsageError("--precision int8 needs a CPU and a torch with oneDNN")
@@ -101,7 +101,7 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
 
 
 def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
-    """Cosine of each pair of unit vectors, shape (B,)."""
+    """Return the cosine of each pair of unit vectors, shape (B,)."""
     products_B: Vectors = np.einsum("bd,bd->b", some_BD, other_BD)
     return products_B
 
@@ -121,7 +121,7 @@ def _in_eight_bits(encoder: Encoder) -> Encoder:
 
 
 def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
-    """Copy the towers, to encode; on a CPU in the form that takes it the fewest steps."""
+    """Copy the towers for encoding; on a CPU with fused layers."""
     towers = copy.deepcopy(encoder.towers).eval()
     if encoder.device.type == "cpu":
         towers.take_pixels(encoder.preprocess)
@@ -136,13 +136,13 @@ def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
 
 
 def _probe(encoder: Encoder) -> Vectors:
-    """Encode some images and texts that lie far from each other."""
+    """Encode some images and texts that differ strongly from each other."""
     images = encoder.encode_images(_probe_images(encoder.preprocess.size))
     return np.concatenate([images, encoder.encode_texts(PROBE_TEXTS)])
 
 
 def _probe_images(side: int) -> NDArray[np.uint8]:
-    """Noise, slopes, and surfaces with edges as photographs have them, (B, S, S, 3)."""
+    """Return noise, gradients, and surfaces with edges as in photographs, (B, S, S, 3)."""
     random = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 3, side, side, generator=random)
     along = torch.linspace(0, 1, side)
@@ -157,7 +157,7 @@ def _probe_images(side: int) -> NDArray[np.uint8]:
 
 
 def _say_whether_it_pays(encoder: Encoder, eight: Encoder) -> None:
-    """Say where eight bits are slower than what `auto` may take; measured once on a machine."""
+    """Report if int8 is slower than what `auto` may use; measured once per machine."""
     usual = "bfloat16" if has_bfloat16(encoder.device) else "float32"
     architecture = json.dumps([encoder.architecture, encoder.preprocess.size], sort_keys=True)
     figures = measured(
@@ -181,7 +181,7 @@ def _say_whether_it_pays(encoder: Encoder, eight: Encoder) -> None:
 
 
 def _seconds(encoders: dict[str, Encoder]) -> Figures:
-    """Time the encoding of some images, each way after the other, so that both meet the same."""
+    """Time the encoding of some images, alternating between encoders for equal conditions."""
     images_BSS3 = _probe_images(next(iter(encoders.values())).preprocess.size)
     taken: dict[str, list[float]] = {name: [] for name in encoders}
     for _ in range(ROUNDS):

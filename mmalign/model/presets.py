@@ -1,11 +1,11 @@
 """Our own presets for training from scratch; parameters are counted with a full vocabulary.
 
     nano    2.7M   drawings and icons at 64 px: minutes on two cores. Keeps a 4 x 4 grid of the
-                   picture, so that left and above mean something
+                   picture, so that left and above carry meaning
     tiny    7.3M   photos at 96 px: twenty minutes to some hours on a few cores. Its text tower is a
-                   bag of words, which learns faster than a transformer in so short a time
+                   bag of words, which learns faster than a transformer in such a short time
                    (docs/log.md)
-    small  24.3M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a patient CPU
+    small  24.3M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a long CPU run
 
 The convolutions are plain 3x3 and their widths multiples of 32 on purpose: on a CPU they train
 twice as fast as a ResNet-10-T of the same size.
@@ -18,7 +18,7 @@ from mmalign.model.encoder import Preprocess
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a dual encoder."""
+    """The architecture of a dual encoder."""
 
     image_size: int
     """Side of the input in pixels."""
@@ -29,7 +29,7 @@ class Preset:
     stem_strides: int = 1
     """Strided convolutions before the first stage."""
     image_grid: int = 0
-    """Side of the grid that the last maps are pooled to; 0 averages them, blind to position."""
+    """Side of the grid that the last maps are pooled to; 0 averages them and loses position."""
     text_width: int = 256
     text_layers: int = 1
     """Transformer layers; 0 is a bag of words."""
@@ -39,18 +39,18 @@ class Preset:
     dim: int = 256
     """Dimensions of the shared space."""
     vocabulary: int = 4096
-    """Most tokens beside the common Chinese characters, see tokenizer.py."""
+    """Maximum number of tokens besides the common Chinese characters, see tokenizer.py."""
     context: int = 64
-    """Most tokens read of a text."""
+    """Maximum number of tokens read from a text."""
     dropout: float = 0.1
-    """Share of features dropped while training."""
+    """Dropout rate of features during training."""
     word_dropout: float = 0.1
-    """Share of tokens hidden while training."""
+    """Fraction of tokens masked during training."""
     drop_path: float = 0.0
-    """Chance that the last residual block is passed over while training; earlier ones less."""
+    """Probability of skipping the last residual block during training; less for earlier ones."""
 
     def preprocess(self) -> Preprocess:
-        """Squash to the input size: nothing at the edges is cut away."""
+        """Squash to the input size, so that nothing at the edges is cropped."""
         return Preprocess(size=self.image_size)
 
 
@@ -87,4 +87,4 @@ PRESETS: dict[str, Preset] = {
         vocabulary=16_384,
     ),
 }
-"""From a laptop to a workstation; `new_model` builds one by name."""
+"""The presets, for a laptop up to a workstation; `new_model` builds one by name."""

@@ -1,12 +1,12 @@
-"""A BPE over characters, trained on the captions at hand, that can spell any text.
+"""A character-level BPE trained on the given captions that can encode any text.
 
-The common Chinese characters are always single tokens, whatever language the captions are in, so
-that a Chinese query is not cut short by a model that was trained on English. Any other character
-that no caption had is spelled in bytes.
+The common Chinese characters are always single tokens, whatever the language of the captions, so
+that a model trained on English does not truncate a Chinese query early. Any other character that
+no caption had is encoded as bytes.
 
-Chinese, Japanese and Thai put no spaces between words, so BPE alone would make tokens of whole
-phrases, which it has seen but a query words otherwise. Tokens of these scripts end at the length of
-a word.
+Chinese, Japanese and Thai put no spaces between words, so BPE alone would create tokens for whole
+phrases, which a query words differently. Tokens of these scripts are limited to the length of a
+word.
 """
 
 import json
@@ -24,30 +24,30 @@ from mmalign.model.encoder import Tokenizer
 
 PAD = "[pad]"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# Words, numbers and runs of signs, each with the space before it.
+# Words, numbers and runs of symbols, each with the space before it.
 PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-# What NFKC leaves of CJK punctuation; the full-width forms of ASCII become ASCII.
+# CJK punctuation that NFKC keeps; the full-width forms of ASCII become ASCII.
 CJK_PUNCTUATION = "、。〈〉《》「」『』【】〔〕〖〗—‘’“”·～〇"
 # Scripts without spaces: a word has about two Chinese characters, or four of Thai, Lao, Burmese,
 # Khmer or kana.
 CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 SYLLABLES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")
 WORD_CHINESE, WORD_SYLLABLES = 2, 4
-# Phrases take most of the merges of a few Chinese captions, so more are learned than are kept.
+# Phrases take up most merges of a small Chinese corpus, so more are learned than kept.
 MERGES_LEARNED = 4
 
 
 @cache
 def common_characters() -> tuple[str, ...]:
-    """Return the 3,755 characters of GB2312 level 1 and CJK punctuation, each a token always."""
-    # Level 1 fills the rows 16 to 55 of the table, all but the last five cells.
+    """Return GB2312 level 1 (3,755 characters) and CJK punctuation, each always a token."""
+    # Level 1 fills rows 16 to 55 of the table, except the last five cells.
     cells = [bytes([0xA0 + row, 0xA0 + cell]) for row in range(16, 56) for cell in range(1, 95)]
     level_1 = [cell.decode("gb2312") for cell in cells[:3755]]
     return (*level_1, *CJK_PUNCTUATION)
 
 
 class BytePairs(Tokenizer):
-    """Lower-cased BPE that falls back to bytes; texts longer than `context` tokens are cut."""
+    """Lower-cased BPE that falls back to bytes; truncates texts to `context` tokens."""
 
     def __init__(self, backend: Backend, context: int) -> None:
         self.backend = backend
@@ -56,30 +56,30 @@ class BytePairs(Tokenizer):
         backend.enable_padding(pad_id=0, pad_token=PAD)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids (B, T), padded with 0 to the longest text; an empty one is a pad."""
+        """Return ids (B, T), padded with 0 to the longest text; an empty text is one pad token."""
         ids = [e.ids for e in self.backend.encode_batch(list(texts))]
         tokens = torch.tensor(ids, dtype=torch.int64)
         return tokens if tokens.shape[1] else tokens.new_zeros(len(ids), 1)
 
     def cut(self, texts: Sequence[str]) -> list[str]:
         """See `Tokenizer`."""
-        # No character has more tokens than bytes, and one is for the space at the beginning.
+        # No character has more tokens than bytes, plus one for the space at the start.
         long = [t for t in texts if len(t.encode()) >= self.context]
         encoded = self.backend.encode_batch(long)
         return [text for text, e in zip(long, encoded, strict=True) if e.overflowing]
 
     def to_json(self) -> str:
-        """The `tokenizers` library's own JSON; the context length is its truncation setting."""
+        """Return the `tokenizers` library's JSON; the context length is its truncation setting."""
         return str(self.backend.to_str())
 
     @property
     def size(self) -> int:
-        """Number of different tokens, the padding included."""
+        """Return the number of different tokens, padding included."""
         return int(self.backend.get_vocab_size())
 
 
 def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
-    """Learn the pieces from captions: at most `vocabulary` tokens beside the common characters."""
+    """Train on captions: at most `vocabulary` tokens besides the common characters."""
     backend = Backend(models.BPE(byte_fallback=True))
     backend.normalizer = normalizers.Sequence(
         [
@@ -100,14 +100,14 @@ def train(captions: Iterable[str], vocabulary: int, context: int) -> BytePairs:
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    # As tokens of the model alone: a text that holds the characters `[pad]` is spelled like others.
+    # As ordinary model tokens: a text that contains `[pad]` is encoded like any other.
     trained = json.loads(backend.to_str()) | {"added_tokens": []}
     trained["model"] |= _words_of(trained["model"], vocabulary + len(characters))
     return BytePairs(Backend.from_str(json.dumps(trained)), context)
 
 
 def _words_of(model: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return the vocabulary and merges without phrases, the first merges up to so many tokens."""
+    """Return the vocabulary and merges without phrases: the first merges, up to `size` tokens."""
     pairs = [pair for pair in model["merges"] if _is_word("".join(pair))]
     merged = {"".join(pair) for pair in model["merges"]}
     tokens = [t for t in sorted(model["vocab"], key=model["vocab"].__getitem__) if t not in merged]
@@ -125,7 +125,7 @@ def from_json(text: str) -> BytePairs:
     """Rebuild a trained tokenizer.
 
     Raises:
-        ValueError: The text is none.
+        ValueError: The text is not a tokenizer.
     """
     try:
         backend = Backend.from_str(text)

@@ -1,8 +1,8 @@
-"""Weights out of a TorchScript archive, as OpenAI ships its CLIP models; nothing in it is run.
+"""Weights from a TorchScript archive, as OpenAI ships its CLIP models; none of its code is run.
 
 Such a file holds a program beside the weights. `torch.jit.load` would load both, and is deprecated.
 Here the archive is read as data: classes become empty records, tensors are views of its bytes, and
-no other name that it asks for is known.
+any other name that it refers to is rejected.
 """
 
 import ast
@@ -27,12 +27,12 @@ DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
 }
-# In the programs of networks whose activation it is; OpenAI's write QuickGELU out in steps.
+# Appears in the programs of networks with GELU; OpenAI's spell out QuickGELU step by step.
 GELU = "torch.gelu("
 
 
 def is_archive(file: Path) -> bool:
-    """Say whether a file is a TorchScript archive."""
+    """Return whether a file is a TorchScript archive."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -43,7 +43,7 @@ def read_archive(file: Path) -> tuple[dict[str, Tensor], bool]:
     """Return the weights by name, and whether the network computes QuickGELU.
 
     Raises:
-        ModelError: It holds something else than modules and tensors, or is damaged.
+        ModelError: It holds anything but modules and tensors, or is damaged.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -62,13 +62,13 @@ def read_archive(file: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 class _Module:
-    """What stands for a module of the archive: its attributes and the name of its class."""
+    """Placeholder for a module of the archive: its attributes and class name."""
 
     qualified = ""
 
 
 class _Reader(pickle.Unpickler):
-    """Reads modules and tensors; any other name is refused, so nothing can be called."""
+    """Read modules and tensors; any other name is rejected, so nothing can be called."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(root + "data.pkl")))
@@ -103,7 +103,7 @@ def _plain(value: Any = None, *_: Any) -> Any:
 
 
 def _declared(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Names of the weights of each class; its other tensors are constants of the program."""
+    """Return the weight names of each class; its other tensors are constants of the program."""
     declared: dict[str, set[str]] = {}
     for path, text in sources.items():
         module = path.removesuffix(".py").replace("/", ".")

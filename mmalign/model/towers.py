@@ -2,7 +2,7 @@
 
 B items, C channels, S side of an image, T tokens, W width of the text tower, D shared dimensions.
 
-Both are shaped by what a CPU does well: few, wide 3x3 convolutions that stay in their fast kernels,
+Both are designed for what a CPU does well: few, wide 3x3 convolutions that use its fast kernels,
 and a text tower that is cut to the longest caption of the batch.
 """
 
@@ -43,7 +43,7 @@ class OwnTowers(Towers):
 
 
 class ConvTower(nn.Module):
-    """A small residual network: a strided stem, then one stage a width; final."""
+    """A small residual network: a strided stem, then one stage per width; final."""
 
     def __init__(self, preset: "Preset") -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class ConvTower(nn.Module):
         """Return features (B, D)."""
         maps = self.stages(images_B3SS)
         if self.grid:
-            # Pooled to a coarse grid and laid out flat: what stands where is kept.
+            # Pooled to a coarse grid and flattened, which preserves position.
             features = F.adaptive_avg_pool2d(maps, self.grid).flatten(1)
         else:
             features = maps.mean(dim=(2, 3))
@@ -85,7 +85,7 @@ class _Residual(nn.Module):
         self.branch = nn.Sequential(
             *_conv(inside, outside, stride=stride), nn.ReLU(inplace=True), *_conv(outside, outside)
         )
-        # Starts as the identity: a deep tower trains from the first step.
+        # Starts as the identity, so that a deep tower trains from the first step.
         nn.init.zeros_(self.branch[-1].weight)  # type: ignore[arg-type]
         shortcut: list[nn.Module] = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else []
         if inside != outside:
@@ -108,8 +108,8 @@ def _conv(inside: int, outside: int, *, side: int = 3, stride: int = 1) -> list[
 class TextTower(nn.Module):
     """Token embeddings, pre-norm transformer layers, mean over the tokens, a head; final.
 
-    With no layers it is a bag of words, which is the best use of a short CPU budget on captions
-    whose word order tells little.
+    Without layers it is a bag of words, which is the best choice for a short CPU budget on captions
+    whose word order carries little information.
     """
 
     def __init__(self, preset: "Preset", vocabulary: int) -> None:
@@ -138,7 +138,7 @@ class TextTower(nn.Module):
         if self.training and self.word_dropout:
             hidden_BT = torch.rand(tokens_BT.shape, device=tokens_BT.device) < self.word_dropout
             real_BT = real_BT & ~hidden_BT
-        # A text without tokens looks at its first pad, so that no softmax runs over nothing.
+        # A text without tokens attends to its first pad, so that no softmax is over an empty set.
         real_BT[:, 0] = True
         states_BTW = self.words(tokens_BT)
         if len(self.layers):

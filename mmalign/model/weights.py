@@ -1,6 +1,6 @@
-"""Files of weights that other programs wrote: what a file is, and why it cannot be loaded.
+"""Weight files written by other programs: what a file is, and why it cannot be loaded.
 
-Only tensors are read. A file that holds other Python objects is refused, never unpickled.
+Only tensors are read. A file that holds other Python objects is rejected, never unpickled.
 """
 
 import re
@@ -11,7 +11,7 @@ from torch import nn
 
 from mmalign.errors import ModelError, reason_of
 
-# How files begin that are met in place of weights.
+# First bytes of files often found in place of weights.
 OTHERS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the weights: run `git lfs pull` there",
     b"<": "a web page, not weights",
@@ -25,21 +25,21 @@ OTHERS = {
 }
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-# So many names of weights that do not fit are told, and letters of what a library says.
+# Maximum number of mismatched weight names shown, and of characters of a library's message.
 TOLD, LONGEST = 3, 300
 
 
 def require_weights(file: Path) -> None:
-    """Look at the first bytes of a file.
+    """Check the first bytes of a file.
 
     Raises:
-        ModelError: It is no file of weights; the message says what it is.
+        ModelError: It is not a weight file; the message says what it is.
     """
     with open(file, "rb") as content:
         head = content.read(64)
     if not head:
         raise ModelError(f"{file}: is empty")
-    # A safetensors file begins with the length of its JSON, which may be any byte.
+    # A safetensors file begins with the length of its JSON, so its first byte can be anything.
     is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
     if file.suffix == ".safetensors":
         if not is_safetensors:
@@ -56,7 +56,7 @@ def require_weights(file: Path) -> None:
 
 
 def refuse(where: str, error: Exception) -> NoReturn:
-    """Say in one line why weights cannot be loaded.
+    """Raise an error that explains in one line why weights cannot be loaded.
 
     Raises:
         ModelError: Always.
@@ -65,7 +65,7 @@ def refuse(where: str, error: Exception) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    """Shorten the message of a library to what a person needs of it."""
+    """Shorten a library's message to what a user needs."""
     text = str(error).strip() or type(error).__name__
     if "weights_only" in text or "Weights only" in text:
         return "it holds Python objects beside weights: save its state_dict() in a file of its own"
@@ -76,7 +76,7 @@ def reason(error: Exception) -> str:
 
 
 def _misfit(lines: list[str]) -> str:
-    """Name the first weights of each kind that torch lists: missing, unknown, of another shape."""
+    """Name the first weights of each kind that torch lists: missing, unknown, wrong shape."""
     told = []
     shapes = [line for line in lines if line.startswith("size mismatch for ")]
     for start, what in (("Missing key(s)", "missing"), ("Unexpected key(s)", "not in this model")):
@@ -97,7 +97,7 @@ def _more(names: list[str], told: int = TOLD) -> str:
 
 
 def require_numbers(network: nn.Module, where: str) -> None:
-    """Refuse weights that are not numbers, before anything is computed with them.
+    """Reject weights that are not finite numbers, before anything is computed with them.
 
     Raises:
         ModelError: A weight is NaN or infinite, or was not in the file.

@@ -1,6 +1,6 @@
-"""Answers from a store: the verbs `index` and `search`.
+"""Answers from a store: the commands `index` and `search`.
 
 build.py      store -> index, its recall measured on text queries
 searcher.py   query -> hits
-sheet.py      hits as a picture
+sheet.py      hits as an image
 """

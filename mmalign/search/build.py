@@ -1,4 +1,4 @@
-"""`mmalign index`: an index generation over a store, with its recall measured on text queries."""
+"""`mmalign index`: build an index of a store, with its recall measured on text queries."""
 
 import math
 import re
@@ -26,7 +26,8 @@ from mmalign.model import load_model
 from mmalign.progress import say
 from mmalign.store import Store, commit_index, open_store
 
-# Queries drawn from the store: so many measure, the others tune and tell how they are spread.
+# Queries drawn from the store: this many are held out to measure, the others tune and provide the
+# query distribution.
 HELD, DRAWN = 1_000, 8_000
 OTHER = {"image": "text", "text": "image"}
 UNITS = {
@@ -56,12 +57,12 @@ def build_index(
 
     Args:
         path: The store.
-        recall: Share of the true neighbours that a search must find, above 0 and at most 1.
-        memory: What the index may hold, in bytes or with a unit ("300MB", "2GB"); the store's own
-            vectors, which stay on the disk, are not counted.
-        queries: A file with one text query a line to choose and to measure with; by default the
+        recall: Recall target: share of the true neighbours to be found, above 0 and at most 1.
+        memory: Memory limit of the index, in bytes or with a unit ("300MB", "2GB"); the store's own
+            vectors, which stay on disk, are not counted.
+        queries: A file with one text query per line for tuning and measuring; by default the
             store's own captions.
-        model: The model that encodes them, if it moved since the store was made.
+        model: The model that encodes them, if it was moved after the store was made.
 
     Returns:
         The content of the new index.json.
@@ -94,10 +95,10 @@ def build_index(
         }
         write_description(folder, content)
     except BaseException:
-        # Ctrl-C included: the old generation goes on serving, and nothing is left behind.
+        # Also on Ctrl-C: the old generation stays in use, and nothing is left behind.
         files.remove(folder)
         raise
-    # A commit that fails may have happened all the same: from here on nothing is removed.
+    # A commit that raises may still have happened: from here on nothing is removed.
     commit_index(store.path, name, shard_names)
     for modality, part in modalities.items():
         _report(modality, part)
@@ -105,7 +106,7 @@ def build_index(
 
 
 def memory_bytes(text: str | float) -> float:
-    """Read an amount of memory.
+    """Parse an amount of memory.
 
     >>> memory_bytes("300MB"), memory_bytes("1.5 GiB")
     (300000000.0, 1610612736.0)
@@ -125,7 +126,7 @@ def memory_bytes(text: str | float) -> float:
 def _build_all(
     store: Store, folder: Path, recall: float, memory: float, own_words: Queries | None
 ) -> dict[str, Any]:
-    """Build an index for each modality that has vectors; they share the memory by their numbers."""
+    """Build an index for each modality with vectors; memory is split by number of vectors."""
     counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER}
     live = {"image": store.live, "text": _live_captions(store)}
     drawn = {name: _sample(store, name, live[name]) for name in OTHER}
@@ -151,7 +152,7 @@ def _live_captions(store: Store) -> NDArray[np.bool_] | None:
 
 
 def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
-    """Draw vectors of one modality to serve as queries."""
+    """Draw vectors of one modality as queries."""
     vectors = VectorReader(store.vectors(modality), live_N)
     if not vectors.live:
         none = np.zeros((0, store.manifest.model.dim), np.float32)
@@ -162,15 +163,15 @@ def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Qu
 
 
 def _split(queries_MD: NDArray[np.float32], images_M: NDArray[np.int64]) -> Queries:
-    """Divide queries in random order into those that tune and those that measure.
+    """Split queries at random into tuning and held-out queries.
 
-    Equal queries are one, and all queries of an image are on one side: what tunes must tell nothing
-    of what measures.
+    Duplicates are removed, and all queries of an image are on the same side: tuning queries must
+    reveal nothing about the held-out ones.
     """
     first = np.sort(np.unique(queries_MD, axis=0, return_index=True)[1])
     queries_MD, images_M = queries_MD[first], images_M[first]
     _, seen, image_M = np.unique(images_M, return_index=True, return_inverse=True)
-    # Images in the order of their first query, as long as these fit.
+    # Images in the order of their first query, as long as their queries fit.
     rank_M = np.argsort(np.argsort(seen))[image_M]
     upto = np.cumsum(np.bincount(rank_M))
     held_M = rank_M < np.searchsorted(upto, min(HELD, len(queries_MD) // 2), side="right")

@@ -1,4 +1,4 @@
-"""What can be asked of a store, as a value."""
+"""The query to a store, as a value."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,25 +11,25 @@ Target = Literal["image", "text"]
 
 @dataclass(frozen=True)
 class Query:
-    """One question: weighted items, which rows may answer, and how many answers are wanted.
+    """One query: weighted items, which rows may be found, and the number of results.
 
     >>> Query((("a red dress", 1.0), ("stripes", -0.5)), where="price < 20", k=5).kind
     'text'
     """
 
     items: tuple[tuple[Any, float], ...]
-    """Items and their weights. Their unit vectors are added up, weighted, and scaled to unit
-    length; a negative weight turns away from an item. See `mmalign.items` for what an item is."""
+    """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
+    negative weight moves away from an item. See `mmalign.items` for what an item is."""
     to: Target = "image"
     """Whether images or captions are found."""
     k: int = 10
-    """Results wanted; fewer where the store has fewer."""
+    """Number of results; fewer if the store has fewer."""
     offset: int = 0
-    """Results left out at the start: `offset=10, k=10` is the second page."""
+    """Results to skip at the start: `offset=10, k=10` is the second page."""
     where: str | None = None
     """Only rows for which this SQL expression is true, see `mmalign.store.where`."""
     exact: bool = False
-    """Compare every row, whatever index there is."""
+    """Compare every row, even if there is an index."""
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -48,17 +48,17 @@ class Query:
 
     @property
     def kind(self) -> Target:
-        """Which queries it resembles, as the index is tuned for each modality of queries."""
+        """Return the modality that it resembles, as the index is tuned for each query modality."""
         item, _ = max(self.items, key=lambda pair: abs(pair[1]))
         return "text" if kind_of(item) == "text" else "image"
 
 
 def as_query(asked: Any, **options: Any) -> Query:
-    """Make a `Query` of an item; of a `Query`, the same with what is given in place of its own.
+    """Make a `Query` from an item, or from a `Query` with the given options replaced.
 
     Raises:
         ItemError: It is neither.
-        UsageError: An item or option is off.
+        UsageError: An item or option is invalid.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(asked, Query):

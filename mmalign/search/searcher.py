@@ -1,6 +1,6 @@
 """Search a store by texts, images, vectors and rows.
 
-    query -> encoder -> index finds rows -> store gives the rows
+    query -> encoder -> index finds rows -> store reads the rows
 
 M queries, D dimensions, K neighbours.
 """
@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Hits(Sequence[Hit]):
-    """The answer to one query: its hits, best first."""
+    """The hits of one query, best first."""
 
     query: Query = field(compare=False)
     hits: tuple[Hit, ...] = ()
@@ -52,14 +52,14 @@ class Hits(Sequence[Hit]):
 class Searcher:
     """A store and the model it was made with, ready for queries from many threads; final.
 
-    It answers from the generation of the store that was the newest when it was opened, until
-    `refresh` is called.
+    It searches the newest generation of the store at the time it was opened, until `refresh` is
+    called.
 
     >>> Searcher.open("photos.store").search("a dog on a beach", k=3)  # doctest: +SKIP
     """
 
     def __init__(self, store: Store, encoder: Encoder) -> None:
-        """Join a store and an encoder.
+        """Combine a store and an encoder.
 
         Raises:
             IdentityError: The store holds embeddings of another model.
@@ -72,12 +72,12 @@ class Searcher:
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | None = None) -> "Searcher":
-        """Open a store with the model named in it, or with one given (moved since, say)."""
+        """Open a store with the model named in it, or with a given one (if it was moved)."""
         store = open_store(path)
         source = str(model or store.manifest.model.source)
         needed = store.manifest.model.identity
         try:
-            # A run that was trained further since keeps the weights that made this store.
+            # A run that was trained further keeps the weights that made this store.
             encoder = load_model(source, needed)
         except ModelError as error:
             raise type(error)(
@@ -88,17 +88,17 @@ class Searcher:
 
     @property
     def store(self) -> Store:
-        """The generation that is searched."""
+        """Return the generation that is searched."""
         return self._snapshot.store
 
     def refresh(self) -> bool:
-        """Move to the newest generation of the store; say whether there was a newer one.
+        """Switch to the newest generation of the store; return whether there was a newer one.
 
-        Searches that run meanwhile end in the generation that they began with.
+        Searches in progress finish in the generation that they started with.
 
         Raises:
-            StoreError: The store cannot be read; the one before is searched on.
-            IdentityError: It holds embeddings of another model now.
+            StoreError: The store cannot be read; the previous generation stays in use.
+            IdentityError: It now holds embeddings of another model.
         """
         with self._refreshing:
             newest = open_store(self.store.path)
@@ -124,18 +124,18 @@ class Searcher:
 
         Args:
             query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
-                text. Or a `Query`; what is given beside it takes the place of its own fields.
-            k: Results wanted, by default 10; fewer where the store has fewer.
+                text. Or a `Query`; the other arguments replace its fields.
+            k: Number of results, by default 10; fewer if the store has fewer.
             to: Search among "image" (the default) or "text" vectors.
-            offset: Results left out at the start, by default none.
+            offset: Results to skip at the start, by default none.
             where: Only rows for which this SQL is true, see `store.where`.
-            exact: Compare every row, whatever index there is.
+            exact: Compare every row, even if there is an index.
             meta: Read the metadata of each hit.
             thumbnails: Read the thumbnail of each hit.
 
         Raises:
-            ItemError: The query is none, a `TypeError`.
-            UsageError: It is empty, names no file or no row, or an option is off.
+            ItemError: The query has an unsupported type; also a `TypeError`.
+            UsageError: It is empty, names a missing file or row, or an option is invalid.
             DataError: The image cannot be read or decoded.
             VectorError: The vector has another number of dimensions, or is not finite.
         """
@@ -174,7 +174,7 @@ class Searcher:
         return self._snapshot.describe_index()
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
-        snapshot = self._snapshot  # one for the whole answer, whatever `refresh` does meanwhile
+        snapshot = self._snapshot  # the same for the whole answer, even if `refresh` is called
         vectors_MD = self._encode(queries, snapshot)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
         answers: dict[int, Hits] = {}
@@ -192,7 +192,7 @@ class Searcher:
         return [answers[number] for number in range(len(queries))]
 
     def _encode(self, queries: Sequence[Query], snapshot: Snapshot) -> Floats:
-        """Encode all items of all queries in batches, and add them up by their weights."""
+        """Encode all items of all queries in batches, and sum them by weight for each query."""
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
         items = [
             _vector_of(item, snapshot.store) if isinstance(item, Row) else item
@@ -235,7 +235,7 @@ def _vector_of(row: Row, store: Store) -> Floats:
 def _alike(
     queries: Sequence[Query],
 ) -> dict[tuple[Target, str | None, bool, Target, int], list[int]]:
-    """Group the numbers of queries that can be searched together."""
+    """Group the numbers of queries that can be searched in one call."""
     groups: dict[tuple[Target, str | None, bool, Target, int], list[int]] = {}
     for number, q in enumerate(queries):
         key = (q.to, q.where, q.exact, q.kind, q.k + q.offset)

@@ -1,4 +1,4 @@
-"""Contact sheets: queries and what they found, as one picture."""
+"""Contact sheets: queries and their hits as one image."""
 
 import importlib.util
 import io
@@ -19,9 +19,9 @@ from mmalign.store import Store
 INK, QUIET, PAPER, CARD, RIGHT = "#1c1d21", "#75777f", "#f6f6f3", "#ffffff", "#2e9e5b"
 TILE, GAP, MARGIN = 132, 12, 28
 HEADING, TEXT, NOTE, SMALL = 26, 17, 14, 13
-# More letters than any line of a sheet has room for.
+# More characters than fit any line of a sheet.
 MAX_LETTERS = 1_000
-# Fonts with Chinese glyphs, where systems keep them.
+# Paths of fonts with Chinese glyphs on various systems.
 FONTS = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
@@ -36,14 +36,14 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet."""
+    """One image of a sheet."""
 
     picture: bytes
-    """An encoded image; empty where there is none to show."""
+    """An encoded image; empty if there is none to show."""
     label: str
     """A short line below it."""
     right: bool = False
-    """Framed as the wanted answer."""
+    """Whether it is framed as the correct answer."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Strip:
     query: str
     tiles: Sequence[Tile]
     picture: bytes = b""
-    """The query itself, where it is an image."""
+    """The query itself, if it is an image."""
 
 
 def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
-    """Make tiles of hits from the store's thumbnails; the id `right` is framed."""
+    """Make tiles of hits from the store's thumbnails; the hit with id `right` is framed."""
     pictures = store.rows([hit.row for hit in hits], ("thumbnail",))
     return [
         Tile(
@@ -70,10 +70,10 @@ def tiles_of(store: Store, hits: Sequence[Hit], right: str = "") -> list[Tile]:
 
 
 def check_sheet(path: Path) -> str:
-    """Return the kind of image that a sheet of this name is, before anything is searched for it.
+    """Return the image format of a sheet with this name, checked before any search.
 
     Raises:
-        UsageError: The name is not that of a kind of image that can be written, or of no folder.
+        UsageError: The name has no image format that can be written, or its folder does not exist.
     """
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
@@ -84,10 +84,10 @@ def check_sheet(path: Path) -> str:
 
 
 def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str = "") -> None:
-    """Write a picture with one strip a query; long strips wrap. The file appears when it is whole.
+    """Write an image with one strip per query; long strips wrap. The file is written atomically.
 
     Raises:
-        UsageError: The name is not that of a kind of image that can be written.
+        UsageError: The name has no image format that can be written.
         OSError: The file cannot be written.
     """
     kind = check_sheet(path)
@@ -113,7 +113,7 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
     try:
         sheet.save(content, kind)
     except (OSError, ValueError) as error:
-        # Some kinds take no such picture: too large, or not in colour.
+        # Some formats cannot hold such an image: too large, or no colour.
         reason = reason_of(error)
         raise UsageError(f"{path}: {reason}: give the sheet a name that ends in .png") from None
     files.write_bytes(path, content.getvalue())
@@ -154,7 +154,7 @@ def _draw_strip(
 
 
 def _fit(content: bytes, side: int) -> Image.Image:
-    """Centre a picture on a white square; small ones are enlarged."""
+    """Centre an image on a white square; small ones are enlarged."""
     image = open_image(content, side)
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -165,7 +165,7 @@ def _fit(content: bytes, side: int) -> Image.Image:
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, room: int, font: ImageFont.FreeTypeFont) -> str:
-    # A caption may be a book: no more of it is measured than could fit, and its lines are joined.
+    # A caption may be very long: only as much as could fit is measured, with its lines joined.
     text = " ".join(text[:MAX_LETTERS].split())
     if pen.textlength(text, font) <= room:
         return text

@@ -29,10 +29,10 @@ class Hit:
     """One result of a search."""
 
     rank: int
-    """From 1; `offset` counts."""
+    """Starts at 1; skipped results (`offset`) count."""
     id: str
     score: float
-    """Cosine similarity of the query and what was found."""
+    """Cosine similarity of the query and the hit."""
     uri: str
     captions: tuple[str, ...]
     row: int
@@ -48,7 +48,7 @@ class Hit:
 class Snapshot:
     """Store and indexes of one generation; final. Safe to use from many threads.
 
-    All shards are opened at once, so that a later generation may remove their files.
+    All shards are opened immediately, so that a later generation may remove their files.
     """
 
     def __init__(self, store: Store) -> None:
@@ -61,15 +61,15 @@ class Snapshot:
         self, vectors_MD: Floats, k: int, *, kind: Target, to: Target, exact: bool,
         allowed_N: Bools | None,
     ) -> tuple[Floats, Ints]:  # fmt: skip
-        """Return scores and vector numbers (M, K) of the nearest; -1 where there are fewer.
+        """Return scores and vector numbers (M, K) of the nearest; -1 if there are fewer.
 
         A damaged index is reported once; from then on every row is compared.
 
         Args:
-            vectors_MD: Unit vectors to search by.
-            k: Neighbours wanted.
+            vectors_MD: Query vectors of unit norm.
+            k: Number of neighbours.
             kind: Modality of the queries, which decides the operating point of the index.
-            to: Among which vectors to search.
+            to: Modality of the vectors to search.
             exact: Compare every row.
             allowed_N: Which vectors may be found; None for all.
         """
@@ -83,7 +83,7 @@ class Snapshot:
             return index.search(vectors_MD, k, allowed_N, query_modality=kind)
 
     def allowed(self, to: Target, where: str | None) -> Bools | None:
-        """Return which vectors may be found: of rows not deleted, and selected by `where`."""
+        """Return which vectors may be found: those of live rows selected by `where`."""
         allowed_N = self.store.live
         if where is not None:
             allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
@@ -95,14 +95,14 @@ class Snapshot:
     def hits(
         self, scores_K: Floats, numbers_K: Ints, to: Target, *, first: int, extra: Sequence[str]
     ) -> list[Hit]:
-        """Read the rows of what was found.
+        """Read the rows of the vectors that were found.
 
         Args:
             scores_K: Scores, best first.
-            numbers_K: Numbers of vectors; -1 is none.
-            to: What the vectors are of.
+            numbers_K: Vector numbers; -1 means none.
+            to: Modality of the vectors.
             first: Rank of the first one.
-            extra: Columns to read beside those of every hit: "meta", "thumbnail".
+            extra: Columns to read in addition to those of every hit: "meta", "thumbnail".
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
@@ -133,7 +133,7 @@ class Snapshot:
         return {**kept, "design": part["name"], "name": folder.name}
 
     def _index(self, to: Target, exact: bool) -> Index:
-        """Open the index of one modality once, whichever thread asks first."""
+        """Open the index of one modality, once for all threads."""
         opened = self._indexes.get((to, exact))
         if opened is not None:
             return opened
@@ -154,7 +154,7 @@ class Snapshot:
 
     def _without_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
         with self._lock:
-            # Of many threads that met the damage, one reports it.
+            # If many threads find the damage, only one reports it.
             if self._indexes[to, False] is damaged:
                 self._indexes[to, False] = self._every_row(to, error)
             return self._indexes[to, False]

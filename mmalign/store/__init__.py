@@ -3,17 +3,17 @@
 schema.py     columns of a shard; what a row is
 manifest.py   one generation of a store: the only commit point
 shards.py     one shard: written once, checked before it is read
-ids.py        ids -> rows, without a Python object a row
+ids.py        ids -> rows, without a Python object per row
 writer.py     rows -> shards -> manifest
 reader.py     a manifest -> memory-mapped vectors and rows
-where.py      rows by SQL
+where.py      select rows by SQL
 layouts.py    rows as parquet, and as a Hugging Face dataset
-parts.py      rows in clip-retrieval's layout, out and in
+parts.py      export and import of clip-retrieval's layout
 failures.py   every sample without an embedding, and why
 changes.py    delete, compact
-garbage.py    files that nobody needs any more
+garbage.py    removal of files that are no longer needed
 health.py     verify
-repair.py     a generation without what is damaged
+repair.py     a generation without the damaged files
 """
 
 from mmalign.store.changes import CompactReport as CompactReport

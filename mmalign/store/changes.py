@@ -1,4 +1,4 @@
-"""What takes rows out of a store: delete, and compact, which makes room of what was deleted."""
+"""Remove rows from a store: delete, and compact, which frees the space of deleted rows."""
 
 import contextlib
 import time
@@ -30,26 +30,26 @@ class CompactReport:
     generation: int
     rows: int
     deleted_rows: int
-    """Rows that were deleted before and are now gone from the newest generation."""
+    """Rows deleted earlier that are now gone from the newest generation."""
     shards_before: int
     shards: int
     index_dropped: bool
     removed: tuple[str, ...]
-    """Files and folders that no generation needs any more."""
+    """Files and folders that no generation needs any longer."""
     removed_bytes: int
     waiting_bytes: int
-    """Of what goes when it is an hour old, or with `now`."""
+    """Bytes that can be removed when they are an hour old, or with `now`."""
 
 
-# What deletes a larger share of the rows at once must say that it is meant.
+# Deleting a larger fraction of the rows at once must be confirmed.
 MOST_DELETED = 0.1
 
 
 def require_few(path: str | Path, count: int, rows: int, yes: bool) -> None:
-    """Refuse to delete more than a tenth of the rows unless the caller says that it is meant.
+    """Refuse to delete more than a tenth of the rows unless the caller confirms it.
 
     Raises:
-        StoreError: It is more, and nobody said so.
+        StoreError: It is more than a tenth, and `yes` is false.
     """
     if count > MOST_DELETED * rows and not yes:
         raise StoreError(
@@ -68,7 +68,7 @@ def delete(path: str | Path, ids: Sequence[str]) -> int:
 
 
 def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int) -> int:
-    """Delete rows by their numbers in a generation, if their ids are live still; return how many.
+    """Delete rows by their numbers in a generation if their ids are still live; return how many.
 
     Raises:
         StoreError: The generation is gone.
@@ -114,15 +114,15 @@ def _require_known(store: Path, ids: Sequence[str], found: Sequence[dict[str, in
 def compact(
     path: str | Path, rows_per_shard: int = ROWS_PER_SHARD, *, now: bool = False
 ) -> CompactReport:
-    """Rewrite shards that have deleted rows or few rows, and remove files that nobody needs.
+    """Rewrite shards that have deleted rows or few rows, and remove files no longer needed.
 
-    Rows keep their order, but are numbered anew, so an index goes. Others may write meanwhile.
+    Rows keep their order but get new numbers, so an index is dropped. Other writers may run.
 
     Args:
         path: The store.
-        rows_per_shard: How many rows a new shard has, about.
-        now: Remove at once what only older generations need, and with it all that is left of
-            deleted rows. Without it, that stays for an hour, for whoever reads it.
+        rows_per_shard: Approximate number of rows in a new shard.
+        now: Immediately remove files that only older generations need, and with them all that is
+            left of deleted rows. Otherwise they stay for an hour, for current readers.
 
     Raises:
         StoreError: Something is damaged, or another compaction was faster; nothing was changed.
@@ -130,7 +130,7 @@ def compact(
     store = Path(path)
     before = manifests.newest(store)
     for file in manifests.generations(store):
-        # While one cannot say what it needs, garbage cannot be told from data.
+        # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.whole(file)
     fresh: list[Shard] = []
     parts = []
@@ -183,9 +183,9 @@ def compact(
 
 
 def _keep_young(store: Path, fresh: Sequence[Shard]) -> None:
-    """Let no collector take what a long compaction has written for garbage."""
+    """Keep collectors from treating the new shards of a long compaction as garbage."""
     paths = [store / "shards" / shard.name for shard in fresh]
-    # If one did so all the same, the commit will say it.
+    # If one did so anyway, the commit reports it.
     with contextlib.suppress(FileNotFoundError):
         if time.time() - paths[0].stat().st_mtime > AGE_S / 4:
             for path in paths:
@@ -193,7 +193,7 @@ def _keep_young(store: Path, fresh: Sequence[Shard]) -> None:
 
 
 def _groups(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
-    """Return the runs of neighbours that are worth rewriting."""
+    """Return the runs of adjacent shards that are worth rewriting."""
 
     def worn(shard: Shard) -> bool:
         return shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
@@ -218,7 +218,7 @@ def _rewrite(store: Path, group: Sequence[Shard], dim: int, rows_per_shard: int)
 
 
 def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
-    # Damage that was copied would get a hash that fits it.
+    # Copied damage would get a matching hash.
     file = open_shard(store, shard, dim)
     if files.sha256(file.path) != shard.sha256:
         raise file.refuse("damaged")
@@ -229,7 +229,7 @@ def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
 def _exchange(
     store: Path, shards: Sequence[Shard], group: Sequence[Shard], written: Sequence[Shard]
 ) -> list[Shard]:
-    """Put the new shards where the old ones are, with what has been deleted in those meanwhile."""
+    """Replace the old shards by the new ones, keeping deletions made meanwhile."""
     names = [s.name for s in group]
     first = next((i for i, s in enumerate(shards) if s.name == names[0]), len(shards))
     now = shards[first : first + len(group)]

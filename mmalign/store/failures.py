@@ -1,7 +1,7 @@
 """failures.jsonl: every sample without an embedding, and why.
 
-A line carries its own check, so that a damaged one is noticed, and only that one is lost. The last
-word on a sample counts; a reason of null says that it is resolved.
+Each line has its own checksum, so a damaged line is detected, and only that line is lost. The last
+line for a sample counts; a reason of null means that it is resolved.
 """
 
 import json
@@ -17,12 +17,12 @@ from mmalign.store.manifest import canonical
 
 
 def path_of(store: Path) -> Path:
-    """Return where the failures of a store are listed."""
+    """Return the file that lists the failures of a store."""
     return store / "failures.jsonl"
 
 
 def read_failures(store: Path) -> list[dict[str, Any]]:
-    """Read every sample that has no embedding: id, uri, reason, embedded."""
+    """Read every sample without an embedding: id, uri, reason, embedded."""
     good, bad = read(path_of(store))
     if bad:
         told = (
@@ -33,9 +33,9 @@ def read_failures(store: Path) -> list[dict[str, Any]]:
 
 
 def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
-    """List samples (id, uri, reason, embedded), but for what is listed already; count the lines.
+    """Append samples (id, uri, reason, embedded) that are not listed yet; return how many.
 
-    With a reason of None a sample that was listed is resolved.
+    A reason of None marks a listed sample as resolved.
     """
     if path_of(store).is_symlink():
         raise StoreError(f"{path_of(store)}: a link to another file: nothing is written there")
@@ -47,13 +47,13 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
             fresh.append(failure)
             listed[failure["uri"]] = failure
     if fresh or listed:
-        # What is listed already is made to last too: who appended it may have died before.
+        # Make existing lines durable too: their writer may have died before doing so.
         files.append_lines(path_of(store), map(_checked, fresh))
     return len(fresh)
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the lines that are as they were written; tell what is wrong with the others."""
+    """Read the undamaged lines; return them and the errors of the others."""
     if not path.exists():
         return [], []
     files.require_regular(path)
@@ -76,7 +76,7 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def mended(content: bytes) -> bytes:
-    """Return the lines that can be read."""
+    """Return only the lines that can be read."""
     lines = (json.dumps(_checked(f), ensure_ascii=False) + "\n" for f in _parse(content)[0])
     return "".join(lines).encode("utf-8", "backslashreplace")
 

@@ -1,8 +1,8 @@
-"""What may go: old generations, and files that no generation names.
+"""Garbage collection: old generations, and files that no generation names.
 
-A reader may have opened a generation that was the newest an hour ago, and a file that is young may
-be one that somebody is about to commit, so age counts. It is never all that keeps a file that is
-about to be committed: see `manifest.py` on what is announced before it is removed.
+A reader may have opened a generation that was the newest an hour ago, and a writer may be about to
+commit a young file, so age counts. Age is never the only protection of a file about to be
+committed: removals are announced first, see `manifest.py`.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from mmalign.store import manifest as manifests
 from mmalign.store.manifest import Manifest
 
 AGE_S = 3600.0
-# An index that is being built may write nothing for hours.
+# An index build may write nothing for hours.
 UNFINISHED_AGE_S = 24 * 3600.0
 
 
 def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
-    """Remove what only old generations need, and these; return the paths, and how many bytes.
+    """Remove old generations and files that only they need; return the paths and total bytes.
 
     A generation is old when another one has been the newest for an hour. The newest two stay.
 
     Args:
         store: The store.
-        now: Take every generation but the newest for an old one. Files that no generation has
-            named yet keep their hour: somebody may be about to commit them.
+        now: Treat every generation but the newest as old. Files that no generation has named yet
+            still stay for an hour, as a writer may be about to commit them.
 
     Raises:
-        StoreError: A generation cannot be read, so that what it needs cannot be told.
+        StoreError: A generation cannot be read, so the files it needs are unknown.
     """
     model = manifests.newest(store).model
     linked = manifests.linked_folders(store)
@@ -44,8 +44,8 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     named = (manifests.file_of(store, name) for name in announced.removing)
     gone = [path for path in named if path.parent not in linked]
     old = [path for path in gone if path.parent == store]
-    # Oldest first, so that a number that is free again is below all that are there. All before the
-    # files, as a generation must not come back after a power cut when its shards do not.
+    # Oldest first, so that a freed number is below all existing ones. Generations before other
+    # files, as a generation must not reappear after a power cut without its shards.
     for path in sorted(old, key=manifests.number_of):
         freed += _remove(store, path, removed)
     files.sync_folder(store)
@@ -54,7 +54,7 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
         try:
             freed += _remove(store, path, removed)
         except PermissionError as error:
-            # Windows does not remove a file that a reader has mapped.
+            # Windows cannot remove a file that a reader has memory-mapped.
             busy.append(error)
     if busy:
         more = f" and {len(busy) - 1} more" if len(busy) > 1 else ""
@@ -71,7 +71,7 @@ def waiting_bytes(store: Path) -> int:
 
 
 def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
-    """Return the newest generation with what is to be removed announced in it."""
+    """Return the newest generation with the planned removals announced in it."""
     found = [f for f in manifests.generations(store) if manifests.number_of(f) < base.generation]
     kept, known = set(base.named), set[str]()
     old: list[str] = []
@@ -79,7 +79,7 @@ def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
     for file in found:
         held = manifests.whole(file)
         if held is None:
-            # Somebody else is collecting.
+            # Another process is collecting.
             continue
         if now or old or _is_older(newer, AGE_S):
             old.append(file.stem)
@@ -92,14 +92,14 @@ def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
         for name, path in _files(store).items()
         if name not in kept and (name in known or _is_older(path, _least_age_s(path)))
     }
-    # The announcement itself is the second of the newest two. Without it, the one before stays.
+    # The announcement itself is one of the newest two. Without it, the one before stays.
     if not gone and old == [f.stem for f in found[:1]]:
         old = []
     return replace(base, removing=tuple(sorted({*base.removing, *gone, *old})))
 
 
 def _files(store: Path) -> dict[str, Path]:
-    """Return the shards and indexes that are there, by their names as in `Manifest.removing`."""
+    """Return the existing shards and indexes, keyed by their names as in `Manifest.removing`."""
     shards = {
         f"shards/{p.stem}": p
         for p in store.glob("shards/*.arrow")
@@ -112,7 +112,7 @@ def _files(store: Path) -> dict[str, Path]:
 
 
 def _leftovers(store: Path) -> list[Path]:
-    """List what killed writers left under temporary names. To remove it loses nobody a commit."""
+    """List temporary files left by killed writers. Removing them loses no commit."""
     linked = manifests.linked_folders(store)
     indexes = [p for p in store.glob("index/*") if p.is_dir() and not p.is_symlink()]
     folders = (store, *(p for p in (store / "shards", *indexes) if not {p, p.parent} & {*linked}))
@@ -121,7 +121,7 @@ def _leftovers(store: Path) -> list[Path]:
 
 
 def _remove(store: Path, path: Path, removed: list[str]) -> int:
-    """Remove what may be gone already; note its name, and return its size."""
+    """Remove a path that may be gone already; append it to `removed` and return its size."""
     if not path.exists():
         return 0
     size = _size(path)
@@ -137,7 +137,7 @@ def _size(path: Path) -> int:
 
 
 def _is_older(path: Path, age_s: float) -> bool:
-    """Say whether nothing was written there for some time; no where it is gone by now."""
+    """Return whether nothing was written to a path for some time; False if it is gone."""
     with contextlib.suppress(FileNotFoundError):
         return time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*"))) > age_s
     return False

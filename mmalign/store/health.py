@@ -1,4 +1,4 @@
-"""Damage, by name: every file of a store is compared with the hash that its generations have."""
+"""Find damaged files: compare every file of a store with the hash in its generations."""
 
 import errno
 import json
@@ -19,34 +19,34 @@ INSIDE = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)*")
 
 @dataclass
 class Findings:
-    """What a look at all files of a store found; final."""
+    """The result of checking all files of a store; final."""
 
     held: list[Manifest] = field(default_factory=list)
-    """Generations that can be read, the newest first."""
+    """Readable generations, newest first."""
     damage: dict[Path, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-    """Lines of failures.jsonl that cannot be read."""
+    """Unreadable lines of failures.jsonl."""
 
     @property
     def torn(self) -> list[Path]:
-        """Generations that cannot be read, the oldest first."""
+        """Unreadable generations, oldest first."""
         return sorted(f for f in self.damage if f.name.startswith("manifest-"))
 
     def within(self, folder: Path) -> set[str]:
-        """Return the names directly in a folder that are damaged, or hold damaged files."""
+        """Return the names of entries of a folder that are damaged or hold damaged files."""
         return {f.relative_to(folder).parts[0] for f in self.damage if f.is_relative_to(folder)}
 
 
 def verify(path: str | Path, sample: float = 1.0) -> list[str]:
-    """Check the files of every generation; return what is damaged, a line each, file first.
+    """Check the files of every generation; return a line per damage that starts with the file.
 
     Args:
         path: The store.
-        sample: Share of the large files (shards, FAISS files) that are read whole and compared with
-            their hashes, drawn by chance. What names them is always read.
+        sample: Fraction of the large files (shards, FAISS files), drawn at random, that are fully
+            read and compared with their hashes. Files that name them are always read.
 
     Raises:
-        StoreError: Something cannot be read though it may be whole: there is no permission, say.
+        StoreError: A file cannot be read but may be intact, e.g. for lack of permission.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"sample={sample} must be above 0 and at most 1")
@@ -56,14 +56,14 @@ def verify(path: str | Path, sample: float = 1.0) -> list[str]:
 
 
 def in_words(store: Path, findings: Findings) -> list[str]:
-    """Write a line for each damage."""
+    """Return one line for each damage."""
     listed = failures.path_of(store)
     damage = [f"{file}: {what}" for file, what in findings.damage.items()]
     return damage + [f"{listed}: {line}" for line in findings.lines]
 
 
 def look(store: Path, sample: float = 1.0) -> Findings:
-    """Compare files with what was written; see `verify`."""
+    """Compare files with their hashes; see `verify`."""
     findings = Findings()
     generations = manifests.generations(store)
     for file in generations:
@@ -78,7 +78,7 @@ def look(store: Path, sample: float = 1.0) -> Findings:
         wrong = _unlike({description: card.sha256})
         findings.damage |= wrong
         if not wrong:
-            # The hash of a description vouches for who wrote it, and that may be anybody.
+            # A description with the right hash is still untrusted: anyone may have written it.
             try:
                 hashes = dict(json.loads(description.read_bytes())["sha256"])
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -92,13 +92,13 @@ def look(store: Path, sample: float = 1.0) -> Findings:
     findings.damage |= _unlike({file: large[file] for file in drawn})
     findings.lines = failures.read(failures.path_of(store))[1]
     if findings.damage and not all(map(Path.exists, generations)):
-        # Somebody compacted meanwhile: what is missing was garbage, or may have been.
+        # A compaction ran meanwhile: missing files were garbage, or may have been.
         return look(store, sample)
     return findings
 
 
 def _unlike(hashes: dict[Path, str]) -> dict[Path, str]:
-    """Return the files that are not what was written, and how."""
+    """Return the files that differ from what was written, with the reason."""
     wrong = {}
     for file, sha256 in hashes.items():
         try:

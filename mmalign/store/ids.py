@@ -1,8 +1,8 @@
-"""Which row has an id: 64-bit hashes find the candidates, the ids themselves decide.
+"""Find rows by id: 64-bit hashes find the candidates, the ids themselves decide.
 
-A store may hold tens of millions of ids; no Python object is kept for one.
+A store may hold tens of millions of ids, so no Python object is kept per id.
 
-N rows, M ids that are asked for.
+N rows, M requested ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,18 @@ Ints = NDArray[np.int64]
 
 
 def hashes(ids: Sequence[str]) -> Hashes:
-    """Hash ids, shape (N,). Python's own hash: it differs between processes and is never stored."""
+    """Hash ids, shape (N,), by Python's hash; it differs between processes and is never stored."""
     return np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64)
 
 
 class IdIndex:
     """Hashes of N rows, sorted into about N buckets by their first bits; final.
 
-    A lookup reads one bucket, which holds one row on average: about 16 bytes a row, O(1) a lookup.
+    A lookup reads one bucket, with one row on average: about 16 bytes per row, O(1) per lookup.
     """
 
     def __init__(self, hashes_N: Hashes, rows_N: Ints) -> None:
-        """Take the hashes of the ids of some rows."""
+        """Index rows by the hashes of their ids."""
         order = np.argsort(hashes_N)
         bits = max(1, len(order).bit_length() - 1)
         small = np.uint32 if not len(rows_N) or rows_N.max() < 2**32 else np.int64
@@ -41,7 +41,7 @@ class IdIndex:
         self.starts = np.append(starts, small(len(order)))
 
     def candidates(self, hashes_M: Hashes) -> Iterator[tuple[Ints, Ints]]:
-        """Yield (which of the M, row) of equal hashes, in rounds: once each of the M in a round."""
+        """Yield (positions in M, rows) of equal hashes, each position at most once per round."""
         bucket = (hashes_M >> self.shift).astype(np.int64)
         asked = np.arange(len(hashes_M))
         at, end = self.starts[bucket].astype(np.int64), self.starts[bucket + 1]
@@ -54,9 +54,9 @@ class IdIndex:
 
 
 class KnownIds:
-    """The ids of shards, hashed once a shard however often they are asked for; final.
+    """The ids of shards, hashed only once per shard; final.
 
-    For whoever makes one generation after another: a commit costs microseconds a shard.
+    For code that commits many generations: a commit costs microseconds per shard.
     """
 
     def __init__(self, store: Path, dim: int) -> None:
@@ -64,14 +64,14 @@ class KnownIds:
         self._hashes: dict[str, Hashes] = {}
 
     def learn(self, shard: Shard, ids: Sequence[str]) -> None:
-        """Take the ids of a shard from who wrote it."""
+        """Hash and keep the ids of a shard."""
         self._hashes[shard.name] = hashes(ids)
 
     def find(self, shards: Sequence[Shard], ids: Sequence[str]) -> list[dict[str, int]]:
-        """Return, for each shard, the live rows that have one of some ids, by id."""
+        """Return, for each shard, the live rows with these ids, keyed by id."""
         asked = set(ids)
         hashes_M = np.unique(hashes(list(asked)))
-        # Most rows are told apart by twenty bits of their hash, in a table that fits the cache.
+        # Twenty bits of the hash rule out most rows, by a table that fits the cache.
         table, mask = np.zeros(1 << 20, np.bool_), np.uint64((1 << 20) - 1)
         table[hashes_M & mask] = True
         found = []
@@ -98,12 +98,12 @@ class KnownIds:
 
 
 def _among(hashes_N: Hashes, sorted_M: Hashes) -> NDArray[np.bool_]:
-    """As numpy's `isin`, which would sort the M anew in each call."""
+    """Do what numpy's `isin` does, which would sort the M again in each call."""
     places_N = np.minimum(np.searchsorted(sorted_M, hashes_N), len(sorted_M) - 1)
     among_N: NDArray[np.bool_] = sorted_M[places_N] == hashes_N
     return among_N
 
 
 def deleting(shards: Sequence[Shard], found: Sequence[dict[str, int]]) -> tuple[Shard, ...]:
-    """Return the shards with the rows deleted that `KnownIds.find` found."""
+    """Return the shards with the rows that `KnownIds.find` found deleted."""
     return tuple(s.without(list(f.values())) for s, f in zip(shards, found, strict=True))

@@ -1,6 +1,6 @@
-"""Rows of a store in the layouts of other programs: parquet, and a Hugging Face dataset.
+"""Write rows of a store in the layouts of other programs: parquet, a Hugging Face dataset.
 
-Rows are chosen by number, ascending, and written shard by shard.
+Rows are selected by number, ascending, and written shard by shard.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Tick = Callable[[int], object]
 def write_parquet(
     store: Store, numbers: Ints, file: Path, tick: Tick, *, thumbnails: bool = False
 ) -> None:
-    """Write all columns as one parquet file, a row group a shard; vectors stay float16."""
+    """Write all columns as one parquet file, one row group per shard; vectors stay float16."""
     dim = store.manifest.model.dim
     names = [name for name in schema(dim).names if thumbnails or name != "thumbnail"]
     about = {"mmalign.model": json.dumps(asdict(store.manifest.model))}
@@ -42,7 +42,7 @@ def write_parquet(
 
 @contextmanager
 def open_parquet(file: Path, fields: pa.Schema) -> Iterator[Any]:
-    """Lend a writer of a parquet file that appears when it is whole."""
+    """Yield a writer of a parquet file that appears only when it is complete."""
     with (
         files.atomic_file(file) as draft,
         pq.ParquetWriter(draft, fields, compression="zstd", use_dictionary=False) as out,
@@ -93,7 +93,7 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
 
 
 def _with_images(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Turn thumbnails into what the library keeps for an image; none where there is no picture."""
+    """Convert thumbnails to the image struct of `datasets`; null if there is no thumbnail."""
     place = batch.column_names.index("thumbnail")
     content = batch["thumbnail"]
     paths = pa.nulls(len(batch), pa.string())
@@ -103,7 +103,7 @@ def _with_images(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _feature(kind: pa.DataType, name: str) -> dict[str, Any]:
-    """Describe a column as the library does."""
+    """Describe a column as `datasets` does."""
     if name == "thumbnail":
         return {"_type": "Image"}
     if pa.types.is_fixed_size_list(kind):

@@ -1,12 +1,13 @@
 """One generation of a store: which rows of which shards, made by which model, with which index.
 
-A generation is one file, `manifest-00000007.json`, and the only commit point: whatever is not
-named by the newest readable generation does not exist. A writer claims the next number; who comes
-second to a number reads what the first one wrote and tries again on top of it.
+A generation is one file, `manifest-00000007.json`, and the only commit point: what the newest
+readable generation does not name does not exist. A writer claims the next number; if another
+writer has claimed it first, it reads that generation and retries on top of it.
 
-A collector is a writer like any other: it removes only what a generation of its own announces as
-`removing`. A commit on top of that generation refuses to name it, and a commit on top of an older
-one loses the number to it. So no file that a commit names is removed, however long anybody sleeps.
+A garbage collector is a writer too: it removes only what its own generation announces as
+`removing`. A commit on top of that generation must not name these files, and a commit on top of an
+older one fails to get the number. So no file that a commit names is removed, however long any
+process pauses.
 
 N rows of a shard.
 """
@@ -30,7 +31,7 @@ from mmalign.progress import say
 
 FORMAT = 2
 TRIES = 100
-# What a store may name: files inside of it, and no other. A manifest may be anybody's.
+# A manifest may name only files inside its store, as manifests are untrusted input.
 NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 SHARD, INDEX = re.compile(rf"{NAME}\.arrow"), re.compile(NAME)
 REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index)/{NAME}")
@@ -61,24 +62,24 @@ class Shard:
     sha256: str
     deleted_rows: int = 0
     deleted: str = ""
-    """Base64 of one bit a row, the highest bit of a byte first; empty where nothing is deleted."""
+    """Base64 of one bit per row, highest bit of a byte first; empty if no row is deleted."""
 
     @property
     def live(self) -> Bools:
-        """Which rows are not deleted, shape (N,)."""
+        """Mask of the rows that are not deleted, shape (N,)."""
         if not self.deleted:
             return np.ones(self.rows, np.bool_)
         bits = np.frombuffer(base64.b64decode(self.deleted), np.uint8)
         return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
 
     def keeping(self, live_N: Bools) -> "Shard":
-        """Return the shard with just these of its rows live."""
+        """Return the shard with only these rows live."""
         deleted = int(self.rows - live_N.sum())
         bits = base64.b64encode(np.packbits(~live_N).tobytes()).decode() if deleted else ""
         return replace(self, deleted_rows=deleted, deleted=bits)
 
     def without(self, rows: Sequence[int]) -> "Shard":
-        """Return the shard with some more rows deleted."""
+        """Return the shard with these rows deleted too."""
         if not len(rows):
             return self
         live_N = self.live
@@ -92,7 +93,7 @@ class IndexCard:
 
     name: str
     sha256: str
-    """Of its index.json, which has the hashes of the files beside it."""
+    """Hash of its index.json, which holds the hashes of the other files in the folder."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     index: IndexCard | None = None
     removing: tuple[str, ...] = ()
-    """What a collector is about to remove: paths in the store without their endings, so that
-    whoever looks for names of shards in a damaged generation does not find them here."""
+    """What a collector is about to remove: paths in the store without file extensions, so that a
+    search for shard names in a damaged generation does not match them."""
     previous: str = ""
-    """Hash of the generation that this one was made from; empty where mmalign did not write it."""
+    """Hash of the generation that this one was made from; empty if mmalign did not write it."""
 
     @property
     def rows(self) -> int:
@@ -121,24 +122,24 @@ class Manifest:
 
     @property
     def named(self) -> set[str]:
-        """What must not be removed while this generation is kept, written as in `removing`."""
+        """Files to keep as long as this generation is kept, written as in `removing`."""
         indexes = {f"index/{self.index.name}"} if self.index else set()
         return indexes | {f"shards/{Path(shard.name).stem}" for shard in self.shards}
 
 
 def canonical(values: dict[str, Any]) -> bytes:
-    """Write JSON in the one way that is hashed: sorted keys, no spaces, only ASCII."""
+    """Return the canonical JSON for hashing: sorted keys, no spaces, only ASCII."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
 def render(manifest: Manifest) -> bytes:
-    """Write a manifest as JSON, with its hash."""
+    """Return a manifest as JSON, with its hash."""
     values = {**_values(manifest), "sha256": sha256_of(manifest)}
     return json.dumps(values, indent=1).encode() + b"\n"
 
 
 def sha256_of(manifest: Manifest) -> str:
-    """Return the hash that a manifest carries."""
+    """Return the hash that a manifest file holds."""
     return hashlib.sha256(canonical(_values(manifest))).hexdigest()
 
 
@@ -154,8 +155,8 @@ def parse(content: bytes) -> Manifest:
     """Read a manifest from its JSON.
 
     Raises:
-        ValueError: It is not what was written.
-        StoreError: It is, by another version of mmalign, or by something that is not mmalign.
+        ValueError: The content is damaged.
+        StoreError: The content is intact, but from another version of mmalign or another program.
     """
     try:
         values = json.loads(content)
@@ -189,7 +190,7 @@ def parse(content: bytes) -> Manifest:
 
 
 def _wrong(held: Manifest) -> Iterator[str]:
-    """Yield what mmalign writes into no manifest: names of other places, sizes that cannot be."""
+    """Yield values that mmalign never writes: names outside the store, impossible sizes."""
     if not _is_count(held.generation, 10**18):
         yield f"generation {held.generation!r}"
     if not _is_count(held.model.dim, MOST_DIM) or held.model.dim < 1:
@@ -243,9 +244,9 @@ def file_of(store: Path, name: str) -> Path:
 
 
 def linked_folders(store: Path) -> list[Path]:
-    """Return what stands in a store for one of its folders and is a link to another place.
+    """Return the folders of a store that are links to another place.
 
-    There may lie anything, under names that a manifest of anybody's may give.
+    The other place may hold any files, under names that an untrusted manifest may contain.
     """
     folders = (store / name for name in ("shards", "index", "damaged"))
     return [f for f in folders if f.exists() and f.resolve().parent != store.resolve()]
@@ -257,7 +258,7 @@ def number_of(file: Path) -> int:
 
 
 def generations(store: Path) -> list[Path]:
-    """List the files of all generations, the newest first."""
+    """List the files of all generations, newest first."""
     found = [f for f in store.glob("manifest-*.json") if f.stem[9:].isdecimal()]
     return sorted(found, key=number_of, reverse=True)
 
@@ -266,8 +267,8 @@ def read(file: Path) -> Manifest:
     """Read the file of a generation.
 
     Raises:
-        ValueError, OSError: It is damaged or gone.
-        StoreError: It may be whole: another version of mmalign wrote it, or there is no permission.
+        ValueError, OSError: The file is damaged or missing.
+        StoreError: It may be intact: another version of mmalign wrote it, or permission is denied.
     """
     try:
         return parse(files.claimed(file))
@@ -280,10 +281,10 @@ def read(file: Path) -> Manifest:
 
 
 def newest(store: Path) -> Manifest:
-    """Read the newest generation that can be read; say so where that is not the newest file.
+    """Read the newest readable generation; warn if it is not the newest file.
 
     Raises:
-        StoreError: The folder is no store, or no generation can be read.
+        StoreError: The folder is not a store, or no generation can be read.
     """
     for _ in range(TRIES):
         found = generations(store)
@@ -298,7 +299,7 @@ def newest(store: Path) -> Manifest:
 
 
 def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
-    """Read the newest of some generations; None where they are not the newest by now."""
+    """Read the newest readable generation of a list; return None if the list is outdated."""
     problems = []
     for file in found:
         try:
@@ -317,7 +318,7 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
 
 
 def whole(file: Path) -> Manifest | None:
-    """Read the file of a generation that must not be passed over; None where it is gone.
+    """Read the file of a generation that must not be skipped; return None if it is gone.
 
     Raises:
         StoreError: It is damaged, or cannot be read.
@@ -338,17 +339,17 @@ def commit(
     *,
     over_damage: bool = False,
 ) -> Manifest:
-    """Make the next generation out of the newest one, whichever that is when the claim succeeds.
+    """Commit a change to the generation that is the newest when the claim succeeds.
 
-    Where nothing changes, the newest generation stays the newest. What only a damaged generation
-    names would be lost behind a newer one: it is built over by `repair` alone, which looks first.
+    If nothing changes, the newest generation stays the newest. Files that only a damaged generation
+    names would be lost after a newer one, so only `repair`, which looks first, commits over damage.
 
     Raises:
-        StoreError: The newest generation is damaged, or others were faster again and again.
+        StoreError: The newest generation is damaged, or other writers were faster each time.
     """
     for _ in range(TRIES):
-        # One listing says both what to build on and which number to claim. Were the folder listed
-        # again for the number, a generation made in between would be passed over, and be lost.
+        # One listing gives both the base and the number to claim. If the folder were listed again
+        # for the number, a generation made in between would be skipped and lost.
         found = generations(store)
         base: Manifest | None = Manifest(0, model)
         if found:
@@ -359,12 +360,12 @@ def commit(
         try:
             changed = change(base)
         except StoreError:
-            # What it read may have been removed, as a newer generation does not need it.
+            # Files it read may have been removed, as a newer generation does not need them.
             if found and generations(store)[:1] != found[:1]:
                 continue
             raise
         if changed == base and found and taken == base.generation:
-            # Who made it may have died before it was sure to last.
+            # Its writer may have died before it was durable.
             files.sync_folder(store)
             return base
         if changed.named - base.named:
@@ -379,26 +380,26 @@ def commit(
             continue
         if not found or _in_line(store, found[0], following):
             return following
-        # So much went by that the number was free again: it is an old one, and nobody would ever
-        # read it.
+        # So much time has passed that an old number was free again; this generation would never
+        # be read.
         files.remove(path_of(store, taken + 1))
     raise StoreError(f"{store}: {TRIES} other writers were faster; nothing was changed")
 
 
 def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
-    """Refuse new shards and indexes that a collector took for garbage, as they are so old."""
+    """Reject new shards and indexes that are so old that a collector treated them as garbage."""
     for name in sorted(changed.named - base.named):
-        # What was removed does not come back, so that whatever is not announced now, and is there,
-        # is there until a generation announces it: then this commit loses its number to that one.
+        # Removed files do not come back, so a file that exists and is not announced now stays until
+        # a generation announces it, and then this commit fails to get its number.
         if name in base.removing or not file_of(store, name).exists():
             file = file_of(store, name).name
             raise StoreError(f"{store}: {file} was removed before it was committed; run it again")
 
 
 def _in_line(store: Path, base: Path, claimed: Manifest) -> bool:
-    """Say whether a generation that was just claimed is the newest, or others were built on it.
+    """Return whether a generation just claimed is the newest, or others were built on it.
 
-    It is neither where its number had been taken by another one, which was removed since.
+    It is neither if its number belonged to another generation that has since been removed.
     """
     later = [file for file in generations(store) if number_of(file) > claimed.generation]
     if not later:
@@ -411,15 +412,15 @@ def _in_line(store: Path, base: Path, claimed: Manifest) -> bool:
         return _in_line(store, base, claimed)
     except (ValueError, OSError):
         previous = ""
-    # Garbage goes oldest first, so a number is free again only when what it was built on is gone.
+    # Garbage is removed oldest first, so a number is free again only when its base is gone.
     return previous == sha256_of(claimed) if previous else base.exists()
 
 
 def require_model(store: Path, held: Manifest, model: ModelCard) -> None:
-    """Refuse a store that holds embeddings of another model.
+    """Check that a store holds embeddings of this model.
 
     Raises:
-        IdentityError: It does.
+        IdentityError: The store holds embeddings of another model.
     """
     if held.model.identity != model.identity:
         raise IdentityError(
@@ -429,7 +430,7 @@ def require_model(store: Path, held: Manifest, model: ModelCard) -> None:
 
 
 def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:
-    """Make an index folder part of the store; the shards it was built from must still be there."""
+    """Commit an index folder to the store; the shards it was built from must still be there."""
 
     def change(base: Manifest) -> Manifest:
         if tuple(s.name for s in base.shards[: len(shards)]) != shards:

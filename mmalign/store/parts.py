@@ -1,4 +1,4 @@
-"""The layout of clip-retrieval: numbered parts, each a few files that are aligned row by row.
+"""The layout of clip-retrieval: numbered parts, each a few files aligned row by row.
 
     img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
 
@@ -45,10 +45,10 @@ PART_FIELDS = pa.schema(
 def write_parts(
     store: Store, numbers: Ints, folder: Path, tick: Tick, rows_per_part: int = ROWS_PER_PART
 ) -> None:
-    """Write numbered parts as clip-retrieval does: images, texts and what is known of them.
+    """Write numbered parts as clip-retrieval does: image vectors, text vectors, metadata.
 
-    Row i of a part is one image everywhere, so of several captions only the first has a vector; of
-    an image without any, the text vector is zero. Without captions at all there are no texts.
+    Row i of each file of a part is the same image, so only the first caption has a vector; an image
+    without captions has a zero text vector. Without any captions, no text files are written.
     """
     starts = range(0, len(numbers), rows_per_part)
     captions = (batch["captions"] for batch in store.batches(["captions"], numbers))
@@ -80,7 +80,7 @@ def _write_part(store: Store, numbers: Ints, paths: dict[str, Path], tick: Tick)
 
 @contextmanager
 def _npy(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[Vectors], object]]:
-    """Lend what appends vectors to a float16 .npy file of a known shape."""
+    """Yield a function that appends vectors to a float16 .npy file of a known shape."""
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     with files.atomic_file(path.with_suffix(".npy")) as draft:
         np.lib.format.write_array_header_1_0(draft, header)
@@ -117,7 +117,7 @@ def _described(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 @dataclass(frozen=True)
 class Part:
-    """One numbered part of a folder of clip-retrieval: files that are aligned row by row."""
+    """One numbered part of a clip-retrieval folder: files aligned row by row."""
 
     number: int
     rows: int
@@ -128,10 +128,10 @@ class Part:
 
 
 def find_parts(folder: Path) -> list[Part]:
-    """Return the parts of a folder, by number; only their outlines are read.
+    """Return the parts of a folder, sorted by number; only shapes and row counts are read.
 
     Raises:
-        DataError: There are none, a file is missing or unreadable, or rows do not fit together.
+        DataError: There are no parts, a file is missing or unreadable, or shapes do not match.
     """
     found = {kind: _numbered(folder / kind) for kind in KINDS}
     if not any(found.values()):
@@ -152,7 +152,7 @@ def find_parts(folder: Path) -> list[Part]:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """Return the files of a folder by the number at the end of their names."""
+    """Return the files of a folder, keyed by the number at the end of their names."""
     found: dict[int, Path] = {}
     for file in sorted(folder.glob("*.parquet" if folder.name == "metadata" else "*.npy")):
         digits = re.search(r"(\d+)$", file.stem)
@@ -184,7 +184,7 @@ def _part(number: int, images: Path, metadata: Path, texts: Path | None = None) 
 
 
 def _vectors(file: Path) -> NDArray[Any]:
-    """Map a .npy file of vectors."""
+    """Memory-map a .npy file of vectors."""
     try:
         vectors_ND: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -198,11 +198,11 @@ def _vectors(file: Path) -> NDArray[Any]:
 def read_records(
     part: Part, columns: Sequence[str] | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield what is known of the rows of a part, some rows at a time.
+    """Yield the metadata of the rows of a part in batches.
 
     Args:
         part: The part.
-        columns: Their names, all by default; those that are absent are left out.
+        columns: Names of columns, all by default; absent ones are left out.
     """
     with pa.memory_map(os.fsencode(part.metadata)) as source, pq.ParquetFile(source) as file:
         held = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
@@ -226,7 +226,7 @@ def read_records(
 def read_part(
     part: Part,
 ) -> Iterator[tuple[list[dict[str, Any]], NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Yield records, image vectors (N, D) and, if there are any, text vectors (N, D)."""
+    """Yield metadata records, image vectors (N, D) and text vectors (N, D), if there are any."""
     images_ND = _vectors(part.images)
     texts_ND = _vectors(part.texts) if part.texts else None
     first = 0

@@ -1,7 +1,7 @@
-"""A generation of a store, memory-mapped: vectors without a copy, rows by number or id.
+"""A generation of a store, memory-mapped: zero-copy vectors, rows by number or id.
 
-N rows, deleted ones included; M numbers or ids that are asked for; D dimensions; P captions (each
-with the number of the row that owns it).
+N rows, including deleted ones; M requested numbers or ids; D dimensions; P captions (each with the
+number of its row).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ FEW_ROWS = 4
 
 @dataclass(frozen=True)
 class Store:
-    """One generation of a store, open for reading; it never changes under the reader; final.
+    """One generation of a store, open for reading; it never changes; final.
 
-    A shard is opened when it is first asked for.
+    A shard is opened on first use.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Store:
         return self._opened[shard]
 
     def open_all(self) -> None:
-        """Open every shard: what a later generation removes can still be read from here.
+        """Open every shard, so that shards removed by a later generation stay readable here.
 
         Raises:
             StoreError: A shard is missing or damaged.
@@ -70,10 +70,10 @@ class Store:
         return [self._file(shard) for shard in range(len(self.manifest.shards))]
 
     def vectors(self, modality: str) -> list[Vectors]:
-        """Return one (rows, D) float16 view a shard of "image" or "text", in row order, uncopied.
+        """Return one zero-copy (rows, D) float16 view per shard of "image" or "text", in row order.
 
-        Deleted rows are among them; `live` tells which. Text vectors are numbered by caption;
-        `caption_owners` tells whose they are.
+        Deleted rows are included; see `live`. Text vectors are numbered by caption;
+        `caption_owners` has their row numbers.
         """
         columns = schema(self.manifest.model.dim).names
         known = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
@@ -82,7 +82,7 @@ class Store:
         return [file.vectors(modality) for file in self._files]
 
     def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:
-        """Copy the vectors of one row: of "image" shape (1, D), of "text" one for each caption."""
+        """Copy the vectors of one row: shape (1, D) for "image", one per caption for "text"."""
         shard = self.shard_of(number)
         first = self._ends[shard] - self.manifest.shards[shard].rows
         column = self._file(shard).column(f"{modality}_embedding").slice(int(number - first), 1)
@@ -92,25 +92,25 @@ class Store:
         return flat.reshape(-1, self.manifest.model.dim)  # type: ignore[no-any-return]
 
     def shard_of(self, number: int) -> int:
-        """Return which shard a row lies in."""
+        """Return the number of the shard that holds a row."""
         return int(np.searchsorted(self._ends, number, side="right"))
 
     @cached_property
     def live(self) -> Bools | None:
-        """Which rows are not deleted, shape (N,); None where all are live."""
+        """Mask of the rows that are not deleted, shape (N,); None if all are live."""
         if not any(s.deleted_rows for s in self.manifest.shards):
             return None
         return np.concatenate([s.live for s in self.manifest.shards])
 
     @cached_property
     def caption_owners(self) -> Ints:
-        """Row number of each caption, shape (P,); deleted rows have theirs among them."""
+        """Row number of each caption, shape (P,), including captions of deleted rows."""
         counts = [file.column("captions").value_lengths().to_numpy() for file in self._files]
         counts_N = np.concatenate(counts) if counts else np.zeros(0, np.int32)
         return np.repeat(np.arange(len(counts_N), dtype=np.int64), counts_N)
 
     def find(self, ids: Sequence[str]) -> Ints:
-        """Return the row number of each id, shape (M,); -1 where no live row has it."""
+        """Return the row number of each id, shape (M,); -1 if no live row has it."""
         rows_M = np.full(len(ids), -1, np.int64)
         for asked, rows in self._buckets.candidates(hashes(ids)):
             found = self.rows(rows, ("id",))
@@ -126,10 +126,10 @@ class Store:
         return IdIndex(hashes_N[rows_N], rows_N)
 
     def rows(self, numbers: Sequence[int] | Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Read some columns of some rows, in the order of the numbers; no other shard is touched.
+        """Read columns of the given rows, in their order; only shards that hold them are opened.
 
         Raises:
-            IndexError: There is no row of such a number.
+            IndexError: A row number is out of range.
         """
         numbers_M = np.asarray(numbers, np.int64)
         if len(numbers_M) and not 0 <= numbers_M.min() <= numbers_M.max() < self._rows:
@@ -153,11 +153,11 @@ class Store:
     def batches(
         self, columns: Sequence[str], numbers: Ints | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Yield some columns of each shard, in row order: of all rows, or of some.
+        """Yield columns of each shard, in row order, for all rows or some.
 
         Args:
-            columns: Their names.
-            numbers: The rows wanted, ascending; shards without one of them are passed over.
+            columns: Names of columns.
+            numbers: Wanted rows, ascending, all by default; shards without any of them are skipped.
         """
         for shard, (card, end) in enumerate(zip(self.manifest.shards, self._ends, strict=True)):
             first = end - card.rows
@@ -177,12 +177,12 @@ class Store:
         return [v for batch in self.batches((name,), live) for v in batch.column(0).to_pylist()]
 
     def failures(self) -> list[dict[str, Any]]:
-        """Every sample that has no embedding, and why; the last word on a sample counts."""
+        """Return every sample without an embedding, and why; the last entry per sample counts."""
         return read_failures(self.path)
 
     @cached_property
     def index_folder(self) -> Path | None:
-        """Where the index of this generation lies, if it has one that is not damaged."""
+        """Folder of the index of this generation; None if there is none or it is damaged."""
         card = self.manifest.index
         if card is None:
             return None
@@ -196,14 +196,14 @@ class Store:
 
 
 def _values(column: pa.Array, rows_M: Ints) -> list[Any]:
-    """Read some rows of a column; a few one by one, as `take` costs as much as ten of them."""
+    """Read rows of a column; a few singly, as `take` costs as much as ten single reads."""
     if len(rows_M) <= FEW_ROWS:
         return [column[row].as_py() for row in rows_M.tolist()]
     return column.take(pa.array(rows_M)).to_pylist()  # type: ignore[no-any-return]
 
 
 def open_store(path: str | Path) -> Store:
-    """Open the newest readable generation of a store; no shard is touched.
+    """Open the newest readable generation of a store; no shard is opened.
 
     Raises:
         StoreError: There is no store, or it cannot be read.
@@ -212,7 +212,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def open_or_new(path: str | Path, model: ModelCard) -> Store:
-    """Open the store of a model, or an empty one where there is none; nothing is written.
+    """Open the store of a model, or an empty one if none exists; nothing is written.
 
     Raises:
         IdentityError: The store holds embeddings of another model.

@@ -1,7 +1,7 @@
-"""repair: a generation without what is damaged, and with what only a damaged one named.
+"""repair: a generation without damaged files, and with those that only a damaged one named.
 
-A generation that cannot be read is evidence still: a shard whose name or hash stands in it was
-committed, and deletions that can be read in it were made.
+An unreadable generation is still evidence: a shard whose name or hash appears in it was committed,
+and deletions that can be read in it were made.
 """
 
 import contextlib
@@ -33,23 +33,23 @@ class RepairReport:
     generation: int
     rows: int
     damage: tuple[str, ...]
-    """What `verify` named before."""
+    """What `verify` reported before."""
     lost_shards: tuple[str, ...]
     lost_rows: int
-    """Rows of these shards. The next `embed` adds them again where their sources still are."""
+    """Rows of these shards. The next `embed` adds them again if their sources still exist."""
     listed_rows: int
-    """How many of them could be read by name; they are listed as failures."""
+    """How many of them still had readable ids; they are listed as failures."""
     saved_shards: tuple[str, ...]
     """Shards that only a damaged generation named; their rows are in the store again."""
     index_dropped: bool
     moved: tuple[str, ...]
-    """What lies under damaged/ now."""
+    """Paths that are now under damaged/."""
 
 
 def repair(path: str | Path) -> RepairReport:
-    """Make a generation without damaged shards or index, and move what is damaged to damaged/.
+    """Commit a generation without damaged shards or index, and move damaged files to damaged/.
 
-    Rows of undamaged shards stay, those included that only a damaged generation names.
+    Rows of undamaged shards stay, even of shards that only a damaged generation names.
 
     Raises:
         StoreError: No generation can be read, or a folder of the store is a link.
@@ -61,7 +61,7 @@ def repair(path: str | Path) -> RepairReport:
         raise StoreError(f"{folder}: {told}")
     found = health.look(store)
     evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
-    # A collector that announced a removal in a damaged generation may be at it still.
+    # A collector that announced a removal in a damaged generation may still be running.
     announced = {n.decode() for content in evidence for n in re.findall(ANNOUNCED, content)}
     announced |= set(held.removing)
     saved = [
@@ -76,11 +76,11 @@ def repair(path: str | Path) -> RepairReport:
     def change(base: Manifest) -> Manifest:
         nonlocal before, listed
         before = base
-        # First, so that a repair that is killed loses no row in silence.
+        # First, so that a killed repair does not lose rows silently.
         listed = sum(_list_lost(store, s, held.model.dim) for s in base.shards if s.name in lost)
         good = [_legible(s, evidence) for s in base.shards if s.name not in lost]
         shards = _joined(store, known, good, saved)
-        # Without a shard the rows after it have other numbers.
+        # Without a shard, the rows after it get other numbers.
         bad = len(good) < len(base.shards) or (base.index and base.index.name in indexes)
         removing = tuple(sorted({*base.removing, *announced}))
         return replace(base, shards=shards, index=None if bad else base.index, removing=removing)
@@ -115,7 +115,7 @@ def _what_it_says(file: Path) -> bytes:
 def _saved(
     store: Path, held: Manifest, evidence: Sequence[bytes], damage: dict[Path, str]
 ) -> list[Shard]:
-    """Return the shards that only the evidence names, in its order; note those that are damaged."""
+    """Return shards that only the evidence names, in its order; add damaged ones to `damage`."""
     named = {s.name for s in held.shards} if evidence else set()
     saved = []
     for path in store.glob("shards/*.arrow") if evidence else ():
@@ -156,7 +156,7 @@ def _legible(shard: Shard, evidence: Iterable[bytes]) -> Shard:
 def _joined(
     store: Path, known: KnownIds, shards: Sequence[Shard], saved: Iterable[Shard]
 ) -> tuple[Shard, ...]:
-    """Append the saved shards; a row of theirs replaces the one that had its id."""
+    """Append the saved shards; their rows replace earlier rows with the same id."""
     for shard in saved:
         if shard.name not in {s.name for s in shards}:
             file = ShardFile(store / "shards" / shard.name, known.dim)
@@ -178,7 +178,7 @@ def _list_lost(store: Path, shard: Shard, dim: int) -> int:
 
 
 def _mend_failures(store: Path) -> list[str]:
-    """Write the readable lines anew; what they were among stays under damaged/."""
+    """Keep only the readable lines; the original file is copied to damaged/."""
     listed = failures.path_of(store)
     files.make_folder(store / "damaged")
     copy = store / "damaged" / f"failures-{secrets.token_hex(4)}.jsonl"
@@ -192,7 +192,7 @@ def _mend_failures(store: Path) -> list[str]:
 
 
 def _names(file: Path, lost: set[str], indexes: set[str]) -> bool:
-    """Say whether a generation cannot be read, or names what is damaged."""
+    """Return whether a generation cannot be read or names damaged files."""
     try:
         held = manifests.read(file)
     except (ValueError, OSError):

@@ -30,19 +30,19 @@ class Row:
     image_embedding: Vectors
     """Unit norm, shape (D,)."""
     text_embeddings: Vectors
-    """Unit norm, one row a caption, shape (captions, D)."""
+    """Unit norm, one row per caption, shape (captions, D)."""
     meta: str = "{}"
-    """Everything else that the source said of the sample, as JSON."""
+    """All other data of the sample from its source, as JSON."""
     thumbnail: bytes = field(default=b"", repr=False)
-    """A small WebP, or nothing."""
+    """A small WebP image, or empty."""
     stamp: int = 0
-    """64-bit hash of what was known of the source without reading the image; 0 is unknown."""
+    """64-bit hash of what is known of the source without reading the image; 0 if unknown."""
     checksum: bytes = UNKNOWN
-    """SHA-256 of the encoded image; 32 zero bytes are unknown."""
+    """SHA-256 of the encoded image; 32 zero bytes if unknown."""
 
 
 def meta_json(meta: dict[str, Any]) -> str:
-    """Return what a source said of a sample as a row keeps it, see `values.json_value`."""
+    """Return the source data of a sample as the JSON of a row; see `values.json_value`."""
     return to_json(meta)
 
 
@@ -66,7 +66,7 @@ def schema(dim: int) -> pa.Schema:
 
 
 def to_batch(rows: Sequence[Row], dim: int) -> pa.RecordBatch:
-    """Lay rows out as Arrow columns; vectors are checked and become float16."""
+    """Convert rows to Arrow columns; vectors are checked and become float16."""
     counts = [len(row.captions) for row in rows]
     images = _check(np.stack([r.image_embedding for r in rows]), "image_embedding", dim)
     texts = np.concatenate([r.text_embeddings.reshape(-1, dim) for r in rows])

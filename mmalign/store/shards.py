@@ -1,7 +1,7 @@
-"""One shard: written once, memory-mapped, and each column checked before it is first read.
+"""One shard: written once, memory-mapped, with each column checked before its first read.
 
-What lies on a disk may be damaged, and Arrow follows the offsets that it reads. So nothing of a
-shard is used before Arrow has compared it with its bounds; a shard that fails is refused by name.
+A file may be damaged, and Arrow follows the offsets that it reads. So no column is used before
+Arrow has checked its bounds; the error for a shard that fails names the file.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ MAGIC_BYTES = 8
 
 
 def write_shard(store: Path, batch: pa.RecordBatch) -> Shard:
-    """Write a new file under shards/; the hash is of what was meant, not of what a disk gave back.
+    """Write a new file under shards/; hash the bytes to be written, not those read back.
 
-    The name is random: two writers never meet, and a shard that no manifest names is no data.
+    The name is random, so writers never collide; a shard that no manifest names is not data.
     """
     name = f"{secrets.token_hex(8)}.arrow"
     try:
@@ -43,15 +43,15 @@ def write_shard(store: Path, batch: pa.RecordBatch) -> Shard:
 
 
 class ShardFile:
-    """An open shard file; final. Opening it reads its outline only."""
+    """An open shard file; final. Opening it reads only its metadata."""
 
     def __init__(self, path: Path, dim: int, footer: bool = True) -> None:
-        """Map a file of one record batch with the columns of a store.
+        """Memory-map a file of one record batch with the columns of a store.
 
-        Without its footer a file can be read as well, from its first byte on.
+        A file can also be read without its footer, from its start.
 
         Raises:
-            StoreError: It is missing or damaged.
+            StoreError: The file is missing or damaged.
         """
         self.path, self.dim = path, dim
         self._columns: dict[str, pa.Array] = {}
@@ -69,7 +69,7 @@ class ShardFile:
             raise self.refuse("its outline is not that of a shard")
 
     def column(self, name: str) -> pa.Array:
-        """Return a column; its first reading checks every offset and every letter of it."""
+        """Return a column; its first read checks every offset and every character."""
         if name not in self._columns:
             column = self.batch.column(name)
             try:
@@ -82,7 +82,7 @@ class ShardFile:
         return self._columns[name]
 
     def vectors(self, modality: str) -> Vectors:
-        """Return the vectors of a modality, one a row or one a caption, uncopied."""
+        """Return the vectors of a modality, one per row or per caption, zero-copy."""
         column = self.column(f"{modality}_embedding")
         if not pa.types.is_fixed_size_list(column.type):
             if not column.value_lengths().equals(self.column("captions").value_lengths()):
@@ -107,7 +107,7 @@ def open_shard(store: Path, shard: Shard, dim: int) -> ShardFile:
     """Open a shard.
 
     Raises:
-        StoreError: It is missing, or not what the manifest says.
+        StoreError: The shard is missing, or does not match the manifest.
     """
     file = ShardFile(store / "shards" / shard.name, dim)
     rows = len(file.batch)
@@ -118,10 +118,10 @@ def open_shard(store: Path, shard: Shard, dim: int) -> ShardFile:
 
 
 def _mapped(path: Path) -> pa.BufferReader:
-    """Map a file. The mapping outlives its handle: a thousand open shards need no handles.
+    """Memory-map a file. The mapping outlives its handle: a thousand open shards need no handles.
 
-    What is read through `source` itself Arrow asks the kernel for, page by page: four times as slow
-    where the pages are there, and a whole shard from the disk where a row was wanted.
+    For reads through `source` itself, Arrow requests each page from the kernel: four times as slow
+    if the pages are in memory, and otherwise it reads a whole shard from disk for one row.
     """
     files.require_regular(path)
     with pa.memory_map(os.fsencode(path)) as source:
@@ -145,7 +145,7 @@ def _has_nulls(array: Any) -> bool:
 
 
 def what_is_left(path: Path, dim: int, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Read some columns of a damaged shard, row by row, if that can be done; else nothing."""
+    """Read columns of a damaged shard as rows; return an empty list if that fails."""
     for footer in (True, False):
         with contextlib.suppress(StoreError):
             file = ShardFile(path, dim, footer)

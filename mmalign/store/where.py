@@ -1,10 +1,10 @@
-"""Rows of a store by SQL: `label = 'dress' and price < 20` -> row numbers. The door to DuckDB.
+"""Select rows of a store by SQL: `label = 'dress' and price < 20` -> row numbers. Uses DuckDB.
 
     expression -> parsed, checked -> the columns and meta fields it names -> DuckDB over the shards
 
-The shards stay where they are, memory-mapped; DuckDB is shown the columns that hold no vectors. It
-runs in memory, sees no file and no network, and cannot be told otherwise. An expression may be a
-stranger's: it is made of the functions listed here, and its length, memory and time have limits.
+The shards stay in place, memory-mapped; DuckDB sees only the columns without vectors. It runs in
+memory, without file or network access, and a query cannot change that. An expression may be
+untrusted: it may use only the functions listed here, and its length, memory and time are limited.
 """
 
 import json
@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 COLUMNS = ("id", "uri", "captions", "meta")
 MOST_LETTERS, MOST_SHOWN = 20_000, 200
 SECONDS, SECONDS_PER_ROW = 10.0, 2e-5
-"""An ordinary expression takes 3e-6 s a row, as the JSON of every row is parsed."""
+"""A typical expression takes 3e-6 s per row, because the JSON of every row is parsed."""
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": False,
     "autoinstall_known_extensions": False,
@@ -42,13 +42,13 @@ CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "memory_limit": "1GB",
     "threads": 4,
 }
-# What an expression may be made of: no subquery, window, parameter or star.
+# Node classes allowed in an expression: no subquery, window, parameter or star.
 PARTS = {
     "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
     "FUNCTION", "LAMBDA", "OPERATOR", "TYPE",
 }  # fmt: skip
-# None of these makes much of little, as `range` and `repeat` do: DuckDB does not count among its
-# memory what an expression holds at a time, so that the limit above would not stop it.
+# None of these builds a large value from a small one, as `range` and `repeat` do: DuckDB does not
+# count the values an expression holds as its memory, so the limit above would not stop it.
 ALLOWED = """
 + - * / // % ** ^ & | ~ << >> @ abs ceil ceiling floor round trunc sign sqrt cbrt exp ln log log2
 log10 pow power mod greatest least isnan isinf isfinite even fmod || ~~ !~~ ~~* !~~* ~~~ ^@
@@ -70,13 +70,13 @@ make_date make_timestamp to_timestamp age now today current_date get_current_tim
 to_months to_weeks to_days to_hours to_minutes to_seconds ifnull nullif coalesce if
 """
 FUNCTIONS = frozenset(ALLOWED.split())
-# What these join would double from lambda to lambda, so they have no place in one.
+# Results of these would double with each lambda, so they are not allowed inside one.
 JOINING = {"||", "concat", "concat_ws", "list_concat", "list_value", "struct_pack", "row"}
 MOST_CASTS = 4
-# An expression may hold for each row as much as it names columns and lists numbers, and DuckDB
-# evaluates some thousand rows at a time: it is given fewer of them where they are long.
+# The memory for each row grows with the columns and numbers in an expression, and DuckDB evaluates
+# a few thousand rows at a time: if rows are long, it gets smaller batches.
 MOST_COLUMNS, MOST_BESIDE_LAMBDA, BYTES_AT_A_TIME = 500, 200, 2**18
-# The SQL type of a meta field whose values all have these JSON types; any other mixture is text.
+# The SQL type of a meta field whose values all have these JSON types; other mixtures are text.
 TYPES = [
     ({"BIGINT", "UBIGINT"}, "HUGEINT"),
     ({"BIGINT", "UBIGINT", "DOUBLE"}, "DOUBLE"),
@@ -86,15 +86,15 @@ TYPES = [
 
 
 def where(store: Store, expression: str) -> Ints:
-    """Return the physical numbers of the live rows for which a SQL expression is true, ascending.
+    """Return the physical numbers, ascending, of the live rows where a SQL expression is true.
 
     The expression sees the columns id, uri, captions (a list) and meta (JSON), and every field of
-    meta under its own name: numbers, truth values, or text where a field holds several kinds.
+    meta under its own name: as numbers, booleans, or text if its values have mixed types.
 
     Raises:
         InstallError: DuckDB is not installed.
-        UsageError: The expression cannot be parsed or evaluated, names what no row has or what is
-            not on the list of functions, or needs more time or memory than there is for one.
+        UsageError: The expression cannot be parsed or evaluated, names a field that no row has or
+            a function that is not allowed, or exceeds the time or memory limit.
     """
     try:
         import duckdb
@@ -127,7 +127,7 @@ def where(store: Store, expression: str) -> Ints:
 
 @contextmanager
 def _interrupting(connection: "Connection", seconds: float) -> Iterator[None]:
-    """End what DuckDB does in the block when its time is over, and what it begins then."""
+    """Interrupt DuckDB when the time for the block is over, and any query started later."""
     done = threading.Event()
 
     def watch() -> None:
@@ -147,18 +147,18 @@ def _interrupting(connection: "Connection", seconds: float) -> Iterator[None]:
 
 @dataclass
 class _Search:
-    """One expression on its way to rows; final."""
+    """The evaluation of one expression; final."""
 
     connection: "Connection"
-    # No field of meta can have these names, so none is hidden by them, and none hides them.
+    # No meta field can have these names, so neither can hide the other.
     row: str = field(default_factory=lambda: f"row {secrets.token_hex(8)}")
     view: str = field(default_factory=lambda: f"visible {secrets.token_hex(8)}")
     texts: list[str] = field(default_factory=list)
-    """Fields of meta that the expression names and that are compared as text."""
+    """Meta fields that the expression names and that are compared as text."""
 
     @property
     def query(self) -> str:
-        """All but the expression."""
+        """The query up to the expression."""
         return f'SELECT "{self.row}" FROM "{self.view}" WHERE '
 
     def rows(self, store: Store, expression: str) -> Any:
@@ -170,14 +170,14 @@ class _Search:
         view = self._view(fields)
         self.connection.execute(f'CREATE TEMP VIEW "{self.view}" AS {view}')
         self.connection.execute("SET lock_configuration = true")
-        # A number or a text would pass for true; who deletes by one has mistyped.
+        # A number or a text would count as true; deleting by one would be a typing error.
         _require_truth(self.connection, self.view, expression)
-        # The same text that was parsed, so that it means what was checked.
+        # Run the same text that was parsed, so that it means what was checked.
         return self.connection.execute(self.query + expression).fetchnumpy()[self.row]
 
     def reason(self, error: Exception) -> str:
-        """Tell in one line what is wrong, and what would be right."""
-        # What follows a blank line are candidates and a drawing of the place.
+        """Return one line that says what is wrong and how to correct it."""
+        # After a blank line come candidates and a drawing of the position.
         told = str(error).split("\n\n")[0].splitlines()
         reason = " ".join(line.strip() for line in told if not line.startswith("\t"))
         reason = reason.replace(f'"{self.view}".', "")
@@ -188,7 +188,7 @@ class _Search:
         return reason
 
     def _view(self, fields: list[list[str]]) -> str:
-        """Write the query that gives every named field of meta its column and its type."""
+        """Return the query that gives every named meta field a typed column."""
         columns = [f'"{self.row}"', "id", "uri", "captions", "meta::JSON AS meta"]
         kinds = self._kinds([name for names in fields for name in names])
         for names in fields:
@@ -205,7 +205,7 @@ class _Search:
         return f"SELECT {', '.join(columns)} FROM stored"
 
     def _kinds(self, names: list[str]) -> dict[str, str | None]:
-        """Return the SQL types of fields of meta; None where no row has one."""
+        """Return the SQL types of meta fields; None for a field that no row has."""
         if not names:
             return {}
         kinds = ", ".join(f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names)
@@ -215,7 +215,7 @@ class _Search:
         }
 
     def _in_other_letters(self, asked: str) -> str:
-        """Return the one field of meta that is called so but for the case of its letters."""
+        """Return the one meta field with this name, ignoring case."""
         every = self.connection.execute("SELECT DISTINCT unnest(json_keys(meta)) FROM stored")
         known: list[str] = sorted(name for (name,) in every.fetchall())
         same = [name for name in known if name.lower() == asked.lower()]
@@ -239,7 +239,7 @@ def _connected() -> "Connection":
 
 
 def _parse(connection: "Connection", query: str, expression: str) -> dict[str, Any]:
-    """Return the syntax tree of an expression, after checking that it is one and nothing else."""
+    """Return the syntax tree of a text after checking that it is exactly one allowed expression."""
     around, tree = _tree(connection, query + "true"), _tree(connection, query + expression)
     if tree["error"]:
         near = tree["error_message"] if expression.strip() else "it is empty"
@@ -274,9 +274,9 @@ def _require_few_parts(clause: dict[str, Any]) -> None:
 
 
 def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
-    """Refuse what can make a great deal of little, by where it stands in a tree.
+    """Reject nesting that can build a large value from a small one.
 
-    DuckDB can be interrupted only between some thousand rows, so each of them must be cheap.
+    DuckDB can be interrupted only once every few thousand rows, so each row must be cheap.
     """
     if isinstance(tree, list):
         for inner in tree:
@@ -297,7 +297,7 @@ def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
 
 
 def _is_lambda(node: dict[str, Any]) -> bool:
-    """Tell `lambda c: ...`, which has variables, from `field -> 'name'`, which reads JSON."""
+    """Distinguish `lambda c: ...`, with variables, from `field -> 'name'`, which reads JSON."""
     return node["class"] == "LAMBDA" and node.get("syntax_type") != "SINGLE_ARROW"
 
 
@@ -310,7 +310,7 @@ def _require_truth(connection: "Connection", view: str, expression: str) -> None
 
 
 def _tree(connection: "Connection", query: str) -> dict[str, Any]:
-    # Without empty values, a tree holds no field for what was not written.
+    # Empty values are skipped, so the tree has no fields for clauses that were not written.
     call = "SELECT json_serialize_sql(?, skip_null := true, skip_empty := true)"
     ((answer,),) = connection.execute(call, [query]).fetchall()
     tree: dict[str, Any] = json.loads(answer)
@@ -330,7 +330,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _fields(clause: dict[str, Any]) -> list[list[str]]:
-    """Return the fields of meta that an expression names; SQL takes those of a list for one."""
+    """Return the meta fields that an expression names; SQL treats those in one list as equal."""
     used = {n["column_names"][0] for n in _nodes(clause) if n["class"] == "COLUMN_REF"}
     for node in _nodes(clause):
         if _is_lambda(node):
@@ -343,7 +343,7 @@ def _fields(clause: dict[str, Any]) -> list[list[str]]:
 
 
 def _table(store: Store, row: str) -> pa.Table:
-    """Show the shards as one table, uncopied and without vectors, its rows numbered."""
+    """Return the shards as one table, zero-copy, without vectors and with numbered rows."""
     numbers = pa.array(np.arange(store.manifest.physical_rows, dtype=np.int64))
     few = (part for batch in store.batches(COLUMNS) for part in _of_few_bytes(batch))
     return pa.Table.from_batches(few).append_column(row, numbers)
@@ -360,7 +360,7 @@ def _quoted(name: str) -> str:
 
 
 def _type(kinds: Iterable[str]) -> str | None:
-    """Return the SQL type that holds values of these JSON types; None where there are none."""
+    """Return the SQL type that holds values of these JSON types; None if there are none."""
     held = set(kinds)
     if not held:
         return None
@@ -368,6 +368,6 @@ def _type(kinds: Iterable[str]) -> str | None:
 
 
 def _pointer(field: str) -> str:
-    """Return the JSON pointer of a field, as a SQL text."""
+    """Return the JSON pointer of a field as a SQL string literal."""
     pointer = "/" + field.replace("~", "~0").replace("/", "~1")
     return "'" + pointer.replace("'", "''") + "'"

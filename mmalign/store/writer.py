@@ -1,4 +1,4 @@
-"""Rows into shards, shards into a manifest generation; a crash costs what was not committed."""
+"""Write rows to shards and commit shards in a generation; a crash loses only uncommitted rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,11 +16,10 @@ ROWS_PER_SHARD = 10_000
 
 
 class Writer:
-    """Puts rows into a store. A row is acknowledged once `commit` has returned; final.
+    """Adds rows to a store. A row is acknowledged once `commit` has returned; final.
 
-    An id is live once: a row replaces the one that had its id, in the generation that adds it.
-    Used as a context manager it commits what is left at the end, and after an error nothing that
-    was not committed before.
+    Each id has at most one live row: a new row replaces the old one in the same generation. Used
+    as a context manager, it commits the remaining rows at the end; after an error it does not.
     """
 
     def __init__(self, store: Path, model: ModelCard, rows_per_shard: int = ROWS_PER_SHARD) -> None:
@@ -42,11 +41,11 @@ class Writer:
         return held
 
     def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
-        """Take a row; True when that filled a shard and committed it.
+        """Add a row; return True if that filled a shard and committed it.
 
         Args:
-            row: It replaces the row that has its id.
-            replaces: Ids of other rows that go in the same commit.
+            row: The row; it replaces the row with the same id.
+            replaces: Ids of other rows to delete in the same commit.
         """
         self._replaced.update(replaces)
         self._rows.pop(row.id, None)
@@ -57,7 +56,7 @@ class Writer:
         return True
 
     def commit(self) -> None:
-        """Write the rows taken since the last commit as one shard, and name it in a generation."""
+        """Write the rows added since the last commit as one shard and commit it in a generation."""
         if not self._rows:
             return
         ids = list(self._rows)
@@ -81,6 +80,6 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Ctrl-C keeps what was embedded; a failure of the writer itself must not be repeated.
+        # Ctrl-C keeps the rows embedded so far; a failure of the writer must not be repeated.
         if kind is None or kind is KeyboardInterrupt:
             self.commit()

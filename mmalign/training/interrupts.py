@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop meets between two steps, with nothing half done."""
+"""Handle Ctrl-C and SIGTERM between two training steps, so that no step is left half done."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ NOTICE = b"\nstopping after this step; again: stop at once, without saving it\n"
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Lend a function that says whether somebody asked to stop; a second signal interrupts at once.
+    """Yield a function that tells whether a stop was requested; a second signal stops at once.
 
-    Outside the main thread no signal arrives, and the answer is always no.
+    Outside the main thread no signal arrives, and the function always returns False.
     """
     heard: list[int] = []
 
@@ -23,7 +23,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if heard:
             raise KeyboardInterrupt
         heard.append(number)
-        # Not through a stream of Python's: the signal may have come while that is written to.
+        # Not through a Python stream: the signal may have arrived during a write to it.
         with contextlib.suppress(OSError):
             os.write(2, NOTICE)
 

@@ -1,4 +1,4 @@
-"""Whether validation measures anything: samples of it that are trained on too.
+"""Find validation samples that are also in the training data.
 
 N training samples, V validation samples.
 """
@@ -9,21 +9,22 @@ from numpy.typing import NDArray
 from mmalign.data import Pixels, Record
 
 Ints = NDArray[np.int64]
-# Bits in which two pictures that look the same may differ, and levels (of 255) of their blurs.
+# Largest difference of two images that look the same: hash bits, and levels (of 255) of the blurs.
 NEAR_BITS, NEAR_LEVELS = 4, 12.0
 BLUR = 16
-# Pairs of pictures that are compared by their looks; of more, a part of the validation is.
+# Most pairs of images compared visually; beyond that, only a part of the validation set is checked.
 MOST_PAIRS = 1 << 30
 AT_ONCE = 1 << 22
-# Plain pictures are alike in their outlines; of so many the blurs are compared.
+# Simple images have similar hashes; the blurs of at most this many candidates are compared.
 MOST_LOOKED_AT = 64
 
 
 def shared_samples(training: Pixels, validation: Pixels) -> dict[str, list[tuple[Record, Record]]]:
-    """Find validation samples that are trained on, each under the first way that shows it.
+    """Find validation samples that are also in the training data, by the first check that matches.
+
 
     Returns:
-        Pairs of a validation and a training record by "the same sample" (one place or
+        Pairs of a validation and a training record by "the same sample" (same location or
         id), "the same file" (equal contents) and "the same picture" (re-encoded or resized).
     """
     places = {key: i for i, r in enumerate(training.records) for key in _names(r)}
@@ -50,7 +51,7 @@ def shared_samples(training: Pixels, validation: Pixels) -> dict[str, list[tuple
 
 
 def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
-    """Say in one line what validation shares with training; None where it shares nothing."""
+    """Describe in one line what validation shares with training; None if nothing."""
     twins = shared_samples(training, validation)
     if not twins:
         return None
@@ -65,12 +66,12 @@ def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
 
 
 def _names(record: Record) -> list[str]:
-    """What names a sample: its place, and its id where that is more than a name of a file."""
+    """Return the names of a sample: its location, and its id if that is not just a file name."""
     return [f"uri {record.uri}", *([f"id {record.id}"] if record.given_id else [])]
 
 
 def _look_alike(training: Pixels, validation: Pixels, alone_V: Ints) -> list[tuple[int, int]]:
-    """Pairs of validation and training rows whose pictures look the same."""
+    """Find pairs of validation and training rows whose images look the same."""
     if training.cache_NSS3 is None or validation.cache_NSS3 is None or not len(alone_V):
         return []
     most = max(1, MOST_PAIRS // len(training.records))
@@ -94,7 +95,7 @@ def _look_alike(training: Pixels, validation: Pixels, alone_V: Ints) -> list[tup
 
 
 def _blur(pixels_SS3: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Means over a grid of 16 x 16 areas, which hardly feel a resize or another JPEG."""
+    """Compute the means over a 16 x 16 grid, which resizing or JPEG re-encoding hardly changes."""
     edges = np.linspace(0, len(pixels_SS3), BLUR + 1).astype(np.int64)
     sums = np.add.reduceat(pixels_SS3.astype(np.float32), edges[:-1], axis=0)
     sums = np.add.reduceat(sums, edges[:-1], axis=1)

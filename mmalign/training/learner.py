@@ -24,12 +24,12 @@ from mmalign.training.pairs import Batch, Pairs
 from mmalign.training.settings import TrainConfig
 from mmalign.training.token_prediction import TokenHead
 
-# Share of the training after which images have their full size.
+# Share of the training after which images are at full size.
 FULL_SIZE_AT = 0.7
 
 
 def image_side(full: int, start: float, progress: float) -> int:
-    """Side to train at: a share of the full one at first, then growing in steps of 16 pixels.
+    """Return the image side to train at: a share of the full one, growing in steps of 16 pixels.
 
     Source: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training".
 
@@ -43,7 +43,7 @@ def image_side(full: int, start: float, progress: float) -> int:
 
 
 class Learner:
-    """The weights that are trained, and what moves them; final."""
+    """The trained weights and their optimizer; final."""
 
     def __init__(self, config: TrainConfig, encoder: Encoder, pairs: Pairs) -> None:
         self.config, self.encoder = config, encoder
@@ -62,14 +62,14 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the last step."""
+        """Return the learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, batch: Batch, progress: float) -> Tensor:
         """Take one step and return its loss; the weights do not change if it is not finite.
 
         Args:
-            batch: What to train on.
+            batch: The batch to train on.
             progress: Share of the training that is done.
 
         Raises:
@@ -81,7 +81,7 @@ class Learner:
             group["lr"] = rate
         start = config.start_size if self.towers.any_size else 1.0
         side = image_side(self.encoder.preprocess.size, start, progress)
-        # Dropout and crops are functions of seed and step: a resumed run repeats an unbroken one.
+        # Dropout and crops depend only on seed and step, so a resumed run equals an unbroken one.
         seed = config.seed * 1_000_003 + batch.step
         images = config.augment(batch.images_B3SS, side, torch.Generator().manual_seed(seed))
         with _seeded(seed, self.device):
@@ -95,12 +95,12 @@ class Learner:
         return loss
 
     def _backward(self, images: Tensor, batch: Batch) -> Tensor:
-        """Compute the gradients of a batch: whole, or in micro-batches that fit the memory."""
+        """Compute the gradients of a batch: at once, or in micro-batches that fit the memory."""
         batch = batch.on(self.device)
 
         def encode(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             texts = self._text_vectors(part[1].flatten(0, 1))
-            # Images stay on the host: the device holds one micro-batch of them at a time.
+            # Images stay on the host; the device holds one micro-batch of them at a time.
             images = self._image_vectors(part[0].to(self.device))
             return images, texts.unflatten(0, part[1].shape[:2])
 
@@ -138,10 +138,10 @@ class Learner:
         )
 
     def choose_arithmetic(self, pairs: Pairs, draw: Draw) -> None:
-        """Measure which arithmetic each tower is fastest in, on a batch or a micro-batch.
+        """Measure which arithmetic is fastest for each tower, on a batch or a micro-batch.
 
         Args:
-            pairs: What is trained on.
+            pairs: The training pairs.
             draw: The first batch.
         """
         if self.config.arithmetic != "auto":
@@ -171,7 +171,7 @@ class Learner:
             }
 
     def state(self) -> dict[str, Any]:
-        """Return all that `restore` needs."""
+        """Return everything that `restore` needs."""
         return {
             "towers": self.towers.state_dict(),
             "words": self.head.state_dict(),
@@ -187,7 +187,7 @@ class Learner:
         """Continue from what `state` returned.
 
         Args:
-            state: What was saved.
+            state: The saved state.
             run: The run folder, for messages.
 
         Raises:
@@ -202,7 +202,7 @@ class Learner:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise TrainingError(f"{run}: state.pt does not fit the run: {reason}") from error
-        # The optimizer's state brings its own settings; those of the configuration count.
+        # The optimizer's state contains its own settings; those of the configuration apply.
         decays = (self.config.weight_decay, 0.0)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
@@ -210,7 +210,7 @@ class Learner:
             self._restore_arithmetic(state, run)
 
     def _restore_arithmetic(self, state: dict[str, Any], run: str) -> None:
-        """Continue in the arithmetic that the run began in."""
+        """Continue in the arithmetic that the run started with."""
         arithmetic = {name: Arithmetic(**a) for name, a in state["arithmetic"].items()}
         before, now = state["machine"], self._machine()
         lacking = any(a.bfloat16 for a in arithmetic.values()) and not has_bfloat16(self.device)
@@ -229,7 +229,7 @@ class Learner:
         self.arithmetic = arithmetic
 
     def _machine(self) -> dict[str, Any]:
-        """What else decides the last digits of a result."""
+        """Return what else affects the last digits of a result."""
         return {
             "device": self.device.type,
             "torch": str(torch.__version__),
@@ -239,7 +239,7 @@ class Learner:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw torch's random numbers from a seed; the caller's generator is left as it was."""
+    """Seed torch's random numbers within a block; the caller's generator state is restored."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

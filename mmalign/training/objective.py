@@ -1,6 +1,6 @@
-"""What training minimises: a weighted sum of contrastive losses and token prediction.
+"""The training objective: a weighted sum of contrastive losses and token prediction.
 
-B images of a batch, C captions drawn for each, L captions an image has at most, D dimensions,
+B images of a batch, C captions drawn for each, L maximum captions per image, D dimensions,
 T tokens of a caption.
 """
 
@@ -27,7 +27,7 @@ class Objective:
         """Return the loss of the vectors of a batch, a scalar."""
         groups_BC, owned_BL = batch.groups_BC, batch.owned_BL
         drawn = range(text_BCD.shape[1])
-        # No caption of an image is a negative of it, whether it was drawn or not.
+        # No caption of an image is a negative for it, whether it was drawn or not.
         losses = [
             self.contrast(image_BD, text_BCD[:, c], (owned_BL, groups_BC[:, c, None]))
             for c in drawn

@@ -1,4 +1,4 @@
-"""How weights move: learning rate, weight averages, and the arithmetic a machine is fastest in."""
+"""Optimization: learning rate, weight averages, and the fastest arithmetic on a machine."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ PROBE_REPEATS = 2
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero.
+    """Return the learning rate: linear warm-up, then cosine decay to zero.
 
     >>> [round(learning_rate(p, 1.0, 0.1), 3) for p in (0.05, 0.1, 0.55, 1.0)]
     [0.5, 1.0, 0.5, 0.0]
@@ -27,7 +27,7 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
 
 
 def adamw(towers: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: no norms, biases, temperatures."""
+    """Build AdamW with weight decay on matrices only: not on norms, biases or temperatures."""
     trained = [p for p in towers.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -47,7 +47,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, towers: nn.Module) -> None:
-        """Take one step towards the weights of the towers."""
+        """Move one step towards the weights of the towers."""
         self.steps += 1
         share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in towers.state_dict().items():
@@ -58,7 +58,7 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self, towers: nn.Module) -> Iterator[None]:
-        """Lend the average to the towers, which compute as for evaluation meanwhile."""
+        """Put the averaged weights into the towers, in evaluation mode, within a block."""
         mode = towers.training
         own = {k: v.detach().clone() for k, v in towers.state_dict().items()}
         towers.load_state_dict(self.weights)
@@ -72,7 +72,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """In which type and memory layout a tower is trained."""
+    """The data type and memory layout in which a tower is trained."""
 
     bfloat16: bool = False
     channels_last: bool = False
@@ -92,12 +92,12 @@ class Arithmetic:
 def fastest(
     network: nn.Module, run: Callable[[], Tensor], device: torch.device, *, is_image: bool
 ) -> Arithmetic:
-    """Measure one tower forward and backward in every arithmetic, and choose the fastest.
+    """Measure a forward and backward pass of one tower in every arithmetic; return the fastest.
 
-    bfloat16 and channels-last pay for some networks and hurt others, and which is which differs
-    between machines; half a second of trying is cheaper than a rule.
+    bfloat16 and channels-last speed up some networks and slow down others, depending on the
+    machine; half a second of measuring is cheaper than a rule.
     """
-    # Without hardware for it bfloat16 is emulated, and never worth trying.
+    # Without hardware support bfloat16 is emulated, and never worth trying.
     layouts = (False, True) if is_image else (False,)
     times: dict[Arithmetic, float] = {}
     for bfloat16, channels_last in product(
@@ -123,8 +123,8 @@ def _seconds(
         arithmetic.apply(network, run, device).square().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if repeat:  # the first one warms up
+        if repeat:  # the first one is a warm-up
             best = min(best, time.perf_counter() - started)
     network.zero_grad(set_to_none=True)
-    network.load_state_dict(state)  # batch norms moved
+    network.load_state_dict(state)  # batch norm statistics changed
     return best

@@ -1,7 +1,7 @@
-"""Training and validation pairs in memory: pixels by row, tokens by caption, all joined by number.
+"""Training and validation pairs in memory: pixels by row, tokens by caption, linked by number.
 
-N images, P captions, B images of a batch, C captions drawn for each, L captions an image has at
-most, S side in pixels, T tokens of a caption, X tokens of all captions.
+N images, P captions, B images of a batch, C captions drawn for each, L maximum captions per image,
+S side in pixels, T tokens of a caption, X tokens of all captions.
 """
 
 import json
@@ -37,9 +37,9 @@ Ints = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 ENCODED_AT_ONCE = 256
 TOKENIZED_AT_ONCE = 10_000
-# A crop is taken from an image this much larger than the model's input.
+# Crops are taken from an image this much larger than the model's input.
 CROP_ROOM = 1.125
-# Words that a mirror makes wrong; 左右 ("about", or both sides) is none of them.
+# Words that mirroring makes wrong; 左右 ("about", or both sides) is not one of them.
 LEFT_RIGHT = re.compile(
     r"(?<![a-z])(?:left|right)(?:most|wards?|hand|handed|side)?(?![a-z])|左(?!右)|(?<!左)右"
 )
@@ -48,7 +48,7 @@ MIRROR_LIMIT = 0.01
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on."""
+    """The data of one training step."""
 
     step: int
     images_B3SS: Tensor
@@ -57,11 +57,11 @@ class Batch:
     groups_BC: Tensor
     """Equal captions have equal numbers."""
     owned_BL: Tensor
-    """The numbers of all captions that an image has, drawn or not; padded with -1."""
+    """The numbers of all captions of each image, drawn or not; padded with -1."""
     lost: tuple[Skip, ...] = ()
 
     def on(self, device: torch.device) -> "Batch":
-        """Move what describes the captions to a device; the images stay where they are."""
+        """Move the caption tensors to a device; the images stay where they are."""
         return replace(
             self,
             tokens_BCT=self.tokens_BCT.to(device),
@@ -77,27 +77,27 @@ class Pairs:
     pixels: Pixels
     starts: Ints
     tokens_X: NDArray[np.uint16] | NDArray[np.int32]
-    """Tokens of all captions, one behind the other, without padding."""
+    """Tokens of all captions, concatenated without padding."""
     token_starts: Ints
-    """Where the tokens of each caption begin, and where the last one's end: (P + 1,)."""
+    """Offsets where the tokens of each caption begin, and where the last ones end: (P + 1,)."""
     groups_P: Ints
-    """A number of each caption: equal captions have equal ones."""
+    """Group number of each caption: equal captions have equal numbers."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     @property
     def captions(self) -> int:
-        """Number of captions."""
+        """Return the number of captions."""
         return len(self.token_starts) - 1
 
     @property
     def owners_P(self) -> Ints:
-        """The image of each caption."""
+        """Return the image of each caption."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def tokens(self, captions: Ints) -> Tensor:
-        """Token ids of some captions, int64, padded with 0 to the longest: (*captions.shape, T)."""
+        """Return token ids, int64, padded with 0 to the longest caption: (*captions.shape, T)."""
         firsts = self.token_starts[captions][..., None]
         lengths = self.token_starts[captions + 1][..., None] - firsts
         steps_T = np.arange(lengths.max())
@@ -105,7 +105,7 @@ class Pairs:
         return torch.from_numpy(np.where(steps_T < lengths, self.tokens_X[places], 0)).long()
 
     def token_counts(self) -> Tensor:
-        """Count the captions that hold each token, (U,) int64; all of them hold the padding."""
+        """Count the captions that contain each token, (U,) int64; all contain the padding token."""
         counts_U = np.zeros(int(self.tokens_X.max()) + 1, np.int64)
         for rows in _parts(self.captions, TOKENIZED_AT_ONCE):
             sorted_PT = np.sort(self.tokens(rows).numpy(), axis=1)
@@ -116,7 +116,7 @@ class Pairs:
         return torch.from_numpy(counts_U)
 
     def sampler(self, batch_size: int, captions_per_image: int, seed: int) -> Sampler:
-        """Shuffled batches over the pairs."""
+        """Return a sampler of shuffled batches over the pairs."""
         if len(self) < 2:
             raise TrainingError(
                 "there is 1 training sample: pairs are learned by telling them apart, "
@@ -153,11 +153,11 @@ def load_pairs(
     """Decode images into a cache and tokenize captions.
 
     Args:
-        encoder: Gives the image size and the tokenizer.
+        encoder: Defines the image size and the tokenizer.
         records: Samples, each with at least one caption.
         cache: The file to decode into.
         crops: Leave room around the model's input for random crops.
-        label: What the progress bar says.
+        label: Label of the progress bar.
     """
     shape = encoder.preprocess
     side = round(shape.size * CROP_ROOM) if crops else shape.size
@@ -173,14 +173,14 @@ def load_pairs(
     captions = [c for r in pixels.records for c in r.captions]
     counts = [len(r.captions) for r in pixels.records]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # In order of appearance: the same in every process.
+    # In order of appearance, which is the same in every process.
     numbers: dict[str, int] = {}
     groups_P = np.array([numbers.setdefault(c, len(numbers)) for c in captions], np.int64)
     return Pairs(pixels, starts, *_tokenize(encoder, captions), groups_P), skips
 
 
 def _tokenize(encoder: Encoder, captions: Sequence[str]) -> tuple[NDArray[Any], Ints]:
-    """Return all tokens in two or four bytes each, and where those of each caption begin."""
+    """Return all tokens, in two or four bytes each, and the offset of each caption's tokens."""
     pieces, lengths, cut = [], [], 0
     for start in range(0, len(captions), TOKENIZED_AT_ONCE):
         texts = captions[start : start + TOKENIZED_AT_ONCE]
@@ -202,7 +202,7 @@ def encode_pairs(
 ) -> tuple[Vectors, Vectors, Ints]:
     """Embed all images (N, D) and captions (P, D); the third array is the image of each caption.
 
-    Images that cannot be decoded any more are left out together with their captions.
+    Images that can no longer be decoded are left out together with their captions.
     """
     images, decoded = [], []
     for rows in _parts(len(pairs), at_once):
@@ -226,21 +226,21 @@ def _parts(count: int, size: int) -> list[Ints]:
 
 
 def report_losses(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
-    """List what is not trained on in the run's skipped.jsonl, and say how much it is."""
+    """List samples not used for training in the run's skipped.jsonl, and report their number."""
     where = run / "skipped.jsonl"
     if skips:
         listed = set(where.read_text(encoding="utf-8").splitlines()) if where.exists() else set()
         rows = [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips]
-        # A resumed run meets them again.
+        # A resumed run finds them again.
         new = [row for row in rows if json.dumps(row, ensure_ascii=False) not in listed]
         files.append_lines(where, new)
     report_skips(skips, found=found, used=used, where=where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:
-    """Say whether mirrored images still fit their captions: not where these say left and right.
+    """Return whether mirrored images still fit their captions: not if these say left and right.
 
-    English and Chinese captions are understood; for others `augment.flip` says it.
+    Only English and Chinese captions are checked; for others set `augment.flip`.
     """
     captions = [c.lower() for r in records for c in r.captions]
     sided = sum(LEFT_RIGHT.search(c) is not None for c in captions)

@@ -1,7 +1,7 @@
-"""What a stopped training goes on from, and whether it may.
+"""The saved state of a training, and whether it may be resumed.
 
-A resumed training equals an unbroken one bit for bit, or is refused with the reason. So its state
-holds, beside weights and optimizer, what it was trained on and in which arithmetic.
+A resumed training equals an unbroken one bit for bit, or is refused with the reason. So besides
+weights and optimizer, its state records the training data and the arithmetic.
 
 N samples.
 """
@@ -22,7 +22,7 @@ from mmalign.progress import say
 
 Ints = NDArray[np.int64]
 STATE = "state.pt"
-# What decides the network, the samples and their order: another value is another training.
+# Fields that decide the network, the samples and their order: another value is another training.
 FIXED = (
     "preset", "model", "pretrained", "caption_keys", "image_column", "held_out", "seed",
     "batch_size", "captions_per_image",
@@ -30,10 +30,10 @@ FIXED = (
 
 
 def read_state(run: Path) -> dict[str, Any] | None:
-    """Read what `write_state` wrote; None where nothing was saved yet.
+    """Read what `write_state` wrote; None if nothing was saved yet.
 
     Raises:
-        TrainingError: The file is damaged, or of an earlier version.
+        TrainingError: The file is damaged, or from an earlier version.
     """
     file = run / STATE
     if not file.exists():
@@ -46,21 +46,21 @@ def read_state(run: Path) -> dict[str, Any] | None:
             f"{file}: of an earlier version, which did not record its data: it cannot be resumed; "
             "train into another --out"
         ) from None
-    except Exception as error:  # torch has many, and none of its own
+    except Exception as error:  # torch raises many kinds, with no common base of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainingError(f"{file}: damaged: {reason}; train into another --out") from error
     return state
 
 
 def write_state(run: Path, state: dict[str, Any]) -> None:
-    """Write a state; the one before stays until this one is whole.
+    """Write a state; the previous one is kept until this one is complete.
 
     Raises:
         OSError: It cannot be written.
     """
 
     def write(path: str) -> None:
-        # Given a name, torch forgets why the system did not take its bytes.
+        # Given a path, torch loses the system's reason for a failed write.
         with open(path, "wb") as file:
             torch.save(state, file)
 
@@ -68,7 +68,7 @@ def write_state(run: Path, state: dict[str, Any]) -> None:
 
 
 def check_settings(run: Path, before: Any, now: Any) -> None:
-    """Refuse a configuration that makes another training of a run.
+    """Refuse a configuration that would make a run a different training.
 
     Raises:
         ConfigError: A field that is fixed when a run begins has another value.
@@ -83,18 +83,18 @@ def check_settings(run: Path, before: Any, now: Any) -> None:
 
 
 def sample_hashes(records: Sequence[Record]) -> Ints:
-    """Hash id and captions of each sample, in their order."""
+    """Hash the id and captions of each sample, in order."""
     return np.array([_hash((r.id, r.captions)) for r in records], np.int64)
 
 
 def listing_hash(training: Sequence[Record], validation: Sequence[Record]) -> int:
-    """Hash ids and captions of all samples that were listed, those that cannot be read included."""
+    """Hash ids and captions of all listed samples, including those that cannot be read."""
     hashes = [sample_hashes(records).tobytes() for records in (training, validation)]
     return _hash(hashes)
 
 
 def fingerprint(pixels: Pixels) -> dict[str, torch.Tensor]:
-    """Return what tells the samples of a training from others: ids, captions, contents."""
+    """Return what identifies the samples of a training: ids, captions, contents."""
     return {
         "samples": torch.from_numpy(sample_hashes(pixels.records)),
         "contents": torch.from_numpy(pixels.contents_N),
@@ -104,10 +104,10 @@ def fingerprint(pixels: Pixels) -> dict[str, torch.Tensor]:
 def check_listing(
     run: Path, state: dict[str, Any], training: Sequence[Record], validation: Sequence[Record]
 ) -> None:
-    """Refuse samples with other ids or captions than a run began with, before any is decoded.
+    """Refuse samples with other ids or captions than a run began with, before decoding any.
 
     Raises:
-        TrainingError: They differ; how many, and the first of them.
+        TrainingError: They differ; it names how many, and the first.
     """
     if listing_hash(training, validation) == state["listed"]:
         return
@@ -126,7 +126,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
     """Refuse images with other contents than a run began with.
 
     Raises:
-        TrainingError: They differ; how many, and the first of them.
+        TrainingError: They differ; it names how many, and the first.
     """
     for before, pixels in zip(_parts(state), (training, validation), strict=True):
         if pixels is None or not before:
@@ -136,7 +136,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
         now = fingerprint(pixels)
         if not torch.equal(before["samples"], now["samples"]):
             _changed(run, "other samples can be decoded than before")
-        # Images that did not fit on the disk were not read yet, before or now.
+        # Images that did not fit on the disk have not been read yet, before or now.
         read = (before["contents"] != 0) & (now["contents"] != 0)
         if not read.all():
             say(

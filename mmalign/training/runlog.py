@@ -1,4 +1,4 @@
-"""How a training goes: a line of metrics.jsonl and a TensorBoard event for every number."""
+"""Log the progress of a training to metrics.jsonl and as TensorBoard events."""
 
 import contextlib
 import json
@@ -14,17 +14,17 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Where a run writes how it goes; final."""
+    """The log of a run; final."""
 
     def __init__(self, run: Path, step: int = 0) -> None:
-        """Go on at a step: what a training that was killed logged beyond it is taken back."""
+        """Continue at a step: entries beyond it, logged by a killed training, are removed."""
         self.file = run / METRICS
         if self.file.exists():
             files.rewrite(self.file, lambda content: _until(content, step))
         self.events = _Events(run / "events", step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log the numbers of one moment, `step` among them.
+        """Log the numbers of one moment, including `step`.
 
         Raises:
             OSError: They cannot be written.
@@ -40,16 +40,16 @@ class RunLog:
 class _Events:
     """A file of TensorBoard events; final.
 
-    TensorBoard's own writer has a thread that meets a full disk with a traceback, and tells the
-    caller only later, without the name of the file.
+    TensorBoard's own writer has a thread that prints a traceback on a full disk, and the caller
+    learns of it only later, without the file name.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
-        """Begin a file; of earlier files, events at or beyond a step no longer count."""
+        """Start a file; events of earlier files at or beyond `purge_step` no longer count."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(exist_ok=True)
-        # TensorBoard knows its files by the name's beginning, and reads them in order.
+        # TensorBoard recognizes its files by the prefix of the name, and reads them in order.
         now, place = int(time.time()), f"{socket.gethostname()}.{os.getpid()}"
         self.path = folder / f"events.out.tfevents.{now:010d}.{place}.{time.monotonic_ns()}"
         self.file = open(self.path, "xb")  # noqa: SIM115
@@ -71,7 +71,7 @@ class _Events:
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):  # told already, when it was written
+        with contextlib.suppress(OSError):  # already reported by `write`
             self.file.close()
 
     def _add(self, event: Any) -> None:
@@ -90,6 +90,6 @@ def _until(content: bytes, step: int) -> bytes:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # torn by a kill
+        except (ValueError, KeyError, TypeError):  # incomplete line: the process was killed
             continue
     return b"".join(kept)

@@ -1,4 +1,4 @@
-"""How to train: the configuration of a run, and where it ends."""
+"""The training configuration of a run, and when it ends."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,29 +14,29 @@ DEFAULT_EPOCHS = 30.0
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train, and on what. Every field can stand in a TOML file or behind `--set`."""
+    """How to train, and on what. Every field can be set in a TOML file or by `--set`."""
 
     data: tuple[str, ...] = ()
-    """Sources of training pairs, in place of `--data`; written down by every run."""
+    """Sources of training pairs, instead of `--data`; recorded by every run."""
     val: tuple[str, ...] = ()
-    """Sources of validation pairs, in place of `--val`."""
+    """Sources of validation pairs, instead of `--val`."""
     preset: str = "tiny"
     """One of our own presets, trained from scratch."""
     model: str | None = None
-    """An open_clip architecture, in place of a preset."""
+    """An open_clip architecture, instead of a preset."""
     pretrained: str | None = None
     """Its weights: a tag, or a local file."""
     caption_keys: tuple[str, ...] = ("captions",)
     image_column: str | None = None
     loss: Literal["infonce", "siglip"] = "infonce"
     epochs: float | None = None
-    """Passes over the images; 30 where neither this nor `minutes` is set."""
+    """Passes over the images; 30 if neither this nor `minutes` is set."""
     minutes: float | None = None
     """Time from the first step to the last; the learning rate follows the clock."""
     batch_size: int = 128
     part_size: int | None = None
-    """Images encoded at a time. A larger batch is encoded in parts, twice, in the memory of one
-    part, and its loss evaluated once; batch norms then see a part, not the batch."""
+    """Images encoded at a time. A larger batch is encoded twice, in parts, with the memory of one
+    part, and its loss is computed once; batch norms then see a part, not the batch."""
     captions_per_image: int = 5
     """Captions drawn for each image of a batch; the image is encoded once for all of them."""
     learning_rate: float = 1e-3
@@ -44,26 +44,26 @@ class TrainConfig:
     warmup: float = 0.05
     """Share of the training with a rising learning rate."""
     average: float = 0.99
-    """Decay of the moving average of the weights, which is what is validated and saved."""
+    """Decay of the moving average of the weights; the average is validated and saved."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     validations: int = 10
-    """Times that recall is measured on the way."""
+    """Number of validations during training."""
     held_out: float | None = None
-    """Share of the training images to validate on where no validation source is given. By default
-    none of fewer than 200; of more 5 %, but at least 50, at most a tenth, and at most 1,000."""
+    """Share of the training images held out for validation if no validation source is given. By
+    default none below 200 images; otherwise 5 %, but at least 50, at most a tenth and 1,000."""
     seed: int = 0
     caption_loss: float = 0.2
-    """Weight of a contrast between two captions of each image, which teaches paraphrases."""
+    """Weight of a contrastive loss between two captions of an image, which teaches paraphrases."""
     word_loss: float = 0.3
     """Weight of predicting the tokens of an image's captions, see token_prediction.py."""
     start_size: float = 0.67
-    """Side of the images in the first steps, as a share of the model's own; they grow to it on the
-    way, where the model takes any size. The same minutes then hold more passes, and the last of
-    them are sharp."""
+    """Side of the images in the first steps, as a share of the model's input; it grows to full size
+    during training, if the model takes any size. The same time then allows more passes, the last
+    ones at full resolution."""
     arithmetic: Literal["auto", "float32", "bfloat16"] = "auto"
-    """In which the towers are trained; "auto" is the fastest, measured once at the start of a run
-    and recorded: a resumed run goes on in it."""
+    """Arithmetic of the towers in training; "auto" is the fastest, measured once at the start of a
+    run and recorded: a resumed run continues in it."""
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
@@ -92,11 +92,11 @@ FINE_TUNING: dict[str, Any] = {
     "word_loss": 0.0,
     "augment": {"crop_min": 0.9, "colour": 0.0, "erase": 0.0},
 }
-"""What differs where good weights are only to be adapted: less help, smaller steps."""
+"""Defaults for fine-tuning: no auxiliary losses, weaker augmentation, smaller steps."""
 
 
 def configure(values: dict[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a configuration; with `model` among the values, what is not said is `FINE_TUNING`."""
+    """Build a configuration; with `model` among the values, `FINE_TUNING` gives the defaults."""
     if values.get("model") is None:
         return build(TrainConfig, values, where)
     augment = {**FINE_TUNING["augment"], **values.get("augment", {})}
@@ -116,7 +116,7 @@ def limits_reached(
 
 
 def refuse_complete(run: Path, config: TrainConfig, reached: list[str]) -> None:
-    """Refuse to go on with a training that is at its end, and say what would make it longer.
+    """Refuse to continue a training that has ended, and name what would extend it.
 
     Raises:
         UsageError: A limit is reached.
@@ -131,5 +131,5 @@ def refuse_complete(run: Path, config: TrainConfig, reached: list[str]) -> None:
 
 
 def epochs_of(config: TrainConfig) -> float:
-    """Return after how many passes a training ends; infinite where only time ends it."""
+    """Return after how many passes a training ends; infinite if only time ends it."""
     return config.epochs or (math.inf if config.minutes else DEFAULT_EPOCHS)

@@ -1,11 +1,11 @@
-"""A second objective for the image tower: predict which tokens the captions of an image have.
+"""A second objective for the image tower: predict which tokens occur in an image's captions.
 
 B images, C captions, D dimensions, T tokens of a caption, U tokens of the tokenizer, V tokens that
 occur in the captions.
 
 A contrastive loss teaches an image tower only what distinguishes an image from the rest of its
-batch. Token prediction compares it with the whole vocabulary at once, which helps where images are
-few and does nothing where they are billions. The head is discarded after training.
+batch. Token prediction compares it with the whole vocabulary at once, which helps with few images
+and does nothing with billions of them. The head is discarded after training.
 
 Source: Huang et al. 2024, "Classification Done Right for Vision-Language Pre-Training".
 """
@@ -29,7 +29,7 @@ class TokenHead(nn.Module):
 
         Args:
             dim: Dimensions of an image vector.
-            count_U: In how many captions each token occurs.
+            count_U: Number of captions in which each token occurs.
             captions: Number of captions.
         """
         super().__init__()

@@ -2,8 +2,8 @@
 
     scan -> encoder -> decode once -> [draw, augment, two towers, loss, step]... -> best model
 
-The part in brackets is `trainer.py` (the loop) and `learner.py` (a step); what they need is put
-together here.
+The part in brackets is in `trainer.py` (the loop) and `learner.py` (a step); this file assembles
+what they need.
 """
 
 import math
@@ -48,7 +48,7 @@ from mmalign.training.trainer import Trainer
 
 __all__ = ["TrainConfig", "configure", "train"]
 
-# Without validation pairs so many images are held out, where there are enough of them.
+# Images held out for validation if no validation pairs are given and there are enough images.
 MIN_IMAGES, MIN_HELD_OUT, MAX_HELD_OUT = 200, 50, 1000
 HELD_OUT, MOST_HELD_OUT = 0.05, 0.1
 CONFIG = "config.toml"
@@ -64,18 +64,19 @@ def train(
     resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train an encoder and leave it in a run folder.
+    """Train an encoder and save it in a run folder.
 
     Args:
-        sources: Training pairs, as `data.scan` takes them; without any, those of the
-            configuration, or those that the run to be resumed was trained on.
-        out: The run folder: new, or with `resume` the one to go on with.
-        config: How to train; by default what `settings` say.
-        val: Validation pairs, likewise; by default a share of the training images is held out.
-        resume: Go on from the last saved state, with the batches that would have come. The result
-            is that of an unbroken run bit for bit (but for `minutes`, as a clock repeats nothing).
-        settings: Fields of `TrainConfig` in place of `config`: `epochs=20, model="ViT-B-32"`. A
-            resumed run takes those of its own that are not given.
+        sources: Training pairs, as `data.scan` takes them; by default those of the configuration,
+            or those that the resumed run was trained on.
+        out: The run folder: new, or with `resume` the one to continue.
+        config: How to train; by default built from `settings`.
+        val: Validation pairs, in the same form; by default a share of the training images is held
+            out.
+        resume: Continue from the last saved state, with the batches that would have come next. The
+            result equals an unbroken run bit for bit (except with `minutes`, which uses the clock).
+        settings: Fields of `TrainConfig`, instead of `config`: `epochs=20, model="ViT-B-32"`. A
+            resumed run keeps its own values of those not given.
 
     Returns:
         The last line of metrics.jsonl: recall on the validation pairs, samples per second, the
@@ -84,7 +85,7 @@ def train(
     Raises:
         TrainingError: The loss is NaN, a batch is larger than the data, or a run cannot be resumed
             as its data has changed or this machine lacks its arithmetic.
-        ConfigError: A setting is unknown or off, or a resumed run is told to be another one.
+        ConfigError: A setting is unknown or invalid, or would make a resumed run a different one.
         DataError: A source is empty.
     """
     run = Path(out)
@@ -111,7 +112,7 @@ def train(
             return _train(config, run, state)
     finally:
         if is_new:
-            with suppress(OSError):  # something was written there
+            with suppress(OSError):  # not empty: something was written there
                 run.rmdir()
 
 
@@ -125,7 +126,7 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
     else:
         check_listing(run, state, records, val_records)
         encoder = blank_model(run)
-    # From here on a run that is killed can be resumed: what it is told is written down.
+    # From here on a killed run can be resumed, as its configuration is saved.
     files.write_text(run / CONFIG, dump(config))
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
@@ -155,8 +156,8 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Lend a folder for decoded images; a resumed run decodes them again."""
-    files.remove(folder)  # of a process that was killed
+    """Yield a temporary folder for decoded images; a resumed run decodes them again."""
+    files.remove(folder)  # left by a process that was killed
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -165,7 +166,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any] | None:
-    """Return the state to go on from; None where training starts at its beginning."""
+    """Return the state to continue from; None if training starts from the beginning."""
     if config.model and config.preset != TrainConfig.preset:
         raise ConfigError(f"give preset={config.preset} or model={config.model}, not both")
     state = read_state(run) if resume else None
@@ -195,7 +196,7 @@ def _recorded(run: Path) -> TrainConfig:
 def _with_sources(
     config: TrainConfig, sources: Sequence[str], val: Sequence[str], resumed: Path | None
 ) -> TrainConfig:
-    """Write into a configuration what it trains on, with names that hold in every folder."""
+    """Record the training sources in a configuration, with names valid from every folder."""
     before = _recorded(resumed) if resumed else config
     data = tuple(map(_anywhere, sources)) or config.data or before.data
     if not data:
@@ -208,7 +209,7 @@ def _anywhere(source: str) -> str:
 
 
 def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
-    """List training and validation records, and all that was left out."""
+    """List training and validation records, and everything that was left out."""
     columns: dict[str, Any] = {
         "caption_keys": config.caption_keys,
         "image_column": config.image_column,
@@ -230,9 +231,9 @@ def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
 
 
 def held_out_images(images: int, share: float | None) -> int:
-    """Return how many of some images are held out, see `TrainConfig.held_out`.
+    """Return how many images are held out, see `TrainConfig.held_out`.
 
-    Fewer than 50 say little; more than a tenth would be missed in training.
+    Fewer than 50 tell little; more than a tenth would cost too much training data.
 
     >>> [held_out_images(n, None) for n in (1, 20, 199, 200, 600, 10_000, 1_000_000)]
     [0, 0, 0, 20, 50, 500, 1000]
@@ -248,7 +249,7 @@ def held_out_images(images: int, share: float | None) -> int:
 
 
 def _warn(pairs: Pairs, held_out: Pairs | None) -> None:
-    """Say what makes a training or its validation worthless."""
+    """Warn of what makes a training or its validation meaningless."""
     said = [describe_overlap(pairs.pixels.records, "images", "nothing is learned")]
     contents_N = pairs.pixels.contents_N
     if len(pairs) > 1 and contents_N[0] and (contents_N == contents_N[0]).all():
@@ -266,7 +267,7 @@ def _warn(pairs: Pairs, held_out: Pairs | None) -> None:
 
 
 def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
-    # The caller's random numbers go on as they were.
+    # The caller's random number generator keeps its state.
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         if config.model:
@@ -281,7 +282,7 @@ def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
 
 
 def _require_model(config: TrainConfig) -> None:
-    """Refuse a model that nobody knows before the sources are read for it."""
+    """Refuse an unknown model before reading the sources."""
     if config.model:
         from mmalign.model import openclip
 
@@ -293,9 +294,9 @@ def _require_model(config: TrainConfig) -> None:
 
 
 def _start_sigmoid(encoder: Encoder) -> None:
-    """Set scale and bias to the sigmoid loss's own where a model comes without a bias.
+    """Set scale and bias to the initial values of the sigmoid loss if a model has no bias.
 
-    At a CLIP's scale of 100 and no bias nearly every negative is taken for a pair, and the first
+    With CLIP's scale of 100 and no bias, nearly every negative is taken for a pair, and the first
     gradients destroy the model.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".

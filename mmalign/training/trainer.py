@@ -1,4 +1,4 @@
-"""The training loop: batch by batch to the end; when recall is measured and what is saved.
+"""The training loop: runs all batches, measures recall and saves the run.
 
 N images, P captions, D dimensions.
 """
@@ -32,20 +32,20 @@ SAVE_SECONDS = 300.0
 
 @dataclass
 class State:
-    """Where training stands; saved and resumed."""
+    """The progress of a training; saved and resumed."""
 
     step: int = 0
     elapsed_s: float = 0.0
     best: float = -1.0
-    """Largest validation score so far, and where several were equal, the smallest loss."""
+    """Best validation score so far, and the smallest loss among equal scores."""
     best_loss: float = math.inf
     best_step: int = 0
     validated: int = 0
-    """Validations that were due so far."""
+    """Number of validations due so far."""
 
 
 class Trainer:
-    """One training: what `train` put together, step by step to the end; final."""
+    """One training: runs what `train` assembled, step by step to the end; final."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done: by steps or by the clock, whichever is further."""
+        """Return the share of the training that is done: by steps or time, whichever is larger."""
         by_clock = self.elapsed_s / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(self.state.step / self.steps, by_clock))
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the first step, those before a resume included."""
+        """Return the seconds since the first step, including those before a resume."""
         return self.state.elapsed_s + time.monotonic() - self.started
 
     def run_all(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Trainer:
         self, batches: Any, log: RunLog, shown: Any, stop: Callable[[], bool]
     ) -> dict[str, Any]:
         seen = waited_s = 0.0
-        # Reading the data is no training: counted as such, it would take the warm-up away.
+        # Reading the data does not count as training time: it would use up the warm-up.
         self.started = logged = saved = time.monotonic()
         due_so_far = math.floor(self.progress * self.config.validations)
         self.state.validated = min(self.state.validated, due_so_far)
@@ -142,7 +142,7 @@ class Trainer:
                 log.write(row)
                 logged = now
             shown.update(100 * progress - shown.n)
-            # Beside new best weights at once: a kill then costs neither without the other.
+            # Saved together with new best weights, so that a kill never loses only one of them.
             if due or now - saved > SAVE_SECONDS or stop():
                 self.save()
                 saved = time.monotonic()
@@ -165,11 +165,11 @@ class Trainer:
             say(warning)
 
     def validate(self) -> dict[str, Any]:
-        """Measure the averaged weights; save them as the model if none before were better.
+        """Validate the averaged weights; save them as the model if none before were better.
 
-        Better is a higher mean reciprocal rank, of both directions together, and where that is
-        equal a lower validation loss; of equals the later wins. Without validation pairs the last
-        weights are the best.
+        Better means a higher mean reciprocal rank over both directions, then a lower validation
+        loss; if both are equal, the later weights win. Without validation pairs the last weights
+        are the best.
         """
         state = self.state
         report: dict[str, Any] = {}
@@ -184,7 +184,7 @@ class Trainer:
                     state.best, state.best_loss = score, report["validation_loss"]
                 state.best_step = state.step
                 self.saved.append(save_model(self.encoder, self.run, steps=state.step))
-                self._drop_weights(keep=2)  # somebody may just be reading the one before
+                self._drop_weights(keep=2)  # another process may be reading the previous ones
         return report | {"best_step": state.best_step}
 
     def _measure(self, pairs: Pairs) -> tuple[dict[str, Any], float]:
@@ -207,7 +207,7 @@ class Trainer:
         return report, score
 
     def _drop_weights(self, keep: int) -> None:
-        """Of the weights that this session saved, keep the last, and those that stores need."""
+        """Delete weights saved by this session, except the last `keep` and those stores need."""
         self.saved = list(dict.fromkeys(reversed(self.saved)))[::-1]
         for name in self.saved[:-keep]:
             drop_weights(self.run, name)
@@ -217,7 +217,8 @@ class Trainer:
         """Write everything that resuming needs.
 
         Raises:
-            OSError: It cannot be written; what was saved before is whole.
+            OSError: It cannot be written; the previous state is intact.
+
         """
         progress = {**asdict(self.state), "elapsed_s": self.elapsed_s}
         write_state(self.run, self.recorded | progress | self.learner.state())
