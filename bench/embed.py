@@ -44,11 +44,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bench import clip_retrieval, measure, processes
+from mmalign.arrays import Floats
 from mmalign.data import Record, in_threads, read_image, scan
 from mmalign.embedding.embed import embed
 from mmalign.encoding.modalities import modalities_of
@@ -63,8 +63,7 @@ REFERENCE = "open_clip in a loop"
 THEIRS = "clip-retrieval "
 LONG = "mmalign embed"
 
-Vectors = NDArray[np.float32]
-Made = tuple[list[str], Vectors, float, str]
+Made = tuple[list[str], Floats, float, str]
 """Keys (names of images, or texts), their vectors, the seconds it took, and the precision."""
 
 
@@ -290,7 +289,7 @@ def run_here(options: argparse.Namespace) -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def cosines(found: dict[str, Any], truth: dict[str, Any]) -> tuple[Vectors, Vectors]:
+def cosines(found: dict[str, Any], truth: dict[str, Any]) -> tuple[Floats, Floats]:
     """Cosine of each vector with the reference of the same key, as they are and centred."""
     rows = {name: row for row, name in enumerate(found["keys"])}
     if set(rows) != set(truth["keys"]):
@@ -300,10 +299,10 @@ def cosines(found: dict[str, Any], truth: dict[str, Any]) -> tuple[Vectors, Vect
     return cosine(one, other), cosine(one - mean, other - mean)
 
 
-def cosine(one: Vectors, other: Vectors) -> Vectors:
+def cosine(one: Floats, other: Floats) -> Floats:
     """Cosines of rows."""
-    product: Vectors = (one * other).sum(1)
-    norms: Vectors = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    product: Floats = (one * other).sum(1)
+    norms: Floats = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return np.divide(product, norms)
 
 

@@ -22,15 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bench import measure
+from mmalign.arrays import Floats
 from mmalign.data import in_threads
 from mmalign.memory import reuse_freed
 from mmalign.model import Encoder, Precision, in_precision, load_model
 
-Vectors = NDArray[np.float32]
-Encode = Callable[[int], Vectors]
+Encode = Callable[[int], Floats]
 """Encodes the batch in one of several places that compute at the same time."""
 BATCHES = 8
 """Timed for each thread."""

@@ -28,10 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import kernels
-
-Floats = NDArray[np.float32]
-Halves = NDArray[np.float16]
-Ints = NDArray[np.int64]
+from mmalign.arrays import Floats, Halves, Ints
 
 K = 100
 BLOCK = 8192

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from bench import measure
+from mmalign.arrays import Floats
 from mmalign.store import ModelCard, Row, Writer, open_store
 
 CHUNK = 10_000
@@ -38,10 +39,8 @@ READ = 1_000
 SMALL = 1_000
 LARGE = 50_000
 
-Vectors = NDArray[np.float32]
 
-
-def unit_vectors(rows: int, dim: int) -> Vectors:
+def unit_vectors(rows: int, dim: int) -> Floats:
     """Random directions."""
     generator = np.random.default_rng(0)
     vectors = np.empty((rows, dim), dtype=np.float32)
@@ -59,7 +58,7 @@ def name_of(row: int) -> str:
 # --- writing: vectors to a path, durably ----------------------------------------------------------
 
 
-def write_store(vectors: Vectors, path: Path, rows_per_shard: int = CHUNK) -> None:
+def write_store(vectors: Floats, path: Path, rows_per_shard: int = CHUNK) -> None:
     """Row by row through the writer, as embedding does."""
     card, no_text = ModelCard("bench-0000000000000000", "bench", vectors.shape[1]), vectors[:0]
     with Writer(path, card, rows_per_shard) as writer:
@@ -68,7 +67,7 @@ def write_store(vectors: Vectors, path: Path, rows_per_shard: int = CHUNK) -> No
             writer.add(Row(name, f"/data/{name}.jpg", (), vector, no_text))
 
 
-def write_npy(vectors: Vectors, path: Path) -> None:
+def write_npy(vectors: Floats, path: Path) -> None:
     """One array."""
     with open(path, "wb") as file:
         np.save(file, vectors.astype(np.float16))
@@ -76,14 +75,14 @@ def write_npy(vectors: Vectors, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_npy_files(vectors: Vectors, path: Path) -> None:
+def write_npy_files(vectors: Floats, path: Path) -> None:
     """As many arrays as a store has shards."""
     path.mkdir()
     for first in range(0, len(vectors), CHUNK):
         write_npy(vectors[first : first + CHUNK], path / f"{first:09d}.npy")
 
 
-def write_parquet(vectors: Vectors, path: Path, **settings: Any) -> None:
+def write_parquet(vectors: Floats, path: Path, **settings: Any) -> None:
     """One table of ids and lists of numbers."""
     flat = pa.array(vectors.astype(np.float16).reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
@@ -123,7 +122,7 @@ def read_parquet(path: Path) -> int:
     return touched([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists.chunks])
 
 
-Write = Callable[[Vectors, Path], None]
+Write = Callable[[Floats, Path], None]
 Read = Callable[[Path], int]
 FORMATS: dict[str, tuple[Write, Read]] = {
     "mmalign store": (write_store, read_store),
@@ -144,7 +143,7 @@ FORMATS: dict[str, tuple[Write, Read]] = {
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def write_all(vectors: Vectors, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+def write_all(vectors: Floats, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Time all formats in turn; what the last round wrote stays. Removing is not timed."""
     times: dict[str, list[float]] = {name: [] for name in FORMATS}
     for _ in range(rounds):
@@ -216,7 +215,7 @@ def main(words: list[str]) -> None:
         small(vectors, folder / "small", options)
 
 
-def small(vectors: Vectors, path: Path, options: argparse.Namespace) -> None:
+def small(vectors: Floats, path: Path, options: argparse.Namespace) -> None:
     """Write and open a store of many small shards."""
     rows = min(len(vectors), SMALL * options.shards)
     started = time.perf_counter()

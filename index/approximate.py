@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import files, kernels
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
 from mmalign.index.exact import Exact
 from mmalign.index.quantizer import CoarseQuantizer, query_metric
-from mmalign.index.spec import KS, Bools, Floats, Index, IndexSpec, Ints, OperatingPoint
+from mmalign.index.spec import KS, Index, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
 from mmalign.progress import bar
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from mmalign import kernels
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import VectorError
-from mmalign.index.spec import Bools, Floats, Index, Ints, Shards
+from mmalign.index.spec import Index, Shards
 from mmalign.index.vectors import VectorReader, shared
 
 # The first search computes bounds on the norms once, while others wait; above PREPARED_BYTES the

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
+from mmalign.arrays import Bools
 from mmalign.errors import StoreError, shell_command
 from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
 from mmalign.index.plan import Queries, plan
-from mmalign.index.spec import Bools, Index, OperatingPoint, Shards
+from mmalign.index.spec import Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
 
 FORMAT = 3

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.arrays import Floats, Ints
 from mmalign.index.approximate import Approximate
-from mmalign.index.spec import Floats, Ints, OperatingPoint
+from mmalign.index.spec import OperatingPoint
 
 # Most candidates of a sweep: as a multiple of the neighbours wanted, and in total.
 DEEPEST, MOST_CANDIDATES = 40, 2_000

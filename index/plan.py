@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.arrays import Floats, Ints
 from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
 from mmalign.index.measure import ALONE, HeldOut, Trial, in_turns, measure, prove, times, tune
 from mmalign.index.quantizer import CoarseQuantizer
-from mmalign.index.spec import KS, Floats, IndexSpec, Ints, OperatingPoint
+from mmalign.index.spec import KS, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
 from mmalign.memory import return_freed, return_large_blocks
 from mmalign.progress import over, say

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmalign.index.spec import Floats, Ints
+from mmalign.arrays import Floats, Ints
 
 RIDGE = 0.1
 # Vectors that are compared with all centroids at once.

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Halves = NDArray[np.float16]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from mmalign.arrays import Bools, Floats, Halves, Ints
+
 Shards = Sequence[Halves]
 
 KS = (10, 100)

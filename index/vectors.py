@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmalign.arrays import Bools, Floats, Halves, Ints
 from mmalign.errors import VectorError
-from mmalign.index.spec import Bools, Floats, Halves, Ints, Shards
+from mmalign.index.spec import Shards
 
 BLOCK_ROWS = 1 << 14
 

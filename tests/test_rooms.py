@@ -9,7 +9,7 @@ FOLDERS = {"mmalign": ROOT / "mmalign", "mmalign.index": ROOT / "index"}
 
 # Lowest first: a room imports rooms of earlier lines; those of one line do not know each other.
 ORDER: list[set[str]] = [
-    {"mmalign.errors", "mmalign.terminal", "mmalign.values", "mmalign.memory"},
+    {"mmalign.arrays", "mmalign.errors", "mmalign.terminal", "mmalign.values", "mmalign.memory"},
     {
         "mmalign.arrow_values",
         "mmalign.config",

@@ -14,11 +14,11 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+
+from mmalign.arrays import Ints
 
 A = TypeVar("A")
 B = TypeVar("B")
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

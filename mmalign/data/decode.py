@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 
+from mmalign.arrays import PixelArray
 from mmalign.data import raw
 from mmalign.data.budget import decoding_budget
 from mmalign.data.colours import to_srgb
@@ -26,7 +26,6 @@ from mmalign.data.kinds import HEAD_BYTES, content_kind, not_decoded
 from mmalign.data.samples import SampleProblem
 from mmalign.errors import UsageError
 
-Pixels = NDArray[np.uint8]
 # Phones take images of 200 megapixels. Memory has a separate limit, see `budget.py`.
 MAX_PIXELS = 1 << 28
 # A JPEG may be decoded at a half, a quarter or an eighth as long as the result has this multiple of
@@ -159,7 +158,7 @@ def fit_image(
     mode: str = "squash",
     interpolation: str = "bicubic",
     fill: tuple[int, int, int] = (0, 0, 0),
-) -> Pixels:
+) -> PixelArray:
     """Resize to (size, size, 3) uint8.
 
     Args:
@@ -218,7 +217,7 @@ def thumbnail(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Pixels:
+def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> PixelArray:
     """Resize like Pillow; pure shrinking takes a third of its time and differs by one level."""
     if (image.width, image.height) == (width, height):
         return np.array(image)

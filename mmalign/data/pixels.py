@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.arrays import Ints, PixelArray
 from mmalign.data.batches import in_threads
 from mmalign.data.catalog import read_image
 from mmalign.data.samples import Record, SampleProblem, Skip
@@ -25,8 +26,6 @@ from mmalign.errors import DataError
 from mmalign.progress import bar
 
 T = TypeVar("T")
-Array = NDArray[np.uint8]
-Ints = NDArray[np.int64]
 Decode = Callable[[bytes], T]
 # The largest share of the free disk space that a cache may use.
 DISK_SHARE = 0.5
@@ -64,15 +63,15 @@ class Pixels:
     """
 
     records: list[Record]
-    decode: Decode[Array]
-    cache_NSS3: Array | None
+    decode: Decode[PixelArray]
+    cache_NSS3: PixelArray | None
     workers: int
     contents_N: Ints
     """Hash of each encoded image; 0 if it has not been read yet."""
     looks_N: Ints
     """64 bits of each image, see `look`; 0 if it has not been decoded yet."""
 
-    def fetch(self, rows_B: NDArray[np.int64]) -> tuple[Array, list[int], list[Skip]]:
+    def fetch(self, rows_B: NDArray[np.int64]) -> tuple[PixelArray, list[int], list[Skip]]:
         """Return the pixels of the decodable rows, their positions, and the skips."""
         if self.cache_NSS3 is not None:
             return self.cache_NSS3[rows_B], list(range(len(rows_B))), []
@@ -87,7 +86,7 @@ class Pixels:
 
 def decode_all(
     records: Sequence[Record],
-    decode: Decode[Array],
+    decode: Decode[PixelArray],
     side: int,
     file: Path,
     *,
@@ -112,7 +111,7 @@ def decode_all(
     skips: list[Skip] = []
     contents_N, looks_N = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
 
-    def all_three(content: bytes) -> tuple[Array, int, int]:
+    def all_three(content: bytes) -> tuple[PixelArray, int, int]:
         image = decode(content)
         return image, content_hash(content), look(image)
 
@@ -135,7 +134,7 @@ def content_hash(content: bytes) -> int:
     return int.from_bytes(digest, "little", signed=True) or 1
 
 
-def look(pixels_SS3: Array) -> int:
+def look(pixels_SS3: PixelArray) -> int:
     """Return a signed 64-bit perceptual hash, nearly unchanged by resizing or re-encoding.
 
     Each bit tells whether one of 8 x 9 areas is brighter (in green) than its left neighbour.
@@ -151,7 +150,7 @@ def look(pixels_SS3: Array) -> int:
     return int.from_bytes(bits.tobytes(), "little", signed=True)
 
 
-def _reserve(file: Path, shape: tuple[int, ...]) -> Array:
+def _reserve(file: Path, shape: tuple[int, ...]) -> PixelArray:
     """Create a memory-mapped file of zeros whose disk space is allocated in advance.
 
     Otherwise, another program that fills the disk would kill this one by a signal (SIGBUS).
@@ -164,7 +163,7 @@ def _reserve(file: Path, shape: tuple[int, ...]) -> Array:
                 os.posix_fallocate(handle.fileno(), 0, size)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(file)) from error
-    cache: Array = np.memmap(file, np.uint8, "r+", shape=shape)
+    cache: PixelArray = np.memmap(file, np.uint8, "r+", shape=shape)
     # Where a mapped file needs no name, even a killed process leaves no file behind.
     with contextlib.suppress(OSError):
         os.unlink(file)

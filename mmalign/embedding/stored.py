@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Ints
 from mmalign.data import Record, is_derived, is_gone, other_id
 from mmalign.encoding.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
 
-Ints = NDArray[np.int64]
 Row = dict[str, Any]
 # Columns that show whether a sample is unchanged, without its image.
 OUTLINE = ("id", "uri", "stamp")

@@ -11,13 +11,12 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from mmalign.arrays import Floats
 from mmalign.model import Encoder
 from mmalign.progress import say
 
 T = TypeVar("T")
-Vectors = NDArray[np.float32]
 TEXTS_AT_ONCE = 256
 CACHED_TEXTS = 20_000
 
@@ -31,12 +30,12 @@ class TextCache:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self._encode = BatchSplitter(encoder.encode_texts)
-        self._known: OrderedDict[str, Vectors] = OrderedDict()
+        self._known: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
         self.cut = 0
         """Captions so far that were truncated."""
 
-    def __call__(self, captions: Sequence[Sequence[str]]) -> list[Vectors]:
+    def __call__(self, captions: Sequence[Sequence[str]]) -> list[Floats]:
         """Return, for each item, the unit vectors (C, D) of its captions, in order."""
         asked = list(dict.fromkeys(c for own in captions for c in own))
         with self._lock:
@@ -64,11 +63,11 @@ class BatchSplitter(Generic[T]):
     Safe to use from several threads.
     """
 
-    def __init__(self, encode: Callable[[Sequence[T]], Vectors]) -> None:
+    def __init__(self, encode: Callable[[Sequence[T]], Floats]) -> None:
         self.encode = encode
         self.most = sys.maxsize
 
-    def __call__(self, items: Sequence[T]) -> Vectors:
+    def __call__(self, items: Sequence[T]) -> Floats:
         """Encode a batch, whole or in parts.
 
         Raises:

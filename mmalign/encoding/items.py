@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmalign.arrays import Floats, PixelArray
 from mmalign.data import fit_image, image_of, in_threads
 from mmalign.encoding.batches import TEXTS_AT_ONCE, BatchSplitter
 from mmalign.encoding.modalities import decode_workers
@@ -22,13 +22,11 @@ from mmalign.model import Encoder
 from mmalign.progress import bar
 
 T = TypeVar("T")
-Vectors = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
 
 
 def encode_items(
     encoder: Encoder, items: Sequence[Any], *, batch_size: int | None = None, progress: bool = False
-) -> Vectors:
+) -> Floats:
     """Encode a mix of texts and images to unit vectors (N, D), in order; see `items`.
 
     Args:
@@ -61,7 +59,7 @@ def encode_items(
         images = [n for n, kind in enumerate(kinds) if kind == "image"]
         if images:
             size = batch_size or (CPU_BATCH if encoder.device.type == "cpu" else GPU_BATCH)
-            encode_images: BatchSplitter[Pixels] = BatchSplitter(
+            encode_images: BatchSplitter[PixelArray] = BatchSplitter(
                 lambda batch: encoder.encode_images(np.stack(batch))
             )
             pixels = _decoded(encoder, [items[n] for n in images], size)
@@ -71,11 +69,11 @@ def encode_items(
     return vectors_ND
 
 
-def _decoded(encoder: Encoder, images: Sequence[Any], batch: int) -> Iterator[Pixels]:
+def _decoded(encoder: Encoder, images: Sequence[Any], batch: int) -> Iterator[PixelArray]:
     """Decode images in threads: the next batch while the current one is encoded."""
     shape = encoder.preprocess
 
-    def decode(item: Any) -> Pixels:
+    def decode(item: Any) -> PixelArray:
         try:
             with image_of(item, shape.size) as image:
                 return fit_image(image, shape.size, shape.resize_mode, shape.interpolation)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmalign.arrays import Floats
 from mmalign.data import (
     Record,
     Skip,
@@ -43,7 +44,6 @@ from mmalign.memory import reuse_freed
 from mmalign.model import Encoder
 
 T = TypeVar("T")
-Vectors = NDArray[np.float32]
 # Small batches fit a core's cache; a GPU needs large ones.
 CPU_BATCH, GPU_BATCH = 16, 256
 # Batches that are started for each encoding thread before their results are requested.
@@ -54,8 +54,8 @@ AHEAD = 3
 class Known:
     """Earlier results for an image with the same content."""
 
-    image_D: Vectors
-    texts: dict[str, Vectors]
+    image_D: Floats
+    texts: dict[str, Floats]
     """The vectors of its captions."""
     thumbnail: bytes
 
@@ -84,8 +84,8 @@ class Encoded:
 
     record: Record
     item: Item
-    image_D: Vectors
-    texts_CD: Vectors
+    image_D: Floats
+    texts_CD: Floats
     """One unit vector per caption, in order."""
 
 
@@ -246,7 +246,7 @@ class Pipeline:
         rows = zip(good, images_BD, texts, strict=True)
         return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
 
-    def _images(self, items: Sequence[Item]) -> Vectors:
+    def _images(self, items: Sequence[Item]) -> Floats:
         """Embed images, decoded or still to be decoded."""
         images_BD = np.empty((len(items), self.encoder.dim), np.float32)
         for row, item in enumerate(items):
@@ -262,7 +262,7 @@ class Pipeline:
                 images_BD[rows] = encode([items[i] for i in rows])
         return images_BD
 
-    def _texts(self, good: Sequence[tuple[Record, Item]]) -> list[Vectors]:
+    def _texts(self, good: Sequence[tuple[Record, Item]]) -> list[Floats]:
         """Embed the captions of images, except those known from an earlier embedding."""
         known = [item.known.texts if item.known else {} for _, item in good]
         pairs = list(zip([record.captions for record, _ in good], known, strict=True))
@@ -274,10 +274,10 @@ class Pipeline:
             texts.append(np.stack(each) if each else vectors_CD)
         return texts
 
-    def _decoded(self, items: Sequence[Item]) -> Vectors:
+    def _decoded(self, items: Sequence[Item]) -> Floats:
         return self.images.encode(self.images.batch([item.pixels_SS3 for item in items]))
 
-    def _jpegs(self, items: Sequence[Item]) -> Vectors:
+    def _jpegs(self, items: Sequence[Item]) -> Floats:
         shape, contents = self.encoder.preprocess, [item.jpeg for item in items]
         how = (shape.size, shape.resize_mode, shape.interpolation)
         try:

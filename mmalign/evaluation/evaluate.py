@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmalign import kernels
+from mmalign.arrays import Floats
 from mmalign.data import Record, Skip, Sources, counted, found_in, report_skips, scan
 from mmalign.data.columns import plain
 from mmalign.encoding.batches import TextCache, report_cut
@@ -29,7 +30,6 @@ MOST_SHARED = 0.5
 # Equal images get vectors that are equal up to bfloat16 rounding.
 SAME = 1e-3
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.", "{}")
-Vectors = NDArray[np.float32]
 
 
 def evaluate(
@@ -85,7 +85,7 @@ def evaluate(
     return report | counts
 
 
-def retrieval(images_ND: Vectors, texts_PD: Vectors, owners_P: NDArray[np.int64]) -> dict[str, Any]:
+def retrieval(images_ND: Floats, texts_PD: Floats, owners_P: NDArray[np.int64]) -> dict[str, Any]:
     """Compute recall and MRR in both directions; `owners_P[p]` is the image of caption p."""
     images, texts = torch.from_numpy(images_ND), torch.from_numpy(texts_PD)
     numbers_N = np.arange(len(images_ND))
@@ -136,7 +136,7 @@ def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> 
     )
 
 
-def _same_vectors(images_ND: Vectors) -> str | None:
+def _same_vectors(images_ND: Floats) -> str | None:
     """Describe that all images are equal, or look so to the model; None if they are not."""
     if len(images_ND) < 2 or np.ptp(images_ND, axis=0).max() > SAME:
         return None
@@ -145,13 +145,13 @@ def _same_vectors(images_ND: Vectors) -> str | None:
 
 def encode_records(
     encoder: Encoder, records: Sequence[Record]
-) -> tuple[list[Record], Vectors, list[Vectors], list[Skip]]:
+) -> tuple[list[Record], Floats, list[Floats], list[Skip]]:
     """Embed images and captions of records.
 
     Returns the usable records, their image vectors (N, D), the caption vectors of each (C, D), and
     the skipped samples.
     """
-    done: list[tuple[Record, Vectors, Vectors]] = []
+    done: list[tuple[Record, Floats, Floats]] = []
     skips: list[Skip] = []
     with bar("encode", len(records)) as progress:
         pipeline = Pipeline(encoder, thumbnails=False)
@@ -189,7 +189,7 @@ def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
 def _zero_shot(
     encoder: Encoder,
     records: Sequence[Record],
-    images_ND: Vectors,
+    images_ND: Floats,
     classes: Sequence[str],
     label_key: str,
 ) -> dict[str, float]:

@@ -6,9 +6,8 @@ M queries, N candidates, K ranks, C classes. Scores are computed elsewhere; ties
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from mmalign.arrays import Ints
 
 
 def recall_at(

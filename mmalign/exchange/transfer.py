@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Floats, Ints
 from mmalign.errors import IdentityError, StoreError, UsageError
 from mmalign.progress import bar, say
 from mmalign.store import ModelCard, Row, Store, Writer, add_failures, meta_json, open_store
@@ -29,8 +30,6 @@ from mmalign.values import json_value
 
 NAMES = ("key", "image_path", "url")
 Format = Literal["parquet", "npy", "hf"]
-Vectors = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ class _Intake:
         self.failures: list[dict[str, Any]] = []
         self.added = self.present = self.renamed = self.left_out = 0
 
-    def take(self, entries: list[_Entry], images_ND: Vectors, texts_ND: Vectors | None) -> None:
+    def take(self, entries: list[_Entry], images_ND: Floats, texts_ND: Floats | None) -> None:
         """Add rows with usable vectors that the store lacks; note unusable vectors as failures."""
         images_N = _normalise(images_ND)
         for row in np.flatnonzero(~images_N).tolist():
@@ -315,7 +314,7 @@ class _Intake:
             names[i] = names[i] if uri is None else ""
         return names
 
-    def _add(self, name: str, entry: _Entry, image_D: Vectors, text_1D: Vectors) -> None:
+    def _add(self, name: str, entry: _Entry, image_D: Floats, text_1D: Floats) -> None:
         captions = entry.captions[: len(text_1D)]
         rest = [c for c in entry.captions[len(text_1D) :] if c]
         meta = {**entry.meta, "captions_without_vector": rest} if rest else entry.meta
@@ -349,7 +348,7 @@ class _Intake:
         return ImportReport(self.added, self.present, failed, self.renamed, self.left_out, rows)
 
 
-def _normalise(vectors_ND: Vectors) -> NDArray[np.bool_]:
+def _normalise(vectors_ND: Floats) -> NDArray[np.bool_]:
     """Scale vectors to unit norm in place; return a mask of the usable ones, shape (N,)."""
     norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
     usable_N: NDArray[np.bool_] = np.isfinite(norms_N) & (norms_N > 0)

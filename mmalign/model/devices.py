@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from mmalign.model.encoder import Encoder, Vectors
+from mmalign.arrays import Floats
+from mmalign.model.encoder import Encoder
 from mmalign.progress import say
 
 # Images to probe a device with, and the minimum cosine between its vectors and the CPU's.
@@ -37,7 +38,7 @@ def to_fastest(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def _probe(encoder: Encoder) -> Vectors:
+def _probe(encoder: Encoder) -> Floats:
     side = encoder.preprocess.size
     noise = np.random.default_rng(0).integers(0, 256, (PROBED, side, side, 3), dtype=np.uint8)
     return np.concatenate([encoder.encode_images(noise), encoder.encode_texts([PROBE_TEXT])])

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmalign.arrays import Floats
 from mmalign.errors import ModelError
 
-Vectors = NDArray[np.float32]
 MAX_LOGIT_SCALE = 100.0
 TEXTS_AT_ONCE = 64
 
@@ -133,7 +133,7 @@ class Encoder:
 
     def encode(
         self, items: Sequence[Any], *, batch_size: int | None = None, progress: bool = False
-    ) -> Vectors:
+    ) -> Floats:
         """Encode a mix of texts and images to unit vectors (N, D), in order.
 
         Args:
@@ -149,7 +149,7 @@ class Encoder:
         """
         # Imported by name: decoding and batching are in `encoding/`, which depends on this package.
         encode = import_module("mmalign.encoding.items").encode_items
-        vectors: Vectors = encode(self, items, batch_size=batch_size, progress=progress)
+        vectors: Floats = encode(self, items, batch_size=batch_size, progress=progress)
         return vectors
 
     @cached_property
@@ -205,7 +205,7 @@ class Encoder:
         """Embed token ids (B, T), padded with 0, to unit vectors (B, D); differentiable."""
         return F.normalize(self.towers.text_features(tokens_BT).float(), dim=-1)
 
-    def encode_images(self, pixels_BSS3: NDArray[np.uint8]) -> Vectors:
+    def encode_images(self, pixels_BSS3: NDArray[np.uint8]) -> Floats:
         """Embed decoded images (B, S, S, 3) to unit vectors (B, D)."""
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BSS3))
         if self.device.type == "cuda":
@@ -213,12 +213,12 @@ class Encoder:
             pixels = pixels.pin_memory()
         return self.encode_pixels(pixels.permute(0, 3, 1, 2))
 
-    def encode_pixels(self, pixels_B3SS: Tensor) -> Vectors:
+    def encode_pixels(self, pixels_B3SS: Tensor) -> Floats:
         """Embed decoded images (B, 3, S, S), uint8 on any device, to unit vectors (B, D)."""
         pixels = pixels_B3SS.to(self.device, non_blocking=True)
         return self._run(lambda: self.image_vectors(pixels))
 
-    def encode_texts(self, texts: Sequence[str]) -> Vectors:
+    def encode_texts(self, texts: Sequence[str]) -> Floats:
         """Embed texts to unit vectors (B, D); those of similar length are encoded together."""
         tokens_BT = self.tokenizer(texts)
         lengths_B = self.text_lengths(tokens_BT)
@@ -228,7 +228,7 @@ class Encoder:
             for rows in order_B.split(TEXTS_AT_ONCE)
         ]
         vectors = [self._run(lambda part=part: self.text_vectors(part)) for part in parts]
-        whole: Vectors = np.concatenate(vectors)[order_B.argsort().numpy()]
+        whole: Floats = np.concatenate(vectors)[order_B.argsort().numpy()]
         return whole
 
     def text_lengths(self, tokens_BT: Tensor) -> Tensor:
@@ -238,11 +238,11 @@ class Encoder:
             return torch.full((len(tokens_BT),), width)
         return ((tokens_BT != 0) * torch.arange(1, width + 1)).amax(dim=1).clamp(min=1)
 
-    def _run(self, embed: Any) -> Vectors:
+    def _run(self, embed: Any) -> Floats:
         # Never switched here: the mode is shared by all threads, and batch norms in training mode
         # update their running statistics with any batch.
         if self.towers.training:
             raise ModelError(f"{self.name}: in training mode: call towers.eval() before encoding")
         with torch.inference_mode():
-            vectors: Vectors = embed().cpu().numpy()
+            vectors: Floats = embed().cpu().numpy()
         return vectors

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmalign.arrays import Floats
 from mmalign.errors import UsageError, reason_of
 from mmalign.kernels.processor import has_bfloat16, has_int8, packs_bfloat16
 from mmalign.measured import Figures, measured
 from mmalign.model import fused, int8
-from mmalign.model.encoder import Encoder, Towers, Vectors
+from mmalign.model.encoder import Encoder, Towers
 from mmalign.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
@@ -100,9 +101,9 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     return candidate, kind
 
 
-def cosines(some_BD: Vectors, other_BD: Vectors) -> Vectors:
+def cosines(some_BD: Floats, other_BD: Floats) -> Floats:
     """Return the cosine of each pair of unit vectors, shape (B,)."""
-    products_B: Vectors = np.einsum("bd,bd->b", some_BD, other_BD)
+    products_B: Floats = np.einsum("bd,bd->b", some_BD, other_BD)
     return products_B
 
 
@@ -135,7 +136,7 @@ def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
     return other
 
 
-def _probe(encoder: Encoder) -> Vectors:
+def _probe(encoder: Encoder) -> Floats:
     """Encode some images and texts that differ strongly from each other."""
     images = encoder.encode_images(_probe_images(encoder.preprocess.size))
     return np.concatenate([images, encoder.encode_texts(PROBE_TEXTS)])

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmalign.arrays import Floats
 from mmalign.encoding.items import encode_items
 from mmalign.errors import IdentityError, ModelError, UsageError
 from mmalign.items import Row, unit_vector
@@ -24,8 +24,6 @@ from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
 __all__ = ["Hit", "Hits", "Query", "Searcher"]
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.index import Exact, Index, describe, open_index
 from mmalign.progress import say
 from mmalign.search.query import Target
 from mmalign.store import Store
 from mmalign.store.where import where as rows_where
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

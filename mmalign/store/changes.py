@@ -12,11 +12,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, waiting_bytes
-from mmalign.store.ids import Ints, KnownIds, deleting
+from mmalign.store.ids import KnownIds, deleting
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.reader import Store
 from mmalign.store.shards import open_shard, write_shard

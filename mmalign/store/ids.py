@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.arrays import Hashes, Ints
 from mmalign.store.manifest import Shard
 from mmalign.store.shards import open_shard
-
-Hashes = NDArray[np.uint64]
-Ints = NDArray[np.int64]
 
 
 def hashes(ids: Sequence[str]) -> Hashes:

@@ -11,18 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Ints
 from mmalign.store.reader import Store
 from mmalign.store.schema import schema
 
-Ints = NDArray[np.int64]
-Vectors = NDArray[np.float16]
 Tick = Callable[[int], object]
 
 

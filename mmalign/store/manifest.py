@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Bools
 from mmalign.errors import IdentityError, StoreError, shell_command
 from mmalign.progress import say
 
@@ -37,8 +37,6 @@ SHARD, INDEX = re.compile(rf"{NAME}\.arrow"), re.compile(NAME)
 REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index)/{NAME}")
 SHA256 = re.compile("[0-9a-f]{64}")
 MOST_ROWS, MOST_DIM, MOST_BYTES = 2**31 - 1, 2**16, 2**48
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Halves, Ints
 from mmalign.arrow_values import python_rows
 from mmalign.errors import DataError
 from mmalign.progress import say
 from mmalign.store.layouts import Tick, open_parquet
 from mmalign.store.reader import Store
-
-Ints = NDArray[np.int64]
-Vectors = NDArray[np.float16]
 
 KINDS = ("img_emb", "metadata", "text_emb")
 ROWS_PER_PART = 1_000_000
@@ -79,7 +77,7 @@ def _write_part(store: Store, numbers: Ints, paths: dict[str, Path], tick: Tick)
 
 
 @contextmanager
-def _npy(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[Vectors], object]]:
+def _npy(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[Halves], object]]:
     """Yield a function that appends vectors to a float16 .npy file of a known shape."""
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     with files.atomic_file(path.with_suffix(".npy")) as draft:
@@ -87,8 +85,8 @@ def _npy(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[Vectors], obj
         yield lambda vectors_ND: draft.write(np.ascontiguousarray(vectors_ND).data)
 
 
-def _flat(column: pa.Array, dim: int) -> Vectors:
-    flat: Vectors = column.flatten().to_numpy(zero_copy_only=True)
+def _flat(column: pa.Array, dim: int) -> Halves:
+    flat: Halves = column.flatten().to_numpy(zero_copy_only=True)
     return flat.reshape(-1, dim)
 
 
@@ -97,7 +95,7 @@ def _lengths(column: pa.Array) -> NDArray[np.int32]:
     return lengths
 
 
-def _first_texts(batch: pa.RecordBatch, dim: int) -> Vectors:
+def _first_texts(batch: pa.RecordBatch, dim: int) -> Halves:
     """Return the vector of each row's first caption, or zeros, shape (N, D)."""
     lengths_N = _lengths(batch["captions"])
     texts_PD = _flat(batch["text_embedding"].flatten(), dim)

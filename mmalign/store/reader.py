@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Bools, Halves, Ints
 from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
@@ -24,9 +25,6 @@ from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import schema
 from mmalign.store.shards import ShardFile, open_shard
 
-Vectors = NDArray[np.float16]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 FEW_ROWS = 4
 
 
@@ -69,7 +67,7 @@ class Store:
     def _files(self) -> list[ShardFile]:
         return [self._file(shard) for shard in range(len(self.manifest.shards))]
 
-    def vectors(self, modality: str) -> list[Vectors]:
+    def vectors(self, modality: str) -> list[Halves]:
         """Return one zero-copy (rows, D) float16 view per shard of "image" or "text", in row order.
 
         Deleted rows are included; see `live`. Text vectors are numbered by caption;

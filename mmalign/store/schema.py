@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mmalign.arrays import Floats
 from mmalign.errors import VectorError
 from mmalign.values import to_json
 
-Vectors = NDArray[np.float32]
 UNIT_TOLERANCE = 1e-3
 UNKNOWN = bytes(32)
 
@@ -27,9 +27,9 @@ class Row:
     id: str
     uri: str
     captions: tuple[str, ...]
-    image_embedding: Vectors
+    image_embedding: Floats
     """Unit norm, shape (D,)."""
-    text_embeddings: Vectors
+    text_embeddings: Floats
     """Unit norm, one row per caption, shape (captions, D)."""
     meta: str = "{}"
     """All other data of the sample from its source, as JSON."""
@@ -89,7 +89,7 @@ def to_batch(rows: Sequence[Row], dim: int) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=schema(dim))
 
 
-def _check(vectors: Vectors, name: str, dim: int) -> NDArray[np.float16]:
+def _check(vectors: Floats, name: str, dim: int) -> NDArray[np.float16]:
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise VectorError(f"{name} must have {dim} dimensions, got shape {vectors.shape}")
     norms = np.linalg.norm(vectors.astype(np.float32), axis=1)

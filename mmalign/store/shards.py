@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Halves, Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.store.manifest import Shard
 from mmalign.store.schema import schema
-
-Vectors = NDArray[np.float16]
-Ints = NDArray[np.int64]
 
 MAGIC_BYTES = 8
 
@@ -81,14 +77,14 @@ class ShardFile:
             self._columns[name] = column
         return self._columns[name]
 
-    def vectors(self, modality: str) -> Vectors:
+    def vectors(self, modality: str) -> Halves:
         """Return the vectors of a modality, one per row or per caption, zero-copy."""
         column = self.column(f"{modality}_embedding")
         if not pa.types.is_fixed_size_list(column.type):
             if not column.value_lengths().equals(self.column("captions").value_lengths()):
                 raise self.refuse(f"has other captions than {modality} vectors")
             column = column.flatten()
-        flat: Vectors = column.flatten().to_numpy(zero_copy_only=True)
+        flat: Halves = column.flatten().to_numpy(zero_copy_only=True)
         return flat.reshape(-1, self.dim)
 
     def ids(self, rows: Ints | None = None) -> list[str]:

@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from mmalign.arrays import Ints
 from mmalign.errors import InstallError, UsageError, nearest, reason_of
 from mmalign.store.reader import Store
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection as Connection
 
-Ints = NDArray[np.int64]
 
 COLUMNS = ("id", "uri", "captions", "meta")
 MOST_LETTERS, MOST_SHOWN = 20_000, 200

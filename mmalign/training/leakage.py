@@ -6,9 +6,9 @@ N training samples, V validation samples.
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.arrays import Ints
 from mmalign.data import Pixels, Record
 
-Ints = NDArray[np.int64]
 # Largest difference of two images that look the same: hash bits, and levels (of 255) of the blurs.
 NEAR_BITS, NEAR_LEVELS = 4, 12.0
 BLUR = 16

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmalign import files
+from mmalign.arrays import Floats, Ints
 from mmalign.data import (
     Draw,
     Pixels,
@@ -33,8 +34,6 @@ from mmalign.encoding.modalities import decode_workers
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
 
-Ints = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 ENCODED_AT_ONCE = 256
 TOKENIZED_AT_ONCE = 10_000
 # Crops are taken from an image this much larger than the model's input.
@@ -199,7 +198,7 @@ def _tokenize(encoder: Encoder, captions: Sequence[str]) -> tuple[NDArray[Any], 
 
 def encode_pairs(
     encoder: Encoder, pairs: Pairs, at_once: int = ENCODED_AT_ONCE
-) -> tuple[Vectors, Vectors, Ints]:
+) -> tuple[Floats, Floats, Ints]:
     """Embed all images (N, D) and captions (P, D); the third array is the image of each caption.
 
     Images that can no longer be decoded are left out together with their captions.

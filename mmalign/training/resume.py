@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Ints
 from mmalign.data import Pixels, Record
 from mmalign.errors import ConfigError, TrainingError
 from mmalign.progress import say
 
-Ints = NDArray[np.int64]
 STATE = "state.pt"
 # Fields that decide the network, the samples and their order: another value is another training.
 FIXED = (
