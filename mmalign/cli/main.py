@@ -55,25 +55,25 @@ def _columns(command: Command) -> Command:
     """Add the options that name table columns."""
     keys = click.option(
         "--caption-key", "caption_keys", multiple=True, metavar="KEY", type=TEXT,
-        help="Where captions stand in the .json or table; repeatable. Default: captions.",
+        help="Caption field of the .json or table; repeatable. Default: captions.",
     )  # fmt: skip
     image = click.option(
         "--image-column", metavar="NAME", type=TEXT,
-        help="Where images, or their paths, stand in a table. Default: image, path, url, ...",
+        help="Table column with images or their paths. Default: image, path, url, ...",
     )  # fmt: skip
     return keys(image(command))
 
 
 @main.command()
 @click.option(
-    "--out", default="demo", show_default=True, type=PLACE, help="Folder for everything it makes."
+    "--out", default="demo", show_default=True, type=PLACE, help="Folder for all results."
 )
-@click.option("--scenes", default=12_000, show_default=True, help="Scenes to train on.")
-@click.option("--minutes", default=4.0, show_default=True, help="Time to train.")
+@click.option("--scenes", default=12_000, show_default=True, help="Number of scenes to train on.")
+@click.option("--minutes", default=4.0, show_default=True, help="Training time.")
 def demo(out: str, scenes: int, minutes: float) -> None:
-    """Draw scenes, train on them, search them in two languages.
+    """Draw scenes, train on them, and search them in two languages.
 
-    It takes about five minutes on two cores; --out is a new folder.
+    Takes about five minutes on two cores; --out must be a new folder.
 
     \b
     Example:  mmalign demo --out demo
@@ -90,15 +90,17 @@ def demo(out: str, scenes: int, minutes: float) -> None:
     multiple=True,
     metavar="SRC",
     type=PLACE,
-    help="Validation pairs; else some are held out.",
+    help="Validation pairs; by default some training images are held out.",
 )
 @click.option("--out", required=True, metavar="RUN", type=PLACE, help="Folder for the run.")
 @click.option("--config", metavar="FILE.toml", type=PLACE, help="Fields of TrainConfig as TOML.")
-@click.option("--preset", metavar="NAME", help="Our own, from scratch: nano, tiny, small.")
+@click.option(
+    "--preset", metavar="NAME", help="One of our architectures, from scratch: nano, tiny, small."
+)
 @click.option("--model", metavar="NAME", help="An open_clip architecture.")
-@click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Its weights.")
+@click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Weights of --model.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, on its data.")
+@click.option("--resume", is_flag=True, help="Resume the run in --out, on its data.")
 @_columns
 @_json
 def train(
@@ -115,7 +117,7 @@ def train(
 ) -> None:
     """Train a dual encoder on images and their captions.
 
-    It starts from nothing (--preset), or from weights of open_clip (--model and --pretrained).
+    Starts from scratch (--preset) or from open_clip weights (--model and --pretrained).
 
     \b
     Example:  mmalign train --data photos/ --out run
@@ -146,18 +148,24 @@ def train(
 @click.option(
     "--out", required=True, metavar="STORE", type=PLACE, help="The store, by convention NAME.store."
 )
-@click.option("--thumbnails/--no-thumbnails", default=True, help="Keep a small picture of each.")
+@click.option(
+    "--thumbnails/--no-thumbnails", default=True, help="Store a small picture of each image."
+)
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto",
     show_default=True,
-    help="Arithmetic; auto is bfloat16 where the processor has it and cosines stay at 0.999.",
+    help="Arithmetic; auto is bfloat16 if the processor supports it and cosines stay above 0.999.",
 )  # fmt: skip
-@click.option("--checksum", is_flag=True, help="Compare the content of images that are there.")
-@click.option("--drop-removed", is_flag=True, help="Delete rows whose image left its source.")
+@click.option(
+    "--checksum", is_flag=True, help="Also compare the content of images that look unchanged."
+)
+@click.option(
+    "--drop-removed", is_flag=True, help="Delete rows whose images are gone from the sources."
+)
 @_yes
 @click.option(
     "--shard", "part", default="1/1", metavar="I/N", show_default=True,
-    help="Embed the I-th of N parts: N processes can fill one store.",
+    help="Embed only the I-th of N parts; N processes can fill one store.",
 )  # fmt: skip
 @_columns
 @_json
@@ -173,8 +181,8 @@ def embed(
 ) -> None:
     """Embed images and captions into a store.
 
-    Run it again to go on where it stopped, and to add what is new or changed. Images that were
-    moved or renamed are not embedded again.
+    Run it again to resume, and to add new or changed images. Images that were moved or renamed are
+    not embedded again.
 
     \b
     Example:  mmalign embed --model run --data photos/ --out photos.store
@@ -198,11 +206,13 @@ def embed(
 @main.command()
 @_store
 @click.option("--recall", default=0.95, show_default=True, help="Share of true neighbours to find.")
-@click.option("--memory", default="2GB", show_default=True, help="What the index may hold.")
+@click.option("--memory", default="2GB", show_default=True, help="Memory limit of the index.")
 @click.option(
     "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one a line."
 )
-@click.option("--model", metavar="RUN_OR_NAME", type=PLACE, help="The model for FILE, if it moved.")
+@click.option(
+    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model to encode FILE, if it was moved."
+)
 @_json
 def index(
     *,
@@ -213,10 +223,10 @@ def index(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Build an index over a store, its recall measured on queries.
+    """Build an index over a store and measure its recall.
 
-    Several kinds are tried on the store's own captions, or on the queries of FILE. A small store
-    needs none: every row is compared.
+    Several kinds of index are tried, with the store's captions or the queries of FILE. A small
+    store needs no index: every row is compared.
 
     \b
     Example:  mmalign index photos.store
@@ -232,16 +242,16 @@ def index(
 @main.command()
 @_store
 @click.argument("query", nargs=-1, required=True, metavar="QUERY")
-@click.option("-k", default=10, show_default=True, help="Results wanted.")
+@click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option(
     "--to", type=click.Choice(["image", "text"]), default="image", show_default=True,
-    help="Search among the images or among their captions.",
+    help="Search the images or their captions.",
 )  # fmt: skip
 @_where
-@click.option("--exact", is_flag=True, help="Compare every row, whatever index there is.")
+@click.option("--exact", is_flag=True, help="Compare every row, even if there is an index.")
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
-    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it moved since embedding."
+    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
 )
 @_json
 def search(
@@ -256,10 +266,10 @@ def search(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Find the images of a store nearest to words, or to an image.
+    """Find the images of a store that are nearest to a text or an image.
 
-    QUERY is an image where a file of this name exists, or behind @; all else is words. What begins
-    with a dash goes behind --.
+    QUERY is an image if a file of this name exists, or after @; anything else is a text. Put a text
+    that begins with a dash after --.
 
     \b
     Example:  mmalign search photos.store "a dog on a beach"
@@ -365,9 +375,11 @@ def _image(file: Path, hint: str) -> bytes:
 @_sources()
 @click.option(
     "--classes", metavar="A,B,C", type=PLACE,
-    help="Class names (or a file, one a line): zero-shot.",
+    help="Class names for zero-shot accuracy, or a file with one a line.",
 )  # fmt: skip
-@click.option("--label-key", default="label", show_default=True, help="Where the class stands.")
+@click.option(
+    "--label-key", default="label", show_default=True, help="Metadata field with the class."
+)
 @_columns
 @_json
 def evaluate(

@@ -35,7 +35,7 @@ SHOWN = 10
 @store_argument
 @json_option
 def info(store: Path, as_json: bool) -> None:
-    """Tell what a store holds.
+    """Show what a store holds.
 
     \b
     Example:  mmalign info photos.store
@@ -57,13 +57,13 @@ def info(store: Path, as_json: bool) -> None:
 @store_argument
 @click.option(
     "--sample", default=1.0, show_default=True, metavar="SHARE",
-    help="Share of the shards and index files to read, drawn by chance.",
+    help="Share of the shards and index files to read, chosen at random.",
 )  # fmt: skip
 @json_option
 def verify(store: Path, sample: float, as_json: bool) -> None:
     """Compare every file of a store with its hash.
 
-    The exit code is 1 where one is damaged.
+    The exit code is 1 if a file is damaged.
 
     \b
     Example:  mmalign verify photos.store
@@ -85,9 +85,9 @@ def verify(store: Path, sample: float, as_json: bool) -> None:
 @store_argument
 @json_option
 def repair(store: Path, as_json: bool) -> None:
-    """Go on without what is damaged, and list what that costs.
+    """Restore a store without its damaged files, and list what was lost.
 
-    Damaged files are put aside, not deleted; `mmalign embed` adds lost rows again.
+    Damaged files are moved aside, not deleted; `mmalign embed` adds lost rows again.
 
     \b
     Example:  mmalign repair photos.store
@@ -106,15 +106,15 @@ def repair(store: Path, as_json: bool) -> None:
 @store_argument
 @click.option(
     "--now", is_flag=True,
-    help="Remove at once what is kept for an hour for those who still read it.",
+    help="Remove at once what is kept for an hour for other processes.",
 )  # fmt: skip
 @json_option
 def compact(store: Path, now: bool, as_json: bool) -> None:
-    """Give back the space of deleted rows and old generations.
+    """Free the space of deleted rows and old generations.
 
-    What others may still read stays for an hour, and goes when compact runs again. With --now
-    nothing of a deleted row is left on the disk: no vector, caption, thumbnail. Rows get new
-    numbers, so an index must be built again.
+    Files that other processes may still read are kept for an hour, until compact runs again. With
+    --now nothing of a deleted row remains on the disk: no vector, caption or thumbnail. Rows get
+    new numbers, so an index must be built again.
 
     \b
     Example:  mmalign compact photos.store --now && mmalign index photos.store
@@ -134,7 +134,7 @@ def _as_lists(report: Any) -> dict[str, Any]:
 @store_argument
 @click.argument("ids", nargs=-1, metavar="[ID]...", type=TEXT)
 @where_option
-@click.option("--dry-run", is_flag=True, help="Tell what would be deleted, and delete nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 @yes_option
 @json_option
 def delete(
@@ -148,7 +148,7 @@ def delete(
 ) -> None:
     """Delete rows by id or by SQL.
 
-    They are found no more; `mmalign compact` gives their space back.
+    They are no longer found; `mmalign compact` frees their space.
 
     \b
     Example:  mmalign delete photos.store photos/cat.jpg photos/dog.jpg
@@ -200,21 +200,21 @@ def _selected(held: "Store", ids: tuple[str, ...], where: str | None) -> "NDArra
 @click.command()
 @store_argument
 @click.option(
-    "--to", "out", required=True, metavar="OUT", type=PLACE, help="File or folder to make."
+    "--to", "out", required=True, metavar="OUT", type=PLACE, help="File or folder to create."
 )
 @click.option(
     "--format", "kind", type=click.Choice(["parquet", "npy", "hf"]), required=True,
     help="One parquet file; clip-retrieval's folder of .npy parts; a Hugging Face dataset.",
 )  # fmt: skip
 @where_option
-@click.option("--thumbnails", is_flag=True, help="Put thumbnails into the parquet file, too.")
+@click.option("--thumbnails", is_flag=True, help="Include thumbnails in the parquet file.")
 @json_option
 def export(
     *, store: Path, out: str, kind: Any, where: str | None, thumbnails: bool, as_json: bool
 ) -> None:
-    """Write the rows of a store for other programs.
+    """Export the rows of a store for other programs.
 
-    A row has its vectors, captions and metadata; in npy only the vector of its first caption.
+    A row has its vectors, captions and metadata; npy has only the vector of the first caption.
 
     \b
     Example:  mmalign export photos.store --to photos.parquet --format parquet
@@ -240,10 +240,10 @@ def export(
 @model_option
 @json_option
 def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
-    """Make a store of a folder of clip-retrieval.
+    """Make a store from a folder of clip-retrieval.
 
-    The folder holds img_emb/, text_emb/ and metadata/, and does not tell which model made them:
-    you name it, and vouch for that. Run it again to go on where it stopped.
+    The folder holds img_emb/, text_emb/ and metadata/. It does not say which model made them, so
+    you must name it. Run the command again to resume.
 
     \b
     Example:  mmalign import embeddings --out photos.store --model ViT-B-32:openai

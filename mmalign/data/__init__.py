@@ -27,6 +27,7 @@ batches.py   which rows make the next batch; prefetching in threads
 from mmalign.data.augment import Augment as Augment
 from mmalign.data.batches import Draw as Draw
 from mmalign.data.batches import Sampler as Sampler
+from mmalign.data.batches import in_batches as in_batches
 from mmalign.data.batches import in_threads as in_threads
 from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog

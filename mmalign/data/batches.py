@@ -104,6 +104,17 @@ def read_ahead(make: Callable[[A], B], items: Iterator[A], depth: int = 3) -> It
         thread.join()
 
 
+def in_batches(items: Iterable[A], size: int) -> Iterator[list[A]]:
+    """Yield the items in lists of a given size; the last one may be shorter.
+
+    >>> list(in_batches(range(5), 2))
+    [[0, 1], [2, 3], [4]]
+    """
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 def in_threads(
     run: Callable[[A], B],
     items: Iterable[A],

@@ -104,8 +104,8 @@ class _Folders:
                 images.append(entry.name)
         claimed: set[str] = set()
         for image in images:
-            names = [n for n in sidecars.names_beside(image) if n in beside]
-            named = sidecars.named_beside(image, self.keys)
+            names = [n for n in sidecars.sidecar_names(image) if n in beside]
+            named = sidecars.caption_files(image, self.keys)
             named = {key: n for key, n in named.items() if n in beside}
             claimed.update(names, named.values())
             path = _join(parent, image)

@@ -69,16 +69,16 @@ def names_of_key(image: str) -> list[str]:
     return [f"{key_of(image)}{end}" for end in _ORDER]
 
 
-def named_beside(image: str, keys: Sequence[str]) -> dict[str, str]:
+def caption_files(image: str, keys: Sequence[str]) -> dict[str, str]:
     """Map caption keys such as `outputs.txt` to the folded names of their files.
 
-    >>> named_beside("k.input.jpg", ["captions", "outputs.txt"])
+    >>> caption_files("k.input.jpg", ["captions", "outputs.txt"])
     {'outputs.txt': 'k.outputs.txt'}
     """
     return {k: folded(f"{key_of(image)}.{k}") for k in keys if k.lower().endswith(TEXT_SUFFIXES)}
 
 
-def names_beside(image: str) -> list[str]:
+def sidecar_names(image: str) -> list[str]:
     """List the folded names of possible sidecars of one image, highest priority first."""
     folder, slash, file = image.rpartition("/")
     stem = file.rpartition(".")[0] or file
@@ -103,7 +103,7 @@ def describe(
     Args:
         files: Name and content of the sidecars, highest priority first.
         keys: The keys that hold captions.
-        named: Text files for caption keys, see `named_beside`.
+        named: Text files for caption keys, see `caption_files`.
     """
     own, foreign, lines, problems = _contents(files)
     captions: list[str] = []

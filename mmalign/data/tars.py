@@ -85,10 +85,10 @@ class _Tar:
         claimed: set[str] = set()
         for base, image in self.images.items():
             key, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
-            names = [n for n in sidecars.names_beside(image.member) if n in self.beside]
+            names = [n for n in sidecars.sidecar_names(image.member) if n in self.beside]
             kinds = {suffix(n) for n in names}
             shared = [n for n in sidecars.names_of_key(image.member) if n in self.beside]
-            named = sidecars.named_beside(image.member, self.caption_keys)
+            named = sidecars.caption_files(image.member, self.caption_keys)
             named = {k: n for k, n in named.items() if n in self.beside}
             claimed.update(names, shared, named.values())
             # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.

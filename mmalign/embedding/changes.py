@@ -4,12 +4,11 @@ N rows of the store, deleted ones included.
 """
 
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from mmalign.data import (
     Stamps,
     expand,
     found_in,
+    in_batches,
     in_threads,
     nothing_usable,
     other_id,
@@ -64,12 +64,12 @@ class ChangeSet:
     seen_N: NDArray[np.bool_]
     """Rows of the store that the sources still have, or may have."""
     places: Places = field(default_factory=lambda: Places((), ()))
-    found: int = 0
+    found_count: int = 0
     """Samples and files of this part that were found, usable or not."""
     present: int = 0
     """Samples that are unchanged in the store, as far as can be told without reading them."""
-    captions: int = 0
-    """Samples that have a caption."""
+    captioned: int = 0
+    """Number of samples that have a caption."""
     skips: list[Skip] = field(default_factory=list)
     stamps: Stamps = field(default_factory=Stamps)
 
@@ -107,12 +107,12 @@ def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> Chang
                     changes.skips.append(found)
 
     with closing(records()) as scanned:
-        for some in parts(scanned, LOOKED_UP):
-            _sort(changes, some, wanted)
-    changes.found = found_in(changes.samples, changes.skips)
+        for some in in_batches(scanned, LOOKED_UP):
+            _separate(changes, some, wanted)
+    changes.found_count = found_in(changes.samples, changes.skips)
     if not changes.samples and wanted.part[1] == 1:
         raise nothing_usable(wanted.sources, changes.skips, wanted.caption_keys)
-    _see_what_cannot_be_used(changes)
+    _mark_unusable_as_seen(changes)
     places = expand(wanted.sources)
     scanned_places = [*places, *(spelled(p) for p in places)]
     unread = [s.uri for s in changes.skips if s.lost == "place"]
@@ -120,7 +120,7 @@ def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> Chang
     return changes
 
 
-def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None:
+def _separate(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None:
     """Separate samples that are unchanged in the store from those that must be read."""
     rows = changes.stored.of(records)
     changes.seen_N[[row["number"] for row in rows if row]] = True
@@ -130,7 +130,7 @@ def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None
         changes.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers
     )
     for (record, row), seen in zip(mine, stamps, strict=True):
-        changes.captions += bool(record.captions)
+        changes.captioned += bool(record.captions)
         as_it_was = row and row["uri"] == record.uri and row["stamp"] == seen
         if as_it_was and not wanted.checksum:
             changes.present += 1
@@ -138,7 +138,7 @@ def _sort(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None
             changes.records.add(replace(record, stamp=seen))
 
 
-def _see_what_cannot_be_used(changes: ChangeSet) -> None:
+def _mark_unusable_as_seen(changes: ChangeSet) -> None:
     """Mark samples that can no longer be used as seen: they are not gone, so their rows stay."""
     store = changes.stored.store
     lost = [s for s in changes.skips if s.lost != "place"]
@@ -150,7 +150,7 @@ def _see_what_cannot_be_used(changes: ChangeSet) -> None:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Match:
     """The outcome for a sample that was read."""
 
     outcome: Outcome
@@ -160,26 +160,26 @@ class Settled:
     """Ids of other rows, which are deleted."""
     moved: bool = False
     """It had another location or name when it was last embedded."""
-    as_it_is: bool = False
+    up_to_date: bool = False
     """The row in the store is already up to date."""
 
 
-class Settling:
+class RowMatcher:
     """Decides which row each sample that was read belongs to, one by one; final."""
 
     def __init__(self, changes: ChangeSet) -> None:
         """Take the result of a scan."""
         self.changes, self.stored = changes, changes.stored
-        self.taken: set[int] = set()
+        self.moved_rows: set[int] = set()
         """Rows that followed their content to another place."""
         self._moved: dict[bytes, Iterator[int]] = {}
 
-    def settle(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Settled]:
+    def match(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Match]:
         """Return the outcome for some samples, given the checksums of their images."""
         rows = self.stored.of(records)
-        return [self._settle(*one) for one in zip(records, rows, checksums, strict=True)]
+        return [self._match(*one) for one in zip(records, rows, checksums, strict=True)]
 
-    def _settle(self, record: Record, row: Row | None, checksum: bytes) -> Settled:
+    def _match(self, record: Record, row: Row | None, checksum: bytes) -> Match:
         if row is None:
             return self._new(record, checksum)
         (told,) = self.stored.store.rows([row["number"]], ("captions", "meta", "checksum"))
@@ -190,15 +190,15 @@ class Settling:
             same = words and name == old and not other_place
             written = same and row["uri"] == record.uri and row["stamp"] == record.stamp
             outcome: Outcome = "present" if same else "changed"
-            return Settled(outcome, name, _other(name, old), other_place, written)
-        followed = self._which_moved(checksum)
-        return Settled("changed", name, _other(name, old, *followed), bool(followed))
+            return Match(outcome, name, _others(name, old), other_place, written)
+        followed = self._claim_moved(checksum)
+        return Match("changed", name, _others(name, old, *followed), bool(followed))
 
-    def _new(self, record: Record, checksum: bytes) -> Settled:
-        followed = self._which_moved(checksum)
+    def _new(self, record: Record, checksum: bytes) -> Match:
+        followed = self._claim_moved(checksum)
         name = record.id if self._is_free(record.id) else other_id(record)
         outcome: Outcome = "changed" if followed else "added"
-        return Settled(outcome, name, _other(name, *followed), bool(followed))
+        return Match(outcome, name, _others(name, *followed), bool(followed))
 
     def _name(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
@@ -209,9 +209,9 @@ class Settling:
 
     def _is_free(self, name: str) -> bool:
         holder = self.stored.holder(name)
-        return holder < 0 or holder in self.taken
+        return holder < 0 or holder in self.moved_rows
 
-    def _which_moved(self, checksum: bytes) -> list[str]:
+    def _claim_moved(self, checksum: bytes) -> list[str]:
         """Claim a row with this content whose location is gone; return its id, if there is one."""
         if checksum not in self._moved:
             rows = self.stored.with_content(checksum)
@@ -219,7 +219,7 @@ class Settling:
         number = next(self._moved[checksum], None)
         if number is None:
             return []
-        self.taken.add(number)
+        self.moved_rows.add(number)
         return [self.stored.store.rows([number], ("id",))[0]["id"]]
 
     def _has_gone(self, number: int) -> bool:
@@ -229,23 +229,23 @@ class Settling:
         return self.changes.places.gone(row["uri"])
 
 
-def removed(settling: Settling) -> list[int]:
+def removed(matcher: RowMatcher) -> list[int]:
     """List the rows whose images were in the sources but were not found there.
 
     Places that could not be listed completely, or read, may still hold missing samples: nothing
     below such a place counts as removed, nor does a row that has the name of such a file.
     """
-    changes, store = settling.changes, settling.stored.store
+    changes, store = matcher.changes, matcher.stored.store
     for skip in changes.skips:
         if skip.lost == "place":
             say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
     unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
-    rows = settling.stored.at(unread)
+    rows = matcher.stored.at(unread)
     names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
     gone_N = ~changes.seen_N if store.live is None else ~changes.seen_N & store.live
-    gone_N[list(settling.taken)] = False
+    gone_N[list(matcher.moved_rows)] = False
     gone = []
-    for numbers in parts(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
+    for numbers in in_batches(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
             uri = row["uri"]
             inside = uri.startswith(changes.places.scanned) and _file_name(uri) not in names
@@ -254,13 +254,7 @@ def removed(settling: Settling) -> list[int]:
     return gone
 
 
-def parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the items in lists of a given size; the last one may be shorter."""
-    rest = iter(items)
-    return iter(lambda: list(islice(rest, size)), [])
-
-
-def _other(name: str, *ids: str) -> tuple[str, ...]:
+def _others(name: str, *ids: str) -> tuple[str, ...]:
     return tuple(i for i in dict.fromkeys(ids) if i != name)
 
 

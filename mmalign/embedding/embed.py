@@ -23,7 +23,7 @@ from mmalign.data import (
     refuse_own_sources,
     report_skips,
 )
-from mmalign.embedding.changes import ChangeSet, Settling, Wanted, find_changes, removed
+from mmalign.embedding.changes import ChangeSet, RowMatcher, Wanted, find_changes, removed
 from mmalign.encoding.batches import report_cut
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
@@ -139,7 +139,7 @@ def embed(
         work.run()
     counts = work.counts()
     _list_failures(path, changes, counts)
-    dropped = _drop(store, removed(work.settling), yes) if drop_removed else 0
+    dropped = _drop(store, removed(work.matcher), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
         cut_captions=work.pipeline.texts.cut,
@@ -176,7 +176,7 @@ class _Work:
     def __init__(
         self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
     ) -> None:
-        self.writer, self.changes, self.settling = writer, changes, Settling(changes)
+        self.writer, self.changes, self.matcher = writer, changes, RowMatcher(changes)
         self.pipeline = Pipeline(encoder, thumbnails=thumbnails, known=changes.stored.known)
         self.outcomes: Counter[str] = Counter()
         self.moved = self.read = 0
@@ -200,11 +200,11 @@ class _Work:
 
     def _write(self, good: Sequence[Encoded]) -> None:
         records, checksums = [e.record for e in good], [e.item.checksum for e in good]
-        for encoded, settled in zip(good, self.settling.settle(records, checksums), strict=True):
-            self.outcomes[settled.outcome] += 1
-            self.moved += settled.moved
-            if not settled.as_it_is:
-                self.writer.add(_row(encoded, settled.id), settled.replaces)
+        for encoded, matched in zip(good, self.matcher.match(records, checksums), strict=True):
+            self.outcomes[matched.outcome] += 1
+            self.moved += matched.moved
+            if not matched.up_to_date:
+                self.writer.add(_row(encoded, matched.id), matched.replaces)
 
     def counts(self) -> dict[str, int]:
         """Count the samples by outcome."""
@@ -266,4 +266,4 @@ def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> No
     rows += [{**f, "reason": None} for f, row in zip(before, there, strict=True) if row >= 0]
     add_failures(path, rows)
     used = counts["added"] + counts["changed"] + counts["present"]
-    report_skips(changes.skips, found=changes.found, used=used, where=path / "failures.jsonl")
+    report_skips(changes.skips, found=changes.found_count, used=used, where=path / "failures.jsonl")

@@ -4,7 +4,7 @@ N items, B items of a batch, D dimensions.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmalign.arrays import Floats, PixelArray
-from mmalign.data import fit_image, image_of, in_threads
+from mmalign.data import fit_image, image_of, in_batches, in_threads
 from mmalign.encoding.batches import TEXTS_AT_ONCE, BatchSplitter
 from mmalign.encoding.modalities import decode_workers
 from mmalign.encoding.pipeline import CPU_BATCH, GPU_BATCH
@@ -53,7 +53,7 @@ def encode_items(
         texts = [n for n, kind in enumerate(kinds) if kind == "text"]
         if texts:
             encode_texts = BatchSplitter(encoder.encode_texts)
-            for part in _batches(texts, TEXTS_AT_ONCE):
+            for part in in_batches(texts, TEXTS_AT_ONCE):
                 vectors_ND[part] = encode_texts([utf8_text(items[n]) for n in part])
                 shown.update(len(part))
         images = [n for n, kind in enumerate(kinds) if kind == "image"]
@@ -63,7 +63,7 @@ def encode_items(
                 lambda batch: encoder.encode_images(np.stack(batch))
             )
             pixels = _decoded(encoder, [items[n] for n in images], size)
-            for part in _batches(images, size):
+            for part in in_batches(images, size):
                 vectors_ND[part] = encode_images(list(islice(pixels, len(part))))
                 shown.update(len(part))
     return vectors_ND
@@ -99,9 +99,3 @@ class _Silent(contextlib.nullcontext[Any]):
 
 def _kind(item: Any) -> str:
     return "bytes" if isinstance(item, bytes | bytearray | memoryview) else "picture"
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
