@@ -175,11 +175,12 @@ class Searcher:
         snapshot = self._snapshot  # the same for the whole answer, even if `refresh` is called
         vectors_MD = self._encode(queries, snapshot)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
+        allowed = {asked: snapshot.allowed(*asked) for asked in {(q.to, q.where) for q in queries}}
         answers: dict[int, Hits] = {}
         for (to, where, exact, kind, wanted), numbers in _alike(queries).items():
             scores_MK, rows_MK = snapshot.find(
                 vectors_MD[numbers], wanted, kind=kind, to=to, exact=exact,
-                allowed_N=snapshot.allowed(to, where),
+                allowed_N=allowed[to, where],
             )  # fmt: skip
             for number, scores_K, rows_K in zip(numbers, scores_MK, rows_MK, strict=True):
                 query, first = queries[number], queries[number].offset

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,16 @@ class Snapshot:
 
     def allowed(self, to: Target, where: str | None) -> Bools | None:
         """Return which vectors may be found: those of live rows selected by `where`."""
-        allowed_N = self.store.live
-        if where is not None:
-            allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-            allowed_N[rows_where(self.store, where)] = True
-        if allowed_N is None or to == "image":
-            return allowed_N
-        return allowed_N[self.store.caption_owners]
+        if where is None:
+            return self.store.live if to == "image" else self._live_captions
+        allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
+        allowed_N[rows_where(self.store, where)] = True
+        return allowed_N if to == "image" else allowed_N[self.store.caption_owners]
+
+    @cached_property
+    def _live_captions(self) -> Bools | None:
+        live_N = self.store.live
+        return None if live_N is None else live_N[self.store.caption_owners]
 
     def hits(
         self, scores_K: Floats, numbers_K: Ints, to: Target, *, first: int, extra: Sequence[str]

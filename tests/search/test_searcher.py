@@ -243,3 +243,23 @@ def test_the_package_has_the_verbs() -> None:
     assert callable(mmalign.embed)
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
         mmalign.serch  # noqa: B018
+
+
+def test_a_filter_is_evaluated_once_for_many_queries(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.search import snapshot
+
+    evaluated: list[str] = []
+    real = snapshot.rows_where
+
+    def count(store: Any, expression: str) -> Any:
+        evaluated.append(expression)
+        return real(store, expression)
+
+    monkeypatch.setattr(snapshot, "rows_where", count)
+    mixed = ["a red circle", Row(searcher.store.rows([3], ("id",))[0]["id"])]
+    for k in (2, 3):
+        queries = [replace(Query(((item, 1.0),)), k=n) for item in mixed for n in (k, k + 1)]
+        assert len(searcher.search_many(queries, where="len(captions) > 1")) == 4
+    assert len(evaluated) == 2
