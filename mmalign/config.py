@@ -12,6 +12,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 from mmalign.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -71,7 +73,7 @@ def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any
 
 
 def dump(config: Any) -> str:
-    """Format a dataclass as TOML: plain keys first, then a table for each nested dataclass.
+    """Format a dataclass as TOML; None is left out, as it is the default of its field.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Point:
@@ -79,26 +81,16 @@ def dump(config: Any) -> str:
     ...     names: tuple[str, ...] = ("a",)
     >>> print(dump(Point()), end="")
     x = 1
-    names = ["a"]
+    names = [
+        "a",
+    ]
     """
-    plain, tables = [], []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{field.name}]\n{dump(value)}")
-        elif value is not None:
-            plain.append(f"{field.name} = {_literal(value)}\n")
-    return "".join(plain + tables)
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_literal(v) for v in value) + "]"
-    return repr(value)
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in table.items() if value is not None}
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
