@@ -9,7 +9,6 @@ N rows, D dimensions.
 import contextlib
 import json
 import math
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +75,15 @@ def export(
     numbers = _chosen(held, where)
     counts_N = np.bincount(held.caption_owners, minlength=held.manifest.physical_rows)[numbers]
     captions = int(counts_N.sum())
-    with _appearing(place) as draft, bar("export", len(numbers), "rows") as progress:
+    files.make_folder(place.parent)
+    with files.atomic_path(place) as draft, bar("export", len(numbers), "rows") as progress:
         if kind == "parquet":
             write_parquet(held, numbers, draft, progress.update, thumbnails=thumbnails)
         elif kind == "npy":
             write_parts(held, numbers, draft, progress.update)
         else:
             write_dataset(held, numbers, draft, progress.update)
+        _require_free(place)
     left_out = captions - int((counts_N > 0).sum()) if kind == "npy" else 0
     inside = [f for f in (place, *place.rglob("*")) if f.is_file()]
     size = sum(file.stat().st_size for file in inside)
@@ -114,23 +115,6 @@ def _chosen(store: Store, expression: str | None) -> Ints:
 def _require_free(place: Path) -> None:
     if place.exists() or place.is_symlink():
         raise UsageError(f"{place}: exists; name a place where nothing is")
-
-
-@contextlib.contextmanager
-def _appearing(place: Path) -> Iterator[Path]:
-    """Yield a draft path next to a place, and move the draft to the place at the end."""
-    files.make_folder(place.parent)
-    draft = place.with_name(f".{place.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield draft
-        _require_free(place)
-        files.move(draft, place)
-    except OSError as error:
-        # The name of the draft would not help the user, and some writers name no file.
-        error.filename = str(place)
-        raise
-    finally:
-        files.remove(draft)
 
 
 # ---------------------------------------------------------------- import
