@@ -111,7 +111,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not a choice: {nearest(str(value), args)}")
+            raise ConfigError(f"{where}: unknown value {value!r}: {nearest(str(value), args)}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, where) for v in value)
