@@ -43,7 +43,7 @@ def test_embedding_and_evaluating_count_captions_that_are_cut(
     run: Path, wordy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = load_model(run).name
-    said = f"warning: 2 captions are longer than {name} reads: the end of each is left out"
+    said = f"warning: 2 captions are longer than {name} can read: they were truncated"
     embed(run, [str(wordy)], tmp_path / "s.store", thumbnails=False)
     assert said in capsys.readouterr().err
     evaluate(run, [str(wordy)])

@@ -55,15 +55,15 @@ def test_info_counts_what_is_live(store: Path) -> None:
     said = call("info", store).stdout
     assert len(said.splitlines()) <= 10
     lines = dict(line.split(None, 1) for line in said.splitlines() if not line.startswith(" "))
-    assert lines["rows"] == f"23 and 2 deleted, on the disk until `mmalign compact {store}`"
-    assert lines["model"] == f"{CARD.identity.rsplit('-', 1)[0]}, {DIM} numbers a vector"
+    assert lines["rows"] == f"23, 2 more are deleted; `mmalign compact {store}` frees their space"
+    assert lines["model"] == f"{CARD.identity.rsplit('-', 1)[0]}, {DIM} dimensions"
     assert lines["failures"] == "1: not an image 1"
     assert lines["captions"].startswith(f"{after['captions']}, Latin 100%")
     assert "every row is compared; `mmalign index" in lines["index"]
 
 
 def test_verify_a_share_of_the_shards(store: Path) -> None:
-    assert "every file is what was written" in call("verify", store).stdout
+    assert "every file matches its hash" in call("verify", store).stdout
     assert "every file that was read is" in call("verify", store, "--sample", "0.5").stdout
     for shard in (store / "shards").iterdir():
         flip(shard)

@@ -67,7 +67,7 @@ def test_only_rows_for_which_sql_is_true(small: Path, tmp_path: Path) -> None:
     ids = pq.read_table(tmp_path / "s.parquet")["id"].to_pylist()
     assert ids == [f"id{n}" for n in LIVE if n % 2 and n > 9]
     assert report.rows == len(ids)
-    with pytest.raises(StoreError, match="no rows to export: none has 名 > 99"):
+    with pytest.raises(StoreError, match="no rows to export: no row matches 名 > 99"):
         export(small, tmp_path / "none", "npy", where="名 > 99")
     assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
 
@@ -251,7 +251,7 @@ def test_export_needs_no_torch(small: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_have_no_place_in_npy(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="npy layout has no place for pictures"):
+    with pytest.raises(UsageError, match="npy format cannot hold pictures"):
         export(small, tmp_path / "out", "npy", thumbnails=True)
 
 
