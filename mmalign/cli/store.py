@@ -157,8 +157,8 @@ def delete(
     from mmalign.store import delete_rows, open_store, require_few
 
     if bool(ids) == (where is not None):
-        given = "both" if ids else "neither"
-        raise UsageError(f"give either the ids of the rows to delete or --where: {given} was given")
+        given = "both were" if ids else "neither was"
+        raise UsageError(f"give either the ids of the rows to delete or --where: {given} given")
     held = open_store(store)
     numbers = _selected(held, ids, where)
     gone = held.rows(numbers, ("id", "uri"))

@@ -49,7 +49,7 @@ def test_what_fails_gives_back_what_it_took() -> None:
     for _ in range(3):
         with suppress(KeyError), budget.taken(10, "it"):
             raise KeyError
-    with pytest.raises(SampleProblem, match=r"too large to decode: it takes 0\.0 GB"):
+    with pytest.raises(SampleProblem, match=r"too large to decode: it needs 0\.0 GB"):
         budget.taken(11, "it").__enter__()
     with budget.taken(10, "it"):
         pass

@@ -298,7 +298,9 @@ def test_parts_that_do_not_fit_are_refused_by_name(
 
 def test_other_dimensions_are_another_model(tmp_path: Path) -> None:
     write_part(tmp_path, 0, np.ones((2, DIM + 1), "f4"), {"key": ["a", "b"]})
-    with pytest.raises(IdentityError, match=f"{DIM + 1} dimensions; {CARD.identity} makes {DIM}"):
+    with pytest.raises(
+        IdentityError, match=f"{DIM + 1} dimensions, but {CARD.identity} makes {DIM}"
+    ):
         import_parts(tmp_path, tmp_path / "s.store", "any")
     assert not (tmp_path / "s.store").exists()
 

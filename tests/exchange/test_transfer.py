@@ -101,7 +101,9 @@ def test_npy_parts_are_aligned_row_by_row(
     beyond = sum(n % 3 == 2 for n in LIVE)
     assert report.captions_left_out == beyond
     assert report.captions == sum(n % 3 > 0 for n in LIVE)
-    assert f"{beyond} more captions are in the metadata without a vector" in capsys.readouterr().err
+    assert (
+        f"{beyond} more captions are in the metadata, without a vector" in capsys.readouterr().err
+    )
     assert sorted(p.name for p in (tmp_path / "again").rglob("*.*")) == [
         "img_emb_0.npy",
         "metadata_0.parquet",
@@ -194,11 +196,11 @@ def test_the_library_opens_a_dataset(small: Path, tmp_path: Path) -> None:
 def test_what_exists_is_never_written_over(small: Path, tmp_path: Path, kind: Any) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, out, kind)
     out.unlink()
     out.mkdir()
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, out, kind)
     assert list(tmp_path.iterdir()) == [out]
 
@@ -233,7 +235,7 @@ def test_a_place_taken_meanwhile_is_not_written_over(
         (tmp_path / "out").write_text("mine")
 
     monkeypatch.setattr(transfer, "write_parquet", slow)
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, tmp_path / "out", "parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").read_text() == "mine"

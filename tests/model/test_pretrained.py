@@ -412,14 +412,14 @@ def test_a_tokenizer_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyP
         ("ViT-B-32/openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B-32 openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B/32:no/such.pt", "did you mean 'ViT-B-32:no/such.pt'"),
-        ("ViT-B/32", "as ViT-B-32:TAG with one of openai"),
-        ("ViT-B-32:", "as ViT-B-32:TAG with one of openai"),
+        ("ViT-B/32", "write ViT-B-32:TAG with one of openai"),
+        ("ViT-B-32:", "write ViT-B-32:TAG with one of openai"),
         ("ViT-B-32:no/such.pt", "no/such.pt: no such weight file"),
         ("ViT-B-32:such.safetensors", "such.safetensors: no such weight file"),
         ("nano", "a preset, which has no weights.*--preset nano"),
         ("nano:openai", "a preset, which has no weights.*--preset nano"),
         ("qqqqqqqq", r"known: .* and \d+ more"),
-        ("ViT-B-32", "as ViT-B-32:TAG with one of .* and \\d+ more"),
+        ("ViT-B-32", "write ViT-B-32:TAG with one of .* and \\d+ more"),
     ],
 )
 def test_a_name_that_is_nearly_right_gets_the_right_one(name: str, message: str) -> None:

@@ -190,7 +190,10 @@ def test_what_would_block_is_not_opened(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["@gone.jpg"], "gone.jpg: no such image file; words that begin with @ need a space"),
+        (
+            ["@gone.jpg"],
+            "gone.jpg: no such image file; to search for text that begins with @, put a space",
+        ),
         (["@"], ".: not a regular file"),
         (["@" + "a" * 300], "no such image file"),
         ([""], "the query is empty"),
