@@ -119,7 +119,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if dataclasses.is_dataclass(hint):
         keys = ", ".join(f.name for f in dataclasses.fields(hint))
-        raise ConfigError(f"{where} is a table with the keys {keys}: write {where}.KEY")
+        name = where.rpartition(": ")[2]
+        raise ConfigError(f"{where} is a table with the keys {keys}: write {name}.KEY")
     plain = hint if isinstance(hint, type) else None
     if plain is None or type(value) is not plain:
         wanted = plain.__name__ if plain else str(hint)

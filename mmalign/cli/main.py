@@ -35,7 +35,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mmalign")
 def main() -> None:
-    """Align images and text, store their embeddings, and find one by the other.
+    """Align images and text in one embedding space, store the embeddings, and search them.
 
     \b
     The path:  train -> embed -> index -> search
@@ -95,13 +95,15 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @click.option("--out", required=True, metavar="RUN", type=PLACE, help="Folder for the run.")
 @click.option("--config", metavar="FILE.toml", type=PLACE, help="Fields of TrainConfig as TOML.")
 @click.option(
-    "--preset",
-    metavar="NAME",
+    "--preset", metavar="NAME",
     help="Train one of mmalign's own models from scratch: nano, tiny, small.",
-)
+)  # fmt: skip
 @click.option("--model", metavar="NAME", help="An open_clip architecture.")
 @click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Weights of --model.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="Override one field of TrainConfig.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Resume the run in --out with the same data.")
 @_columns
 @_json
@@ -156,7 +158,7 @@ def train(
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto",
     show_default=True,
-    help="Arithmetic; auto is bfloat16 if the processor supports it and cosines stay above 0.999.",
+    help="Precision; auto is bfloat16 if the processor supports it and cosines stay above 0.999.",
 )  # fmt: skip
 @click.option(
     "--checksum", is_flag=True, help="Also compare the content of images that look unchanged."
@@ -213,11 +215,9 @@ def embed(
     "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one per line."
 )
 @click.option(
-    "--model",
-    metavar="RUN_OR_NAME",
-    type=PLACE,
+    "--model", metavar="RUN_OR_NAME", type=PLACE,
     help="The model that encodes FILE, if it was moved since embedding.",
-)
+)  # fmt: skip
 @_json
 def index(
     *,

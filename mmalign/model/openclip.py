@@ -291,7 +291,10 @@ def plan_of_file(name: str, file: Path) -> Plan:
     usual = max(ways, key=ways.count, default={})
     odd = [tag for tag, way in zip(tags(name), ways, strict=True) if way != usual]
     if odd:
-        say(f"{shown}: images are prepared as for most tags of {name}, not as for {', '.join(odd)}")
+        say(
+            f"{shown}: images are preprocessed as for most tags of {name}, "
+            f"not as for {', '.join(odd)}"
+        )
     architecture = _architecture(name, quick_gelu=quick)
     return Plan(shown, name, architecture, usual, file, f"{name}:{file.absolute()}")
 
@@ -307,7 +310,10 @@ def _from_folder(folder: Path) -> Plan:
         found = [f for end in ("safetensors", "bin", "pth") for f in folder.glob(f"*.{end}")]
         if len(found) != 1:
             there = ", ".join(sorted(f.name for f in found)[:5]) or "none"
-            raise ModelError(f"{shown}: rename the weight file to {WEIGHTS[0]} (found: {there})")
+            raise ModelError(
+                f"{shown}: no weight file with a known name (found: {there}): "
+                f"rename it to {WEIGHTS[0]}"
+            )
     weight_files.require_weights(found[0])
     return _configured(shown, folder / CONFIG, found[0], f"{FOLDER}:{folder.absolute()}")
 
