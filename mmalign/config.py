@@ -103,7 +103,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not a choice: {nearest(str(value), args)}")
+            raise ConfigError(f"{where}: unknown value {value!r}: {nearest(str(value), args)}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, where) for v in value)
@@ -111,7 +111,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if dataclasses.is_dataclass(hint):
         keys = ", ".join(f.name for f in dataclasses.fields(hint))
-        raise ConfigError(f"{where} is a table with the keys {keys}: write {where}.KEY")
+        name = where.rpartition(": ")[2]
+        raise ConfigError(f"{where} is a table with the keys {keys}: write {name}.KEY")
     plain = hint if isinstance(hint, type) else None
     if plain is None or type(value) is not plain:
         wanted = plain.__name__ if plain else str(hint)

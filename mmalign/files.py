@@ -546,7 +546,7 @@ def utf8_name(path: Path | str) -> str:
     try:
         return os.fsencode(path).decode()
     except UnicodeDecodeError:
-        told = "the name is not UTF-8, and a library needs one: rename it"
+        told = "the name is not UTF-8, which a library requires: rename it"
         raise OSError(errno.EILSEQ, told, str(path)) from None
 
 

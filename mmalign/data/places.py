@@ -97,7 +97,7 @@ def file_system(url: str) -> tuple[Any, str]:
             return fs, str(path)
     except OSError as error:
         if isinstance(error.__cause__, ImportError) and url.startswith(("http://", "https://")):
-            raise OSError(f"it is read by an extra: {WEB_EXTRA}") from None
+            raise OSError(f"reading from the web needs an extra package: {WEB_EXTRA}") from None
         raise
 
 
@@ -310,14 +310,14 @@ def _entry(found: "os.DirEntry[str]") -> Entry:
         return Entry(found.name, "other", f"not a regular file: {special(mode)}")
     except FileNotFoundError:
         # A link to an unmounted disk: the files on it are not gone.
-        return Entry(found.name, "other", "link that leads nowhere", hides=True)
+        return Entry(found.name, "other", "broken link", hides=True)
     except OSError as error:
-        return Entry(found.name, "other", f"cannot be looked at: {reason(error)}", hides=True)
+        return Entry(found.name, "other", f"cannot be accessed: {reason(error)}", hides=True)
 
 
 def special(mode: int) -> str:
     """Name the type of a file that is not regular, by its `st_mode`."""
-    return _SPECIAL.get(stat.S_IFMT(mode), "of an unknown kind")
+    return _SPECIAL.get(stat.S_IFMT(mode), "unknown type")
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -335,7 +335,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 def _refuse_large(size: int, most: int) -> None:
     if size > most:
-        raise OSError(f"it has {size / 1e6:,.0f} MB, more than {most / 1e6:,.0f}")
+        raise OSError(f"it has {size / 1e6:,.0f} MB, more than the limit of {most / 1e6:,.0f} MB")
 
 
 def refuse_special(mode: int) -> None:

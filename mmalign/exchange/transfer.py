@@ -68,9 +68,7 @@ def export(
     """
     held, place = open_store(store), Path(out)
     if thumbnails and kind == "npy":
-        raise UsageError(
-            "--thumbnails: the npy layout has no place for pictures; take parquet or hf"
-        )
+        raise UsageError("--thumbnails: the npy format cannot hold pictures; use parquet or hf")
     _require_free(place)
     numbers = _chosen(held, where)
     counts_N = np.bincount(held.caption_owners, minlength=held.manifest.physical_rows)[numbers]
@@ -90,8 +88,8 @@ def export(
     say(f"{len(numbers)} rows and {captions - left_out} captions in {out}: {size / 1e6:.1f} MB")
     if left_out:
         say(
-            f"a row of this layout has one text vector, that of its first caption: {left_out} more "
-            "captions are in the metadata without a vector"
+            f"this format has one text vector per row, that of its first caption: {left_out} more "
+            "captions are in the metadata, without a vector"
         )
     return ExportReport(str(out), kind, len(numbers), captions - left_out, left_out, size)
 
@@ -107,14 +105,14 @@ def _chosen(store: Store, expression: str | None) -> Ints:
     else:
         numbers = np.flatnonzero(store.live)
     if not len(numbers):
-        reason = "the store is empty" if expression is None else f"none has {expression}"
+        reason = "the store is empty" if expression is None else f"no row matches {expression}"
         raise StoreError(f"{store.path}: no rows to export: {reason}")
     return numbers
 
 
 def _require_free(place: Path) -> None:
     if place.exists() or place.is_symlink():
-        raise UsageError(f"{place}: exists; name a place where nothing is")
+        raise UsageError(f"{place}: already exists; use another --to")
 
 
 # ---------------------------------------------------------------- import
@@ -167,12 +165,12 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
     encoder = load_model(model)
     if parts[0].dim != encoder.dim:
         raise IdentityError(
-            f"{parts[0].images}: {parts[0].dim} dimensions; {encoder.identity} makes "
-            f"{encoder.dim}: name the model that made these vectors"
+            f"{parts[0].images}: {parts[0].dim} dimensions, but {encoder.identity} makes "
+            f"{encoder.dim}: give the model that made these vectors"
         )
     say(
-        f"taken for vectors of {encoder.identity} because you say so: they have its {encoder.dim} "
-        "dimensions, and nothing else in the folder tells"
+        f"using {encoder.identity} as given: the vectors have its {encoder.dim} dimensions, but "
+        "the folder does not say which model made them"
     )
     keep_weights(encoder)
     intake = _Intake(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
@@ -320,13 +318,14 @@ class _Intake:
         unusable = sum(1 for failure in self.failures if failure["reason"])
         failed = sum(1 for failure in self.failures if not failure["embedded"])
         if unusable:
-            say(f"{unusable} vectors cannot be used: {place / 'failures.jsonl'} lists them")
+            say(f"{unusable} vectors cannot be used; listed in {place / 'failures.jsonl'}")
         if self.renamed:
             say(
-                f"{self.renamed} rows had the id of another; their path, or part and row, is theirs"
+                f"{self.renamed} rows had the id of another row; their new id is made from their "
+                "path, or from their part and row"
             )
         if self.left_out:
-            say(f"{self.left_out} captions have no vector; they stand in meta")
+            say(f"{self.left_out} captions have no vector; they are in the metadata")
         done = f"{self.added} added, {self.present} already there, {failed} failed"
         say(f"{done}: {rows} rows in {place}")
         return ImportReport(self.added, self.present, failed, self.renamed, self.left_out, rows)

@@ -59,7 +59,7 @@ def test_version() -> None:
 
 
 def test_unknown_command_and_option_name_the_nearest() -> None:
-    assert "no command 'serch': did you mean 'search'?" in complaint(2, "serch", "x")
+    assert "no command is called 'serch': did you mean 'search'?" in complaint(2, "serch", "x")
     assert "--dta" in (said := complaint(2, "embed", "--dta", "x"))
     assert "--data" in said
 
@@ -76,7 +76,7 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
         (["index", "x.store", "--recall", "1.5"], "--recall 1.5 must be above 0 and at most 1"),
         (["index", "x.store", "--memory", "much"], "--memory much: write an amount such as 300MB"),
         (["index", "x.store", "--memory", "0GB"], "--memory 0GB must be above 0"),
-        (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "no class name in it"),
+        (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "contains no class name"),
     ],
 )
 def test_words_that_are_off(
@@ -103,7 +103,7 @@ def test_a_training_without_data_leaves_no_folder(
         ("augment.flp=true", "augment: unknown key 'flp': did you mean 'flip'?"),
         ("epochs=many", "epochs: expected float, got 'many'"),
         ("batch_size=2.5", "batch_size: expected int, got 2.5"),
-        ("loss=infonc", "'infonc' is not a choice: did you mean 'infonce'?"),
+        ("loss=infonc", "unknown value 'infonc': did you mean 'infonce'?"),
         ("augment.aspect=0.0", "augment.aspect=0.0 must be at least 1"),
         ("augment.erase=2", "augment.erase=2.0 must be in [0, 1]"),
         ("epochs", "--set epochs: write it as key=value"),
@@ -226,7 +226,7 @@ def test_query_files_that_are_off(own_store: Path, tmp_path: Path) -> None:
 
 
 def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:
-    assert "every file is what was written" in call("verify", own_store).stdout
+    assert "every file matches its hash" in call("verify", own_store).stdout
     assert answer("verify", own_store) == {"damaged": []}
     (shard,) = (own_store / "shards").iterdir()
     content = bytearray(shard.read_bytes())

@@ -125,7 +125,7 @@ def test_a_folder_of_clip_retrieval_itself(
     wanted = vectors(3, 9) / np.linalg.norm(vectors(3, 9), axis=1, keepdims=True)
     assert np.allclose(np.concatenate(held.vectors("image"))[:3], wanted, atol=2e-3)
     said = capsys.readouterr().err
-    assert f"taken for vectors of {CARD.identity} because you say so" in said
+    assert f"using {CARD.identity} as given: the vectors have its {CARD.dim} dimensions" in said
 
 
 def test_unusable_vectors_are_listed(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_equal_ids_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[
     held = open_store(tmp_path / "s.store")
     wanted = ["a", "b", "c", "1/0/a", "/1/b.jpg", "/same.jpg", "/1/a.jpg", "e"]
     assert held.column("id") == wanted
-    assert "3 rows had the id of another" in capsys.readouterr().err
+    assert "3 rows had the id of another row" in capsys.readouterr().err
     again = import_parts(tmp_path, tmp_path / "s.store", "any")
     assert (again.added, again.present, again.rows) == (0, 8, 8)
     assert open_store(tmp_path / "s.store").column("id") == wanted
@@ -298,7 +298,9 @@ def test_parts_that_do_not_fit_are_refused_by_name(
 
 def test_other_dimensions_are_another_model(tmp_path: Path) -> None:
     write_part(tmp_path, 0, np.ones((2, DIM + 1), "f4"), {"key": ["a", "b"]})
-    with pytest.raises(IdentityError, match=f"{DIM + 1} dimensions; {CARD.identity} makes {DIM}"):
+    with pytest.raises(
+        IdentityError, match=f"{DIM + 1} dimensions, but {CARD.identity} makes {DIM}"
+    ):
         import_parts(tmp_path, tmp_path / "s.store", "any")
     assert not (tmp_path / "s.store").exists()
 
