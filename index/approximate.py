@@ -189,7 +189,7 @@ class Approximate(Index):
             raise StoreError(f"the index cannot be searched: {_reason(error)}") from None
         rows_MR = np.concatenate(parts)
         if len(rows_MR) and not -1 <= rows_MR.min() <= rows_MR.max() < self.rows:
-            raise StoreError(f"the index names rows beyond the {self.rows} that it covers")
+            raise StoreError(f"the index returns rows beyond the {self.rows} that it covers")
         return rows_MR
 
     def _check(self, queries_MD: Floats) -> None:
@@ -425,7 +425,7 @@ def load(path: Path, held: int, dim: int) -> Any:
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
     if index.ntotal != held or index.d != dim:
-        raise StoreError(f"{path}: holds {index.ntotal} vectors where {held} are named")
+        raise StoreError(f"{path}: holds {index.ntotal} vectors, but index.json says {held}")
     return index
 
 

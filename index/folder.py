@@ -100,8 +100,10 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
 
 def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
     if content["format"] != FORMAT:
-        other = f"index of format {content['format']}, this mmalign reads {FORMAT}"
-        raise StoreError(f"{folder}: {other}: {shell_command('index', folder.parents[1])}")
+        other = (
+            f"index format {content['format']}, but this version of mmalign reads format {FORMAT}"
+        )
+        raise StoreError(f"{folder}: {other}: run {shell_command('index', folder.parents[1])}")
     part = content["modalities"].get(modality)
     if part is None or part["kind"] == "exact":
         return Exact(shards)
@@ -109,16 +111,16 @@ def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards
     for name, size in content["bytes"].items():
         beside = folder / name
         if beside.stem == modality and not (beside.is_file() and beside.stat().st_size == size):
-            raise StoreError(f"{beside}: missing, or its size is not what was written")
+            raise StoreError(f"{beside}: missing, or not of the size in index.json")
     if approximate.lists_of(file).exists():
         whole = files.sha256(file) == content["sha256"][file.name]
     else:
         whole = _head(file) == content["heads"][file.name]
     if not whole:
-        raise StoreError(f"{file}: damaged: its bytes are not what was written")
+        raise StoreError(f"{file}: damaged: its content does not match its hash")
     vectors = VectorReader(shards)
     if vectors.total < part["rows"]:
-        raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
+        raise StoreError(f"{file}: covers {part['rows']} rows, but the store has {vectors.total}")
     points = {
         name: [OperatingPoint(**p) for p in points] for name, points in part["points"].items()
     }

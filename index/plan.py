@@ -119,15 +119,15 @@ def plan(
     fitting = [d for d in possible if _bytes(d, vectors) <= memory]
     if not fitting:
         enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
-        part = f", which is {share:.0%} of --memory" if share < 1 else ""
+        part = f" ({share:.0%} of --memory)" if share < 1 else ""
         say(
-            f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.1f} MB{part}, so every row "
-            f"will be compared; --memory {enough}MB is enough for one"
+            f"no index of {vectors.live:,} vectors fits in {memory / 1e6:,.1f} MB{part}, so search "
+            f"will be exact; --memory {enough}MB is enough for an index"
         )
         return Plan(IndexSpec("exact"))
     asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
     if not asked:
-        say("too few queries to tune and to measure an index with, so every row will be compared")
+        say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
     return_large_blocks()
     main = next(iter(asked))
@@ -135,8 +135,8 @@ def plan(
     if not specs:
         near = max(tried, key=attrgetter("recall"))
         say(
-            f"no index within {memory / 1e6:,.1f} MB finds {recall:.1%}, so every row will be "
-            f"compared; the nearest is {near.design} with {near.recall:.1%}"
+            f"no index within {memory / 1e6:,.1f} MB reaches a recall of {recall:.1%}, so search "
+            f"will be exact; the best was {near.design} with {near.recall:.1%}"
         )
         return Plan(IndexSpec("exact"), tried=tried)
     return_freed()
@@ -147,8 +147,9 @@ def plan(
         if built is not None:
             return replace(built, tried=tried)
         name = spec.name(vectors.live, vectors.dim)
-        say(f"{name} does not find {recall:.1%} over all rows, of tuning and of held-out queries")
-    say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
+        missed = f"{name} does not reach a recall of {recall:.1%} over all rows"
+        say(f"{missed} on both tuning and held-out queries")
+    say(f"no index reaches a recall of {recall:.1%} over all rows, so search will be exact")
     return Plan(IndexSpec("exact"), tried=tried)
 
 

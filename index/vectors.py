@@ -135,7 +135,7 @@ def _one_view(shards: Shards) -> tuple[Halves, Ints, int]:
     if any(
         s.dtype != np.float16 or s.strides != (row_bytes, 2) or not s.flags.aligned for s in shards
     ):
-        raise VectorError("shards must be aligned float16, whole rows one after another")
+        raise VectorError("shards must be aligned float16 arrays of contiguous rows")
     starts = np.array([s.ctypes.data for s in shards], dtype=np.int64)
     lowest = int(starts.min())
     unit = math.gcd(row_bytes, *[int(start) - lowest for start in starts])

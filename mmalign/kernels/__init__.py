@@ -138,7 +138,7 @@ def choose_loss(
 def _refuse_ranks(ranks: "dist.ProcessGroup | None") -> None:
     if ranks is not None:
         raise VectorError(
-            "impl='reference' knows one process: use 'blocked' or 'triton' with ranks"
+            "impl='reference' supports one process only: use 'blocked' or 'triton' with ranks"
         )
 
 

@@ -230,7 +230,7 @@ def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
     if chosen == "half":
         problem = _refuses_half(corpus)
     elif chosen == "int8" and corpus.codes is None:
-        problem = "vectors_ND has no codes: give kernels.prepare(vectors_ND, with_codes=True)"
+        problem = "vectors_ND has no codes: pass kernels.prepare(vectors_ND, with_codes=True)"
     if chosen != "single" and queries_MD.is_cuda:
         problem = f"queries_MD is on {queries_MD.device}, not on a CPU"
     if problem:
@@ -244,7 +244,7 @@ def _refuses_half(corpus: Corpus) -> str | None:
     if _on_gpu(corpus):
         return "vectors_ND is not on a CPU"
     if not sums_float16_in_float32():
-        return "torch is set to sum float16 in float16, or does not tell"
+        return "torch sums float16 products in float16, or does not say whether it does"
     return None
 
 

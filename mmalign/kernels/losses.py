@@ -207,7 +207,7 @@ def _gather(matrix: Tensor, ranks: Ranks) -> Tensor:
     if int(count.sum()):
         raise VectorError(
             f"image_ND has {len(matrix)} rows on this rank and up to {int(count[0])} on others: "
-            f"every rank must bring equally many"
+            f"every rank must have the same number"
         )
     joined = matrix.new_empty((dist.get_world_size(ranks) * len(matrix), *matrix.shape[1:]))
     _ALL_GATHER(joined, matrix.contiguous(), group=ranks)

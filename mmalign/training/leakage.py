@@ -60,8 +60,8 @@ def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
     one, other = next(iter(twins.values()))[0]
     which = f"all {total}" if count == total else f"{count} of {total}"
     return (
-        f"warning: {which} validation samples are trained on too ({ways}; the first: "
-        f"{one.uri} is {other.uri}): recall on them shows what was memorized"
+        f"warning: {which} validation samples are also in the training data ({ways}; the first: "
+        f"{one.uri} is {other.uri}): recall on them measures memorization"
     )
 
 

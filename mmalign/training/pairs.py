@@ -118,13 +118,12 @@ class Pairs:
         """Return a sampler of shuffled batches over the pairs."""
         if len(self) < 2:
             raise TrainingError(
-                "there is 1 training sample: pairs are learned by telling them apart, "
-                "so bring at least 2"
+                "there is only 1 training sample: contrastive training needs at least 2"
             )
         if batch_size > len(self):
             raise TrainingError(
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
-                f"give --set batch_size={1 << (len(self).bit_length() - 1)} or bring more data"
+                f"give --set batch_size={1 << (len(self).bit_length() - 1)} or add more data"
             )
         most = int(np.diff(self.starts).max())
         return Sampler(self.starts, batch_size, seed, min(captions_per_image, most))

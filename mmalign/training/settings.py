@@ -68,7 +68,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.batch_size >= 2, "batch_size", self.batch_size, "at least 2: pairs are compared"
+            self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, as pairs are compared"
         )
         for name in ("part_size", "captions_per_image", "validations"):
             value = getattr(self, name)
@@ -126,7 +126,8 @@ def refuse_complete(run: Path, config: TrainConfig, reached: list[str]) -> None:
         ends = " and ".join(f"{name}={values[name]:g}" for name in reached)
         longer = " ".join(f"--set {name}=N" for name in reached)
         raise UsageError(
-            f"{run}: training is complete: it reached {ends}; {longer} with more goes on"
+            f"{run}: training is complete: it reached {ends}; "
+            f"to continue, raise the limit with {longer}"
         )
 
 

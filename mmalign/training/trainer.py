@@ -101,7 +101,7 @@ class Trainer:
                 f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved yet"
             )
             again = shell_command("train", "--out", self.run, "--resume")
-            say(f"stopped ({kept}); go on with {again}")
+            say(f"stopped ({kept}); continue with {again}")
             raise
         finally:
             batches.close()  # type: ignore[attr-defined]
@@ -159,7 +159,8 @@ class Trainer:
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
             f"{self.pairs.captions} captions; images in {learner.arithmetic['image']}, "
-            f"texts in {learner.arithmetic['text']}, loss {kernels.choose_loss(vectors, vectors)}"
+            f"texts in {learner.arithmetic['text']}, "
+            f"loss kernel {kernels.choose_loss(vectors, vectors)}"
         )
         if self.held_out is not None and (warning := too_few(len(self.held_out))):
             say(warning)
@@ -198,7 +199,7 @@ class Trainer:
         with torch.no_grad():
             report["validation_loss"] = float(self.learner.objective.contrast(images, texts))
         score = (report["image_retrieval_mrr@10"] + report["text_retrieval_mrr@10"]) / 2
-        note = "; saturated: the validation loss decides" if score == 1 else ""
+        note = "; recall cannot improve, so the validation loss decides" if score == 1 else ""
         say(
             f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
             f"{_percent(report, 'image')}, image->text {_percent(report, 'text')}, "
@@ -236,7 +237,9 @@ class Trainer:
         """
         missing = [f.name for f in fields(State) if f.name not in state]
         if missing:
-            raise TrainingError(f"{self.run}: state.pt does not fit the run: no {missing[0]}")
+            raise TrainingError(
+                f"{self.run}: state.pt does not match the run: it has no {missing[0]}"
+            )
         self.learner.restore(state, str(self.run))
         self.state = State(**{f.name: state[f.name] for f in fields(State)})
         self.saved_step = self.state.step
