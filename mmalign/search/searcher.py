@@ -202,8 +202,8 @@ class Searcher:
         cut = len(self.encoder.tokenizer.cut(texts)) if texts else 0
         if cut:
             what = "the query is" if len(queries) == 1 else f"{cut} queries are"
-            its = "its end is" if len(queries) == 1 else "their ends are"
-            say(f"warning: {what} longer than {self.encoder.name} reads: {its} left out")
+            it = "it was" if len(queries) == 1 else "they were"
+            say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)
         for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
             alone = len(queries[number].items) == 1 and weight == 1

@@ -218,7 +218,8 @@ def read_records(
                 return
             rows, unread = python_rows(batch)
             for name in sorted(unread.keys() - named):
-                say(f"{part.metadata}: column {name!r} is left out: {unread[name]} is not read")
+                kind = f"type {unread[name]} is not supported"
+                say(f"{part.metadata}: column {name!r} is left out: {kind}")
             named |= unread.keys()
             yield rows
 
