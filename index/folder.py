@@ -23,9 +23,9 @@ from mmalign.index.spec import Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
 
 FORMAT = 3
-# This much of a graph's file is checked on every opening. It holds sizes that FAISS trusts, and a
-# wrong one can make a search run forever. The file of an IVF is checked completely: it is read
-# completely, and is a few hundredths the size of its lists.
+# Bytes at the start of a graph's file that are checked on every opening. They contain sizes that
+# FAISS trusts; a wrong one can make a search run forever. The file of an IVF is checked completely:
+# it is read completely anyway, and is small beside its lists.
 HEAD_BYTES = 1 << 22
 
 
@@ -49,7 +49,7 @@ def write_index(
         asked: Queries by their modality; the first one decides the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
-        share: Share of the memory for all indexes of a store that this one gets.
+        share: This index's share of the memory for all indexes of a store.
         live_N: Which rows are not deleted; None if all are live.
     """
     vectors = VectorReader(shards, live_N)
@@ -82,7 +82,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
-    """Open the index of one modality; rows of the store that it does not cover are exact.
+    """Open the index of one modality; rows that it does not cover are searched exactly.
 
     A folder of None means exact search.
 

@@ -46,9 +46,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ivf": ({"density": 2}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
-"""By kind: variants of the best of the first round, tried as well."""
-# Rows of each round, tuning queries per round (as many measure), the share of specs that advance to
-# the next round, and how many times slower than the best a spec may be to advance.
+"""By kind: variants of the best spec of the first round, added to the second."""
+# Rows of each round, tuning queries per round (and as many to measure), the share of specs that
+# advance to the next round, and how many times slower than the best a spec may be to advance.
 ROUNDS, ROUND_QUERIES, KEPT, SLOWER = (1 << 14, 1 << 16), 300, 0.3, 1.5
 # Tuning queries over all rows. Modalities that do not decide the choice are tuned and measured with
 # a quarter of their queries, as computing the exact neighbours takes longest.
@@ -65,9 +65,9 @@ class Queries:
     tune_MD: Floats
     held_MD: Floats
     stored: bool = False
-    """They are vectors of the index itself: each then finds itself, which is not counted."""
+    """Whether they are vectors of the index: each then finds itself, which does not count."""
     groups_M: Ints | None = None
-    """Image that each of `held_MD` belongs to; None if each is a group of its own."""
+    """Image number of each held-out query; None if each is a group of its own."""
 
     @property
     def held(self) -> HeldOut:
@@ -75,7 +75,7 @@ class Queries:
         return HeldOut(self.held_MD, self.groups_M)
 
     def fewer(self, part: int) -> "Queries":
-        """Return 1 / part of `TUNING` tuning queries, at most, and of the held-out ones."""
+        """Return at most `TUNING` / part tuning queries, and 1 / part of the held-out ones."""
         count = -(-len(self.held_MD) // part)
         groups_M = None if self.groups_M is None else self.groups_M[:count]
         tune_MD, held_MD = self.tune_MD[: TUNING // part], self.held_MD[:count]
@@ -84,7 +84,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Plan:
-    """A design, built and tuned; final."""
+    """An index spec, built and tuned; final."""
 
     spec: IndexSpec
     index: Any = None
@@ -111,7 +111,7 @@ def plan(
         asked: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
-        share: The share of the memory for all indexes of a store that this one gets.
+        share: This index's share of the memory for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(IndexSpec("exact"))
@@ -178,8 +178,8 @@ def _rounds(
     """Compare index specs on samples, the best of each round in the next.
 
     Returns:
-        The specs that reached the recall, best first, those of the last round before the others
-        (the best on a sample may fall short over all rows); and all trials.
+        All specs that reached the recall, as the best on a sample may fall short over all rows:
+        best first, those of the last round before the others. And all trials.
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
@@ -234,7 +234,7 @@ class _Tournament:
         self.entered.append((spec, index, point, reached, known))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
-        """Measure all, interleaved; say for each whether it reached the recall in tuning."""
+        """Measure all, in turns; return for each whether it reached the recall in tuning."""
         contestants = [(index, point) for _, index, point, _, _ in self.entered]
         timed = in_turns(contestants, self.others)
         found = []

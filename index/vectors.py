@@ -29,7 +29,7 @@ class _Writable:
 def shared(array: Any) -> torch.Tensor:
     """Return a tensor that shares an array's memory and must not be written to.
 
-    Memory-mapped vectors are read-only; torch would warn, as its tensors cannot be.
+    Memory-mapped vectors are read-only; torch would warn, as it has no read-only tensors.
     """
     return torch.from_numpy(np.asarray(_Writable(array)))
 

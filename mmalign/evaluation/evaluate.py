@@ -167,7 +167,7 @@ def encode_records(
 
 
 def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
-    """Describe how close a model in another arithmetic comes to the original on some samples."""
+    """Describe how closely a model in another arithmetic matches the original on some samples."""
     reports, vectors = [], []
     for encoder in (model, other):
         kept, images_ND, texts, _ = encode_records(encoder, records)

@@ -36,7 +36,7 @@ def contrastive_loss(
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
-    """Symmetric InfoNCE by the passes of `blocked` or `triton_loss`."""
+    """Symmetric InfoNCE, computed by the passes of `blocked` or `triton_loss`."""
     loss: Tensor = _InfoNCE.apply(image_BD, text_BD, logit_scale, groups, passes, ranks)
     return loss
 
@@ -51,7 +51,7 @@ def sigmoid_loss(
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss by the passes of `blocked` or `triton_loss`."""
+    """Pairwise sigmoid loss, computed by the passes of `blocked` or `triton_loss`."""
     loss: Tensor = _Sigmoid.apply(image_BD, text_BD, logit_scale, logit_bias, groups, passes, ranks)
     return loss
 

@@ -81,7 +81,7 @@ class Learner:
             group["lr"] = rate
         start = config.start_size if self.towers.any_size else 1.0
         side = image_side(self.encoder.preprocess.size, start, progress)
-        # Dropout and crops depend only on seed and step, so a resumed run equals an unbroken one.
+        # Dropout and crops depend only on seed and step, so that runs can be resumed bit for bit.
         seed = config.seed * 1_000_003 + batch.step
         images = config.augment(batch.images_B3SS, side, torch.Generator().manual_seed(seed))
         with _seeded(seed, self.device):

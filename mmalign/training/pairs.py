@@ -229,14 +229,14 @@ def report_losses(run: Path, skips: Sequence[Skip], *, found: int, used: int) ->
     if skips:
         listed = set(where.read_text(encoding="utf-8").splitlines()) if where.exists() else set()
         rows = [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips]
-        # A resumed run finds them again.
+        # A resumed run finds the same samples again.
         new = [row for row in rows if json.dumps(row, ensure_ascii=False) not in listed]
         files.append_lines(where, new)
     report_skips(skips, found=found, used=used, where=where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:
-    """Return whether mirrored images still fit their captions: not if these say left and right.
+    """Return whether captions rarely say left or right, so that they also fit mirrored images.
 
     Only English and Chinese captions are checked; for others set `augment.flip`.
     """

@@ -1,7 +1,7 @@
 """The saved state of a training, and whether it may be resumed.
 
-A resumed training equals an unbroken one bit for bit, or is refused with the reason. So besides
-weights and optimizer, its state records the training data and the arithmetic.
+A resumed training equals an uninterrupted one bit for bit, or is refused with the reason. So the
+state records not only weights and optimizer, but also the training data and the arithmetic.
 
 N samples.
 """
@@ -21,7 +21,7 @@ from mmalign.errors import ConfigError, TrainingError
 from mmalign.progress import say
 
 STATE = "state.pt"
-# Fields that decide the network, the samples and their order: another value is another training.
+# Fields that decide the network, the samples and their order; they cannot change on resume.
 FIXED = (
     "preset", "model", "pretrained", "caption_keys", "image_column", "held_out", "seed",
     "batch_size", "captions_per_image",
@@ -106,7 +106,7 @@ def check_listing(
     """Refuse samples with other ids or captions than a run began with, before decoding any.
 
     Raises:
-        TrainingError: They differ; it names how many, and the first.
+        TrainingError: They differ; the message names how many, and the first.
     """
     if listing_hash(training, validation) == state["listed"]:
         return
@@ -125,7 +125,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
     """Refuse images with other contents than a run began with.
 
     Raises:
-        TrainingError: They differ; it names how many, and the first.
+        TrainingError: They differ; the message names how many, and the first.
     """
     for before, pixels in zip(_parts(state), (training, validation), strict=True):
         if pixels is None or not before:
@@ -135,7 +135,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
         now = fingerprint(pixels)
         if not torch.equal(before["samples"], now["samples"]):
             _changed(run, "the samples that can be decoded are not the same as before")
-        # Images that did not fit on the disk have not been read yet, before or now.
+        # A hash of 0: the image did not fit on the disk, so it has not been read yet.
         read = (before["contents"] != 0) & (now["contents"] != 0)
         if not read.all():
             say(

@@ -74,7 +74,8 @@ def train(
         val: Validation pairs, in the same form; by default a share of the training images is held
             out.
         resume: Continue from the last saved state, with the batches that would have come next. The
-            result equals an unbroken run bit for bit (except with `minutes`, which uses the clock).
+            result equals an uninterrupted run bit for bit, except with `minutes`, which uses the
+            clock.
         settings: Fields of `TrainConfig`, instead of `config`: `epochs=20, model="ViT-B-32"`. A
             resumed run keeps its own values of those not given.
 
@@ -233,7 +234,7 @@ def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
 def held_out_images(images: int, share: float | None) -> int:
     """Return how many images are held out, see `TrainConfig.held_out`.
 
-    Fewer than 50 tell little; more than a tenth would cost too much training data.
+    Fewer than 50 measure little; more than a tenth would cost too much training data.
 
     >>> [held_out_images(n, None) for n in (1, 20, 199, 200, 600, 10_000, 1_000_000)]
     [0, 0, 0, 20, 50, 500, 1000]

@@ -166,11 +166,11 @@ class Trainer:
             say(warning)
 
     def validate(self) -> dict[str, Any]:
-        """Validate the averaged weights; save them as the model if none before were better.
+        """Validate the averaged weights; save them as the model unless earlier ones were better.
 
-        Better means a higher mean reciprocal rank over both directions, then a lower validation
-        loss; if both are equal, the later weights win. Without validation pairs the last weights
-        are the best.
+        Weights are better if their mean reciprocal rank over both directions is higher or, if that
+        is equal, their validation loss is lower; if both are equal, later weights are better.
+        Without validation pairs the last weights are the best.
         """
         state = self.state
         report: dict[str, Any] = {}
@@ -208,7 +208,7 @@ class Trainer:
         return report, score
 
     def _drop_weights(self, keep: int) -> None:
-        """Delete weights saved by this session, except the last `keep` and those stores need."""
+        """Delete weights saved by this process, except the last `keep` and any that stores need."""
         self.saved = list(dict.fromkeys(reversed(self.saved)))[::-1]
         for name in self.saved[:-keep]:
             drop_weights(self.run, name)
@@ -219,7 +219,6 @@ class Trainer:
 
         Raises:
             OSError: It cannot be written; the previous state is intact.
-
         """
         progress = {**asdict(self.state), "elapsed_s": self.elapsed_s}
         write_state(self.run, self.recorded | progress | self.learner.state())
