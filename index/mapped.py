@@ -43,5 +43,5 @@ def moved(index: bytes, name: str, path: str, size: int) -> bytes:
     """Return the index with another path for its lists."""
     end = place(name, size)
     if not index.endswith(end):
-        raise ValueError(f"it does not end with the place of its lists, {name}")
+        raise ValueError(f"it does not end with the name of its lists, {name}")
     return index[: -len(end)] + place(path, size)

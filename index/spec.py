@@ -39,7 +39,7 @@ class Index(ABC):
             queries_MD: Queries of unit norm.
             k: Neighbours per query.
             allow_N: Rows that are False are excluded.
-            asked: Modality of the queries, as each has search parameters of its own.
+            query_modality: Modality of the queries, as each has search parameters of its own.
         """
 
 
@@ -69,7 +69,7 @@ class IndexSpec:
     density: int = 0
     """Lists of an IVF, as a multiple of the square root of the number of rows."""
     metric: Literal["vectors", "queries"] = "vectors"
-    """Whose covariance defines the distance to the centroid of a list, see `quantizer.py`."""
+    """The distance to centroids: Euclidean, or by the covariance of queries, see `quantizer.py`."""
     links: int = 0
     """Neighbours of a node in an HNSW graph (M)."""
 

@@ -64,7 +64,7 @@ def test_a_long_query_is_answered_and_said(store: Path, capsys: pytest.CaptureFi
     assert len(searcher.search("a red circle", k=2)) == 2
     assert "longer" not in capsys.readouterr().err
     assert len(searcher.search(LONG, k=2)) == 2
-    assert "warning: the query is longer than nano reads" in capsys.readouterr().err
+    assert "warning: the query is longer than nano can read" in capsys.readouterr().err
 
 
 def test_long_queries_of_a_file_are_counted(

@@ -21,8 +21,8 @@ from mmalign.kernels.timings import Timings
 # Blocks of vectors and of scores that fit into the cache of a CPU, or fill a GPU.
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 CACHED_BYTES = 1 << 20
-# Blocks that are first widened to float32, which is read again at once: smaller, so that they are
-# still in the cache of a core. With 8 MiB, bfloat16 took two to four times as long.
+# Blocks that are converted to float32 first: so small that the result is still in the cache of a
+# core when it is read. With 8 MiB, bfloat16 took two to four times as long.
 WIDENED_BYTES = 2 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
 # If a smaller share of the rows is allowed, they are gathered instead of masked.
@@ -104,7 +104,7 @@ def _block(
 
 
 def joined(blocks: Iterator[Block], queries: int) -> Iterator[Block]:
-    """Join short blocks: examining one costs as much as scoring a thousand rows."""
+    """Join short blocks: examining a block costs as much as scoring a thousand rows."""
     high = min(MAX_ROWS, CPU_BYTES // 4 // queries)
     waiting: list[Block] = []
     count = 0
@@ -123,7 +123,7 @@ def _together(blocks: list[Block]) -> Block:
         return blocks[0]
     rows, scores = [], []
     for block in blocks:
-        # No group spans two blocks: the last row pads its group, marked as not allowed.
+        # No group may span two blocks: copies of the last row, not allowed, fill its group.
         short = -len(block.rows_B) % GROUP
         rows += [block.rows_B, block.rows_B[-1:].expand(short)]
         scores.append(torch.nn.functional.pad(block.scores_BM, (0, 0, 0, short), value=-torch.inf))
@@ -168,7 +168,7 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     rounded_MD = queries_MD.half()
     lost_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
-    # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
+    # Errors of the cast of the query, the sum, and its cast: 2^-25 below float16's range.
     share_M = lost_M + norms_M * (sum_error(corpus.width, SINGLE) + 1.01 * HALF)
     for rows_B, block_BD, allowed_B in _blocks(corpus, allow, _scored_rows(len(queries_MD))):
         longest = corpus.longest or _longest(block_BD)
@@ -199,7 +199,7 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
             if corpus.longest is None:
                 longest = max(longest, _norm(wide_PD))
                 lost = max(lost, _lost_in_bfloat16(wide_PD))
-        # The casts of a vector and of a query, the sum, and its cast.
+        # Errors of the casts of a vector and of a query, the sum, and its cast.
         error_M = lost * norms_M + longest * (1 + BRIEF) * (lost_M + norms_M * share)
         error_M += BRIEF * torch.stack(scores_BM.aminmax()).abs().max()
         yield _block(rows_B, _mask(scores_BM, allowed_B), 1.01 * error_M)
@@ -221,12 +221,12 @@ def _scored_rows(queries: int) -> int:
 
 
 def _widened_rows(width: int) -> int:
-    """Return how many rows to widen at once, so that they fit into the cache of a core."""
+    """Return how many rows to convert to float32 at once, to fit into the cache of a core."""
     return max(GROUP, min(CPU_BYTES, WIDENED_BYTES) // 4 // width // GROUP * GROUP)
 
 
 def _longest(block_BD: Tensor) -> float:
-    """Return the largest norm; widens in pieces that fit into the cache."""
+    """Return the largest norm; converts to float32 in pieces that fit into the cache."""
     pieces = block_BD.split(max(1, CACHED_BYTES // 4 // block_BD.shape[1]))
     wide = torch.empty(pieces[0].shape)
     norms = [torch.linalg.vector_norm(wide[: len(p)].copy_(p), dim=1).max() for p in pieces]

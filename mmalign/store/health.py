@@ -87,7 +87,9 @@ def look(store: Path, sample: float = 1.0) -> Findings:
             if all(INSIDE.fullmatch(name) for name in hashes):
                 large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
             else:
-                findings.damage[description] = f"names what is no file of an index: {[*hashes]}"
+                findings.damage[description] = (
+                    f"names files that cannot belong to an index: {[*hashes]}"
+                )
     drawn = random.sample(sorted(large), math.ceil(len(large) * sample))
     findings.damage |= _unlike({file: large[file] for file in drawn})
     findings.lines = failures.read(failures.path_of(store))[1]
@@ -103,7 +105,7 @@ def _unlike(hashes: dict[Path, str]) -> dict[Path, str]:
     for file, sha256 in hashes.items():
         try:
             if files.sha256(file) != sha256:
-                wrong[file] = "its content is not what was written"
+                wrong[file] = "its content does not match its hash"
         except FileNotFoundError:
             wrong[file] = "missing"
         except OSError as error:

@@ -57,8 +57,7 @@ def repair(path: str | Path) -> RepairReport:
     store = Path(path)
     held = manifests.newest(store)
     for folder in manifests.linked_folders(store):
-        told = "a link to another place, where nothing is moved: put the folder itself there"
-        raise StoreError(f"{folder}: {told}")
+        raise StoreError(f"{folder}: a link to another folder; replace it by the folder itself")
     found = health.look(store)
     evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
     # A collector that announced a removal in a damaged generation may still be running.
@@ -132,7 +131,7 @@ def _saved(
                 for column in schema(held.model.dim).names:
                     file.column(column)
             except StoreError as error:
-                damage[path] = f"named by a damaged generation, and {error}"
+                damage[path] = f"named by a damaged generation, but unusable: {error}"
                 continue
             shard = Shard(path.name, len(file.batch), path.stat().st_size, sha256)
             saved.append((min(places), _legible(shard, evidence)))

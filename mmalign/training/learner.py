@@ -81,7 +81,7 @@ class Learner:
             group["lr"] = rate
         start = config.start_size if self.towers.any_size else 1.0
         side = image_side(self.encoder.preprocess.size, start, progress)
-        # Dropout and crops depend only on seed and step, so a resumed run equals an unbroken one.
+        # Dropout and crops depend only on seed and step, so that runs can be resumed bit for bit.
         seed = config.seed * 1_000_003 + batch.step
         generator = torch.Generator().manual_seed(seed)
         augmentation = config.augment.draw(len(batch.images_B3SS), generator)
@@ -128,7 +128,7 @@ class Learner:
     def _diverged(self, what: str, step: int) -> TrainingError:
         return TrainingError(
             f"{what} at step {step}: lower learning_rate (now {self.config.learning_rate}); "
-            "the weights of before are kept"
+            "the weights saved before are kept"
         )
 
     def _image_vectors(self, images: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise TrainingError(f"{run}: state.pt does not fit the run: {reason}") from error
+            raise TrainingError(f"{run}: state.pt does not match the run: {reason}") from error
         # The optimizer's state contains its own settings; those of the configuration apply.
         decays = (self.config.weight_decay, 0.0)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
@@ -222,14 +222,15 @@ class Learner:
         if lacking or before["device"] != now["device"]:
             kind = "bfloat16" if lacking else before["device"]
             raise TrainingError(
-                f"{run}: cannot be resumed here bit for bit: it is trained in {kind}, which "
-                "this machine does not have; --set arithmetic=float32 goes on all the same"
+                f"{run}: cannot be resumed bit for bit: it was trained with {kind}, which this "
+                "machine does not have; to continue with other rounding, add --set "
+                "arithmetic=float32"
             )
         other = [f"{k} {now[k]} (was {before[k]})" for k in now if now[k] != before[k]]
         if other:
             say(
-                f"warning: resumed with {', '.join(other)}: equal to an unbroken run up to "
-                "rounding only"
+                f"warning: resumed with {', '.join(other)}: the result equals that of an "
+                "uninterrupted run only up to rounding"
             )
         self.arithmetic = arithmetic
 

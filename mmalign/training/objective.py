@@ -58,10 +58,10 @@ class Objective:
 
 
 def _shared_owners(one_B: Tensor, other_B: Tensor, owned_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return group ids that two captions share if either is also a caption of the other's image.
+    """Return group ids; two captions share one if either is also a caption of the other's image.
 
-    Even ids compare the second caption with the captions of the first one's image, odd ids the
-    first caption with those of the second one's image.
+    Even ids match the second caption with all captions of the first one's image; odd ids match the
+    first caption with all captions of the second one's image.
     """
     even_BL, odd_BL = (torch.where(owned_BL < 0, -1, 2 * owned_BL + odd) for odd in (0, 1))
     rows = torch.cat([even_BL, 2 * one_B[:, None] + 1], dim=1)

@@ -135,7 +135,7 @@ def test_resume_without_a_state_and_a_run_that_exists(
     )
     before = {f: f.read_bytes() for f in run.iterdir() if f.is_file()}
     said = complaint(2, "train", "--data", scenes, "--out", run)
-    assert f"{run}: holds a run already: go on with --resume" in said
+    assert f"{run}: already holds a run: continue it with --resume" in said
     assert {f: f.read_bytes() for f in run.iterdir() if f.is_file()} == before
 
 
@@ -234,11 +234,11 @@ def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:
     shard.write_bytes(content)
     plain, as_json = call("verify", own_store), call("verify", own_store, "--json")
     assert plain.exit_code == as_json.exit_code == 1
-    assert plain.stdout == f"{shard}: its content is not what was written\n"
+    assert plain.stdout == f"{shard}: its content does not match its hash\n"
     assert json.loads(as_json.stdout) == {"damaged": [plain.stdout.strip()]}
     shard.unlink()
     assert f"{shard}: missing" in call("verify", own_store).stdout
-    assert f"{shard}: shard missing" in complaint(1, "search", own_store, "red")
+    assert f"{shard}: shard is missing" in complaint(1, "search", own_store, "red")
 
 
 def test_places_that_cannot_be_written(run: Path, scenes: Path, tmp_path: Path) -> None:

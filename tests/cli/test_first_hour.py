@@ -121,7 +121,7 @@ def test_a_row_whose_id_is_its_place_is_shown_once(
 def test_a_sheet_for_no_folder_is_refused_before_anything_is_searched(tmp_path: Path) -> None:
     (tmp_path / "s.store").mkdir()
     said = complaint(2, "search", tmp_path / "s.store", "red", "--sheet", tmp_path / "no/hits.png")
-    assert f"there is no folder {tmp_path / 'no'} to put the sheet into" in said
+    assert f"the folder {tmp_path / 'no'} does not exist" in said
 
 
 def test_no_message_names_a_temporary_file(tmp_path: Path) -> None:

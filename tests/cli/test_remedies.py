@@ -191,7 +191,7 @@ def test_a_model_that_moved_is_named(
     rest = ["red"] if command == "search" else ["--queries", queries]
     refused = call(command, own_store, *rest)
     assert refused.exit_code == 1
-    assert "name it by --model" in refused.stderr
+    assert "give its new path with --model" in refused.stderr
     assert call(command, own_store, *rest, "--model", run).exit_code == 0
 
 

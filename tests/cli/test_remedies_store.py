@@ -80,7 +80,7 @@ def test_a_compaction_that_was_slower_runs_again(
         patch.setattr(manifests.files, "claim", slow_claim)
         refused = call("compact", store)
     assert refused.exit_code == 1
-    assert "another compaction was faster; run it again" in refused.stderr
+    assert "another compaction finished first; run it again" in refused.stderr
     assert call("compact", store).exit_code == 0
 
 
@@ -99,7 +99,7 @@ def test_a_link_in_place_of_a_folder_is_replaced_by_the_folder(tmp_path: Path) -
     (store / "shards").rename(tmp_path / "elsewhere")
     (store / "shards").symlink_to(tmp_path / "elsewhere")
     refused = call("repair", store)
-    assert "put the folder itself there" in refused.stderr
+    assert "replace it by the folder itself" in refused.stderr
     (store / "shards").unlink()
     (tmp_path / "elsewhere").rename(store / "shards")
     assert call("repair", store).exit_code == 0

@@ -265,21 +265,27 @@ IMAGES, TEXTS, TOLD = (
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda folder: shutil.rmtree(folder / "img_emb"), "img_emb: part 0 is missing; .*_0.par"),
+        (
+            lambda folder: shutil.rmtree(folder / "img_emb"),
+            "img_emb: part 0 is missing, but .*_0.par",
+        ),
         (shutil.rmtree, "not a folder of clip-retrieval"),
         (drop(IMAGES), "img_emb: part 1 is missing"),
         (drop(TOLD), "metadata: part 1 is missing"),
         (drop(TEXTS), "text_emb: part 1 is missing"),
         (put(TEXTS, vectors(2)), "text_emb_1.npy: 2 rows, .*img_emb_1.npy has 3"),
         (put(IMAGES, vectors(4)), "metadata_1.parquet: 3 rows, .*img_emb_1.npy has 4"),
-        (put(TEXTS, np.ones((3, 4), "f4")), "text_emb_1.npy: 4 dimensions, .*img_emb_1.npy has 8"),
+        (
+            put(TEXTS, np.ones((3, 4), "f4")),
+            "text_emb_1.npy: 4 dimensions, but .*img_emb_1.npy has 8",
+        ),
         (put(IMAGES, np.ones((3, DIM))), "img_emb_1.npy: float64 of shape"),
         (put(IMAGES, np.ones(3, "f4")), r"img_emb_1.npy: float32 of shape \(3,\)"),
         (put(IMAGES, np.array([{}] * 3)), "img_emb_1.npy: cannot be read"),
         (cut(IMAGES), "img_emb_1.npy: cannot be read"),
         (cut(TOLD), "metadata_1.parquet: cannot be read"),
-        (put("img_emb/img_emb_01.npy", vectors(3)), "img_emb_1.npy: the same part"),
-        (put("img_emb/more.npy", vectors(3)), "more.npy: no part number"),
+        (put("img_emb/img_emb_01.npy", vectors(3)), "img_emb_1.npy: the same part number"),
+        (put("img_emb/more.npy", vectors(3)), "more.npy: its name does not end with a part number"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(
