@@ -63,7 +63,7 @@ def topk(
             scores_MB = (queries_MD @ block_BD.to(device).double().T).float()
             if torch.isnan(scores_MB).any():
                 raise VectorError(
-                    f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}"
+                    f"vectors_ND holds NaN in rows {first} to {first + len(block_BD) - 1}"
                 )
             if allow is not None:
                 denied = ~allow[first : first + len(block_BD)].to(device)
