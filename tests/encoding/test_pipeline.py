@@ -150,6 +150,7 @@ def test_a_batch_without_a_good_image_is_only_losses(encoder: Encoder) -> None:
 
 def test_equal_captions_are_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    assert encoder.dim  # known from now on; it takes encoding a text
     encode = encoder.encode_texts
     monkeypatch.setattr(encoder, "encode_texts", lambda t: (asked.extend(t), encode(t))[1])
     texts = TextCache(encoder)
