@@ -90,9 +90,9 @@ class Exact(Index):
                     self.coding.start()
 
     def _can_code(self, queries: int) -> bool:
-        if self.corpus is None or self.rows * self.corpus.width > self.coded_bytes:
+        if self.corpus is None or self.rows * self.corpus.dim > self.coded_bytes:
             return False
-        return kernels.codes_pay(self.corpus, queries)
+        return kernels.codes_are_faster(self.corpus, queries)
 
     def _code(self) -> None:
         """Encode all vectors, unless the process ends first."""
@@ -104,7 +104,7 @@ class Exact(Index):
         assert self.corpus is not None
         # Without codes, or without the memory for them, searches continue as before.
         with contextlib.suppress(InterruptedError, MemoryError, RuntimeError):
-            self.corpus = kernels.coded(self.corpus, tick)
+            self.corpus = kernels.add_codes(self.corpus, tick)
 
 
 class Extended(Index):

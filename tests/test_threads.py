@@ -108,9 +108,9 @@ def test_vectors_are_prepared_and_coded_once(monkeypatch: pytest.MonkeyPatch) ->
     queries = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 20)
     made: list[str] = []
-    prepare, coded = kernels.prepare, kernels.coded
+    prepare, coded = kernels.prepare, kernels.add_codes
     monkeypatch.setattr(kernels, "prepare", lambda *a: made.append("norms") or prepare(*a))
-    monkeypatch.setattr(kernels, "coded", lambda *a: made.append("codes") or coded(*a))
+    monkeypatch.setattr(kernels, "add_codes", lambda *a: made.append("codes") or coded(*a))
     wanted = Exact([rows]).search(queries, 5)
     made.clear()
     index = Exact([rows])

@@ -48,13 +48,13 @@ class Objective:
         return loss
 
     def contrast(
-        self, one_BD: Tensor, other_BD: Tensor, groups: tuple[Tensor, Tensor] | None = None
+        self, one_BD: Tensor, other_BD: Tensor, pair_ids: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Return the contrastive loss of B positive pairs; `groups` are those of `kernels`."""
+        """Return the contrastive loss of B positive pairs; `pair_ids` are those of `kernels`."""
         scale, bias = self.towers.logit_scale, self.towers.logit_bias
         if self.config.loss == "infonce":
-            return kernels.contrastive_loss(one_BD, other_BD, scale, groups=groups)  # type: ignore[arg-type]
-        return kernels.sigmoid_loss(one_BD, other_BD, scale, bias, groups=groups)  # type: ignore[arg-type]
+            return kernels.contrastive_loss(one_BD, other_BD, scale, pair_ids=pair_ids)  # type: ignore[arg-type]
+        return kernels.sigmoid_loss(one_BD, other_BD, scale, bias, pair_ids=pair_ids)  # type: ignore[arg-type]
 
 
 def _shared_owners(one_B: Tensor, other_B: Tensor, owned_BL: Tensor) -> tuple[Tensor, Tensor]:

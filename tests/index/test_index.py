@@ -80,7 +80,7 @@ def test_norms_are_bounded_once(
     second = index.search(queries, 7)
     corpus = index.corpus
     assert corpus is not None
-    assert corpus.longest is not None
+    assert corpus.max_norm is not None
     assert corpus.codes is None
     for again in (second, index.search(queries, 7)):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -92,13 +92,13 @@ def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 4)
     monkeypatch.setattr("mmalign.kernels.exact.FEW_ROWS", 0)
     shards, queries = [vectors(300), vectors(200, seed=1)], vectors(5, seed=2).astype(np.float32)
-    wait, real = threading.Event(), kernels.coded
+    wait, real = threading.Event(), kernels.add_codes
 
     def slowly(*arguments: Any) -> Any:
         wait.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(kernels, "coded", slowly)
+    monkeypatch.setattr(kernels, "add_codes", slowly)
     index = Exact(shards)
     first = index.search(queries[:3], 7)
     assert index.coding is None
@@ -127,7 +127,7 @@ def test_codes_that_cannot_be_made_fail_no_search(
         raise error("no memory")
 
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
-    monkeypatch.setattr(kernels, "coded", fail)
+    monkeypatch.setattr(kernels, "add_codes", fail)
     index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
     first = index.search(queries, 7)
     assert index.coding is not None
@@ -152,7 +152,7 @@ def test_codes_are_made_only_where_they_were_measured_to_pay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
-    monkeypatch.setattr(kernels, "codes_pay", lambda _, queries: queries > 1)
+    monkeypatch.setattr(kernels, "codes_are_faster", lambda _, queries: queries > 1)
     index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
     index.search(queries[:1], 7)
     assert index.coding is None

@@ -22,7 +22,7 @@ from mmalign.cli.main import main
 from mmalign.data import Augment, Record, scan
 from mmalign.errors import ConfigError, DataError, ModelError, TrainingError, UsageError
 from mmalign.evaluation.evaluate import evaluate
-from mmalign.kernels.groups import sharing
+from mmalign.kernels.pair_ids import share_an_id
 from mmalign.model import (
     drop_weights,
     keep_weights,
@@ -344,8 +344,8 @@ def test_no_caption_of_an_image_is_its_negative(
     batch = pairs.batch(draw)
     seen: list[torch.Tensor] = []
 
-    def spy(one: torch.Tensor, *_: object, groups: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        seen.append(sharing(*groups))
+    def spy(one: torch.Tensor, *_: object, pair_ids: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        seen.append(share_an_id(*pair_ids))
         return one.sum()
 
     monkeypatch.setattr("mmalign.kernels.contrastive_loss", spy)
