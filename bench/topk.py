@@ -139,8 +139,8 @@ class OnCpu:
         usual = Exact([self.vectors.numpy()])
         while usual.queries_seen <= CODED_AFTER:
             usual.search(asked, K)
-        if usual.coding:
-            usual.coding.join()
+        if usual.coding_thread:
+            usual.coding_thread.join()
         self.uncoded.search(asked, K)
         assert self.uncoded.corpus
         assert usual.corpus

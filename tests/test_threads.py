@@ -117,8 +117,8 @@ def test_vectors_are_prepared_and_coded_once(monkeypatch: pytest.MonkeyPatch) ->
     for scores, numbers in together(lambda: index.search(queries, 5)):
         assert np.array_equal(scores, wanted[0])
         assert np.array_equal(numbers, wanted[1])
-    if index.coding is not None:
-        index.coding.join()
+    if index.coding_thread is not None:
+        index.coding_thread.join()
     assert made == ["norms", "codes"] or (made == ["norms"] and not kernels.has_int8())
 
 
