@@ -336,11 +336,11 @@ def test_the_arithmetic_is_measured_once(
 ) -> None:
     run, config = tmp_path / "run", replace(CONFIG, arithmetic="auto")
     chosen = Arithmetic(channels_last=True)
-    monkeypatch.setattr("mmalign.training.learner.fastest", lambda *_, **__: chosen)
+    monkeypatch.setattr("mmalign.training.learner.fastest_arithmetic", lambda *_, **__: chosen)
     with killed_in(run, Learner, "step", 4):
         begin(data, run, config)
     begin(data, tmp_path / "whole", config)
-    monkeypatch.setattr("mmalign.training.learner.fastest", None)
+    monkeypatch.setattr("mmalign.training.learner.fastest_arithmetic", None)
     go_on(run, config)
     assert torch.load(run / "state.pt")["arithmetic"]["image"]["channels_last"]
     assert same_run(run, tmp_path / "whole")
