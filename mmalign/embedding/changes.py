@@ -18,12 +18,12 @@ from mmalign.data import (
     Skip,
     SpilledRecords,
     Stamps,
+    alternative_id,
+    count_found,
     expand,
-    found_in,
     in_batches,
     in_threads,
     nothing_usable,
-    other_id,
     spelled,
     stream,
 )
@@ -109,7 +109,7 @@ def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> Chang
     with closing(records()) as scanned:
         for some in in_batches(scanned, LOOKED_UP):
             _separate(changes, some, wanted)
-    changes.found_count = found_in(changes.samples, changes.skips)
+    changes.found_count = count_found(changes.samples, changes.skips)
     if not changes.samples and wanted.part[1] == 1:
         raise nothing_usable(wanted.sources, changes.skips, wanted.caption_keys)
     _mark_unusable_as_seen(changes)
@@ -196,14 +196,14 @@ class RowMatcher:
 
     def _new(self, record: Record, checksum: bytes) -> Match:
         followed = self._claim_moved(checksum)
-        name = record.id if self._is_free(record.id) else other_id(record)
+        name = record.id if self._is_free(record.id) else alternative_id(record)
         outcome: Outcome = "changed" if followed else "added"
         return Match(outcome, name, _others(name, *followed), bool(followed))
 
     def _name(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
         old: str = row["id"]
-        if not record.given_id or old in (record.id, other_id(record)):
+        if not record.id_from_source or old in (record.id, alternative_id(record)):
             return old
         return record.id if self._is_free(record.id) else old
 

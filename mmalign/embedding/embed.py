@@ -19,7 +19,7 @@ from mmalign.data import (
     Sources,
     SpilledRecords,
     as_sources,
-    counted,
+    count_skipped,
     refuse_own_sources,
     report_skips,
 )
@@ -212,8 +212,8 @@ class _Work:
             "added": self.outcomes["added"],
             "changed": self.outcomes["changed"],
             "present": self.outcomes["present"] + self.changes.present,
-            "failed": counted(self.changes.skips, "sample"),
-            "passed_over": counted(self.changes.skips, "ending"),
+            "failed": count_skipped(self.changes.skips, "sample"),
+            "passed_over": count_skipped(self.changes.skips, "ending"),
         }
 
 
@@ -258,7 +258,8 @@ def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> No
     """List failed samples and report their number; mark earlier failures that were resolved."""
     listed = {s.uri: s for s in changes.skips if s.lost != "nothing"}
     rows: list[dict[str, Any]] = [
-        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in listed.values()
+        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.sample_is_used}
+        for s in listed.values()
     ]
     store = open_store(path)
     before = [f for f in store.failures() if f["uri"] not in listed and not f["embedded"]]

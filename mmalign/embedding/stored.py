@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.arrays import Ints
-from mmalign.data import Record, is_derived, is_gone, other_id
+from mmalign.data import Record, alternative_id, is_derived_id, is_gone
 from mmalign.encoding.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
@@ -85,7 +85,7 @@ class StoredRows:
             return [None for _ in records]
         placed = self.at([r.uri for r in records])
         pairs = list(zip(records, placed, strict=True))
-        named = self._named([pair for pair in pairs if pair[0].given_id])
+        named = self._named([pair for pair in pairs if pair[0].id_from_source])
         return [named.get(record.id) or _same(record, rows) for record, rows in pairs]
 
     def _named(self, pairs: Sequence[tuple[Record, list[Row]]]) -> dict[str, Row]:
@@ -104,7 +104,7 @@ class StoredRows:
             if r.row < 0 and any(_prefix(row["id"]) == _prefix(r.id) for row in rows)
         )
         found: dict[str, Row] = {}
-        for name in (lambda r: r.id, other_id):
+        for name in (lambda r: r.id, alternative_id):
             numbers = self.store.find([name(r) for r, _ in pairs])
             there = np.flatnonzero(numbers >= 0)
             for i, row in zip(there.tolist(), self._rows(numbers[there]), strict=True):
@@ -179,16 +179,16 @@ def _same(record: Record, rows: Sequence[Row]) -> Row | None:
 
     An image may be in a folder and be named by a table, each with its own captions: two samples.
     """
-    if record.given_id and record.row >= 0:
+    if record.id_from_source and record.row >= 0:
         return None
     for row in rows:
         if row["id"] == record.id:
             return row
-    derived = is_derived(record.id, record.uri)
+    derived = is_derived_id(record.id, record.uri)
     for row in rows:
-        named = row["id"] in (record.uri, *([] if derived else [other_id(record)]))
+        named = row["id"] in (record.uri, *([] if derived else [alternative_id(record)]))
         same_table = not derived and _prefix(row["id"]) == _prefix(record.id)
-        if named or same_table or (derived and is_derived(row["id"], record.uri)):
+        if named or same_table or (derived and is_derived_id(row["id"], record.uri)):
             return row
     return None
 

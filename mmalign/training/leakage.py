@@ -69,7 +69,7 @@ def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
 
 def _location_and_id(record: Record) -> list[str]:
     """Return the names of a sample: its location, and its id if that is not just a file name."""
-    return [f"uri {record.uri}", *([f"id {record.id}"] if record.given_id else [])]
+    return [f"uri {record.uri}", *([f"id {record.id}"] if record.id_from_source else [])]
 
 
 def _find_look_alikes(

@@ -20,7 +20,7 @@ import torch
 
 from mmalign import files
 from mmalign.config import dump, read_toml
-from mmalign.data import Record, Skip, Sources, as_sources, found_in, refuse_own_sources, scan
+from mmalign.data import Record, Skip, Sources, as_sources, count_found, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.evaluation.evaluate import describe_overlap
 from mmalign.model import (
@@ -131,7 +131,7 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
-    found = found_in(len(records) + len(val_records), skips)
+    found = count_found(len(records) + len(val_records), skips)
     with _scratch(run / "cache") as cache:
         pairs, train_skips = load_pairs(
             encoder, records, cache / "train.npy", crops=crops, label="decode"
