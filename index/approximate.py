@@ -39,8 +39,8 @@ CANDIDATES_PER_CALL = 1 << 18
 EXACT_VALUES = 1 << 23
 # The unfiltered operating point is tried first if the filter is expected to remove fewer than
 # FEW_MISSING of its neighbours. After that, the nearer half of the neighbours searched holds
-# SPARE * k allowed ones on average. Each retry searches DEEPER times as many neighbours, up to
-# DEEPEST times the largest tuned k.
+# SPARE * k allowed ones on average. Each retry searches DEPTH_FACTOR times as many neighbours, up
+# to MAX_DEPTH times the largest tuned k.
 FEW_MISSING, SPARE, DEPTH_FACTOR, MAX_DEPTH = 0.5, 1.3, 4, 10
 # One candidate of the index, or one step in a graph, costs as much as this many exact comparisons.
 CANDIDATE_COST = 20

@@ -19,7 +19,7 @@ from mmalign.index.spec import OperatingPoint
 # Most candidates of a sweep: as a multiple of the neighbours wanted, and in total.
 MAX_CANDIDATES_PER_K, MAX_CANDIDATES = 40, 2_000
 CANDIDATES_STEP = 1.3
-# Breadths are doubled until one suffices; the sweep starts at half of it and grows by STEP.
+# Breadths are doubled until one suffices; the sweep starts at half of it and grows by BREADTH_STEP.
 MIN_BREADTH, BREADTH_STEP = 4, 2**0.25
 # A sweep ends after this many consecutive steps that were slower than the best.
 MAX_WORSE_STEPS = 2

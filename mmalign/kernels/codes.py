@@ -21,8 +21,8 @@ GROUP = 16
 LEVELS, QUERY_LEVELS = 63, 127
 ZERO = 64
 AT_ONCE = 1 << 13
-# Up to FEW queries, reading the codes takes longer than multiplying them. The kernel for few
-# queries reads past the end of rows whose width is not a multiple of FEW_WIDTHS.
+# Up to FEW_QUERIES, reading the codes takes longer than multiplying them. The kernel for few
+# queries reads past the end of rows whose width is not a multiple of FEW_QUERIES_DIMS.
 FEW_QUERIES, FEW_QUERIES_DIMS = 2, 64
 
 

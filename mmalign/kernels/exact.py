@@ -42,7 +42,7 @@ GROWTH, SPARE = 4, 6
 QUERIES_AT_ONCE = 1024
 # Up to HALF_QUERIES queries, reading float16 once per query beats widening it to float32, except on
 # processors with tile multiplication. On processors with bfloat16, bfloat16 beats float32 from
-# BRIEF_QUERIES on, or from TILED_QUERIES on with tiles.
+# BFLOAT16_QUERIES on, or from AMX_QUERIES on with AMX.
 HALF_QUERIES, BFLOAT16_QUERIES, AMX_QUERIES = 8, 128, 48
 FEW_ALLOWED = 0.1
 # For this few rows and scores, float64 for all is faster than the bookkeeping of a screen.

@@ -17,7 +17,7 @@ from mmalign.measured import Figures, measured
 QUERY_COUNTS = (1, 4, 16, 64, 256)
 """Numbers of queries to measure."""
 MIN_QUERIES, MAX_QUERIES = {"bfloat16": 16}, {"half": 4}
-"""Some screens cannot win below LEAST queries, as they convert all vectors, or above MOST."""
+"""Some screens cannot win below MIN_QUERIES, as they convert all vectors, or above MAX_QUERIES."""
 # Few queries are memory-bound, so they are measured over more rows than caches hold.
 ROWS, MORE_ROWS, MANY_QUERIES = 1 << 15, 1 << 16, 64
 # Times are recorded once nearly all combinations have nearly repeated their best time. On a busy
