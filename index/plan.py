@@ -108,7 +108,7 @@ class Plan:
 
 def plan(
     vectors: VectorReader,
-    queries_by_modality: Mapping[str, Queries],
+    by_modality: Mapping[str, Queries],
     recall: float,
     memory: float,
     share: float = 1.0,
@@ -117,7 +117,7 @@ def plan(
 
     Args:
         vectors: The vectors to be searched.
-        queries_by_modality: Those of the first modality decide which spec is chosen.
+        by_modality: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
         share: The share of the memory for all indexes of a store that this one gets.
@@ -134,21 +134,16 @@ def plan(
             f"will be compared; --memory {enough}MB is enough for one"
         )
         return Plan(IndexSpec("exact"))
-    queries_by_modality = {
-        name: q for name, q in queries_by_modality.items() if len(q.tune_MD) and len(q.held_out_MD)
+    by_modality = {
+        name: q for name, q in by_modality.items() if len(q.tune_MD) and len(q.held_out_MD)
     }
-    if not queries_by_modality:
+    if not by_modality:
         say("too few queries to tune and to measure an index with, so every row will be compared")
         return Plan(IndexSpec("exact"))
     return_large_blocks()
-    main_modality = next(iter(queries_by_modality))
+    main = next(iter(by_modality))
     specs, tried = _run_rounds(
-        fitting,
-        vectors,
-        main_modality,
-        queries_by_modality[main_modality],
-        recall=recall,
-        memory=memory,
+        fitting, vectors, main, by_modality[main], recall=recall, memory=memory
     )
     if not specs:
         near = max(tried, key=attrgetter("recall"))
@@ -158,10 +153,10 @@ def plan(
         )
         return Plan(IndexSpec("exact"), tried=tried)
     return_freed()
-    true_rows = _true_neighbours_by_modality(vectors, _reduced(queries_by_modality))
+    true_rows = _true_by_modality(vectors, _reduced(by_modality))
     return_freed()
     for spec in specs:
-        built = _build_and_tune(spec, vectors, queries_by_modality, true_rows, recall)
+        built = _build_and_tune(spec, vectors, by_modality, true_rows, recall)
         if built is not None:
             return replace(built, tried=tried)
         name = spec.name(vectors.live, vectors.dim)
@@ -186,7 +181,7 @@ def _bytes(spec: IndexSpec, vectors: VectorReader) -> float:
 def _run_rounds(
     specs: list[IndexSpec],
     vectors: VectorReader,
-    main_modality: str,
+    main: str,
     queries: Queries,
     *,
     recall: float,
@@ -202,7 +197,7 @@ def _run_rounds(
     ranked: list[IndexSpec] = []
     for number, rows in enumerate(ROUND_ROWS):
         sample = VectorReader([vectors.gather(vectors.sample_rows(rows, seed=rows))])
-        tournament = _Tournament(sample, main_modality, queries, recall)
+        tournament = _Tournament(sample, main, queries, recall)
         for spec in over(f"try {rows:,}", specs, len(specs), "designs"):
             tournament.enter(spec)
         results = tournament.results()
@@ -224,17 +219,15 @@ def _run_rounds(
 class _Tournament:
     """One round: specs are built over the same sample and searched with the same queries; final."""
 
-    def __init__(
-        self, sample: VectorReader, main_modality: str, queries: Queries, recall: float
-    ) -> None:
+    def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
         self.sample = sample
-        self.main_modality, self.recall = main_modality, recall
+        self.main, self.recall = main, recall
         self.queries = queries.tune_MD
         # Few queries are split in half; a single query is used for both.
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
         self.tuning_MD, self.measuring_MD = self.queries[:count], self.queries[-count:]
-        all_MD = np.concatenate([self.tuning_MD, self.measuring_MD])
-        true_MK = true_neighbours(self.sample, all_MD, KS[0])
+        both_MD = np.concatenate([self.tuning_MD, self.measuring_MD])
+        true_MK = true_neighbours(self.sample, both_MD, KS[0])
         self.tuning_MK, self.measuring_MK = np.split(true_MK, [count])
         self.quantizers: dict[tuple[int, str], CoarseQuantizer] = {}
         self.entries: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
@@ -249,10 +242,8 @@ class _Tournament:
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
         point, reached = tune(index, self.tuning_MD, self.tuning_MK, KS[0], self.recall)
-        trial_fields = _trial_fields(spec, self.sample, built, build_s) | {
-            "asked": self.main_modality
-        }
-        self.entries.append((spec, index, point, reached, trial_fields))
+        common = _common_fields(spec, self.sample, built, build_s) | {"asked": self.main}
+        self.entries.append((spec, index, point, reached, common))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
         """Measure all, interleaved; say for each whether it reached the recall in tuning."""
@@ -260,14 +251,9 @@ class _Tournament:
         timed = time_in_turns(contestants, self.measuring_MD)
         found = []
         for entry, seconds_M in zip(self.entries, timed, strict=True):
-            spec, index, point, reached, trial_fields = entry
+            spec, index, point, reached, common = entry
             trial = measure(
-                index,
-                HeldOut(self.measuring_MD),
-                self.measuring_MK,
-                point,
-                seconds_M,
-                **trial_fields,
+                index, HeldOut(self.measuring_MD), self.measuring_MK, point, seconds_M, **common
             )
             found.append((spec, trial, reached))
         return found
@@ -276,7 +262,7 @@ class _Tournament:
 def _build_and_tune(
     spec: IndexSpec,
     vectors: VectorReader,
-    queries_by_modality: Mapping[str, Queries],
+    by_modality: Mapping[str, Queries],
     true_rows: Mapping[str, Ints],
     recall: float,
 ) -> Plan | None:
@@ -287,14 +273,14 @@ def _build_and_tune(
     started = time.perf_counter()
     quantizer = None
     if spec.kind == "ivf":
-        quantizer = cluster(vectors, spec, next(iter(queries_by_modality.values())).tune_MD)
+        quantizer = cluster(vectors, spec, next(iter(by_modality.values())).tune_MD)
     built = approximate.build(vectors, spec, quantizer)
     build_s = time.perf_counter() - started
     index = Approximate(built, vectors, {}, vectors.total)
-    trial_fields = _trial_fields(spec, vectors, built, build_s)
+    common = _common_fields(spec, vectors, built, build_s)
     points: dict[str, list[OperatingPoint]] = {}
     measured: list[Trial] = []
-    for name, queries in _reduced(queries_by_modality).items():
+    for name, queries in _reduced(by_modality).items():
         tuning_MK, held_out_MK = np.split(true_rows[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
@@ -314,43 +300,38 @@ def _build_and_tune(
                 return None
             points[name].append(point)
             seconds_M = time_queries(index, queries.held_out_MD[:TIMED_HELD_OUT], point)
-            fields = trial_fields | {"asked": name, "self_matches": self_matches}
+            fields = common | {"asked": name, "self_matches": self_matches}
             measured.append(
                 measure(index, queries.held_out, held_out_MK, point, seconds_M, **fields)
             )
     return Plan(spec, built, points, measured)
 
 
-def _reduced(queries_by_modality: Mapping[str, Queries]) -> dict[str, Queries]:
+def _reduced(by_modality: Mapping[str, Queries]) -> dict[str, Queries]:
     """Return the queries that tune and measure over all rows; most are of the first modality."""
-    main_modality = next(iter(queries_by_modality))
+    main = next(iter(by_modality))
     return {
-        name: q.subset(1 if name == main_modality else SECONDARY_DIVISOR)
-        for name, q in queries_by_modality.items()
+        name: q.subset(1 if name == main else SECONDARY_DIVISOR) for name, q in by_modality.items()
     }
 
 
-def _true_neighbours_by_modality(
-    vectors: VectorReader, queries_by_modality: Mapping[str, Queries]
-) -> dict[str, Ints]:
+def _true_by_modality(vectors: VectorReader, by_modality: Mapping[str, Queries]) -> dict[str, Ints]:
     """Return the true neighbours of the tuning and the held-out queries, by modality."""
-    all_queries = [
-        q_MD
-        for queries in queries_by_modality.values()
-        for q_MD in (queries.tune_MD, queries.held_out_MD)
+    all_MD = [
+        q_MD for queries in by_modality.values() for q_MD in (queries.tune_MD, queries.held_out_MD)
     ]
     # The nearest neighbour of a stored vector is itself.
-    true_MK = true_neighbours(vectors, np.concatenate(all_queries), KS[-1] + 1)
-    ends = np.cumsum([len(q.tune_MD) + len(q.held_out_MD) for q in queries_by_modality.values()])
+    true_MK = true_neighbours(vectors, np.concatenate(all_MD), KS[-1] + 1)
+    ends = np.cumsum([len(q.tune_MD) + len(q.held_out_MD) for q in by_modality.values()])
     return {
-        name: modality_MK[:, int(queries.stored) :][:, : KS[-1]]
-        for (name, queries), modality_MK in zip(
-            queries_by_modality.items(), np.split(true_MK, ends), strict=False
+        name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
+        for (name, queries), part_MK in zip(
+            by_modality.items(), np.split(true_MK, ends), strict=False
         )
     }
 
 
-def _trial_fields(
+def _common_fields(
     spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float
 ) -> dict[str, Any]:
     return {

@@ -169,9 +169,7 @@ def single(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator
             if corpus.max_norm is None:
                 max_norm = max(max_norm, _max_norm(float32_PD))
         yield _block(
-            rows_B.to(device),
-            _mask(scores_BM, allowed_B),
-            norms_M * (max_norm * relative_error),
+            rows_B.to(device), _mask(scores_BM, allowed_B), norms_M * (max_norm * relative_error)
         )
 
 

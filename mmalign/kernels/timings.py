@@ -108,12 +108,7 @@ def measure_screens(
 
     try:
         return Timings(
-            measured(
-                "exact-search",
-                conditions,
-                [_name(case) for case in cases],
-                measure,
-            )
+            measured("exact-search", conditions, [_name(case) for case in cases], measure)
         )
     except _BusyError:
         _busy_keys.add(key)

@@ -73,27 +73,25 @@ def repair(path: str | Path) -> RepairReport:
         for s in _find_saved(store, manifest, evidence, findings.damage)
         if f"shards/{Path(s.name).stem}" not in announced
     ]
-    lost_shards, damaged_indexes = (
-        findings.damaged_entries(store / "shards"),
-        findings.damaged_entries(store / "index"),
-    )
+    lost = findings.damaged_entries(store / "shards")
+    indexes = findings.damaged_entries(store / "index")
     ids_of_shards = IdCache(store, manifest.model.dim)
-    before, listed_rows = manifest, 0
+    before, listed = manifest, 0
 
     def change(base: Manifest) -> Manifest:
-        nonlocal before, listed_rows
+        nonlocal before, listed
         before = base
         # First, so that a killed repair does not lose rows silently.
-        listed_rows = sum(
-            _list_lost(store, s, manifest.model.dim) for s in base.shards if s.name in lost_shards
+        listed = sum(
+            _list_lost(store, s, manifest.model.dim) for s in base.shards if s.name in lost
         )
         undamaged = [
-            _with_readable_deletions(s, evidence) for s in base.shards if s.name not in lost_shards
+            _with_readable_deletions(s, evidence) for s in base.shards if s.name not in lost
         ]
         shards = _append_saved(store, ids_of_shards, undamaged, saved)
         # Without a shard, the rows after it get other numbers.
         drop_index = len(undamaged) < len(base.shards) or (
-            base.index and base.index.name in damaged_indexes
+            base.index and base.index.name in indexes
         )
         removing = tuple(sorted({*base.removing, *announced}))
         return replace(
@@ -101,19 +99,14 @@ def repair(path: str | Path) -> RepairReport:
         )
 
     after = manifests.commit(store, change, manifest.model, over_damage=True)
-    dropped = [s for s in before.shards if s.name in lost_shards]
+    dropped = [s for s in before.shards if s.name in lost]
     moved = _mend_failures(store) if findings.lines else []
     moved += [
         *_set_aside(
-            store,
-            [
-                f
-                for f in manifests.generations(store)
-                if _names_damaged(f, lost_shards, damaged_indexes)
-            ],
+            store, [f for f in manifests.generations(store) if _names_damaged(f, lost, indexes)]
         ),
-        *_set_aside(store, [store / "shards" / name for name in sorted(lost_shards)]),
-        *_set_aside(store, [store / "index" / name for name in sorted(damaged_indexes)]),
+        *_set_aside(store, [store / "shards" / name for name in sorted(lost)]),
+        *_set_aside(store, [store / "index" / name for name in sorted(indexes)]),
     ]
     return RepairReport(
         after.generation,
@@ -121,7 +114,7 @@ def repair(path: str | Path) -> RepairReport:
         tuple(health.describe_damage(store, findings)),
         tuple(s.name for s in dropped),
         sum(s.rows - s.deleted_rows for s in dropped),
-        listed_rows,
+        listed,
         tuple(s.name for s in saved),
         before.index is not None and after.index is None,
         tuple(moved),
@@ -213,14 +206,14 @@ def _mend_failures(store: Path) -> list[str]:
     return [str(copy.relative_to(store))]
 
 
-def _names_damaged(file: Path, lost_shards: set[str], damaged_indexes: set[str]) -> bool:
+def _names_damaged(file: Path, lost: set[str], indexes: set[str]) -> bool:
     """Return whether a generation cannot be read or names damaged files."""
     try:
         manifest = manifests.read(file)
     except (ValueError, OSError):
         return True
     named = manifest.index.name if manifest.index else None
-    return named in damaged_indexes or not lost_shards.isdisjoint(s.name for s in manifest.shards)
+    return named in indexes or not lost.isdisjoint(s.name for s in manifest.shards)
 
 
 def _set_aside(store: Path, paths: Iterable[Path]) -> list[str]:
