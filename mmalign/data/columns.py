@@ -98,7 +98,7 @@ def find_columns(
 def normalised(name: str) -> str:
     """Return the normalised form of a name for comparison.
 
-    >>> plain(" Image Path")
+    >>> normalised(" Image Path")
     'image_path'
     """
     return "_".join(name.split()).casefold()
