@@ -93,7 +93,7 @@ def _erase(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     centre = torch.rand(count, 2, generator=generator) * side
     half = _uniform(count, 0.1, 0.25, generator)[:, None] * side
     half = half * (torch.rand(count, 1, generator=generator) < share)
-    place = torch.arange(side)
-    inside_y, inside_x = ((place - centre[:, i : i + 1]).abs() < half for i in (0, 1))
+    positions = torch.arange(side)
+    inside_y, inside_x = ((positions - centre[:, i : i + 1]).abs() < half for i in (0, 1))
     box = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     return images.masked_fill(box, 127.0)

@@ -107,7 +107,7 @@ def decode_all(
         zeros_N = np.zeros(len(records), np.int64)
         return Pixels(list(records), decode, None, workers, zeros_N, zeros_N), []
     cache = _reserve(file, (len(records), side, side, 3))
-    kept: list[Record] = []
+    good: list[Record] = []
     skips: list[Skip] = []
     content_hashes_N, perceptual_hashes_N = (
         np.zeros(len(records), np.int64),
@@ -123,14 +123,14 @@ def decode_all(
             if isinstance(result, Skip):
                 skips.append(result)
             else:
-                cache[len(kept)], content_hashes_N[len(kept)], perceptual_hashes_N[len(kept)] = (
+                cache[len(good)], content_hashes_N[len(good)], perceptual_hashes_N[len(good)] = (
                     result
                 )
-                kept.append(record)
+                good.append(record)
             progress.update()
-    count = len(kept)
+    count = len(good)
     pixels = Pixels(
-        kept, decode, cache[:count], workers, content_hashes_N[:count], perceptual_hashes_N[:count]
+        good, decode, cache[:count], workers, content_hashes_N[:count], perceptual_hashes_N[:count]
     )
     return pixels, skips
 

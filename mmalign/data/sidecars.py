@@ -192,10 +192,10 @@ def _takeout(values: Values) -> Values:
         found["taken"] = datetime.fromtimestamp(seconds, UTC)
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         pass
-    place = values.get("geoData")
-    if isinstance(place, dict) and (place.get("latitude") or place.get("longitude")):
+    geo = values.get("geoData")
+    if isinstance(geo, dict) and (geo.get("latitude") or geo.get("longitude")):
         names = ("latitude", "longitude", "altitude")
-        found |= {n: place[n] for n in names if isinstance(place.get(n), int | float)}
+        found |= {n: geo[n] for n in names if isinstance(geo.get(n), int | float)}
     people = [p.get("name") for p in values.get("people") or () if isinstance(p, dict)]
     if people:
         found["people"] = [p for p in people if isinstance(p, str)]

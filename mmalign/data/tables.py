@@ -347,22 +347,24 @@ def _group_by_path(
                 skip = reading.skip(number, str(problem))
                 rows_by_image.add(skip.uri, number, skip)
                 continue
-            place = _resolve(image, os.path.dirname(reading.path))
+            location = _resolve(image, os.path.dirname(reading.path))
             id, has_source_id = reading.id_of(row, columns, image)
-            captions, problems = reading.captions(row, columns, id, place)
+            captions, problems = reading.captions(row, columns, id, location)
             rest = {k: v for k, v in row.items() if k not in columns.not_metadata}
-            rows_by_image.add(place, number, (id, has_source_id, place, rest, captions, problems))
+            rows_by_image.add(
+                location, number, (id, has_source_id, location, rest, captions, problems)
+            )
         for found in rows_by_image:
             if isinstance(found[0], Skip):
                 yield found[0]
                 continue
             for _, _, _, _, _, problems in found:
                 yield from problems
-            id, has_source_id, place, first, _, _ = found[0]
+            id, has_source_id, location, first, _, _ = found[0]
             captions = clean_captions(c for entry in found for c in entry[4])
             meta = reading.meta(first, cell)
             yield Record(
-                id, place, place, captions=captions, meta=meta, id_from_source=has_source_id
+                id, location, location, captions=captions, meta=meta, id_from_source=has_source_id
             )
 
 

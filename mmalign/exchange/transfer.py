@@ -160,7 +160,7 @@ class _Entry:
     captions: list[str]
     """Only the first may have a vector."""
     meta: dict[str, Any]
-    place: str
+    part_and_row: str
     """Numbers of its part and row."""
 
 
@@ -203,30 +203,32 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
     return importer.report()
 
 
-def _entry(record: dict[str, Any], place: str) -> _Entry:
-    id, uri = _id_and_uri(record, place)
-    known = {name: value for name, value in record.items() if not _is_nothing(value)}
-    caption = str(known.pop("caption", ""))
-    all_captions = known.pop("captions", None)
+def _entry(record: dict[str, Any], part_and_row: str) -> _Entry:
+    id, uri = _id_and_uri(record, part_and_row)
+    values = {name: value for name, value in record.items() if not _is_nothing(value)}
+    caption = str(values.pop("caption", ""))
+    all_captions = values.pop("captions", None)
     others = (
         [str(c) for c in all_captions if c != caption] if isinstance(all_captions, list) else []
     )
-    meta = known.pop("meta", "{}")
+    meta = values.pop("meta", "{}")
     with contextlib.suppress(TypeError, ValueError):
         meta = json_value(json.loads(meta))
     meta = meta if isinstance(meta, dict) else {"meta": meta}
-    used_names = [name for name in NAMES if str(known.get(name)) in (id, uri)]
-    meta |= {name: value for name, value in known.items() if name not in used_names}
-    return _Entry(id, uri, [caption, *others], meta, place)
+    used_names = [name for name in NAMES if str(values.get(name)) in (id, uri)]
+    meta |= {name: value for name, value in values.items() if name not in used_names}
+    return _Entry(id, uri, [caption, *others], meta, part_and_row)
 
 
-def _id_and_uri(record: dict[str, Any], place: str) -> tuple[str, str]:
+def _id_and_uri(record: dict[str, Any], part_and_row: str) -> tuple[str, str]:
     """Return the id and the uri of a row, from the best values it has."""
     values = [record.get(name) for name in NAMES]
     key, path, url = ("" if _is_nothing(value) else str(value) for value in values)
     # An image from a tar archive has its key as its path.
     is_path = "/" in path or "." in path
-    return key or path or url or place, (path if is_path else url or path or key or place)
+    return key or path or url or part_and_row, (
+        path if is_path else url or path or key or part_and_row
+    )
 
 
 def _is_nothing(value: Any) -> bool:
@@ -253,8 +255,8 @@ class _UniqueIds:
 
     def of(self, entry: _Entry) -> Iterator[str]:
         """Yield candidate ids for a row, best first; no other row has any of them."""
-        here = f"{entry.place}/{entry.id}"
-        for name in (entry.id, entry.uri, here, f"{entry.uri}#{entry.place}"):
+        qualified_id = f"{entry.part_and_row}/{entry.id}"
+        for name in (entry.id, entry.uri, qualified_id, f"{entry.uri}#{entry.part_and_row}"):
             if name == entry.id and int(hashes([name])[0]) not in self.repeated:
                 yield name
             elif name not in self.used and (name == entry.id or not self._is_used(name)):
@@ -313,8 +315,12 @@ class _Importer:
             # The store has a different row with this id.
             while uri not in (None, entries[i].uri):
                 names[i] = next(options[i])
-                there = self.store.find([names[i]])
-                uri = self.store.rows(there, ("uri",))[0]["uri"] if there[0] >= 0 else None
+                numbers_found = self.store.find([names[i]])
+                uri = (
+                    self.store.rows(numbers_found, ("uri",))[0]["uri"]
+                    if numbers_found[0] >= 0
+                    else None
+                )
             names[i] = names[i] if uri is None else ""
         return names
 

@@ -293,8 +293,8 @@ class _TopCandidates:
         scores_HG = groups_XGM[group_H, :, query_H]
         upper_HG = unit_H[:, None] * scores_HG + (offset_H + error_H)[:, None]
         kept_HG = (upper_HG >= self.threshold_M[query_H, None]) & (scores_HG > -torch.inf)
-        hot_P, place_P = kept_HG.nonzero(as_tuple=True)
-        rows_P = block.rows_B[group_H[hot_P] * GROUP + place_P]
+        hot_P, row_in_group_P = kept_HG.nonzero(as_tuple=True)
+        rows_P = block.rows_B[group_H[hot_P] * GROUP + row_in_group_P]
         upper_P = upper_HG[kept_HG]
         self.pending.append(_Pairs(query_H[hot_P], rows_P, upper_P, upper_P - 2 * error_H[hot_P]))
         self.count += len(rows_P)
@@ -374,8 +374,8 @@ class _Pairs(NamedTuple):
         """Sort by query, largest values first; return the order and the rank within each query."""
         order = by_query(self.query_P, values_P)
         query_P = self.query_P[order]
-        places = torch.arange(len(order), device=order.device)
-        return order, places - torch.searchsorted(query_P, query_P)
+        positions = torch.arange(len(order), device=order.device)
+        return order, positions - torch.searchsorted(query_P, query_P)
 
 
 def _grouped(scores_BM: Tensor) -> Tensor:

@@ -285,10 +285,10 @@ def _blocks(
     if allow is not None and few:
         gathered = min(max_rows, max(MIN_ROWS, CPU_BYTES // (2 * corpus.dim)))
         for first, shard in corpus.with_first_rows():
-            for places in allow[first : first + len(shard)].nonzero()[:, 0].split(gathered):
-                if len(places):
-                    at = places.to(shard.device)
-                    yield first + places.cpu(), shard.index_select(0, at), None
+            for positions in allow[first : first + len(shard)].nonzero()[:, 0].split(gathered):
+                if len(positions):
+                    at = positions.to(shard.device)
+                    yield first + positions.cpu(), shard.index_select(0, at), None
         return
     for first, shard in corpus.with_first_rows():
         for rows in _row_slices(len(shard), max_rows):

@@ -59,12 +59,12 @@ def _configs() -> list[Any]:
 def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """Keep the configurations whose tiles fit into shared memory for this dtype."""
     size = arguments["images"].element_size()
-    kept = [
+    fitting = [
         c
         for c in configs
         if (c.kwargs["HIGH"] + c.kwargs["WIDE"]) * c.kwargs["DEEP"] * size * c.num_stages < 220_000
     ]
-    return kept or configs[-1:]
+    return fitting or configs[-1:]
 
 
 _KEY = ["D", "size_class", "ROW_IDS", "COLUMN_IDS"]

@@ -52,13 +52,13 @@ def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """Keep tile heights that suit the number of queries and fit into shared memory."""
     high = 16 if arguments["query_count"] <= 16 else 64 if arguments["query_count"] <= 64 else 128
     size = arguments["vectors"].element_size()
-    kept = [
+    fitting = [
         c
         for c in configs
         if c.kwargs["HIGH"] == high
         and (high + c.kwargs["WIDE"]) * c.kwargs["DEEP"] * size * c.num_stages < 220_000
     ]
-    return kept or configs[:1]
+    return fitting or configs[:1]
 
 
 @triton.autotune(
@@ -101,8 +101,8 @@ def _best_kernel(
     sums = tl.where(row_in[None, :], sums, float("-inf"))
     top = tl.max(tl.reshape(sums, (HIGH, WIDE // GROUP_ROWS, GROUP_ROWS)), 2)
     group = tl.program_id(1) * (WIDE // GROUP_ROWS) + tl.arange(0, WIDE // GROUP_ROWS)
-    place = best + query[:, None].to(tl.int64) * group_count + group[None, :]
-    tl.store(place, top, mask=query_in[:, None] & (group < group_count)[None, :])
+    pointers = best + query[:, None].to(tl.int64) * group_count + group[None, :]
+    tl.store(pointers, top, mask=query_in[:, None] & (group < group_count)[None, :])
 
 
 def unsupported_reason(queries_MD: Tensor, corpus: Corpus) -> str | None:
@@ -204,10 +204,10 @@ def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor
                 pinned = [torch.empty(shape, dtype=shard.dtype, pin_memory=True) for _ in range(2)]
                 copied = [torch.cuda.Event() for _ in range(2)]
             # While the GPU copies and screens one part, the host fills the other buffer.
-            place, event = pinned[turn % 2], copied[turn % 2]
+            staging, event = pinned[turn % 2], copied[turn % 2]
             event.synchronize()
-            place = place[: len(part)].copy_(part)
-            on_gpu = place.to(device, non_blocking=True)
+            staging = staging[: len(part)].copy_(part)
+            on_gpu = staging.to(device, non_blocking=True)
             event.record()
             turn += 1
             yield first + start, on_gpu

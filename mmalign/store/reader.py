@@ -74,9 +74,11 @@ class Store:
         `caption_owners` has their row numbers.
         """
         columns = schema(self.manifest.model.dim).names
-        known = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
-        if modality not in known:
-            raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
+        modalities = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
+        if modality not in modalities:
+            raise StoreError(
+                f"{self.path}: no {modality!r} vectors: {nearest(modality, modalities)}"
+            )
         return [file.vectors(modality) for file in self._files]
 
     def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:

@@ -177,8 +177,8 @@ class _Search:
     def reason(self, error: Exception) -> str:
         """Return one line that says what is wrong and how to correct it."""
         # After a blank line come candidates and a drawing of the position.
-        told = str(error).split("\n\n")[0].splitlines()
-        reason = " ".join(line.strip() for line in told if not line.startswith("\t"))
+        lines = str(error).split("\n\n")[0].splitlines()
+        reason = " ".join(line.strip() for line in lines if not line.startswith("\t"))
         reason = reason.replace(f'"{self.view}".', "")
         if self.texts and re.search("explicit cast|Could not convert|Cannot compare", reason):
             name = self.texts[0]
@@ -189,26 +189,28 @@ class _Search:
     def _view_query(self, fields: list[list[str]]) -> str:
         """Return the query that gives every named meta field a typed column."""
         columns = [f'"{self.row}"', "id", "uri", "captions", "meta::JSON AS meta"]
-        kinds = self._sql_types([name for names in fields for name in names])
+        sql_types = self._sql_types([name for names in fields for name in names])
         for names in fields:
-            held = [name for name in names if kinds[name]]
-            if not held:
-                held = [self._ignoring_case(names[0])]
-                kinds |= self._sql_types(held)
-            if len(held) > 1:
-                raise UsageError(f"fields that differ only in case: {held}: write meta->>'name'")
-            kind = kinds[held[0]]
-            self.texts += [held[0]] if kind == "VARCHAR" else []
-            value = f"json_extract_string(meta, {_pointer(held[0])})"
-            columns.append(f"{value}::{kind} AS {_quoted(names[0])}")
+            present = [name for name in names if sql_types[name]]
+            if not present:
+                present = [self._ignoring_case(names[0])]
+                sql_types |= self._sql_types(present)
+            if len(present) > 1:
+                raise UsageError(f"fields that differ only in case: {present}: write meta->>'name'")
+            sql_type = sql_types[present[0]]
+            self.texts += [present[0]] if sql_type == "VARCHAR" else []
+            value = f"json_extract_string(meta, {_pointer(present[0])})"
+            columns.append(f"{value}::{sql_type} AS {_quoted(names[0])}")
         return f"SELECT {', '.join(columns)} FROM stored"
 
     def _sql_types(self, names: list[str]) -> dict[str, str | None]:
         """Return the SQL types of meta fields; None for a field that no row has."""
         if not names:
             return {}
-        kinds = ", ".join(f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names)
-        (found,) = self.connection.execute(f"SELECT {kinds} FROM stored").fetchall()
+        selections = ", ".join(
+            f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names
+        )
+        (found,) = self.connection.execute(f"SELECT {selections} FROM stored").fetchall()
         return {
             n: _sql_type({t for t in types or () if t})
             for n, types in zip(names, found, strict=True)
@@ -361,12 +363,12 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _sql_type(kinds: Iterable[str]) -> str | None:
+def _sql_type(json_kinds: Iterable[str]) -> str | None:
     """Return the SQL type that holds values of these JSON types; None if there are none."""
-    held = set(kinds)
-    if not held:
+    present = set(json_kinds)
+    if not present:
         return None
-    return next((sql for json_types, sql in TYPES if held - {"NULL"} <= json_types), "VARCHAR")
+    return next((sql for json_types, sql in TYPES if present - {"NULL"} <= json_types), "VARCHAR")
 
 
 def _pointer(field: str) -> str:

@@ -78,8 +78,8 @@ def _find_look_alikes(
     """Find pairs of validation and training rows whose images look the same."""
     if training.cache_NSS3 is None or validation.cache_NSS3 is None or not len(unmatched_V):
         return []
-    most = max(1, MOST_PAIRS // len(training.records))
-    checked = unmatched_V[:: -(-len(unmatched_V) // most)]
+    max_checked = max(1, MOST_PAIRS // len(training.records))
+    checked = unmatched_V[:: -(-len(unmatched_V) // max_checked)]
     step = max(1, AT_ONCE // len(checked))
     hashes_A = validation.perceptual_hashes_N[checked].view(np.uint64)
     candidates: dict[int, list[int]] = {}
