@@ -172,7 +172,7 @@ def forever(shard, tick):
         tick()
         time.sleep(0.01)
 
-codes.code = forever
+codes.quantize = forever
 index = Exact([np.ones((300, 16), np.float16)])
 index.search(np.ones((300, 16), np.float32), 1)
 assert index.coding_thread.is_alive()
