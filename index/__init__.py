@@ -12,7 +12,6 @@
     folder.py        an index on disk: build, open
 
 Installed as `mmalign.index`. It depends on neither stores nor models, only on vectors.
-
 """
 
 from mmalign.index.exact import Exact as Exact

@@ -3,7 +3,7 @@
 N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
 """
 
-# The stubs that FAISS brings lag behind it.
+# The type stubs of FAISS are out of date.
 # mypy: disable-error-code="attr-defined, call-arg, arg-type, assignment, no-any-return"
 
 import math
@@ -38,9 +38,9 @@ CANDIDATES_PER_CALL = 1 << 18
 # Filtered search is exact where the allowed vectors hold at most this many values in total.
 EXACT_VALUES = 1 << 23
 # The unfiltered operating point is tried first if the filter is expected to remove fewer than
-# FEW_MISSING of its neighbours. After that, the nearer half of the neighbours searched holds
-# SPARE * k allowed ones on average. Each retry searches DEPTH_FACTOR times as many neighbours, up
-# to MAX_DEPTH times the largest tuned k.
+# FEW_MISSING of its neighbours. Then so many neighbours are searched that the nearer half of them
+# holds SPARE * k allowed ones on average. Each retry searches DEPTH_FACTOR times as many
+# neighbours, up to MAX_DEPTH times the largest tuned k.
 FEW_MISSING, SPARE, DEPTH_FACTOR, MAX_DEPTH = 0.5, 1.3, 4, 10
 # One candidate of the index, or one step in a graph, costs as much as this many exact comparisons.
 CANDIDATE_COST = 20
@@ -87,7 +87,7 @@ class Approximate(Index):
         Filtered search keeps the recall of the operating points or is exact. FAISS is queried
         without the filter, for no more neighbours than the operating points are valid for; if k of
         them are allowed, they are the answer. A query that finds too few is far from the allowed
-        rows, and is compared with every one of them.
+        rows, and is compared with all of them.
 
         Raises:
             StoreError: The index is damaged.
@@ -191,7 +191,7 @@ class Approximate(Index):
             raise StoreError(f"the index cannot be searched: {_reason(error)}") from None
         rows_MR = np.concatenate(parts)
         if len(rows_MR) and not -1 <= rows_MR.min() <= rows_MR.max() < self.rows:
-            raise StoreError(f"the index names rows beyond the {self.rows} that it covers")
+            raise StoreError(f"the index returns rows beyond the {self.rows} that it covers")
         return rows_MR
 
     def _check(self, queries_MD: Floats) -> None:
@@ -277,9 +277,9 @@ def _fill_lists(
 ) -> None:
     """Assign every vector to its list and encode it.
 
-    FAISS can only assign to the nearest centroid, and takes twice as long: torch rotates and
-    compares faster. Codes are kept in a file until each list is complete, as fast-scan packs 32
-    rows into a block.
+    FAISS cannot assign by the query metric, and takes twice as long, as torch rotates and compares
+    faster. Codes are kept in a file until each list is complete, as fast-scan packs 32 rows into a
+    block.
     """
     ivf = _ivf_or_graph(index)
     width = ivf.code_size
@@ -349,7 +349,7 @@ def cluster(
         metric, root = query_metric(queries_MD)
         sample = sample @ root
         kmeans.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
-    # FAISS warns on stderr if it considers the rows too few; here that is measured instead.
+    # FAISS warns on stderr if it considers the rows too few; here recall is measured instead.
     kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, ROWS_PER_LIST
     kmeans.train(sample, nearest)
     centroids = faiss.vector_to_array(kmeans.centroids).reshape(count, vectors.dim)
@@ -383,7 +383,7 @@ def save(index: Any, path: Path) -> None:
     writer = faiss.VectorIOWriter()
     faiss.write_index(index, writer)
     ivf.invlists, ivf.own_invlists = lists, True
-    # Its last word says that there are no lists; replace it by the table of the lists in the file.
+    # Its last four bytes say that there are no lists; replace them by the table of the lists.
     header = faiss.vector_to_array(writer.data).tobytes()[: -len(mapped.NO_LISTS)]
     lists_table = mapped.lists_table(list_sizes, ivf.code_size)
     file_reference = mapped.file_reference(lists_path(path).name, lists_path(path).stat().st_size)
@@ -434,7 +434,7 @@ def load(path: Path, indexed: int, dim: int) -> Any:
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
     if index.ntotal != indexed or index.d != dim:
-        raise StoreError(f"{path}: holds {index.ntotal} vectors where {indexed} are named")
+        raise StoreError(f"{path}: holds {index.ntotal} vectors, but index.json says {indexed}")
     return index
 
 

@@ -15,13 +15,13 @@ from mmalign.errors import VectorError
 from mmalign.index.spec import Index, Shards
 from mmalign.index.vectors import VectorReader, shared_tensor
 
-# The first search computes bounds on the norms once, while others wait; above PREPARED_BYTES the
-# second one does, as reading such vectors twice for a single answer takes long.
-# After CODED_AFTER queries, one byte per value is kept in memory, up to CODED_BYTES, if measured to
-# be faster. Coding takes as long as a few hundred searches, so it runs in a thread beside them.
+# The first search computes bounds on the norms, while other searches wait; above PREPARED_BYTES the
+# second search does, as reading so many vectors twice for a single answer takes long.
+# After CODED_AFTER queries, codes of one byte per value are kept in memory, up to CODED_BYTES, if
+# measured to be faster. Coding takes as long as a few hundred searches, so it runs in a thread.
 PREPARED_BYTES = 4 << 30
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
-# Only queries that are compared with at least this share of the rows count.
+# Only queries that are compared with at least this share of the rows are counted.
 MIN_SHARE_TO_COUNT = 0.25
 
 
@@ -81,7 +81,7 @@ class Exact(Index):
             seen_before, self.queries_seen = self.queries_seen, self.queries_seen + queries
             if not self.prepared and (seen_before or self.bytes <= PREPARED_BYTES):
                 self.prepared = True
-                # An invalid row is no reason to fail here: the search reports it if it matters.
+                # An invalid row is not an error here: the search reports it if it matters.
                 with contextlib.suppress(VectorError):
                     self.corpus = kernels.prepare(self.shards)
             if (

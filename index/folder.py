@@ -23,9 +23,9 @@ from mmalign.index.spec import Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
 
 FORMAT = 3
-# This much of a graph's file is checked on every opening. It holds sizes that FAISS trusts, and a
-# wrong one can make a search run forever. The file of an IVF is checked completely: it is read
-# completely, and is a few hundredths the size of its lists.
+# Bytes at the start of a graph's file that are checked on every opening. They contain sizes that
+# FAISS trusts; a wrong one can make a search run forever. The file of an IVF is checked completely:
+# it is read completely anyway, and is small beside its lists.
 HEAD_BYTES = 1 << 22
 
 
@@ -49,7 +49,7 @@ def write_index(
         queries_by_modality: Those of the first modality decide the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
-        share: Share of the memory for all indexes of a store that this one gets.
+        share: This index's share of the memory for all indexes of a store.
         live_N: Which rows are not deleted; None if all are live.
     """
     vectors = VectorReader(shards, live_N)
@@ -82,7 +82,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
-    """Open the index of one modality; rows of the store that it does not cover are exact.
+    """Open the index of one modality; rows that it does not cover are searched exactly.
 
     A folder of None means exact search.
 
@@ -100,8 +100,10 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
 
 def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
     if content["format"] != FORMAT:
-        other = f"index of format {content['format']}, this mmalign reads {FORMAT}"
-        raise StoreError(f"{folder}: {other}: {shell_command('index', folder.parents[1])}")
+        other = (
+            f"index format {content['format']}, but this version of mmalign reads format {FORMAT}"
+        )
+        raise StoreError(f"{folder}: {other}: run {shell_command('index', folder.parents[1])}")
     part = content["modalities"].get(modality)
     if part is None or part["kind"] == "exact":
         return Exact(shards)
@@ -109,16 +111,16 @@ def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards:
     for name, size in content["bytes"].items():
         beside = folder / name
         if beside.stem == modality and not (beside.is_file() and beside.stat().st_size == size):
-            raise StoreError(f"{beside}: missing, or its size is not what was written")
+            raise StoreError(f"{beside}: missing, or not of the size in index.json")
     if approximate.lists_path(file).exists():
         intact = files.sha256(file) == content["sha256"][file.name]
     else:
         intact = _head_crc(file) == content["heads"][file.name]
     if not intact:
-        raise StoreError(f"{file}: damaged: its bytes are not what was written")
+        raise StoreError(f"{file}: damaged: its content does not match its hash")
     vectors = VectorReader(shards)
     if vectors.total < part["rows"]:
-        raise StoreError(f"{file}: covers {part['rows']} rows of a store of {vectors.total}")
+        raise StoreError(f"{file}: covers {part['rows']} rows, but the store has {vectors.total}")
     points = {
         name: [OperatingPoint(**p) for p in points] for name, points in part["points"].items()
     }

@@ -43,5 +43,5 @@ def with_lists_at(index: bytes, name: str, path: str, size: int) -> bytes:
     """Return the index with another path for its lists."""
     end = file_reference(name, size)
     if not index.endswith(end):
-        raise ValueError(f"it does not end with the place of its lists, {name}")
+        raise ValueError(f"it does not end with the name of its lists, {name}")
     return index[: -len(end)] + file_reference(path, size)

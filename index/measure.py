@@ -1,4 +1,4 @@
-"""Recall and latency of an index, and the search parameters that trade them best.
+"""Recall and latency of an index, and the fastest search parameters that reach a recall.
 
 M queries, K neighbours, R candidates.
 """
@@ -16,7 +16,7 @@ from mmalign.arrays import Floats, Ints
 from mmalign.index.approximate import Approximate
 from mmalign.index.spec import OperatingPoint
 
-# Most candidates of a sweep: as a multiple of the neighbours wanted, and in total.
+# Maximum candidates of a sweep: as a multiple of the neighbours wanted, and in total.
 MAX_CANDIDATES_PER_K, MAX_CANDIDATES = 40, 2_000
 CANDIDATES_STEP = 1.3
 # Breadths are doubled until one suffices; the sweep starts at half of it and grows by BREADTH_STEP.
@@ -37,7 +37,7 @@ class HeldOut:
 
     queries_MD: Floats
     image_ids_M: Ints | None = None
-    """Number of the image that each belongs to; None if each is a group of its own."""
+    """Image number of each query; None if each query is a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def widen_to_recall(
 ) -> OperatingPoint | None:
     """Widen the search until held-out queries reach the promised recall.
 
-    They do once the lower bound of their confidence interval reaches it. With too few queries for
-    that, even if every neighbour were found, their mean recall must reach it.
+    The lower bound of the confidence interval must reach it. If the queries are too few for that
+    even at a recall of 1, the mean recall must reach it.
 
     Args:
         index: Built and tuned.
@@ -271,10 +271,11 @@ def measure(
     Args:
         index: Built and tuned.
         held_out: The queries.
-        true_MK: Their true neighbours, at least as many as the point is for.
+        true_MK: Their true neighbours, at least `point.k` of each.
         point: Parameters of the search.
         seconds_M: The result of `time_queries` or `time_in_turns` for some of the queries.
-        self_matches: Rows that each query finds but that do not count: itself, if it is stored.
+        self_matches: 1 if the queries are stored vectors, as each then finds itself, which does not
+            count.
         trial_fields: The other fields of a `Trial`.
     """
     queries_MD = held_out.queries_MD

@@ -55,9 +55,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ivf": ({"density": 2}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
-"""By kind: variants of the best of the first round, tried as well."""
-# Rows of each round, tuning queries per round (as many measure), the share of specs that advance to
-# the next round, and how many times slower than the best a spec may be to advance.
+"""By kind: variants of the best spec of the first round, added to the second."""
+# Rows of each round, tuning queries per round (and as many to measure), the share of specs that
+# advance to the next round, and how many times slower than the best a spec may be to advance.
 ROUND_ROWS, ROUND_QUERIES, ADVANCING_SHARE, MAX_SLOWDOWN = (1 << 14, 1 << 16), 300, 0.3, 1.5
 # Tuning queries over all rows. Modalities that do not decide the choice are tuned and measured with
 # a quarter of their queries, as computing the exact neighbours takes longest.
@@ -74,9 +74,9 @@ class Queries:
     tune_MD: Floats
     held_out_MD: Floats
     stored: bool = False
-    """They are vectors of the index itself: each then finds itself, which is not counted."""
+    """Whether they are vectors of the index: each then finds itself, which does not count."""
     image_ids_M: Ints | None = None
-    """Image that each of `held_out_MD` belongs to; None if each is a group of its own."""
+    """Image number of each held-out query; None if each is a group of its own."""
 
     @property
     def held_out(self) -> HeldOut:
@@ -84,7 +84,7 @@ class Queries:
         return HeldOut(self.held_out_MD, self.image_ids_M)
 
     def subset(self, divisor: int) -> "Queries":
-        """Return 1 / divisor of `TUNING_QUERIES`, at most, and of the held-out queries."""
+        """Return at most TUNING_QUERIES / divisor tuning queries, 1 / divisor of held-out ones."""
         count = -(-len(self.held_out_MD) // divisor)
         image_ids_M = None if self.image_ids_M is None else self.image_ids_M[:count]
         tune_MD, held_out_MD = self.tune_MD[: TUNING_QUERIES // divisor], self.held_out_MD[:count]
@@ -93,7 +93,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Plan:
-    """A design, built and tuned; final."""
+    """An index spec, built and tuned; final."""
 
     spec: IndexSpec
     index: Any = None
@@ -120,7 +120,7 @@ def plan(
         by_modality: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
-        share: The share of the memory for all indexes of a store that this one gets.
+        share: This index's share of the memory for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(IndexSpec("exact"))
@@ -128,17 +128,17 @@ def plan(
     fitting = [d for d in possible if _bytes(d, vectors) <= memory]
     if not fitting:
         enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
-        part = f", which is {share:.0%} of --memory" if share < 1 else ""
+        part = f" ({share:.0%} of --memory)" if share < 1 else ""
         say(
-            f"no index of {vectors.live:,} vectors fits {memory / 1e6:,.1f} MB{part}, so every row "
-            f"will be compared; --memory {enough}MB is enough for one"
+            f"no index of {vectors.live:,} vectors fits in {memory / 1e6:,.1f} MB{part}, so search "
+            f"will be exact; --memory {enough}MB is enough for an index"
         )
         return Plan(IndexSpec("exact"))
     by_modality = {
         name: q for name, q in by_modality.items() if len(q.tune_MD) and len(q.held_out_MD)
     }
     if not by_modality:
-        say("too few queries to tune and to measure an index with, so every row will be compared")
+        say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
     return_large_blocks()
     main = next(iter(by_modality))
@@ -148,8 +148,8 @@ def plan(
     if not specs:
         near = max(tried, key=attrgetter("recall"))
         say(
-            f"no index within {memory / 1e6:,.1f} MB finds {recall:.1%}, so every row will be "
-            f"compared; the nearest is {near.design} with {near.recall:.1%}"
+            f"no index within {memory / 1e6:,.1f} MB reaches a recall of {recall:.1%}, so search "
+            f"will be exact; the best was {near.design} with {near.recall:.1%}"
         )
         return Plan(IndexSpec("exact"), tried=tried)
     return_freed()
@@ -160,8 +160,9 @@ def plan(
         if built is not None:
             return replace(built, tried=tried)
         name = spec.name(vectors.live, vectors.dim)
-        say(f"{name} does not find {recall:.1%} over all rows, of tuning and of held-out queries")
-    say(f"over all rows no index finds {recall:.1%}, so every row will be compared")
+        missed = f"{name} does not reach a recall of {recall:.1%} over all rows"
+        say(f"{missed} on both tuning and held-out queries")
+    say(f"no index reaches a recall of {recall:.1%} over all rows, so search will be exact")
     return Plan(IndexSpec("exact"), tried=tried)
 
 
@@ -190,8 +191,8 @@ def _run_rounds(
     """Compare index specs on samples, the best of each round in the next.
 
     Returns:
-        The specs that reached the recall, best first, those of the last round before the others
-        (the best on a sample may fall short over all rows); and all trials.
+        All specs that reached the recall, as the best on a sample may fall short over all rows:
+        best first, those of the last round before the others. And all trials.
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
@@ -246,7 +247,7 @@ class _Tournament:
         self.entries.append((spec, index, point, reached, common))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
-        """Measure all, interleaved; say for each whether it reached the recall in tuning."""
+        """Measure all, in turns; return for each whether it reached the recall in tuning."""
         contestants = [(index, point) for _, index, point, _, _ in self.entries]
         timed = time_in_turns(contestants, self.measuring_MD)
         found = []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-HEAD = ("design", "rows", "asked", "recall", "+-", "p50 ms", "p99 ms", "QPS", "bytes", "build s")
+HEAD = ("design", "rows", "queries", "recall", "+-", "p50 ms", "p99 ms", "QPS", "bytes", "build s")
 
 
 def table(trials: Sequence[dict[str, Any]]) -> str:

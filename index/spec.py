@@ -69,7 +69,7 @@ class IndexSpec:
     density: int = 0
     """Lists of an IVF, as a multiple of the square root of the number of rows."""
     metric: Literal["vectors", "queries"] = "vectors"
-    """Whose covariance defines the distance to the centroid of a list, see `quantizer.py`."""
+    """The distance to centroids: Euclidean, or by the covariance of queries, see `quantizer.py`."""
     links: int = 0
     """Neighbours of a node in an HNSW graph (M)."""
 

@@ -29,7 +29,7 @@ class _Writable:
 def shared_tensor(array: Any) -> torch.Tensor:
     """Return a tensor that shares an array's memory and must not be written to.
 
-    Memory-mapped vectors are read-only; torch would warn, as its tensors cannot be.
+    Memory-mapped vectors are read-only; torch would warn, as it has no read-only tensors.
     """
     return torch.from_numpy(np.asarray(_Writable(array)))
 
@@ -135,7 +135,7 @@ def _view_of_all_shards(shards: Shards) -> tuple[Halves, Ints, int]:
     if any(
         s.dtype != np.float16 or s.strides != (row_bytes, 2) or not s.flags.aligned for s in shards
     ):
-        raise VectorError("shards must be aligned float16, whole rows one after another")
+        raise VectorError("shards must be aligned float16 arrays of contiguous rows")
     starts = np.array([s.ctypes.data for s in shards], dtype=np.int64)
     lowest = int(starts.min())
     unit = math.gcd(row_bytes, *[int(start) - lowest for start in starts])

@@ -1,4 +1,4 @@
-"""Align images and text, store their embeddings, and find one by the other.
+"""Align images and text in one embedding space, store the embeddings, and search them.
 
 >>> import mmalign
 >>> mmalign.__version__

@@ -12,6 +12,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 from mmalign.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -71,7 +73,7 @@ def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any
 
 
 def dump(config: Any) -> str:
-    """Format a dataclass as TOML: plain keys first, then a table for each nested dataclass.
+    """Format a dataclass as TOML; None is left out, as it is the default of its field.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Point:
@@ -79,26 +81,16 @@ def dump(config: Any) -> str:
     ...     names: tuple[str, ...] = ("a",)
     >>> print(dump(Point()), end="")
     x = 1
-    names = ["a"]
+    names = [
+        "a",
+    ]
     """
-    plain, tables = [], []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{field.name}]\n{dump(value)}")
-        elif value is not None:
-            plain.append(f"{field.name} = {_literal(value)}\n")
-    return "".join(plain + tables)
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_literal(v) for v in value) + "]"
-    return repr(value)
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in table.items() if value is not None}
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -111,7 +103,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not a choice: {nearest(str(value), args)}")
+            raise ConfigError(f"{where}: unknown value {value!r}: {nearest(str(value), args)}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, where) for v in value)
@@ -119,7 +111,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if dataclasses.is_dataclass(hint):
         keys = ", ".join(f.name for f in dataclasses.fields(hint))
-        raise ConfigError(f"{where} is a table with the keys {keys}: write {where}.KEY")
+        name = where.rpartition(": ")[2]
+        raise ConfigError(f"{where} is a table with the keys {keys}: write {name}.KEY")
     plain = hint if isinstance(hint, type) else None
     if plain is None or type(value) is not plain:
         wanted = plain.__name__ if plain else str(hint)

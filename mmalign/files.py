@@ -203,21 +203,21 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Provide a unique temporary name beside `path` and remove the file afterwards."""
+    """Provide a unique temporary name beside `path`; remove what has it afterwards."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with naming(path):
             yield temporary
     except OSError as error:
         # The temporary name means nothing to the user.
-        if error.filename == str(temporary):
+        if str(error.filename).startswith(str(temporary)):
             error.filename = str(path)
         raise
     finally:
         # A file that cannot be removed is garbage; the write itself has succeeded.
         if temporary.exists():
             with contextlib.suppress(OSError):
-                disk.unlink(temporary)
+                remove(temporary)
 
 
 @contextlib.contextmanager
@@ -228,19 +228,19 @@ def _synced(path: Path) -> Iterator[Draft]:
         disk.sync(file)
 
 
-def _put(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its final name."""
-    disk.replace(temporary, path)
-    sync_folder(path.parent)
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; a block without an error gives its file or folder the final name."""
+    with _temporary(path) as temporary:
+        yield temporary
+        move(temporary, path)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Draft]:
     """Open a file for writing that gets its name only if the block ends without an error."""
-    with _temporary(path) as temporary:
-        with _synced(temporary) as draft:
-            yield draft
-        _put(temporary, path)
+    with atomic_path(path) as temporary, _synced(temporary) as draft:
+        yield draft
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -265,11 +265,10 @@ def write_through(path: Path, write: Callable[[str], None]) -> None:
     Raises:
         OSError: The disk is full or broken, however the library words that.
     """
-    with _temporary(path) as temporary:
+    with atomic_path(path) as temporary:
         with _as_system_errors():
             write(str(temporary))
         disk.sync_path(temporary)
-        _put(temporary, path)
 
 
 @contextlib.contextmanager
@@ -383,10 +382,10 @@ def _in_a_folder(temporary: Path, path: Path) -> bool:
 
 
 def move(path: Path, target: Path) -> None:
-    """Move a file or folder into another folder durably; it has a name at every moment."""
+    """Move or rename a file or folder durably; it has a name at every moment."""
     disk.replace(path, target)
-    sync_folder(target.parent)
-    sync_folder(path.parent)
+    for folder in dict.fromkeys((target.parent, path.parent)):
+        sync_folder(folder)
 
 
 def remove(path: Path) -> None:
@@ -547,7 +546,7 @@ def utf8_name(path: Path | str) -> str:
     try:
         return os.fsencode(path).decode()
     except UnicodeDecodeError:
-        told = "the name is not UTF-8, and a library needs one: rename it"
+        told = "the name is not UTF-8, which a library requires: rename it"
         raise OSError(errno.EILSEQ, told, str(path)) from None
 
 

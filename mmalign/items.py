@@ -47,8 +47,9 @@ def kind_of(item: Any) -> Kind:
     if isinstance(item, Row):
         return "row"
     raise ItemError(
-        "an item is a text (str), an image file (Path), an encoded image (bytes), a picture (PIL "
-        f"image, or uint8 of shape (H, W, 3)), a vector (float (D,)) or a Row, not {_type(item)}"
+        "an item must be a text (str), an image file (Path), an encoded image (bytes), a picture "
+        "(PIL image, or uint8 of shape (H, W, 3)), a vector (float (D,)) or a Row, "
+        f"not {_type(item)}"
     )
 
 
@@ -85,7 +86,9 @@ def unit_vector(vector_D: Any, dim: int) -> np.ndarray[Any, np.dtype[np.float32]
         VectorError: It has another number of dimensions, or is zero, infinite or not a number.
     """
     if len(vector_D) != dim:
-        raise VectorError(f"a vector has {len(vector_D)} numbers, the model's have {dim}")
+        raise VectorError(
+            f"a vector has {len(vector_D)} dimensions, but the model's vectors have {dim}"
+        )
     wide_D = np.asarray(vector_D, np.float64)
     length = float(np.linalg.norm(wide_D))
     if not (np.isfinite(length) and length > 0):

@@ -92,7 +92,7 @@ PICO = replace(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pico() -> Iterator[str]:
     """The name of a preset that takes milliseconds a step."""
     PRESETS["pico"] = PICO

@@ -43,7 +43,7 @@ def test_embedding_and_evaluating_count_captions_that_are_cut(
     run: Path, wordy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = load_model(run).name
-    said = f"warning: 2 captions are longer than {name} reads: the end of each is left out"
+    said = f"warning: 2 captions are longer than {name} can read: they were truncated"
     embed(run, [str(wordy)], tmp_path / "s.store", thumbnails=False)
     assert said in capsys.readouterr().err
     evaluate(run, [str(wordy)])
@@ -56,7 +56,7 @@ def test_training_counts_captions_that_are_cut(
 ) -> None:
     train([str(wordy)], tmp_path / "run", QUICK, val=[str(wordy)])
     said = capsys.readouterr().err
-    assert said.count("warning: 3 captions are longer than nano reads") == 2
+    assert said.count("warning: 3 captions are longer than nano can read") == 2
 
 
 def test_a_long_query_is_answered_and_said(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_a_long_query_is_answered_and_said(store: Path, capsys: pytest.CaptureFi
     assert len(searcher.search("a red circle", k=2)) == 2
     assert "longer" not in capsys.readouterr().err
     assert len(searcher.search(LONG, k=2)) == 2
-    assert "warning: the query is longer than nano reads" in capsys.readouterr().err
+    assert "warning: the query is longer than nano can read" in capsys.readouterr().err
 
 
 def test_long_queries_of_a_file_are_counted(
@@ -75,4 +75,4 @@ def test_long_queries_of_a_file_are_counted(
     queries = tmp_path / "queries.txt"
     queries.write_text(f"a red circle\n{LONG}\n", encoding="utf-8")
     build_index(copy, queries=queries)
-    assert "warning: 1 queries are longer than nano reads" in capsys.readouterr().err
+    assert "warning: 1 queries are longer than nano can read" in capsys.readouterr().err

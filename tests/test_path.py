@@ -41,13 +41,13 @@ def test_demo_leaves_everything_it_promises(
     store = open_store(tmp_path / "demo" / "scenes.store")
     assert len(store) == 100
     assert store.manifest.index is not None
-    with pytest.raises(UsageError, match="holds a demo already"):
+    with pytest.raises(UsageError, match="already contains a demo"):
         demo(tmp_path / "demo")
 
 
 def test_a_demo_writes_nothing_into_a_folder_of_other_things(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not empty: remove it, or name another --out"):
+    with pytest.raises(UsageError, match="is not empty: delete it, or use another --out"):
         demo(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.json"]
 
@@ -218,7 +218,7 @@ def test_eight_bits_tell_what_they_cost(
     monkeypatch.setattr("mmalign.embedding.embed.COMPARED", 20)
     report = embed(run, [str(scenes)], tmp_path / "s.store", precision="int8")
     assert (report.added, report.precision) == (96, "int8")
-    assert "int8 beside float32: cosine of images" in capsys.readouterr().err
+    assert "int8 compared with float32: cosine of images" in capsys.readouterr().err
     # Where the first samples are all bad, the others are embedded all the same.
     folder = pictures(tmp_path / "f", 25)
     for i in range(25):
@@ -226,7 +226,7 @@ def test_eight_bits_tell_what_they_cost(
         (folder / f"{i}.png").rename(folder / f"z{i}.png")
     report = embed(run, [str(folder)], tmp_path / "t.store", precision="int8")
     assert (report.added, report.failed) == (25, 50)
-    assert "int8 is not compared with float32: none of 20" in capsys.readouterr().err
+    assert "int8 cannot be compared with float32: none of 20" in capsys.readouterr().err
 
 
 def test_a_failure_that_is_mended_is_resolved(run: Path, tmp_path: Path) -> None:

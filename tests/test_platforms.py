@@ -110,7 +110,7 @@ def test_an_apple_gpu_that_does_not_work_is_left_with_a_line(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     encoder = to_fastest(new_model("nano", captions=["a red square"]))
     assert encoder.device == torch.device("cpu")
-    assert capsys.readouterr().err.startswith("the Apple GPU is not used, the CPU is: ")
+    assert capsys.readouterr().err.startswith("the CPU is used instead of the Apple GPU: ")
     assert np.isfinite(encoder.encode_texts(["a red square"])).all()
 
 

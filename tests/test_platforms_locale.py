@@ -111,7 +111,7 @@ def test_pictures_in_a_folder_whose_name_is_not_utf8(latin: Path) -> None:
 
 
 def test_what_needs_a_name_in_utf8_says_so_before_any_work(latin: Path) -> None:
-    with pytest.raises(OSError, match="the name is not UTF-8, and a library needs one"):
+    with pytest.raises(OSError, match="the name is not UTF-8, which a library requires"):
         train([str(latin / "none")], latin / "run", TrainConfig())
     assert list(latin.iterdir()) == []
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float16)

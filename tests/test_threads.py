@@ -127,14 +127,14 @@ def test_damage_that_many_threads_meet_is_said_once(
 ) -> None:
     class Damaged(Exact):
         def search(self, *args: object, **words: object) -> tuple[np.ndarray, np.ndarray]:
-            raise StoreError("names rows beyond")
+            raise StoreError("returns rows beyond")
 
     searcher = Searcher.open(store)
     wanted = searcher.search("a red circle", exact=True)
     monkeypatch.setattr(search_module, "open_index", lambda folder, to, shards: Damaged(shards))
     for found in together(lambda: searcher.search("a red circle")):
         assert found == wanted
-    assert capsys.readouterr().err.count("names rows beyond") == 1
+    assert capsys.readouterr().err.count("returns rows beyond") == 1
 
 
 def test_one_store_serves_many_threads(store: Path, tmp_path: Path) -> None:

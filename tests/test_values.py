@@ -156,5 +156,5 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
     deep: Any = 0
     for _ in range(100):
         deep = [deep]
-    with pytest.raises(ValueError, match="nested more than 64 deep"):
+    with pytest.raises(ValueError, match="nested more than 64 levels deep"):
         json_value(deep)

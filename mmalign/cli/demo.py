@@ -55,8 +55,8 @@ def demo(
     if not held_out > LAST_LOOKED_FOR:
         raise UsageError(f"held_out={held_out} must be above {LAST_LOOKED_FOR}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        holds = "holds a demo already" if (folder / "run").exists() else "is not empty"
-        raise UsageError(f"{folder}: {holds}: remove it, or name another --out")
+        state = "already contains a demo" if (folder / "run").exists() else "is not empty"
+        raise UsageError(f"{folder}: {state}: delete it, or use another --out")
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     training, unseen = folder / "scenes-train.tar", folder / "scenes-test.tar"
@@ -144,8 +144,8 @@ def _summary(folder: Path, report: dict[str, Any]) -> None:
     if passes < FEW_PASSES:
         longer = math.ceil(minutes * FEW_PASSES / max(passes, 0.1))
         say(
-            f"in {minutes:g} minutes of training each scene was seen only {passes:.1f} times, as "
-            "this machine is slow or busy; more is found by\n"
+            f"in {minutes:g} minutes of training, each scene was seen only {passes:.1f} times, "
+            "because this machine is slow or busy; for better results, run\n"
             f"         mmalign demo --minutes {longer} --out {shlex.quote(f'{folder}-longer')}"
         )
     say(f"\nlook at  {folder / 'sheet.png'}")

@@ -28,8 +28,8 @@ from mmalign.terminal import printable, shorten
 
 INTERRUPTED = 130
 BUG = (
-    "This is a bug of mmalign, not a mistake of yours. Please report it with the lines above, the "
-    "command, and what `mmalign --version` prints."
+    "This is a bug in mmalign, not a mistake of yours. Please report it with the lines above, the "
+    "command, and the output of `mmalign --version`."
 )
 # System errors that only a bug can cause; all others concern a path, a disk or a network.
 OURS = (errno.EBADF, errno.EFAULT, errno.EINVAL)
@@ -50,7 +50,7 @@ class Commands(click.Group):
         """Find the command that is called; suggest the nearest ones if there is none."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise click.UsageError(
-                f"no command {args[0]!r}: {nearest(args[0], self.commands)}", ctx
+                f"no command is called {args[0]!r}: {nearest(args[0], self.commands)}", ctx
             )
         return super().resolve_command(ctx, args)
 
@@ -137,7 +137,9 @@ def _told(error: Exception) -> str | None:
             return None
         place = f"{os.fsdecode(error.filename)}: " if _is_name(error.filename) else ""
         if not place and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = f"a disk is full, perhaps that of temporary files ({tempfile.gettempdir()}): "
+            place = (
+                f"a disk is full, perhaps the one for temporary files ({tempfile.gettempdir()}): "
+            )
         return place + reason_of(error)
     # The GPU error is torch's own; it is recognized by name, as torch may not be loaded.
     lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -163,7 +165,7 @@ def _hint(error: click.ClickException) -> str:
         and "query" in named
         and not difflib.get_close_matches(error.option_name, options, cutoff=0.75)
     ):
-        return f"; a query that begins with a dash goes behind --: -- {error.option_name}...{hint}"
+        return f"; put -- before a query that begins with a dash: -- {error.option_name}...{hint}"
     if "unexpected extra argument" in error.format_message() and "data" in named:
         return f"; put a pattern in quotes (--data '*.tar'), or repeat --data{hint}"
     return hint

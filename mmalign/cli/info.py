@@ -47,13 +47,13 @@ def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
     """Return readable lines: rows, captions by script, model, index, failures, size."""
     deleted = values["deleted"]
     compact = shell_command("compact", store.path)
-    more = f" and {deleted:,} deleted, on the disk until {compact}" if deleted else ""
+    more = f", {deleted:,} more are deleted; {compact} frees their space" if deleted else ""
     name = values["model"]["identity"].rsplit("-", 1)[0]
     lines = [
         f"rows      {values['rows']:,}{more}",
         f"captions  {values['captions']:,}{_by_share(scripts(_captions(store)))}",
-        f"model     {name}, {values['dim']} numbers a vector",
-        f"          from {values['model']['source'] or 'nowhere'}",
+        f"model     {name}, {values['dim']} dimensions",
+        f"          from {values['model']['source'] or 'an unknown source'}",
     ]
     if values["index"] is None:
         build = shell_command("index", store.path)
@@ -109,7 +109,7 @@ def _by_share(counts: Counter[str]) -> str:
 
 def _index(part: dict[str, Any]) -> str:
     if part["kind"] == "exact":
-        return f"every one of {part['rows']:,} is compared"
+        return f"exact search over {part['rows']:,}"
     return f"{part['name']} over {part['rows']:,}, measured recall {part['recall']:.3f}"
 
 

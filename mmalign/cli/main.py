@@ -35,7 +35,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mmalign")
 def main() -> None:
-    """Align images and text, store their embeddings, and find one by the other.
+    """Align images and text in one embedding space, store the embeddings, and search them.
 
     \b
     The path:  train -> embed -> index -> search
@@ -69,7 +69,7 @@ def _columns(command: Command) -> Command:
     "--out", default="demo", show_default=True, type=PLACE, help="Folder for all results."
 )
 @click.option("--scenes", default=12_000, show_default=True, help="Number of scenes to train on.")
-@click.option("--minutes", default=4.0, show_default=True, help="Training time.")
+@click.option("--minutes", default=4.0, show_default=True, help="Training time in minutes.")
 def demo(out: str, scenes: int, minutes: float) -> None:
     """Draw scenes, train on them, and search them in two languages.
 
@@ -95,12 +95,16 @@ def demo(out: str, scenes: int, minutes: float) -> None:
 @click.option("--out", required=True, metavar="RUN", type=PLACE, help="Folder for the run.")
 @click.option("--config", metavar="FILE.toml", type=PLACE, help="Fields of TrainConfig as TOML.")
 @click.option(
-    "--preset", metavar="NAME", help="One of our architectures, from scratch: nano, tiny, small."
-)
+    "--preset", metavar="NAME",
+    help="Train one of mmalign's own models from scratch: nano, tiny, small.",
+)  # fmt: skip
 @click.option("--model", metavar="NAME", help="An open_clip architecture.")
 @click.option("--pretrained", metavar="TAG_OR_PATH", type=PLACE, help="Weights of --model.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one field.")
-@click.option("--resume", is_flag=True, help="Resume the run in --out, on its data.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="Override one field of TrainConfig.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Resume the run in --out with the same data.")
 @_columns
 @_json
 def train(
@@ -154,7 +158,7 @@ def train(
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto",
     show_default=True,
-    help="Arithmetic; auto is bfloat16 if the processor supports it and cosines stay above 0.999.",
+    help="Precision; auto is bfloat16 if the processor supports it and cosines stay above 0.999.",
 )  # fmt: skip
 @click.option(
     "--checksum", is_flag=True, help="Also compare the content of images that look unchanged."
@@ -208,11 +212,12 @@ def embed(
 @click.option("--recall", default=0.95, show_default=True, help="Share of true neighbours to find.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory limit of the index.")
 @click.option(
-    "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one a line."
+    "--queries", metavar="FILE", type=PLACE, help="Text queries to measure with, one per line."
 )
 @click.option(
-    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model to encode FILE, if it was moved."
-)
+    "--model", metavar="RUN_OR_NAME", type=PLACE,
+    help="The model that encodes FILE, if it was moved since embedding.",
+)  # fmt: skip
 @_json
 def index(
     *,
@@ -268,8 +273,8 @@ def search(
 ) -> None:
     """Find the images of a store that are nearest to a text or an image.
 
-    QUERY is an image if a file of this name exists, or after @; anything else is a text. Put a text
-    that begins with a dash after --.
+    QUERY is an image if a file with this name exists, or if it begins with @ (@cat.jpg). Anything
+    else is text. Put -- before a text that begins with a dash.
 
     \b
     Example:  mmalign search photos.store "a dog on a beach"
@@ -306,7 +311,7 @@ def search(
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
         return
     if not hits:
-        say("nothing found: no row meets --where" if where else "nothing found")
+        say("nothing found: no row matches --where" if where else "nothing found")
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
         show(_line(f"{hit.rank:>3}  {hit.score:.3f}", openable(hit.uri), words))
@@ -326,7 +331,7 @@ def _query(words: tuple[str, ...]) -> str | bytes:
     matches no file is not refused, as it may be a text.
     """
     if len(words) > 1:
-        raise UsageError(f"one query is searched: put its words in quotes: {' '.join(words)!r}")
+        raise UsageError(f"only one query is allowed: put its words in quotes: {' '.join(words)!r}")
     (typed,) = words
     named = typed.startswith("@")
     file = Path(os.path.expanduser(typed[1:] if named else typed))
@@ -336,15 +341,19 @@ def _query(words: tuple[str, ...]) -> str | bytes:
         exists = is_file = is_folder = False
     if named and not is_file:
         reason = "not a regular file" if exists else "no such image file"
-        raise UsageError(f"{file}: {reason}; words that begin with @ need a space before it")
+        raise UsageError(
+            f"{file}: {reason}; to search for text that begins with @, put a space before it"
+        )
     if is_file:
-        return _image(file, "" if named else f"; for the words, put a space behind: '{typed} '")
+        return _image(
+            file, "" if named else f"; to search for this text, add a space at its end: '{typed} '"
+        )
     if exists and not is_folder:
-        raise UsageError(f"{file}: not a regular file, so no image to search by")
+        raise UsageError(f"{file}: cannot be used as an image: not a regular file")
     if typed.startswith(PATH_STARTS) or _ends_as_image(typed):
         from mmalign.progress import say
 
-        say(f"{typed!r} looks like a file, but names none: searched as words")
+        say(f"{typed!r} looks like a file name, but there is no such file: it is searched as text")
     return files.in_utf8(typed)
 
 
@@ -366,7 +375,7 @@ def _image(file: Path, hint: str) -> bytes:
         open_image(content, side=64)
     except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{file}: cannot search by this image: {reason}{hint}") from None
+        raise DataError(f"{file}: cannot be used as an image: {reason}{hint}") from None
     return content
 
 
@@ -375,7 +384,7 @@ def _image(file: Path, hint: str) -> bytes:
 @_sources()
 @click.option(
     "--classes", metavar="A,B,C", type=PLACE,
-    help="Class names for zero-shot accuracy, or a file with one a line.",
+    help="Class names for zero-shot accuracy, or a file with one per line.",
 )  # fmt: skip
 @click.option(
     "--label-key", default="label", show_default=True, help="Metadata field with the class."
@@ -418,7 +427,7 @@ def _class_names(classes: str) -> list[str]:
         raise UsageError(f"--classes {classes}: not a text file: {error}") from None
     names = [w.strip() for w in (text.splitlines() if is_file else text.split(",")) if w.strip()]
     if not names:
-        raise UsageError(f"--classes {classes}: no class name in it")
+        raise UsageError(f"--classes {classes}: contains no class name")
     return names
 
 

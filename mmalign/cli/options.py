@@ -62,10 +62,12 @@ model_option = click.option(
     "local-dir:FOLDER.",
 )  # fmt: skip
 store_argument = click.argument("store", type=FolderPath())
-yes_option = click.option("--yes", is_flag=True, help="Delete even more than a tenth of the rows.")
+yes_option = click.option(
+    "--yes", is_flag=True, help="Allow deleting more than a tenth of the rows."
+)
 where_option = click.option(
     "--where", "where", metavar="SQL", type=TEXT,
-    help="Only rows for which this SQL is true; it sees id, uri, captions, meta and its fields.",
+    help="Only rows for which this SQL is true; columns: id, uri, captions, meta and its fields.",
 )  # fmt: skip
 
 

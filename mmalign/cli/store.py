@@ -76,7 +76,7 @@ def verify(store: Path, sample: float, as_json: bool) -> None:
         print_values({"damaged": damage}, as_json)
     else:
         read = "every file" if sample == 1 else "every file that was read"
-        for line in damage or [f"{store}: {read} is what was written"]:
+        for line in damage or [f"{store}: {read} matches its hash"]:
             show(line)
     sys.exit(1 if damage else 0)
 
@@ -85,9 +85,9 @@ def verify(store: Path, sample: float, as_json: bool) -> None:
 @store_argument
 @json_option
 def repair(store: Path, as_json: bool) -> None:
-    """Restore a store without its damaged files, and list what was lost.
+    """Move damaged files out of a store, and list what was lost.
 
-    Damaged files are moved aside, not deleted; `mmalign embed` adds lost rows again.
+    They are not deleted; `mmalign embed` adds lost rows again.
 
     \b
     Example:  mmalign repair photos.store
@@ -106,15 +106,15 @@ def repair(store: Path, as_json: bool) -> None:
 @store_argument
 @click.option(
     "--now", is_flag=True,
-    help="Remove at once what is kept for an hour for other processes.",
+    help="Also remove files that are kept for an hour for other processes.",
 )  # fmt: skip
 @json_option
 def compact(store: Path, now: bool, as_json: bool) -> None:
     """Free the space of deleted rows and old generations.
 
-    Files that other processes may still read are kept for an hour, until compact runs again. With
-    --now nothing of a deleted row remains on the disk: no vector, caption or thumbnail. Rows get
-    new numbers, so an index must be built again.
+    Files that other processes may still read are kept for an hour; a later compact removes them.
+    With --now, nothing of a deleted row remains on the disk: no vector, caption or thumbnail. Rows
+    get new numbers, so an index must be built again.
 
     \b
     Example:  mmalign compact photos.store --now && mmalign index photos.store
@@ -157,8 +157,8 @@ def delete(
     from mmalign.store import delete_rows, open_store, require_few
 
     if bool(ids) == (where is not None):
-        more = "not both" if ids else "none is named"
-        raise UsageError(f"name the rows to delete by their ids or by --where: {more}")
+        given = "both were" if ids else "neither was"
+        raise UsageError(f"give either the ids of the rows to delete or --where: {given} given")
     held = open_store(store)
     numbers = _selected(held, ids, where)
     gone = held.rows(numbers, ("id", "uri"))
@@ -240,10 +240,10 @@ def export(
 @model_option
 @json_option
 def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
-    """Make a store from a folder of clip-retrieval.
+    """Import the embeddings of a clip-retrieval folder into a store.
 
-    The folder holds img_emb/, text_emb/ and metadata/. It does not say which model made them, so
-    you must name it. Run the command again to resume.
+    The folder contains img_emb/, text_emb/ and metadata/. It does not say which model made the
+    embeddings, so you must give it. Run the command again to resume.
 
     \b
     Example:  mmalign import embeddings --out photos.store --model ViT-B-32:openai

@@ -25,6 +25,7 @@ batches.py   which rows make the next batch; prefetching in threads
 """
 
 from mmalign.data.augment import Augment as Augment
+from mmalign.data.augment import Augmentation as Augmentation
 from mmalign.data.batches import Draw as Draw
 from mmalign.data.batches import Sampler as Sampler
 from mmalign.data.batches import in_batches as in_batches

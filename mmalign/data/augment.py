@@ -1,10 +1,14 @@
-"""Apply random crops, flips and colour changes to a whole batch at once.
+"""Random crops, flips and colour changes, each image by its own numbers, a whole batch at once.
 
-B images, S side of the input, T side of the output. This takes one resampling and one affine map of
-the colours, so that augmenting 256 small images costs milliseconds.
+B images, S side of the input. A batch takes one resampling and one affine map of the colours. The
+transforms of torchvision draw one set of numbers for a batch, so they would run image by image.
+
+Random numbers are drawn on the host and applied on the device of the images: a run sees the same
+crops on any device, and however its batches are divided.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,50 +40,92 @@ class Augment:
         require(self.colour >= 0, "augment.colour", self.colour, "at least 0")
         require(0 <= self.erase <= 1, "augment.erase", self.erase, "in [0, 1]")
 
-    def __call__(self, images_B3SS: Tensor, side: int, generator: torch.Generator) -> Tensor:
-        """Return float pixels in [0, 255], shape (B, 3, side, side)."""
-        images = _crop(images_B3SS.float(), side, self, generator)
+    def draw(self, count: int, generator: torch.Generator) -> "Augmentation":
+        """Draw the changes of a batch of images."""
+
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.rand(count, generator=generator) * (high - low) + low
+
+        crops = colours = boxes = None
+        if self.crop_min < 1 or self.flip:
+            crops = self._crops(uniform, generator)
         if self.colour:
-            images = _recolour(images, self.colour, generator)
+            low, high = 1 - self.colour, 1 + self.colour
+            colours = torch.stack([uniform(low, high) for _ in range(3)], dim=1)
         if self.erase:
-            images = _erase(images, self.erase, generator)
+            centres_B2 = torch.rand(count, 2, generator=generator)
+            halves_B1 = uniform(0.1, 0.25)[:, None]
+            erased_B1 = torch.rand(count, 1, generator=generator) < self.erase
+            boxes = torch.cat([centres_B2, halves_B1 * erased_B1], dim=1)
+        return Augmentation(count, crops, colours, boxes)
+
+    def _crops(
+        self, uniform: Callable[[float, float], Tensor], generator: torch.Generator
+    ) -> Tensor:
+        # Without cropping (crop_min of 1) there is no room to change the aspect either.
+        area_B = uniform(min(self.crop_min, 1.0), 1.0)
+        log_aspect = math.log(self.aspect) if self.crop_min < 1 else 0.0
+        stretch_B = uniform(-log_aspect, log_aspect).exp().sqrt()
+        width_B = (area_B.sqrt() * stretch_B).clamp(max=1.0)
+        height_B = (area_B.sqrt() / stretch_B).clamp(max=1.0)
+        # In grid_sample's coordinates the image spans [-1, 1].
+        x_B = uniform(-1.0, 1.0) * (1 - width_B)
+        y_B = uniform(-1.0, 1.0) * (1 - height_B)
+        if self.flip:
+            mirrored_B = torch.rand(len(area_B), generator=generator) < 0.5
+            width_B = width_B * torch.where(mirrored_B, -1.0, 1.0)
+        crops_B23 = torch.zeros(len(area_B), 2, 3)
+        crops_B23[:, 0, 0], crops_B23[:, 0, 2] = width_B, x_B
+        crops_B23[:, 1, 1], crops_B23[:, 1, 2] = height_B, y_B
+        return crops_B23
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The changes drawn for each image of a batch; None where a change is turned off."""
+
+    count: int
+    crops_B23: Tensor | None
+    """Affine maps from the output to the input, mirrored or not."""
+    colours_B3: Tensor | None
+    """Factors of brightness, contrast and saturation."""
+    boxes_B3: Tensor | None
+    """Centre (y, x) and half side of the box to grey out, as shares of the side."""
+
+    def split(self, size: int) -> list["Augmentation"]:
+        """Divide the changes as `Tensor.split` divides the images."""
+        drawn = (self.crops_B23, self.colours_B3, self.boxes_B3)
+        parts = []
+        for start in range(0, self.count, size):
+            rows = slice(start, min(start + size, self.count))
+            columns = (None if column is None else column[rows] for column in drawn)
+            parts.append(Augmentation(rows.stop - start, *columns))
+        return parts
+
+    def apply(self, images_B3SS: Tensor, side: int) -> Tensor:
+        """Return floats in [0, 255], (B, 3, side, side), on the device of the images."""
+        images = _crop(images_B3SS.float(), side, self.crops_B23)
+        if self.colours_B3 is not None:
+            images = _recolour(images, self.colours_B3.to(images.device))
+        if self.boxes_B3 is not None:
+            images = _erase(images, self.boxes_B3.to(images.device))
         return images
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) * (high - low) + low
-
-
-def _crop(images: Tensor, side: int, config: Augment, generator: torch.Generator) -> Tensor:
-    """Resize a random box of each image (or its mirror) to (side, side)."""
-    count = len(images)
-    if config.crop_min >= 1 and not config.flip:
+def _crop(images: Tensor, side: int, crops_B23: Tensor | None) -> Tensor:
+    """Resize a box of each image (or its mirror image) to (side, side)."""
+    if crops_B23 is None:
         if images.shape[-1] == side:
             return images
         return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    # Without cropping (crop_min of 1) there is no room to change the aspect either.
-    area = _uniform(count, min(config.crop_min, 1.0), 1.0, generator)
-    log_aspect = math.log(config.aspect) if config.crop_min < 1 else 0.0
-    stretch = _uniform(count, -log_aspect, log_aspect, generator).exp().sqrt()
-    width = (area.sqrt() * stretch).clamp(max=1.0)
-    height = (area.sqrt() / stretch).clamp(max=1.0)
-    # In grid_sample's coordinates the image spans [-1, 1].
-    x = _uniform(count, -1.0, 1.0, generator) * (1 - width)
-    y = _uniform(count, -1.0, 1.0, generator) * (1 - height)
-    if config.flip:
-        width = width * torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = width, x, height, y
-    grid = F.affine_grid(theta, [count, 3, side, side], align_corners=False)
+    crops = crops_B23.to(images.device)
+    grid = F.affine_grid(crops, [len(images), 3, side, side], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _recolour(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+def _recolour(images: Tensor, colours_B3: Tensor) -> Tensor:
     """Change brightness, contrast and saturation as one affine map per image."""
-    shape = (len(images), 1, 1, 1)
-    brightness, contrast, saturation = (
-        _uniform(len(images), 1 - amount, 1 + amount, generator).view(shape) for _ in range(3)
-    )
+    brightness, contrast, saturation = (c.view(-1, 1, 1, 1) for c in colours_B3.unbind(1))
     grey = images.mean(dim=1, keepdim=True)
     mean = grey.mean(dim=(2, 3), keepdim=True)
     images = grey + (images - grey) * saturation
@@ -87,13 +133,11 @@ def _recolour(images: Tensor, amount: float, generator: torch.Generator) -> Tens
     return (images * brightness).clamp_(0, 255)
 
 
-def _erase(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Grey out one box of up to half the side in a share of the images."""
-    count, side = len(images), images.shape[-1]
-    centre = torch.rand(count, 2, generator=generator) * side
-    half = _uniform(count, 0.1, 0.25, generator)[:, None] * side
-    half = half * (torch.rand(count, 1, generator=generator) < share)
-    positions = torch.arange(side)
-    inside_y, inside_x = ((positions - centre[:, i : i + 1]).abs() < half for i in (0, 1))
+def _erase(images: Tensor, boxes_B3: Tensor) -> Tensor:
+    """Grey out one box of each image; it may be empty."""
+    side = images.shape[-1]
+    positions = torch.arange(side, device=images.device)
+    centres_B2, halves_B1 = boxes_B3[:, :2] * side, boxes_B3[:, 2:] * side
+    inside_y, inside_x = ((positions - centres_B2[:, i : i + 1]).abs() < halves_B1 for i in (0, 1))
     box = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     return images.masked_fill(box, 127.0)

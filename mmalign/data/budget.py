@@ -47,8 +47,8 @@ class ByteBudget:
         """
         if wanted_bytes > self.each_bytes:
             raise SampleProblem(
-                f"too large to decode: {what} takes {wanted_bytes / 1e9:.1f} GB, more than the "
-                f"{self.each_bytes / 1e9:.1f} GB that one image may take here"
+                f"too large to decode: {what} needs {wanted_bytes / 1e9:.1f} GB, more than the "
+                f"{self.each_bytes / 1e9:.1f} GB allowed for one image"
             )
         ticket = object()
         with self._changed:

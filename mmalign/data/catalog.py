@@ -165,8 +165,8 @@ def _looked_for(
         with suppress(DataError):
             told += f"; {place} has the columns {listed(tables.column_names(place, options))}"
     if fields and not found:
-        told += f"; beside the images are the fields {listed(fields)}"
-    return told + (f"; other files there are {_endings(others)}" if others else "")
+        told += f"; the metadata of the images has the fields {listed(fields)}"
+    return told + (f"; other files: {_endings(others)}" if others else "")
 
 
 def expand(sources: Sequence[str]) -> list[str]:
@@ -208,12 +208,12 @@ def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
         if _is_same(folder, source):
             how = "is a source"
         elif _lies_in(folder, source):
-            how = f"lies in the source {place}"
+            how = f"is inside the source {place}"
         elif _lies_in(source, folder):
-            how = f"holds the source {place}"
+            how = f"contains the source {place}"
         else:
             continue
-        raise UsageError(f"--out {out}: {how}; name a folder beside it")
+        raise UsageError(f"--out {out}: {how}; use another --out")
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -294,18 +294,22 @@ def report_skips(
     failed, passed_over = count_skipped(skips, "sample"), count_skipped(skips, "ending")
     if found != used + failed + passed_over:
         ends = f"{used} used, {failed} failed, {passed_over} passed over"
-        raise AssertionError(f"{found} samples were found, and became {ends}: a bug of mmalign")
+        raise AssertionError(f"{found} samples were found, and became {ends}: a bug in mmalign")
     total = used + failed
     if failed and not used:
-        first = f"; the first, {of['sample'][0].uri}: {of['sample'][0].reason}"
+        first = f"; the first is {of['sample'][0].uri}: {of['sample'][0].reason}"
         raise DataError(f"none of the {total} samples can be used: {_reasons(of['sample'])}{first}")
     told = []
     if failed:
         told.append(f"{failed} of {total} samples skipped ({_reasons(of['sample'])})")
     if of["captions"]:
-        told.append(f"captions of {len(of['captions'])} not used ({_reasons(of['captions'])})")
+        told.append(
+            f"captions of {len(of['captions'])} samples not used ({_reasons(of['captions'])})"
+        )
     if of["place"]:
-        told.append(f"{len(of['place'])} not read to the end ({_reasons(of['place'])})")
+        told.append(
+            f"{len(of['place'])} files or folders not read completely ({_reasons(of['place'])})"
+        )
     if told:
         few = MAX_SILENT_SKIPS * total
         loud = bool(of["place"]) or failed > few or len(of["captions"]) > few
@@ -314,7 +318,7 @@ def report_skips(
     if passed_over:
         say(f"{passed_over} other files passed over ({_endings(of['ending'])})")
     if of["nothing"]:
-        say(f"{len(of['nothing'])} given twice, used once")
+        say(f"{len(of['nothing'])} samples given twice, used once")
 
 
 def _scan_one(place: str, options: ReadOptions) -> ScanResults:
@@ -337,7 +341,7 @@ def _scan_one(place: str, options: ReadOptions) -> ScanResults:
     kinds = ", ".join(tables.SUFFIXES)
     hint = HINTS.get(suffix(place), f"give a folder, a .tar, or a table ({kinds})")
     if suffix(place) in PICTURE_SUFFIXES:
-        hint = f"an image: give the folder that holds it, {os.path.dirname(place)}"
+        hint = f"it is an image: give the folder that contains it, {os.path.dirname(place)}"
     raise DataError(f"{place}: not a source: {hint}")
 
 

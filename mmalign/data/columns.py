@@ -110,7 +110,7 @@ def no_image_column(path: str, names: Sequence[str], options: ReadOptions) -> Da
         wanted = f"no column is called {shown(options.image_column)!r}"
         return DataError(f"{path}: {wanted}: {nearest(options.image_column, map(shown, names))}")
     return DataError(
-        f"{path}: no image column; it has {listed(names) or 'no columns'}; "
+        f"{path}: no image column; the table has {listed(names) or 'no columns'}; "
         f"looked for {', '.join(IMAGE_COLUMNS)} (see --image-column)"
     )
 

@@ -238,7 +238,7 @@ def _as_sample_problem() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise SampleProblem(f"too many pixels: {error}") from None
     except MemoryError:
-        raise SampleProblem("too large to decode: the memory does not hold it") from None
+        raise SampleProblem("too large to decode: not enough memory") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error ...
         raise SampleProblem(f"damaged image: {error}") from None
 
@@ -265,7 +265,7 @@ def _open(content: bytes) -> tuple[Image.Image, Image.Exif]:
     if shown and (image is None or shown.width * shown.height > image.width * image.height):
         return shown, raw.exif_of(content)
     if image is None:
-        raise SampleProblem("raw image without a preview that can be read")
+        raise SampleProblem("raw image without a readable preview")
     return image, Image.Exif()
 
 
@@ -357,7 +357,9 @@ def _strip_to_rgb(image: Image.Image, profile: bytes | None, white: float) -> Im
         grey = np.asarray(image, dtype=np.float64) * (255 / white)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise SampleProblem("wrong mode: floating-point pixels have no fixed white")
+        raise SampleProblem(
+            "pixel format not supported: floating-point pixels have no fixed white level"
+        )
     if image.has_transparency_data:
         image = to_srgb(image.convert("RGBA"), profile)
         paper = Image.new("RGBA", image.size, "white")

@@ -73,7 +73,7 @@ def find_layout(path: str, default: str, options: ReadOptions) -> Layout:
     if not line.strip():
         raise DataError(f"{path}: is empty" if not line else f"{path}: its first line is empty")
     if "\0" in line:
-        raise DataError(f"{path}: is no text: there is a NUL in its first line")
+        raise DataError(f"{path}: not a text file: its first line contains a NUL byte")
     separators_to_try = sep[1] if sep else default + "".join(s for s in SEPARATORS if s != default)
     for separator in separators_to_try:
         names = _split(line, separator)
@@ -87,7 +87,9 @@ def find_layout(path: str, default: str, options: ReadOptions) -> Layout:
     names = _split(line, separators_to_try[0])
     error = no_image_column(path, names, options)
     if len(names) == 1:
-        raise DataError(f"{error}; there is one column: is it separated by one of , ; | or tabs?")
+        raise DataError(
+            f"{error}; only one column was found: are columns separated by , ; | or tabs?"
+        )
     if any(len(name) > SHOWN_CHARACTERS for name in names):
         raise DataError(f"{error}; is its first line a header?")
     raise error
@@ -116,8 +118,8 @@ def rows(layout: Layout) -> Iterator[tuple[int, Row | SampleProblem]]:
             if not cells:
                 continue
             if any(cells[width:]):
-                reason = f"row has more fields than the header ({len(cells)}, not {width})"
-                yield number, SampleProblem(f"{reason}: a separator in a field without quotes?")
+                reason = f"row has more fields than the header ({len(cells)} instead of {width})"
+                yield number, SampleProblem(f"{reason}: is a field with a separator not quoted?")
             else:
                 named = zip(layout.names, cells, strict=False)
                 yield number, {n: cell for n, cell in named if cell or n not in layout.unnamed}
@@ -165,7 +167,7 @@ def open_bytes(path: str) -> Iterator[Any]:
         if kind is None:
             yield file
         elif kind not in compr:
-            raise DataError(f"{path}: {kind} is not installed: unpack it first")
+            raise DataError(f"{path}: no package that reads {kind} is installed: unpack it first")
         else:
             with compr[kind](file, mode="rb") as unpacked:
                 yield unpacked
@@ -255,12 +257,12 @@ def _without_header(
     if image is None or (options.image_column and not options.image_column.startswith("column")):
         return None
     names = [f"column{i + 1}" for i in range(len(cells))]
-    said = f"no header line: its columns are {listed(names)}"
+    said = f"no header line: the columns are called {listed(names)}"
     if options.image_column is None:
-        said += f"; {names[image]} is taken for the image"
+        said += f"; {names[image]} is used as the image"
         names[image] = "image"
         if len(cells) == 2 and DEFAULT_CAPTION_KEY in options.caption_keys:
-            said += f", {names[1 - image]} for the caption"
+            said += f", {names[1 - image]} as the caption"
             names[1 - image] = "caption"
     return Layout(path, separator, tuple(names), skipped_lines, False, guessed_header=said)
 
@@ -299,5 +301,5 @@ def _lines(file: TextIO) -> Iterator[str]:
 def _why(error: csv.Error) -> str:
     if "field larger" in str(error):
         limit = csv.field_size_limit()
-        return f"a field has more than {limit:,} characters (images as base64 are not read)"
-    return f"{error} (a quote not closed, or not doubled inside a field?)"
+        return f"a field has more than {limit:,} characters (base64 images are not supported)"
+    return f"{error} (is a quote not closed, or not doubled inside a field?)"

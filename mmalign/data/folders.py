@@ -60,7 +60,7 @@ class _Folders:
             else:
                 yield from self._one_folder(parent, entries)
         for record in self.table_records.values():
-            yield Skip(record.id, record.uri, "listed in a table beside the images, but not there")
+            yield Skip(record.id, record.uri, "listed in a table beside the images, but missing")
 
     def _walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
         """Yield each folder with its files; a folder that cannot be listed is a skip."""
@@ -77,7 +77,7 @@ class _Folders:
             except FileNotFoundError:
                 if parent == self.root:
                     raise
-                yield parent, self._skip(parent, "folder is gone while it is scanned", "place")
+                yield parent, self._skip(parent, "folder was removed during the scan", "place")
                 continue
             except OSError as error:
                 reason = f"folder cannot be read: {places.reason(error)}"
@@ -172,7 +172,7 @@ class _Folders:
     def _orphan(self, path: str) -> Skip:
         if suffix(path) in sidecars.TEXT_SUFFIXES:
             return self._skip(path, "caption without an image")
-        return self._skip(path, f"no image by its ending: {suffix(path)}", "ending")
+        return self._skip(path, f"not an image by its extension: {suffix(path)}", "ending")
 
     def _key(self, path: str) -> str:
         relative_path = path[len(self.root) :].strip("/")

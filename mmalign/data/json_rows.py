@@ -31,8 +31,8 @@ def rows(path: str) -> Iterator[tuple[int, Row | SampleProblem]]:
         first, second = next(filled, ""), next(filled, "")
         if start == "{" and _is_begun(first.lstrip(BLANKS)) and not _is_object(second):
             raise DataError(
-                f"{path}: holds one JSON object over several lines: "
-                "one object a line is wanted, or an array of objects"
+                f"{path}: contains one JSON object over several lines: "
+                "write one object per line, or an array of objects"
             )
         file.seek(0)
         yield from _objects(file)
@@ -80,7 +80,7 @@ def _object(text: str, what: str) -> Row | SampleProblem:
         return SampleProblem(f"{what} is not valid JSON: nested too deeply")
     except ValueError as error:  # also a number of thousands of digits
         return SampleProblem(f"{what} is not valid JSON: {error}")
-    return row if isinstance(row, dict) else SampleProblem(f"{what} holds no JSON object")
+    return row if isinstance(row, dict) else SampleProblem(f"{what} is not a JSON object")
 
 
 def _elements(file: TextIO) -> Iterator[Row | SampleProblem]:
@@ -107,4 +107,4 @@ def _elements(file: TextIO) -> Iterator[Row | SampleProblem]:
             text, at, ended = text[at:] + more, 0, not more
             continue
         at = end
-        yield row if isinstance(row, dict) else SampleProblem("element holds no JSON object")
+        yield row if isinstance(row, dict) else SampleProblem("element is not a JSON object")

@@ -127,13 +127,13 @@ def reason_to_skip(
     """
     end = suffix(name)
     if end in SOURCE_SUFFIXES:
-        return f"a source of its own, no image: {end}", "ending"
+        return f"a source, not an image: {end}", "ending"
     if end in OTHER_SUFFIXES:
-        return f"no image by its ending: {end}", "ending"
+        return f"not an image by its extension: {end}", "ending"
     if end not in PICTURE_SUFFIXES:
         kind = content_kind(head())
         if not kind:
-            return f"no image by its content: {end or 'no ending'}", "ending"
+            return f"not an image by its content: {end or 'no extension'}", "ending"
         end = f".{kind}"
     why = why_not_decoded(end)
     return (why, "sample") if why else None
@@ -144,7 +144,7 @@ def why_not_decoded(end: str) -> str:
     if end in FOREIGN_SUFFIXES:
         return f"image type not supported: {end}"
     if end in HEIC_SUFFIXES and not has_heif():
-        return f"HEIC is read by an extra: {PHOTOS_EXTRA}"
+        return f"HEIC needs an extra package: {PHOTOS_EXTRA}"
     return ""
 
 

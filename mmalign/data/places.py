@@ -7,15 +7,21 @@ are opened: reading a named pipe would wait forever. Failed operations on a URL 
 import inspect
 import io
 import os
-import random
 import re
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import unquote
+
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 # A one-letter scheme is a Windows drive. fsspec chains schemes: `simplecache::s3://bucket/key`.
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -26,9 +32,9 @@ MOST_BYTES, MOST_SIDECAR_BYTES = 1 << 29, 1 << 26
 # the third, and the longest wait for an answer.
 TRIES, PAUSE_S, TIMEOUT_S = 3, 0.5, 120.0
 # HTTP statuses of a temporary failure: too slow, too early, too many. And of a missing file.
-_PASSING, _ABSENT = (408, 425, 429), (404, 410)
+_TEMPORARY, _ABSENT = (408, 425, 429), (404, 410)
 # Errors that a retry would not change.
-_FINAL = (
+_PERMANENT = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
     ImportError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError,
 )  # fmt: skip
@@ -91,7 +97,7 @@ def file_system(url: str) -> tuple[Any, str]:
             return fs, str(path)
     except OSError as error:
         if isinstance(error.__cause__, ImportError) and url.startswith(("http://", "https://")):
-            raise OSError(f"it is read by an extra: {WEB_EXTRA}") from None
+            raise OSError(f"reading from the web needs an extra package: {WEB_EXTRA}") from None
         raise
 
 
@@ -115,8 +121,8 @@ def open_file(place: str) -> Iterator[BinaryIO]:
             yield file
         return
     fs, path = file_system(place)
-    with _patiently(lambda: fs.open(path, "rb")) as remote:
-        yield io.BufferedReader(_Patient(remote))
+    with _with_retries(lambda: fs.open(path, "rb")) as remote:
+        yield io.BufferedReader(_RetryingFile(remote))
 
 
 def read(place: str, offset: int = 0, length: int = -1, *, most: int = MOST_BYTES) -> bytes:
@@ -202,7 +208,7 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
     return sorted(found, key=lambda e: e.name)
 
 
-class _Patient(io.RawIOBase):
+class _RetryingFile(io.RawIOBase):
     """A file at a URL; failed reads are retried; final."""
 
     def __init__(self, remote: Any) -> None:
@@ -228,7 +234,7 @@ class _Patient(io.RawIOBase):
                 self.seek(at)
             return bytes(self._remote.read(len(into)))
 
-        content = _patiently(read)
+        content = _with_retries(read)
         into[: len(content)] = content
         return len(content)
 
@@ -237,32 +243,34 @@ def _ask(method: Callable[..., T], *args: Any, tries: int = TRIES, **words: Any)
     """Call a method of a file system, with a timeout if it accepts one."""
     if inspect.iscoroutinefunction(getattr(method, "__wrapped__", None)):
         words["timeout"] = TIMEOUT_S
-    return _patiently(lambda: method(*args, **words), tries)
+    return _with_retries(lambda: method(*args, **words), tries)
 
 
-def _patiently(call: Callable[[], T], tries: int = TRIES) -> T:
+def _with_retries(call: Callable[[], T], tries: int = TRIES) -> T:
     """Call a function that may fail temporarily, with a few retries.
 
     Raises:
         OSError: It still fails, or fails permanently.
     """
+    retrying = Retrying(
+        retry=retry_if_exception(_is_temporary),
+        stop=stop_after_attempt(tries),
+        # Jitter, so that threads do not retry all at once.
+        wait=wait_exponential(PAUSE_S) + wait_random(0, PAUSE_S / 2),
+        reraise=True,
+    )
     with foreign_errors():
-        for number in range(1, tries):
-            try:
-                return call()
-            except Exception as error:
-                if not _may_pass(_true_error(error)):
-                    raise
-            # Jitter, so that threads do not retry all at once.
-            time.sleep(PAUSE_S * 2 ** (number - 1) * random.uniform(1, 1.5))
-        return call()
+        return retrying(call)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(raised: BaseException) -> bool:
+    if not isinstance(raised, Exception):
+        return False
+    error = _true_error(raised)
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return status >= 500 or status in _PASSING
-    return not isinstance(error, _FINAL)
+        return status >= 500 or status in _TEMPORARY
+    return not isinstance(error, _PERMANENT)
 
 
 def _true_error(error: Exception) -> Exception:
@@ -302,14 +310,14 @@ def _entry(found: "os.DirEntry[str]") -> Entry:
         return Entry(found.name, "other", f"not a regular file: {special(mode)}")
     except FileNotFoundError:
         # A link to an unmounted disk: the files on it are not gone.
-        return Entry(found.name, "other", "link that leads nowhere", hides=True)
+        return Entry(found.name, "other", "broken link", hides=True)
     except OSError as error:
-        return Entry(found.name, "other", f"cannot be looked at: {reason(error)}", hides=True)
+        return Entry(found.name, "other", f"cannot be accessed: {reason(error)}", hides=True)
 
 
 def special(mode: int) -> str:
     """Name the type of a file that is not regular, by its `st_mode`."""
-    return _SPECIAL.get(stat.S_IFMT(mode), "of an unknown kind")
+    return _SPECIAL.get(stat.S_IFMT(mode), "unknown type")
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -327,7 +335,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 def _refuse_large(size: int, most: int) -> None:
     if size > most:
-        raise OSError(f"it has {size / 1e6:,.0f} MB, more than {most / 1e6:,.0f}")
+        raise OSError(f"it has {size / 1e6:,.0f} MB, more than the limit of {most / 1e6:,.0f} MB")
 
 
 def refuse_special(mode: int) -> None:

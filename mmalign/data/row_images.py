@@ -156,7 +156,8 @@ def _read_group(path: str, group: int, column: str) -> _Group:
     except OSError as error:
         place = files.scratch_folder()
         raise DataError(
-            f"{path}: no room for its images in {place}: {error.strerror} (set TMPDIR)"
+            f"{path}: no space for its images in {place}: {error.strerror} "
+            "(set TMPDIR to another folder)"
         ) from None
     read.problem = problem
     return read

@@ -142,7 +142,7 @@ def to_text(content: Any) -> str:
     if isinstance(content, int):
         return str(content)
     if not isinstance(content, str | bytes):
-        raise SampleProblem(f"caption is no text: {str(content)[:40]}")
+        raise SampleProblem(f"caption is not text: {str(content)[:40]}")
     try:
         if isinstance(content, bytes):
             return content.decode("utf-8-sig")

@@ -174,7 +174,7 @@ def _json(content: bytes) -> Values:
     except (ValueError, RecursionError) as error:
         raise SampleProblem(f".json is not valid: {error}") from None
     if not isinstance(values, dict):
-        raise SampleProblem(".json holds no object")
+        raise SampleProblem(".json is not a JSON object")
     return values
 
 
@@ -210,7 +210,7 @@ def _xmp(content: bytes) -> Values:
         # XMP does not need a document type, which is where entities could be declared that expand
         # to gigabytes or refer to other files.
         if "<!DOCTYPE" in xml or "<!ENTITY" in xml:
-            raise SampleProblem(".xmp is not read: it declares a document type")
+            raise SampleProblem(".xmp is not supported: it declares a document type")
         tree = ElementTree.fromstring(xml)
     except (ValueError, ElementTree.ParseError) as error:
         raise SampleProblem(f".xmp is not valid: {error}") from None

@@ -212,7 +212,7 @@ class _ReadState:
     def say_left_out(self) -> None:
         """Report the values that were too large."""
         for reason, count in self.left_out.most_common(20):
-            say(f"{self.path}: {reason}: left out of meta, {count} times")
+            say(f"{self.path}: {reason}: left out of the metadata {count} times")
 
 
 def _scan_arrow(path: str, options: ReadOptions) -> ScanResults:
@@ -265,7 +265,8 @@ def _image_column(path: str, table: Table, options: ReadOptions) -> tuple[str, I
     if kind is None:
         held = shown(str(table.schema.field(image).type))
         raise DataError(
-            f"{path}: column {shown(image)!r} is of type {held}: neither images nor their paths"
+            f"{path}: column {shown(image)!r} has type {held}, "
+            "which holds neither images nor their paths"
         )
     return image, kind
 
@@ -277,7 +278,7 @@ def _arrow_rows(
     for batch in _with_read_errors(reading.path, table.batches(wanted)):
         rows, unread = python_rows(batch)
         for name, kind in unread.items():
-            text = f"column {shown(name)!r} is left out: type {shown(kind)} is not read"
+            text = f"column {shown(name)!r} is left out: type {shown(kind)} is not supported"
             reading.options.say_once(reading.path, text)
         for row in rows:
             yield number, row, columns
@@ -410,7 +411,10 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise DataError(f"temporary files of the scan: {error} (set SQLITE_TMPDIR)") from None
+        raise DataError(
+            f"temporary files of the scan cannot be written: {error} "
+            "(set SQLITE_TMPDIR to another folder)"
+        ) from None
 
 
 def _say_missing(path: str, names: Sequence[str], options: ReadOptions) -> None:
@@ -445,14 +449,14 @@ def _image_path(value: Any) -> str:
     if value in (None, "") or (isinstance(value, float) and math.isnan(value)):
         raise SampleProblem("no image path")
     if isinstance(value, list | dict):
-        raise SampleProblem(f"image path is no text: a {type(value).__name__}")
+        raise SampleProblem(f"image path is not text: a {type(value).__name__}")
     path = str(value)
     if len(path) > MAX_PATH:
         raise SampleProblem(
-            f"image path is too long ({len(path):,} characters): images as base64 are not read"
+            f"image path is too long ({len(path):,} characters): base64 images are not supported"
         )
     if "\0" in path:
-        raise SampleProblem("image path holds a NUL")
+        raise SampleProblem("image path contains a NUL byte")
     return path
 
 

@@ -42,7 +42,9 @@ def scan(path: str, caption_keys: Sequence[str]) -> ScanResults:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         start = (
-            "tar breaks off" if found.images or found.sidecar_files else "cannot be read as a tar"
+            "tar cannot be read to its end"
+            if found.images or found.sidecar_files
+            else "cannot be read as a tar"
         )
         found.skips.add(Skip(path, path, f"{start}: {places.reason(error)}", lost="place"))
     yield from found.samples()
@@ -117,13 +119,13 @@ class _Tar:
         if not member.isfile() or member.issparse():
             self.skips.add(self._skip(name, f"not a regular file: {_special(member)}"))
         elif member.offset_data + member.size > size:
-            self.skips.add(self._skip(name, "tar ends in the middle of it"))
+            self.skips.add(self._skip(name, "tar ends in the middle of this file"))
         elif suffix(name) in sidecars.SUFFIXES:
             lookup_name = sidecars.lookup_name(name)
             if lookup_name in self.sidecar_files:
                 self.skips.add(self._skip(name, "duplicate key"))
             elif member.size > places.MOST_SIDECAR_BYTES:
-                reason = f"captions cannot be read: it has {member.size / 1e6:,.0f} MB"
+                reason = f"captions cannot be read: too large: {member.size / 1e6:,.0f} MB"
                 self.skips.add(self._skip(name, reason, "captions"))
             else:
                 self.sidecar_files[lookup_name] = name, _content(tar, member)
@@ -136,10 +138,10 @@ class _Tar:
 
     def _orphan(self, name: str, keys: Container[str]) -> Skip:
         if suffix(name) not in sidecars.TEXT_SUFFIXES:
-            return self._skip(name, f"no image by its ending: {suffix(name)}", "ending")
+            return self._skip(name, f"not an image by its extension: {suffix(name)}", "ending")
         key = sidecars.key_of(name)
         if key in keys:
-            reason = f"caption of another name: --caption-key {name[len(key) + 1 :]} reads it"
+            reason = f"caption file of another key: add --caption-key {name[len(key) + 1 :]}"
             return self._skip(name, reason)
         return self._skip(name, "caption without an image")
 
@@ -174,8 +176,8 @@ def _check_end(file: BinaryIO, offset: int) -> None:
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise OSError("it has no end mark, so it may be cut short")
+        raise OSError("it has no end mark, so it may be truncated")
     if block.strip(b"\0"):
         raise OSError(f"no valid header at byte {offset}")
     if file.read(_PADDING).strip(b"\0"):
-        raise OSError("more follows its end mark; tars are joined with `tar -A`, not with `cat`")
+        raise OSError("data follows its end mark; join tars with `tar -A`, not with `cat`")

@@ -242,7 +242,7 @@ def find_removed(matcher: RowMatcher) -> list[int]:
     changes, store = matcher.changes, matcher.stored.store
     for skip in changes.skips:
         if skip.lost == "place":
-            say(f"warning: {skip.uri}: {skip.reason}; no row of it is removed")
+            say(f"warning: {skip.uri}: {skip.reason}; its rows are kept")
     unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
     rows = matcher.stored.rows_at(unread)
     names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}

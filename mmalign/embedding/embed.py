@@ -118,11 +118,13 @@ def embed(
     if not 1 <= part[0] <= part[1]:
         raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
     if drop_removed and part[1] > 1:
-        raise UsageError("--drop-removed looks at all samples: run it without --shard")
+        raise UsageError("--drop-removed needs all samples: run it without --shard")
     path, sources = Path(out), as_sources(sources)
     refuse_own_sources(path, sources)
     if isinstance(model, Encoder) and not model.source:
-        raise UsageError("a model that was saved nowhere cannot search later: save_model first")
+        raise UsageError(
+            "this model was never saved, so a later search could not load it: call save_model first"
+        )
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
@@ -238,10 +240,10 @@ def _summary(report: EmbedReport, out: str | Path) -> str:
 
 def _report_int8_loss(float32_encoder: Encoder, encoder: Encoder, sample: list[Record]) -> None:
     try:
-        say(f"int8 beside float32: {compare(float32_encoder, encoder, sample)}")
+        say(f"int8 compared with float32: {compare(float32_encoder, encoder, sample)}")
     except DataError as error:
         # A failed comparison does not stop the run: other samples may be usable.
-        say(f"int8 is not compared with float32: {error}")
+        say(f"int8 cannot be compared with float32: {error}")
 
 
 def _row(encoded: Encoded, name: str) -> Row:

@@ -85,17 +85,14 @@ class BatchSplitter(Generic[T]):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.most = min(self.most, len(items) // 2)
-        say(f"out of memory with {len(items)} at once; going on with {self.most}")
+        say(f"out of memory with a batch of {len(items)}; continuing with batches of {self.most}")
         return self(items)
 
 
 def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
     """Report how many texts are longer than a model reads, if any are."""
     if count:
-        say(
-            f"warning: {count} {what} are longer than {encoder.name} reads: "
-            "the end of each is left out"
-        )
+        say(f"warning: {count} {what} are longer than {encoder.name} can read: they were truncated")
 
 
 def is_out_of_memory(error: Exception) -> bool:

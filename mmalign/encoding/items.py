@@ -47,7 +47,9 @@ def encode_items(
     with bar("encode", len(items), "items") if progress else _Silent() as shown:
         for number in (n for n, kind in enumerate(kinds) if kind in ("vector", "row")):
             if kinds[number] == "row":
-                raise UsageError(f"{items[number]}: only a search knows the rows of a store")
+                raise UsageError(
+                    f"{items[number]}: a row of a store can be searched for, but not encoded"
+                )
             vectors_ND[number] = unit_vector(items[number], encoder.dim)
             shown.update()
         texts = [n for n, kind in enumerate(kinds) if kind == "text"]

@@ -70,7 +70,7 @@ def evaluate(
     report: dict[str, Any] = retrieval(images_ND, texts_PD, owners_P)
     for warning in (
         too_few(len(records)),
-        describe_overlap(records, "images", "recall says nothing"),
+        describe_overlap(records, "images", "recall is meaningless"),
         _same_vectors(images_ND),
     ):
         if warning:
@@ -109,8 +109,8 @@ def too_few(images: int) -> str | None:
     if not free:
         return None
     names = ", ".join(f"recall@{k}" for k in free)
-    among, verb = ("images" if images > 1 else "image"), ("are" if len(free) > 1 else "is")
-    return f"warning: among {images} {among} {names} {verb} 100 % by construction: bring more"
+    noun, verb = ("images" if images > 1 else "image"), ("are" if len(free) > 1 else "is")
+    return f"warning: with {images} {noun}, {names} {verb} always 100 %: use more images"
 
 
 def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> str | None:
@@ -118,7 +118,7 @@ def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> 
 
     >>> records = [Record(name, name, name, captions=("a cat",)) for name in "ab"]
     >>> describe_overlap(records, "images", "nothing is learned")
-    'warning: all 2 images have the same captions: nothing tells them apart, so nothing is learned'
+    'warning: all 2 images have the same captions and cannot be told apart, so nothing is learned'
     """
     images_with = Counter(c for r in records for c in set(r.captions))
     others = [images_with[c] - 1 for r in records for c in r.captions]
@@ -127,11 +127,11 @@ def describe_overlap(records: Sequence[Record], what: str, consequence: str) -> 
         return None
     if share < 1:
         return (
-            f"warning: a caption fits {share:.0%} of the other {what} as well, on average: "
-            "few pairs can be told apart"
+            f"warning: on average, a caption also fits {share:.0%} of the other {what}, "
+            "so few pairs can be told apart"
         )
     return (
-        f"warning: all {len(records)} {what} have the same captions: nothing tells them apart, "
+        f"warning: all {len(records)} {what} have the same captions and cannot be told apart, "
         f"so {consequence}"
     )
 
@@ -140,7 +140,7 @@ def _same_vectors(images_ND: Floats) -> str | None:
     """Describe that all images are equal, or look so to the model; None if they are not."""
     if len(images_ND) < 2 or np.ptp(images_ND, axis=0).max() > SAME:
         return None
-    return f"warning: all {len(images_ND)} images have the same vector: recall says nothing"
+    return f"warning: all {len(images_ND)} images have the same vector, so recall is meaningless"
 
 
 def encode_records(
@@ -167,7 +167,7 @@ def encode_records(
 
 
 def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
-    """Describe how close a model in another arithmetic comes to the original on some samples."""
+    """Describe how closely a model in another arithmetic matches the original on some samples."""
     reports, vectors = [], []
     for encoder in (model, other):
         kept, images_ND, texts, _ = encode_records(encoder, records)
@@ -176,13 +176,13 @@ def compare(model: Encoder, other: Encoder, records: Sequence[Record]) -> str:
         reports.append(retrieval(images_ND, texts_PD, owners_P) if len(texts_PD) else {})
         vectors.append((images_ND, texts_PD))
     near = [cosines(a, b) for a, b in zip(*vectors, strict=True)]
-    words = f"cosine of images {near[0].mean():.4f} (least {near[0].min():.4f})"
+    words = f"cosine of images {near[0].mean():.4f} (lowest {near[0].min():.4f})"
     if not reports[0]:
         return words
     name = "image_retrieval_recall@1"
     return (
-        f"{words}, of texts {near[1].mean():.4f}; text->image recall@1 among {len(kept)} "
-        f"{reports[1][name]:.1%} in place of {reports[0][name]:.1%}"
+        f"{words}, of texts {near[1].mean():.4f}; text->image recall@1 on {len(kept)} images: "
+        f"{reports[1][name]:.1%} instead of {reports[0][name]:.1%}"
     )
 
 
@@ -204,7 +204,7 @@ def _zero_shot(
     known = np.array([label in number for label in labels])
     if not known.any():
         raise DataError(
-            f"no sample has one of the {len(classes)} classes under {label_key!r} "
+            f"no sample has one of the {len(classes)} classes in its field {label_key!r} "
             f"(the first has {labels[0]!r})"
         )
     prompts = [t.format(name) for name in classes for t in TEMPLATES]

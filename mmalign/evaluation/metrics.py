@@ -55,7 +55,6 @@ def accuracy(ranked_MK: Ints, labels_M: Ints, ks: Sequence[int] = (1, 5)) -> dic
         labels_M: The true class of each image, shape (M,).
         ks: The depths to report; those above K are left out.
 
-
     >>> accuracy(np.array([[0, 1], [0, 1], [1, 0]]), np.array([0, 0, 0]), ks=[1])
     {'acc1': 0.6666666666666666, 'mean_per_class_recall': 0.6666666666666666}
     """

@@ -9,7 +9,6 @@ N rows, D dimensions.
 import contextlib
 import json
 import math
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,28 +68,28 @@ def export(
     """
     opened, out_path = open_store(store), Path(out)
     if thumbnails and kind == "npy":
-        raise UsageError(
-            "--thumbnails: the npy layout has no place for pictures; take parquet or hf"
-        )
+        raise UsageError("--thumbnails: the npy format cannot hold pictures; use parquet or hf")
     _require_free(out_path)
     numbers = _select_rows(opened, where)
     counts_N = np.bincount(opened.caption_owners, minlength=opened.manifest.physical_rows)[numbers]
     captions = int(counts_N.sum())
-    with _atomic_output(out_path) as draft, bar("export", len(numbers), "rows") as progress:
+    files.make_folder(out_path.parent)
+    with files.atomic_path(out_path) as draft, bar("export", len(numbers), "rows") as progress:
         if kind == "parquet":
             write_parquet(opened, numbers, draft, progress.update, thumbnails=thumbnails)
         elif kind == "npy":
             write_parts(opened, numbers, draft, progress.update)
         else:
             write_dataset(opened, numbers, draft, progress.update)
+        _require_free(out_path)
     left_out = captions - int((counts_N > 0).sum()) if kind == "npy" else 0
     written_files = [f for f in (out_path, *out_path.rglob("*")) if f.is_file()]
     size = sum(file.stat().st_size for file in written_files)
     say(f"{len(numbers)} rows and {captions - left_out} captions in {out}: {size / 1e6:.1f} MB")
     if left_out:
         say(
-            f"a row of this layout has one text vector, that of its first caption: {left_out} more "
-            "captions are in the metadata without a vector"
+            f"this format has one text vector per row, that of its first caption: {left_out} more "
+            "captions are in the metadata, without a vector"
         )
     return ExportReport(str(out), kind, len(numbers), captions - left_out, left_out, size)
 
@@ -106,31 +105,14 @@ def _select_rows(store: Store, expression: str | None) -> Ints:
     else:
         numbers = np.flatnonzero(store.live)
     if not len(numbers):
-        reason = "the store is empty" if expression is None else f"none has {expression}"
+        reason = "the store is empty" if expression is None else f"no row matches {expression}"
         raise StoreError(f"{store.path}: no rows to export: {reason}")
     return numbers
 
 
 def _require_free(out_path: Path) -> None:
     if out_path.exists() or out_path.is_symlink():
-        raise UsageError(f"{out_path}: exists; name a place where nothing is")
-
-
-@contextlib.contextmanager
-def _atomic_output(out_path: Path) -> Iterator[Path]:
-    """Yield a draft path next to a place, and move the draft to the place at the end."""
-    files.make_folder(out_path.parent)
-    draft = out_path.with_name(f".{out_path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield draft
-        _require_free(out_path)
-        files.move(draft, out_path)
-    except OSError as error:
-        # The name of the draft would not help the user, and some writers name no file.
-        error.filename = str(out_path)
-        raise
-    finally:
-        files.remove(draft)
+        raise UsageError(f"{out_path}: already exists; use another --to")
 
 
 # ---------------------------------------------------------------- import
@@ -183,12 +165,12 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
     encoder = load_model(model)
     if parts[0].dim != encoder.dim:
         raise IdentityError(
-            f"{parts[0].images}: {parts[0].dim} dimensions; {encoder.identity} makes "
-            f"{encoder.dim}: name the model that made these vectors"
+            f"{parts[0].images}: {parts[0].dim} dimensions, but {encoder.identity} makes "
+            f"{encoder.dim}: give the model that made these vectors"
         )
     say(
-        f"taken for vectors of {encoder.identity} because you say so: they have its {encoder.dim} "
-        "dimensions, and nothing else in the folder tells"
+        f"using {encoder.identity} as given: the vectors have its {encoder.dim} dimensions, but "
+        "the folder does not say which model made them"
     )
     keep_weights(encoder)
     importer = _Importer(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
@@ -350,13 +332,14 @@ class _Importer:
         unusable = sum(1 for failure in self.failures if failure["reason"])
         failed = sum(1 for failure in self.failures if not failure["embedded"])
         if unusable:
-            say(f"{unusable} vectors cannot be used: {place / 'failures.jsonl'} lists them")
+            say(f"{unusable} vectors cannot be used; listed in {place / 'failures.jsonl'}")
         if self.renamed:
             say(
-                f"{self.renamed} rows had the id of another; their path, or part and row, is theirs"
+                f"{self.renamed} rows had the id of another row; their new id is made from their "
+                "path, or from their part and row"
             )
         if self.left_out:
-            say(f"{self.left_out} captions have no vector; they stand in meta")
+            say(f"{self.left_out} captions have no vector; they are in the metadata")
         done = f"{self.added} added, {self.present} already there, {failed} failed"
         say(f"{done}: {rows} rows in {place}")
         return ImportReport(self.added, self.present, failed, self.renamed, self.left_out, rows)

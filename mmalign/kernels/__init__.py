@@ -5,7 +5,7 @@ N rows (pairs or stored vectors), M queries, D dimensions, K neighbours.
 Both uses of a dual encoder are one product of two matrices: training compares every image of a
 batch with every text, search compares every query with every stored vector. This package works on
 matrices only. `reference.py` defines what each function computes, in plain torch; every other
-implementation gives the same without ever materializing the product.
+implementation gives the same result without materializing the product.
 """
 
 from typing import Any, Literal
@@ -138,7 +138,7 @@ def choose_loss(
 def _refuse_ranks(ranks: "dist.ProcessGroup | None") -> None:
     if ranks is not None:
         raise VectorError(
-            "impl='reference' knows one process: use 'blocked' or 'triton' with ranks"
+            "impl='reference' supports one process only: use 'blocked' or 'triton' with ranks"
         )
 
 

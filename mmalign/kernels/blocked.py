@@ -3,10 +3,10 @@
 B local image rows, N text columns, D dimensions, R x C one tile of logits, L and M ids of an image
 and a text.
 
-InfoNCE costs 8 N^2 D FLOPs, forward and backward together. One product (2) makes a tile of logits,
-whose exponentials are summed along rows and columns together; the backward pass recomputes the tile
-(2) and multiplies it into both gradients (4). The sigmoid loss has no normalizer, so its gradients
-are computed in the forward pass, for 6.
+InfoNCE costs 8 N^2 D FLOPs. The forward pass takes 2 of the 8: it computes each tile of logits once
+and sums the exponentials along both rows and columns. The backward pass recomputes the tile (2) and
+multiplies it into both gradients (4). The sigmoid loss has no normalizer, so its gradients are
+computed in the forward pass and no tile is recomputed: 6 N^2 D.
 
 `triton_loss.py` has the same three functions, fused for a GPU.
 """
@@ -42,16 +42,16 @@ class Problem:
 
     @property
     def local_columns(self) -> slice:
-        """Return the columns that match all rows."""
+        """Return the columns that match the rows of this process."""
         return self.matching_columns(slice(0, len(self.image_BD)))
 
     def rows_with_positive(self, rows: slice, columns: slice) -> slice:
-        """Return those of some rows whose matching column is among some columns."""
+        """Return the part of `rows` whose matching columns lie in `columns`."""
         start = max(rows.start, columns.start - self.first)
         return slice(start, max(start, min(rows.stop, columns.stop - self.first)))
 
     def matching_columns(self, rows: slice) -> slice:
-        """Return the columns that match some rows."""
+        """Return the columns that match `rows`."""
         return slice(rows.start + self.first, rows.stop + self.first)
 
 
@@ -95,14 +95,14 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def infonce_gradients(
     problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute N times the derivatives of InfoNCE by images and texts, both before the scale.
+    """Compute the gradients of InfoNCE for images and texts, times N and not yet times the scale.
 
     Args:
         problem: As in `statistics`.
         rows_B: Its log-sum-exp along rows.
         columns_N: Its log-sum-exp down columns, over the rows of all processes.
-        wants_image: Whether to compute the first.
-        wants_text: Whether to compute the second.
+        wants_image: Whether to compute the gradient for images.
+        wants_text: Whether to compute the gradient for texts.
     """
     shift = _shift(problem)
     products = _Products(problem, wants_image, wants_text)
@@ -133,11 +133,11 @@ def infonce_gradients(
 def sigmoid_pass(
     problem: Problem, bias: Tensor, *, wants_image: bool, wants_text: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Compute the sigmoid loss times N, and its derivatives in the same pass.
+    """Compute the sigmoid loss times N, and its gradients in the same pass.
 
     Returns:
-        The loss (float64), its derivative by the bias (float64), by the images and by the texts,
-        the last two before the scale.
+        The loss (float64), and its gradients for the bias (float64), the images and the texts; the
+        last two are not yet multiplied by the scale.
     """
     products = _Products(problem, wants_image, wants_text)
     loss, grad_bias = (

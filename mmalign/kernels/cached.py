@@ -1,4 +1,4 @@
-"""Large batches in little memory: encode in micro-batches, keep one's activations at a time.
+"""Large batches in little memory: encode in micro-batches and keep only one's activations.
 
 A contrastive loss needs the vectors of the whole batch, but not the activations behind them. So a
 batch is encoded twice: first without gradients, for the loss and its gradient with respect to the

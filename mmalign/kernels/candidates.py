@@ -39,7 +39,7 @@ def best_candidates(
     count, candidates = rows_MR.shape
     if vectors_MRD.shape != (count, candidates, queries_MD.shape[-1]) or len(queries_MD) != count:
         shapes = [tuple(x.shape) for x in (queries_MD, vectors_MRD, rows_MR)]
-        raise VectorError(f"queries, candidates and rows do not fit: {shapes}")
+        raise VectorError(f"shapes of queries, candidates and rows do not match: {shapes}")
     width = min(k, candidates)
     if vectors_MRD.numel() <= FEW and width == k:
         return _best(queries_MD.float(), vectors_MRD, rows_MR, k)

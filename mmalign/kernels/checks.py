@@ -42,19 +42,22 @@ def check_pairs(
     """Reject inputs for which no loss is defined."""
     if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
         raise VectorError(
-            f"image_ND and text_ND must have one shape (N, D), N and D at least 1; "
+            f"image_ND and text_ND must have the same shape (N, D), N and D at least 1; "
             f"got {tuple(image_ND.shape)} and {tuple(text_ND.shape)}"
         )
     if image_ND.device != text_ND.device:
         raise VectorError(
-            f"image_ND is on {image_ND.device}, text_ND on {text_ND.device}: they must share one"
+            f"image_ND is on {image_ND.device}, text_ND on {text_ND.device}: "
+            "they must be on the same device"
         )
     for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
         if not tensor.is_floating_point():
-            raise VectorError(f"{name} must be of a floating type, got {tensor.dtype}")
+            raise VectorError(f"{name} must have a floating-point type, got {tensor.dtype}")
     for name, tensor in scalars.items():
         if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
-            raise VectorError(f"{name} must be a floating tensor with one element, got {tensor!r}")
+            raise VectorError(
+                f"{name} must be a floating-point tensor with one element, got {tensor!r}"
+            )
     if pair_ids is not None:
         _check_pair_ids(pair_ids, len(image_ND))
     for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
@@ -88,7 +91,7 @@ def check_queries(queries_MD: Tensor, dim: int) -> None:
             f"queries_MD must be a matrix (queries, dims), got {tuple(queries_MD.shape)}"
         )
     if not queries_MD.is_floating_point():
-        raise VectorError(f"queries_MD must be of a floating type, got {queries_MD.dtype}")
+        raise VectorError(f"queries_MD must have a floating-point type, got {queries_MD.dtype}")
     if queries_MD.shape[1] != dim:
         raise VectorError(f"queries_MD has {queries_MD.shape[1]} dims, vectors_ND has {dim}")
     check_vectors("queries_MD", queries_MD)
@@ -97,10 +100,10 @@ def check_queries(queries_MD: Tensor, dim: int) -> None:
 def check_shards(shards: Sequence[Tensor]) -> None:
     """Reject shards that are not matrices of equal width."""
     if not shards or any(s.ndim != 2 or not s.is_floating_point() for s in shards):
-        raise VectorError("vectors_ND must be one or more floating matrices (rows, dims)")
+        raise VectorError("vectors_ND must be one or more floating-point matrices (rows, dims)")
     widths = sorted({s.shape[1] for s in shards})
     if len(widths) > 1:
-        raise VectorError(f"vectors_ND has shards of different dims: {widths}")
+        raise VectorError(f"vectors_ND has shards with different numbers of dims: {widths}")
     if not sum(len(s) for s in shards):
         raise VectorError("vectors_ND has no rows")
 

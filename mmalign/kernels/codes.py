@@ -2,11 +2,11 @@
 
 M queries, B coded vectors, D dimensions, X groups of neighbouring vectors.
 
-A vector is stored as the centre of its shard plus seven bits for each element of its difference
-from it, with a step size shared by the vectors of a group. Before that, a random rotation spreads
-the few large elements of an embedding over all dimensions, so that steps can be small. Seven bits,
-as processors without VNNI add pairs of products in 16 bits: 2 * 127 * 127 still fits, so sums are
-exact everywhere. The quantization error is measured, not estimated: the distance between each
+A vector is stored as its difference from the centre of its shard: seven bits per element, with a
+step size shared by the vectors of a group. Before that, a random rotation spreads the few large
+elements of an embedding over all dimensions, so that steps can be small. Seven bits are used
+because processors without VNNI add pairs of products in 16 bits: 2 * 127 * 127 still fits, so sums
+are exact everywhere. The quantization error is measured, not estimated: the distance between each
 vector and its code bounds the error of every score.
 """
 
@@ -22,7 +22,7 @@ LEVELS, QUERY_LEVELS = 63, 127
 ZERO = 64
 AT_ONCE = 1 << 13
 # Up to FEW_QUERIES, reading the codes takes longer than multiplying them. The kernel for few
-# queries reads past the end of rows whose width is not a multiple of FEW_QUERIES_DIMS.
+# queries needs a multiple of FEW_QUERIES_DIMS dimensions: otherwise it reads past the end of rows.
 FEW_QUERIES, FEW_QUERIES_DIMS = 2, 64
 
 
@@ -62,9 +62,9 @@ class Codes:
     centre_D: Tensor
     scale_X: Tensor
     vector_error_X: Tensor
-    """Score error of a group from quantizing its vectors, for a query of norm 1."""
+    """Error of a group's scores from quantizing its vectors, for a query of norm 1."""
     code_norm_X: Tensor
-    """The same from quantizing the query, for an error of norm 1: the largest code norm."""
+    """The same from a quantization error of the query of norm 1: the largest code norm."""
 
     def __len__(self) -> int:
         return len(self.codes_BD)
@@ -95,7 +95,7 @@ class Queries:
     scale_M: Tensor
 
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, M) in steps of the codes, and the error of each query."""
+        """Return products (B, M) in units of the code step, and the error of each query."""
         zero_M = torch.zeros(len(self.scale_M), dtype=torch.int32)
         products_BM: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes_BD, 1.0, ZERO, self.packed, self.scale_M, zero_M,
@@ -106,7 +106,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class FewQueries(Queries):
-    """Rotated queries in bfloat16: slower for many, faster for one, as codes are only read."""
+    """Rotated queries in bfloat16: faster than int8 for one or two, slower for many."""
 
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
         """See `Queries.products`."""
@@ -117,7 +117,7 @@ class FewQueries(Queries):
         dim = codes_BD.shape[1]
         sums = sum_error(dim, 2.0**-24) * 127 * dim**0.5
         error_M = 2.0**-8 * rounded_BM.abs().amax(dim=0) + sums * self.scale_M
-        # Codes were read with their offset of 64.
+        # The products include the offset of 64 that is added to all codes.
         return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
 
 
@@ -152,7 +152,7 @@ def quantize(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes
     vector_error_X = (1 + rotate.tilt) * (
         vector_error_X + rotate.rounding * norm_bound_X
     ) + rotate.tilt * norm_bound_X
-    # A few roundings of the product and of the centre's part to float32.
+    # For a few roundings to float32, of the product and of the centre's score.
     vector_error_X += 2.0**-20 * (norm_bound_X + torch.linalg.vector_norm(centre_D))
     return Codes(codes_BD, centre_D, scale_X, 1.01 * vector_error_X, 1.01 * code_norm_X)
 

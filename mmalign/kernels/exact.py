@@ -33,8 +33,8 @@ _SCREENS: dict[str, screens.Screen] = {
     "int8": screens.int8,
 }
 _IMPLS = ("auto", "reference", "triton", *_SCREENS)
-# Pairs collected before pruning: PENDING in total, or WAITING for each of a query's k. If more than
-# CROWDED for each remain, the bounds are wide, and the best candidates are scored exactly.
+# Pairs are pruned when they are more than PENDING and more than WAITING * k per query. If more
+# than CROWDED * k per query remain, the bounds are wide, and the best are scored exactly.
 PENDING, WAITING, CROWDED = 1 << 17, 8, 5
 # Pairs are also pruned whenever GROWTH times more rows have been seen. SPARE pairs beyond k are
 # scored exactly first.
@@ -45,7 +45,7 @@ QUERIES_AT_ONCE = 1024
 # BFLOAT16_QUERIES on, or from AMX_QUERIES on with AMX.
 HALF_QUERIES, BFLOAT16_QUERIES, AMX_QUERIES = 8, 128, 48
 FEW_ALLOWED = 0.1
-# For this few rows and scores, float64 for all is faster than the bookkeeping of a screen.
+# For so few rows and scores, float64 for all is faster than the bookkeeping of a screen.
 FEW_ROWS, FEW_SCORES = 2048, 1 << 14
 WIDE_ROWS = 64
 # With fewer elements a search takes some milliseconds: measuring the screens is not worth it.
@@ -127,7 +127,7 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
 
 
 def _default_impl(queries_MD: Tensor, corpus: Corpus, few_allowed: bool) -> TopkImpl:
-    """Return the default choice if nothing was measured."""
+    """Return the default choice, used if nothing was measured."""
     if corpus.codes is not None and not few_allowed:
         return "int8"
     if len(queries_MD) <= HALF_QUERIES and not has_amx() and not _why_not_half(corpus):
@@ -237,7 +237,7 @@ def _get_screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Scre
     if chosen == "half":
         problem = _why_not_half(corpus)
     elif chosen == "int8" and corpus.codes is None:
-        problem = "vectors_ND has no codes: give kernels.prepare(vectors_ND, with_codes=True)"
+        problem = "vectors_ND has no codes: pass kernels.prepare(vectors_ND, with_codes=True)"
     if chosen != "single" and queries_MD.is_cuda:
         problem = f"queries_MD is on {queries_MD.device}, not on a CPU"
     if problem:
@@ -251,7 +251,7 @@ def _why_not_half(corpus: Corpus) -> str | None:
     if _on_gpu(corpus):
         return "vectors_ND is not on a CPU"
     if not sums_float16_in_float32():
-        return "torch is set to sum float16 in float16, or does not tell"
+        return "torch sums float16 products in float16, or does not say whether it does"
     return None
 
 

@@ -36,7 +36,7 @@ def contrastive_loss(
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
-    """Symmetric InfoNCE by the passes of `blocked` or `triton_loss`."""
+    """Symmetric InfoNCE, computed by the passes of `blocked` or `triton_loss`."""
     loss: Tensor = _InfoNCE.apply(image_BD, text_BD, logit_scale, pair_ids, passes, ranks)
     return loss
 
@@ -51,7 +51,7 @@ def sigmoid_loss(
     passes: ModuleType,
     ranks: Ranks = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss by the passes of `blocked` or `triton_loss`."""
+    """Pairwise sigmoid loss, computed by the passes of `blocked` or `triton_loss`."""
     loss: Tensor = _Sigmoid.apply(
         image_BD, text_BD, logit_scale, logit_bias, pair_ids, passes, ranks
     )
@@ -219,7 +219,7 @@ def _all_gather(matrix: Tensor, ranks: Ranks) -> Tensor:
     if int(count.sum()):
         raise VectorError(
             f"image_ND has {len(matrix)} rows on this rank and up to {int(count[0])} on others: "
-            f"every rank must bring equally many"
+            f"every rank must have the same number"
         )
     joined = matrix.new_empty((dist.get_world_size(ranks) * len(matrix), *matrix.shape[1:]))
     _ALL_GATHER(joined, matrix.contiguous(), group=ranks)

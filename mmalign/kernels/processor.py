@@ -1,4 +1,4 @@
-"""What this processor and this build of torch can multiply, queried in one place.
+"""Which fast matrix products this processor and this build of torch support.
 
 The queries use private torch functions that not every build has: wheels for macOS and Windows on
 ARM lack oneDNN's. If a function is missing, the answer is no, so that the plain path is taken.
@@ -29,7 +29,7 @@ def has_int8() -> bool:
 
 @cache
 def has_vnni() -> bool:
-    """Return whether a CPU sums int8 products in 32 bits; otherwise pairs saturate at 16."""
+    """Return whether a CPU sums int8 products in 32 bits, not pairs of them in 16."""
     return _call_if_present(torch.cpu, "_is_vnni_supported")
 
 

@@ -51,7 +51,7 @@ def topk(
     """Exact top-k, block by block; see `kernels.topk`.
 
     A score is the float32 nearest to the float64 inner product. So it depends only on the two
-    vectors, not on batch, block or machine, and every faster implementation can be checked by it.
+    vectors, not on batch, block or machine, and faster implementations can be checked against it.
     """
     queries_MD = queries_MD.double()
     device = queries_MD.device
@@ -63,7 +63,7 @@ def topk(
             scores_MB = (queries_MD @ block_BD.to(device).double().T).float()
             if torch.isnan(scores_MB).any():
                 raise VectorError(
-                    f"vectors_ND holds NaN in rows {first} to {first + len(block_BD)}"
+                    f"vectors_ND holds NaN in rows {first} to {first + len(block_BD) - 1}"
                 )
             if allow is not None:
                 excluded = ~allow[first : first + len(block_BD)].to(device)

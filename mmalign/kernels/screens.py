@@ -21,8 +21,8 @@ from mmalign.kernels.timings import Timings
 # Blocks of vectors and of scores that fit into the cache of a CPU, or fill a GPU.
 CPU_BYTES, GPU_BYTES = 8 << 20, 256 << 20
 CACHED_BYTES = 1 << 20
-# Blocks that are first widened to float32, which is read again at once: smaller, so that they are
-# still in the cache of a core. With 8 MiB, bfloat16 took two to four times as long.
+# Blocks that are converted to float32 first: so small that the result is still in the cache of a
+# core when it is read. With 8 MiB, bfloat16 took two to four times as long.
 WIDENED_BYTES = 2 << 20
 MIN_ROWS, MAX_ROWS = 256, 1 << 18
 # If a smaller share of the rows is allowed, they are gathered instead of masked.
@@ -108,7 +108,7 @@ def _block(
 
 
 def merge_small_blocks(blocks: Iterator[Block], queries: int) -> Iterator[Block]:
-    """Join short blocks: examining one costs as much as scoring a thousand rows."""
+    """Join short blocks: examining a block costs as much as scoring a thousand rows."""
     max_rows = min(MAX_ROWS, CPU_BYTES // 4 // queries)
     pending: list[Block] = []
     count = 0
@@ -127,7 +127,7 @@ def _concatenate(blocks: list[Block]) -> Block:
         return blocks[0]
     rows, scores = [], []
     for block in blocks:
-        # No group spans two blocks: the last row pads its group, marked as not allowed.
+        # No group may span two blocks: copies of the last row, not allowed, fill its group.
         short = -len(block.rows_B) % GROUP
         rows += [block.rows_B, block.rows_B[-1:].expand(short)]
         scores.append(torch.nn.functional.pad(block.scores_BM, (0, 0, 0, short), value=-torch.inf))
@@ -178,7 +178,7 @@ def half(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterator[B
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
     rounded_MD = queries_MD.half()
     query_error_M = torch.linalg.vector_norm(queries_MD - rounded_MD.float(), dim=1)
-    # The cast of the query, the sum, and the cast of the sum; 2^-25 below float16's range.
+    # Errors of the cast of the query, the sum, and its cast: 2^-25 below float16's range.
     error_per_norm_M = query_error_M + norms_M * (
         sum_error(corpus.dim, FLOAT32_ROUNDOFF) + 1.01 * FLOAT16_ROUNDOFF
     )
@@ -215,7 +215,7 @@ def bfloat16(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None) -> Iterat
             if corpus.max_norm is None:
                 max_norm = max(max_norm, _max_norm(float32_PD))
                 bfloat16_error = max(bfloat16_error, _max_bfloat16_error(float32_PD))
-        # The casts of a vector and of a query, the sum, and its cast.
+        # Errors of the casts of a vector and of a query, the sum, and its cast.
         error_M = bfloat16_error * norms_M + max_norm * (1 + BFLOAT16_ROUNDOFF) * (
             query_error_M + norms_M * relative_error
         )
@@ -239,12 +239,12 @@ def _scored_rows(queries: int) -> int:
 
 
 def _widened_rows(dim: int) -> int:
-    """Return how many rows to widen at once, so that they fit into the cache of a core."""
+    """Return how many rows to convert to float32 at once, to fit into the cache of a core."""
     return max(GROUP, min(CPU_BYTES, WIDENED_BYTES) // 4 // dim // GROUP * GROUP)
 
 
 def _max_norm_of_block(block_BD: Tensor) -> float:
-    """Return the largest norm; widens in pieces that fit into the cache."""
+    """Return the largest norm; converts to float32 in pieces that fit into the cache."""
     chunks = block_BD.split(max(1, CACHED_BYTES // 4 // block_BD.shape[1]))
     float32_buffer = torch.empty(chunks[0].shape)
     norms = [

@@ -17,11 +17,12 @@ from mmalign.measured import Figures, measured
 QUERY_COUNTS = (1, 4, 16, 64, 256)
 """Numbers of queries to measure."""
 MIN_QUERIES, MAX_QUERIES = {"bfloat16": 16}, {"half": 4}
-"""Some screens cannot win below MIN_QUERIES, as they convert all vectors, or above MAX_QUERIES."""
+"""A screen is not measured below MIN_QUERIES or above MAX_QUERIES, where it cannot be the
+fastest."""
 # Few queries are memory-bound, so they are measured over more rows than caches hold.
 ROWS, MORE_ROWS, MANY_QUERIES = 1 << 15, 1 << 16, 64
-# Times are recorded once nearly all combinations have nearly repeated their best time. On a busy
-# machine that does not happen, or takes too long: then nothing is recorded.
+# Times are recorded once nearly all combinations have come close to their best time again. On a
+# busy machine that does not happen, or takes too long: then nothing is recorded.
 LEAST_ROUNDS, ROUNDS, SECONDS, REPEATED, NEARLY_ALL = 2, 6, 3.0, 1.15, 0.9
 PROBES, PROBE_SIDE = 12, 768
 # The usual screen is kept unless another takes less than this fraction of its time.
@@ -159,8 +160,8 @@ def _copies(vectors_ND: torch.Tensor) -> list[torch.Tensor]:
 def _unit_vectors(rows: int, dim: int, seed: int) -> torch.Tensor:
     """Make unit vectors around a centre of their own, like those of images and of texts.
 
-    The width of the bounds depends on this: if vectors and queries shared one centre, they would be
-    so similar that low-precision bounds exclude few, and would look slower than they are.
+    If vectors and queries shared one centre, all scores would be so similar that low-precision
+    screens exclude few vectors, and these screens would look slower than they are.
     """
     generator = torch.Generator().manual_seed(seed)
     spread_D = torch.arange(1, dim + 1).pow(-0.35)

@@ -37,7 +37,7 @@ def require_preset(preset: str) -> None:
     if preset not in PRESETS:
         hint = nearest(preset, PRESETS)
         if same(preset, openclip.names()):
-            hint = "it is a model of open_clip: give it as model (--model)"
+            hint = "it is an open_clip model: give it as model (--model)"
         raise ModelError(f"no preset is called {preset!r}: {hint}")
 
 
@@ -81,13 +81,13 @@ def load_model(name: str | Path, identity: str | None = None) -> Encoder:
         return openclip.load(architecture, pretrained)
     if run.is_file():
         raise ModelError(
-            f"{name}: a file, not the folder of a run; weights of an open_clip model are written "
-            f"NAME:FILE, as ViT-B-32:{name}"
+            f"{name}: a file, not a run folder; for weights of an open_clip model, write "
+            f"NAME:FILE, for example ViT-B-32:{name}"
         )
     if architecture in PRESETS:
         raise ModelError(
             f"{name}: {architecture} is a preset, which has no weights: train it "
-            f"(--set preset={architecture}) and give the folder of the run"
+            f"(--preset {architecture}) and give the run folder"
         )
     if pretrained and architecture in openclip.names():
         return openclip.load(architecture, pretrained)
@@ -107,7 +107,7 @@ def _unknown(name: str) -> ModelError:
         hint = f"did you mean {listed!r}?"
     elif meant:
         tags = _some_tags(meant)
-        return ModelError(f"{name}: say which weights, as {meant}:TAG with one of {tags}")
+        return ModelError(f"{name}: no weights given: write {meant}:TAG with one of {tags}")
     elif "/" in architecture or architecture.startswith("."):
         return ModelError(f"{name}: no such run folder")
     else:
@@ -216,7 +216,7 @@ def _load_run(run: Path, identity: str | None) -> Encoder:
     if weights is None:
         raise ModelError(
             f"{run}: no trained weights yet: its first validation saves some; "
-            f"go on with {shell_command('train', '--out', run, '--resume')}"
+            f"continue with {shell_command('train', '--out', run, '--resume')}"
         )
     if not weights.exists():
         raise ModelError(f"{run}: not a run folder: {weights.name} is missing")
@@ -250,7 +250,7 @@ def _weights(run: Path, description: dict[str, Any]) -> Path | None:
     if name is None:
         return None
     if name != ONLY_WEIGHTS and not (isinstance(name, str) and WEIGHTS.fullmatch(name)):
-        raise ModelError(f"{run}: the model is damaged: {name!r} is no name of weights")
+        raise ModelError(f"{run}: the model is damaged: {name!r} is not the name of a weight file")
     return run / str(name)
 
 
@@ -276,7 +276,7 @@ def _build(run: Path, description: dict[str, Any]) -> Encoder:
 
 
 def _damaged(run: Path, error: Exception) -> NoReturn:
-    what = f"{run}: the model is damaged or of another version"
+    what = f"{run}: the model is damaged or was saved by another version"
     raise ModelError(f"{what}: {reason(error)}") from error
 
 

@@ -26,7 +26,7 @@ from mmalign.model import weights as weight_files
 from mmalign.model.encoder import Tokenizer
 
 TORCH_MISMATCH = (
-    "torch and torchvision do not go together: install both from one index, for example "
+    "torch and torchvision do not match: install both from the same index, for example "
     "`pip install --force-reinstall torch torchvision`, or for a CPU-only pair "
     "`pip install --force-reinstall torch torchvision "
     "--index-url https://download.pytorch.org/whl/cpu`"
@@ -226,7 +226,7 @@ def require_network(shown: str, where: str, instead: str = "") -> None:
         except (OSError, ValueError) as error:
             why = f"{host} cannot be reached: {getattr(error, 'reason', error)}"
     if why:
-        other = f"; fetch {where} elsewhere and give {instead}" if instead else ""
+        other = f"; download {where} on another machine and give {instead}" if instead else ""
         raise ModelError(f"{shown}: not on this machine, and {why}{other}")
 
 

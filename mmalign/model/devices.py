@@ -33,7 +33,7 @@ def to_fastest(encoder: Encoder) -> Encoder:
     except Exception as error:  # a missing operator, no memory, an old system
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
-        say(f"the Apple GPU is not used, the CPU is: {problem}")
+        say(f"the CPU is used instead of the Apple GPU: {problem}")
         encoder.on(CPU)
     return encoder
 

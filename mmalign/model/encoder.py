@@ -184,12 +184,14 @@ class Encoder:
         for fault, former in (
             ("with the wrong activation (GELU, not QuickGELU)", replace(self, architecture=plain)),
             (
-                "with images prepared as for other weights",
+                "with the image preprocessing of other weights",
                 replace(self, preprocess=Preprocess(size, resize_mode="shortest")),
             ),
         ):
             if former.identity == identity:
-                return f"an earlier version embedded {fault}: embed again into a new store"
+                return (
+                    f"an earlier version of mmalign embedded {fault}: embed again into a new store"
+                )
         return ""
 
     def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:

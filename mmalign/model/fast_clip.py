@@ -111,7 +111,7 @@ def compare_with_public(encoder: Encoder) -> None:
     if problems:
         say(
             f"warning: {encoder.name}: {' and '.join(problems)} are encoded by open_clip's own "
-            "slower functions: this mmalign's shortcuts are not for the installed version"
+            "slower functions: mmalign's shortcuts do not work with the installed version"
         )
 
 
@@ -129,7 +129,7 @@ def _difference(ours: Callable[[], Tensor], public: Callable[[], Tensor]) -> str
             off = float((F.normalize(ours().float(), dim=-1) - wanted_BD).abs().max())
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError) as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
-    return "" if off <= TOLERANCE else f"{off:.2g} apart"
+    return "" if off <= TOLERANCE else f"they differ by {off:.2g}"
 
 
 def _is(part: object, name: str) -> bool:

@@ -99,7 +99,9 @@ class Attention(nn.Module):
             need_weights: Must not be requested.
         """
         if value is not key or need_weights:
-            raise ValueError("only attention whose values are its keys, without weights")
+            raise ValueError(
+                "unsupported attention: values must be the keys, and no weights be returned"
+            )
         alike = query is key
         if not self.batch_first:
             query, key = query.transpose(0, 1), key.transpose(0, 1)

@@ -105,7 +105,7 @@ def require_name(name: str) -> None:
         hint = f"it is a preset: give it as preset (--preset {name})"
     elif ":" in name:
         alone, _, pretrained = name.partition(":")
-        hint = f"give model and pretrained apart (--model {alone} --pretrained {pretrained})"
+        hint = f"give model and pretrained separately (--model {alone} --pretrained {pretrained})"
     raise ModelError(f"no open_clip model is called {name!r}: {hint}")
 
 
@@ -133,11 +133,11 @@ def _require_known(name: str, pretrained: str | None) -> None:
         return
     if file.is_dir():
         raise ModelError(
-            f"{pretrained}: a folder; give {name}:FILE with a file of weights in it, or "
-            f"{FOLDER}:{pretrained} where it has an {CONFIG}"
+            f"{pretrained}: a folder; give {name}:FILE with a weight file in it, or "
+            f"{FOLDER}:{pretrained} if it contains {CONFIG}"
         )
     if file.parent != Path() or file.suffix in (*weight_files.TORCH_ENDINGS, ".safetensors"):
-        raise ModelError(f"{pretrained}: no such file of weights")
+        raise ModelError(f"{pretrained}: no such weight file")
     wanted = nearest(pretrained.removeprefix(f"{name}:"), tags(name))
     known = wanted if tags(name) else "it has no tags"
     raise ModelError(
@@ -263,8 +263,8 @@ def _from_tag(name: str, tag: str) -> Plan:
         except Exception as error:  # from the hub or urllib
             why = weight_files.reason(error)
             raise ModelError(
-                f"{plan.shown}: the weights cannot be downloaded: {why}; or give "
-                f"{_with_activation(plan)}:FILE"
+                f"{plan.shown}: the weights cannot be downloaded: {why}; "
+                f"download them yourself and give {_with_activation(plan)}:FILE"
             ) from error
     plan.file = file
     return plan
@@ -284,14 +284,17 @@ def plan_of_file(name: str, file: Path) -> Plan:
         quick = read_archive(file)[1]
     elif any(c.get("quick_gelu") for c in cfgs) and f"{name}-quickgelu" in names():
         say(
-            f"{shown}: computed with GELU; weights of OpenAI, MetaCLIP or DFN want QuickGELU: "
+            f"{shown}: computed with GELU; weights of OpenAI, MetaCLIP or DFN need QuickGELU: "
             f"give {name}-quickgelu:{file}"
         )
     ways = [_preprocess_config(c) for c in cfgs]
     usual = max(ways, key=ways.count, default={})
     odd = [tag for tag, way in zip(tags(name), ways, strict=True) if way != usual]
     if odd:
-        say(f"{shown}: images are prepared as for most tags of {name}, not as for {', '.join(odd)}")
+        say(
+            f"{shown}: images are preprocessed as for most tags of {name}, "
+            f"not as for {', '.join(odd)}"
+        )
     architecture = _architecture(name, quick_gelu=quick)
     return Plan(shown, name, architecture, usual, file, f"{name}:{file.absolute()}")
 
@@ -301,13 +304,16 @@ def _from_folder(folder: Path) -> Plan:
     if not folder.is_dir():
         raise ModelError(f"{shown}: no such folder")
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{shown}: it has no {CONFIG}")
+        raise ModelError(f"{shown}: {CONFIG} is missing")
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         found = [f for end in ("safetensors", "bin", "pth") for f in folder.glob(f"*.{end}")]
         if len(found) != 1:
             there = ", ".join(sorted(f.name for f in found)[:5]) or "none"
-            raise ModelError(f"{shown}: which weights? call them {WEIGHTS[0]} (there: {there})")
+            raise ModelError(
+                f"{shown}: no weight file with a known name (found: {there}): "
+                f"rename it to {WEIGHTS[0]}"
+            )
     weight_files.require_weights(found[0])
     return _configured(shown, folder / CONFIG, found[0], f"{FOLDER}:{folder.absolute()}")
 
@@ -357,11 +363,11 @@ def preprocess_of(name: str, cfg: dict[str, Any]) -> Preprocess:
     sides = cfg["size"] if isinstance(cfg["size"], (tuple, list)) else (cfg["size"],)
     problem = ""
     if len(set(sides)) > 1:
-        problem = f"images of {' x '.join(map(str, sides))} pixels; only squares are"
+        problem = f"images of {' x '.join(map(str, sides))} pixels; only squares are supported"
     elif cfg["interpolation"] not in INTERPOLATIONS:
-        problem = f"interpolation {cfg['interpolation']!r}; bicubic and bilinear are"
+        problem = f"interpolation {cfg['interpolation']!r}; only bicubic and bilinear are supported"
     elif cfg["resize_mode"] == "longest" and cfg.get("fill_color"):
-        problem = f"borders of colour {cfg['fill_color']}; black is"
+        problem = f"borders of colour {cfg['fill_color']}; only black is supported"
     if problem:
         raise ModelError(f"{name}: not supported: {problem}")
     mean, std = (

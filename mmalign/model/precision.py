@@ -89,7 +89,7 @@ def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
     try:
         candidate = _in_eight_bits(encoder) if kind == "int8" else _in_bfloat16(encoder)
         least = float(cosines(_probe(candidate), plain_BD).min())
-        problem = "" if least >= ROUNDED else f"the least cosine of the two is {least:.3f}"
+        problem = "" if least >= ROUNDED else f"the smallest cosine between the two is {least:.3f}"
     except OTHERWISE as error:
         least, problem = 0.0, reason_of(error)
     if problem:
@@ -176,8 +176,8 @@ def _say_whether_it_pays(encoder: Encoder, eight: Encoder) -> None:
     share = figures[usual] / figures["int8"]
     if share < 1:
         say(
-            f"--precision int8 does not pay on this machine: {encoder.name} encodes images at "
-            f"{share:.2f} of its speed in {usual}; leave --precision out"
+            f"--precision int8 is slower on this machine: {encoder.name} encodes images at "
+            f"{share:.2f} of its speed in {usual}; leave out --precision"
         )
 
 

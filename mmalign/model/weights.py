@@ -13,7 +13,7 @@ from mmalign.errors import ModelError, reason_of
 
 # First bytes of files often found in place of weights.
 OTHERS = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the weights: run `git lfs pull` there",
+    b"version https://git-lfs": "a Git LFS pointer, not weights: run `git lfs pull` there",
     b"<": "a web page, not weights",
     b"\xff\xd8": "a JPEG image, not weights",
     b"\x89PNG": "a PNG image, not weights",
@@ -44,13 +44,15 @@ def require_weights(file: Path) -> None:
     if file.suffix == ".safetensors":
         if not is_safetensors:
             what = next((w for start, w in OTHERS.items() if head.startswith(start)), "damaged")
-            raise ModelError(f"{file}: no safetensors file: {what}")
+            raise ModelError(f"{file}: not a safetensors file: {what}")
         return
     if is_safetensors:
-        raise ModelError(f"{file}: a safetensors file: name it with the ending .safetensors")
+        raise ModelError(
+            f"{file}: a safetensors file: rename it so that its name ends in .safetensors"
+        )
     what = next((w for start, w in OTHERS.items() if head.startswith(start)), "")
     if not what and file.suffix in TORCH_ENDINGS and not head.startswith((ZIP, PICKLE)):
-        what = "no file that torch.save wrote"
+        what = "not a file written by torch.save"
     if what:
         raise ModelError(f"{file}: {what}")
 
@@ -68,7 +70,7 @@ def reason(error: Exception) -> str:
     """Shorten a library's message to what a user needs."""
     text = str(error).strip() or type(error).__name__
     if "weights_only" in text or "Weights only" in text:
-        return "it holds Python objects beside weights: save its state_dict() in a file of its own"
+        return "it contains other Python objects than weights: save only its state_dict() to a file"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines[0].startswith("Error(s) in loading state_dict"):
         return _misfit(lines[1:])
@@ -87,8 +89,8 @@ def _misfit(lines: list[str]) -> str:
         names = [line.removeprefix("size mismatch for ").partition(":")[0] for line in shapes]
         sizes = re.findall(r"torch\.Size\((\[.*?\])\)", shapes[0])
         given, wanted = [*sizes, "?", "?"][:2]
-        first = f"{names[0]} is {given} where the model has {wanted}"
-        told.append(f"other shape: {first}{_more(names, 1)}")
+        first = f"{names[0]} is {given}, but the model has {wanted}"
+        told.append(f"different shape: {first}{_more(names, 1)}")
     return "; ".join(told) or "the weights do not fit"
 
 
@@ -105,6 +107,6 @@ def require_numbers(network: nn.Module, where: str) -> None:
     for name, weight in network.state_dict().items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise ModelError(
-                f"{where}: the weights hold NaN or infinity, first in {name}: the file is damaged, "
-                "or its training diverged"
+                f"{where}: the weights contain NaN or infinity, first in {name}: the file is "
+                "damaged, or its training diverged"
             )

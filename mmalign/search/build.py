@@ -74,7 +74,7 @@ def build_index(
     if not len(store):
         what = "rows left" if store.manifest.physical_rows else "rows yet"
         fill = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", path)
-        raise StoreError(f"{path}: the store has no {what}: first {fill}")
+        raise StoreError(f"{path}: the store has no {what}: add some with {fill}")
     started = time.monotonic()
     user_queries = None if queries is None else _read_query_file(store, queries, model)
     name = secrets.token_hex(6)
@@ -188,13 +188,13 @@ def _report(modality: str, part: dict[str, Any]) -> None:
     if part["measured"]:
         say(f"{modality}: measured on held-out queries\n{table(part['measured'])}")
     if part["kind"] == "exact":
-        say(f"{modality}: exact search over {part['held']} vectors, nothing to miss")
+        say(f"{modality}: exact search over {part['held']} vectors, so its recall is 1")
     for trial in part["measured"]:
         if trial["low"] < part["recall_wanted"]:
             say(
                 f"{modality}: {trial['queries']} held-out {trial['asked']} queries are too few to "
-                f"be sure of {part['recall_wanted']:.1%}: recall@{trial['point']['k']} lies "
-                f"between {trial['low']:.1%} and {trial['high']:.1%}"
+                f"confirm a recall of {part['recall_wanted']:.1%}: recall@{trial['point']['k']} "
+                f"lies between {trial['low']:.1%} and {trial['high']:.1%}"
             )
 
 
@@ -202,24 +202,24 @@ def _read_query_file(store: Store, queries: str | Path, model: str | Path | None
     try:
         lines = [q.strip() for q in Path(queries).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
-        raise DataError(f"{queries}: queries must be UTF-8 text, one a line") from None
+        raise DataError(f"{queries}: queries must be UTF-8 text, one per line") from None
     except OSError as error:
         raise DataError(f"{queries}: queries cannot be read: {error.strerror}") from None
     lines = list(dict.fromkeys(q for q in lines if q))
     if len(lines) < 2:
-        raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one a line")
+        raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one per line")
     card = store.manifest.model
     try:
         encoder = load_model(model or card.source, card.identity)
     except ModelError as error:
         raise type(error)(
-            f"{error}; {store.path} needs {card.identity}: if that lies elsewhere, name it by "
-            "--model (Python: model=)"
+            f"{error}; {store.path} needs the model {card.identity}: if it was moved, "
+            "give its new path with --model (Python: model=)"
         ) from error
     if encoder.identity != store.manifest.model.identity:
         raise IdentityError(
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "
-            f"the model is {encoder.identity}"
+            f"the model is {encoder.identity}: give the model that made the store, or embed again"
         )
     report_cut(encoder, len(encoder.tokenizer.cut(lines)), "queries")
     parts = [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]

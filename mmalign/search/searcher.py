@@ -79,8 +79,8 @@ class Searcher:
             encoder = load_model(source, needed)
         except ModelError as error:
             raise type(error)(
-                f"{error}; {path} needs {needed}: if that lies elsewhere, name it by --model "
-                "(Python: Searcher.open(store, model))"
+                f"{error}; {path} needs the model {needed}: if it was moved, give its new path "
+                "with --model (Python: Searcher.open(store, model))"
             ) from error
         return cls(store, encoder)
 
@@ -202,8 +202,8 @@ class Searcher:
         cut = len(self.encoder.tokenizer.cut(texts)) if texts else 0
         if cut:
             what = "the query is" if len(queries) == 1 else f"{cut} queries are"
-            its = "its end is" if len(queries) == 1 else "their ends are"
-            say(f"warning: {what} longer than {self.encoder.name} reads: {its} left out")
+            it = "it was" if len(queries) == 1 else "they were"
+            say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)
         for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
             is_single_item = len(queries[number].items) == 1 and weight == 1
@@ -217,7 +217,10 @@ class Searcher:
 def _require_identity(store: Store, encoder: Encoder) -> None:
     stored = store.manifest.model.identity
     if encoder.identity != stored:
-        why = encoder.former_fault(stored) or "search with the model that embedded, or embed again"
+        why = (
+            encoder.former_fault(stored)
+            or "search with the model that made the store, or embed again"
+        )
         raise IdentityError(
             f"{store.path} holds embeddings of {stored}, the model is {encoder.identity}: {why}"
         )

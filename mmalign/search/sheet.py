@@ -79,7 +79,7 @@ def check_sheet(path: Path) -> str:
     if kind not in Image.SAVE:
         raise UsageError(f"{path}: give the sheet a name that ends in .png")
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent} to put the sheet into")
+        raise UsageError(f"{path}: the folder {path.parent} does not exist")
     return kind
 
 
@@ -108,7 +108,7 @@ def draw_sheet(strips: Sequence[Strip], path: Path, heading: str = "", note: str
         _draw_strip(sheet, pen, strip, y, columns)
         y += height
     if any(ord(c) > 0x2E7F for s in strips for c in s.query) and _font_file() is None:
-        say("no font with Chinese glyphs found: pip install 'mmalign[fonts]' draws them")
+        say("no font with Chinese glyphs found: install one with pip install 'mmalign[fonts]'")
     content = io.BytesIO()
     try:
         sheet.save(content, kind)

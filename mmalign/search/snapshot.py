@@ -161,5 +161,5 @@ class Snapshot:
 
     def _compare_every_row(self, to: Target, error: StoreError) -> Index:
         remedy = shell_command("repair", self.store.path)
-        say(f"warning: {self.store.path}: {error}; every row is compared; {remedy}")
+        say(f"warning: {self.store.path}: {error}; exact search is used instead; run {remedy}")
         return Exact(self.store.vectors(to))

@@ -55,7 +55,7 @@ def require_few(path: str | Path, count: int, rows: int, yes: bool) -> None:
     if count > MOST_DELETED * rows and not yes:
         raise StoreError(
             f"{path}: {count} of {rows} rows would be deleted, more than a tenth: "
-            "nothing was deleted; if that is meant, add --yes (Python: yes=True)"
+            "nothing was deleted; to delete them anyway, add --yes (Python: yes=True)"
         )
 
 
@@ -145,7 +145,7 @@ def compact(
     except StoreError:
         if before.named_files <= manifests.newest(store).named_files:
             raise
-        raise StoreError(f"{store}: another compaction was faster; run it again") from None
+        raise StoreError(f"{store}: another compaction finished first; run it again") from None
     dropped = False
 
     def change(base: Manifest) -> Manifest:
@@ -159,17 +159,20 @@ def compact(
     after = manifests.commit(store, change, before.model)
     if dropped:
         say(
-            f"{store}: rows have new numbers, so the index is gone: {shell_command('index', store)}"
+            f"{store}: rows have new numbers, so the index was removed: "
+            f"build a new one with {shell_command('index', store)}"
         )
     removed, removed_bytes = collect(store, now=now)
     waiting = waiting_bytes(store)
     if waiting:
         say(
-            f"{store}: {waiting / 1e6:.3g} MB more are kept for an hour, for whoever still reads "
-            f"them: run it again then, or {shell_command('compact', store, '--now')}"
+            f"{store}: {waiting / 1e6:.3g} MB more are kept for an hour, as other processes may "
+            f"still read them: compact again later, or {shell_command('compact', store, '--now')}"
         )
     if (store / "damaged").exists():
-        say(f"{store / 'damaged'}: what a repair put aside is yours to remove")
+        say(
+            f"{store / 'damaged'}: files set aside by a repair; delete them if you do not need them"
+        )
     return CompactReport(
         after.generation,
         after.rows,
@@ -222,7 +225,7 @@ def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
     # Copied damage would get a matching hash.
     file = open_shard(store, shard, dim)
     if files.sha256(file.path) != shard.sha256:
-        raise file.refuse("damaged")
+        raise file.refuse("is damaged")
     table = pa.Table.from_batches([file.batch])
     return table.filter(pa.array(shard.live)) if shard.deleted_rows else table
 
@@ -235,7 +238,7 @@ def _replace_shards(
     first = next((i for i, s in enumerate(shards) if s.name == names[0]), len(shards))
     now = shards[first : first + len(group)]
     if [s.name for s in now] != names:
-        raise StoreError(f"{store}: another compaction was faster; run it again")
+        raise StoreError(f"{store}: another compaction finished first; run it again")
     still_live = _live(now)[_live(group)]
     ends = np.cumsum([s.rows for s in written])
     new = [

@@ -38,7 +38,7 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
     A reason of None marks a listed sample as resolved.
     """
     if path_of(store).is_symlink():
-        raise StoreError(f"{path_of(store)}: a link to another file: nothing is written there")
+        raise StoreError(f"{path_of(store)}: a link to another file; replace it by the file itself")
     listed = _last_by_uri(read(path_of(store))[0])
     fresh = []
     for failure in failures:
@@ -68,7 +68,7 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 values = json.loads(line)
                 if values.pop("check") != _checksum(values):
-                    raise ValueError("its check does not fit")
+                    raise ValueError("its checksum does not match")
                 good.append(values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 bad.append(f"line {number}: {error}")

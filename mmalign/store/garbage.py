@@ -37,7 +37,7 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     model = manifests.newest(store).model
     linked = manifests.linked_folders(store)
     for folder in linked:
-        say(f"warning: {folder}: a link to another place: nothing is removed there")
+        say(f"warning: {folder}: a link to another folder, so nothing is removed there")
     announced = manifests.commit(store, lambda base: _with_removals(store, base, now), model)
     removed: list[str] = []
     freed = 0
@@ -58,7 +58,7 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
             busy.append(error)
     if busy:
         more = f" and {len(busy) - 1} more" if len(busy) > 1 else ""
-        later = f"later: {shell_command('compact', store)}"
+        later = f"try again later with {shell_command('compact', store)}"
         say(f"warning: {busy[0].filename}{more}: cannot be removed now; {later}")
     return removed, freed
 

@@ -89,7 +89,9 @@ def find_damage(store: Path, sample: float = 1.0) -> Findings:
                     description.parent / name: sha256 for name, sha256 in hashes.items()
                 }
             else:
-                findings.damage[description] = f"names what is no file of an index: {[*hashes]}"
+                findings.damage[description] = (
+                    f"names files that cannot belong to an index: {[*hashes]}"
+                )
     sampled = random.sample(sorted(hash_by_file), math.ceil(len(hash_by_file) * sample))
     findings.damage |= _mismatches({file: hash_by_file[file] for file in sampled})
     findings.lines = failures.read(failures.path_of(store))[1]
@@ -105,7 +107,7 @@ def _mismatches(hashes: dict[Path, str]) -> dict[Path, str]:
     for file, sha256 in hashes.items():
         try:
             if files.sha256(file) != sha256:
-                wrong[file] = "its content is not what was written"
+                wrong[file] = "its content does not match its hash"
         except FileNotFoundError:
             wrong[file] = "missing"
         except OSError as error:

@@ -159,16 +159,17 @@ def parse(content: bytes) -> Manifest:
     try:
         values = json.loads(content)
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         recorded_hash = values.pop("sha256", None)
         actual_hash = hashlib.sha256(canonical(values)).hexdigest()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if recorded_hash != actual_hash:
-        early = "format 1 of an early mmalign: embed into a new store"
-        raise ValueError(early if values.get("format") == 1 else "its hash does not fit")
+        early = "format 1 of an early version of mmalign: embed into a new store"
+        raise ValueError(early if values.get("format") == 1 else "its hash does not match")
     if values.get("format") != FORMAT:
-        raise StoreError(f"format {values.get('format')!r}; this mmalign reads format {FORMAT}")
+        known = f"this version of mmalign reads format {FORMAT}"
+        raise StoreError(f"format {values.get('format')!r}, but {known}")
     try:
         index = values["index"]
         manifest = Manifest(
@@ -181,9 +182,9 @@ def parse(content: bytes) -> Manifest:
         )
         wrong = next(_invalid_values(manifest), None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        wrong = f"its fields: {error}"
+        wrong = f"invalid fields: {error}"
     if wrong:
-        raise StoreError(f"not made by mmalign, and not used: {wrong}")
+        raise StoreError(f"not made by mmalign: {wrong}")
     return manifest
 
 
@@ -200,13 +201,15 @@ def _invalid_values(held: Manifest) -> Iterator[str]:
             f"the shard {shard.name!r} with {what}" for what in _invalid_shard_values(shard)
         )
     if len({shard.name for shard in held.shards}) < len(held.shards):
-        yield "a shard twice"
+        yield "the same shard twice"
     if held.index and not (
         _matches(INDEX, held.index.name) and _matches(SHA256, held.index.sha256)
     ):
         yield f"the index {held.index.name!r} with the hash {held.index.sha256!r}"
     yield from (
-        f"{name!r}, no file of a store" for name in held.removing if not _matches(REMOVING, name)
+        f"{name!r}, which is not a file of a store"
+        for name in held.removing
+        if not _matches(REMOVING, name)
     )
     if held.previous and not _matches(SHA256, held.previous):
         yield f"the hash {held.previous!r}"
@@ -214,7 +217,7 @@ def _invalid_values(held: Manifest) -> Iterator[str]:
 
 def _invalid_shard_values(shard: Shard) -> Iterator[str]:
     if not _matches(SHARD, shard.name):
-        yield "a name of other than 64 small letters and digits, and .arrow"
+        yield "an invalid name"
     if not (_is_count(shard.rows, MOST_ROWS) and _is_count(shard.bytes, MOST_BYTES)):
         yield f"{shard.rows!r} rows and {shard.bytes!r} bytes"
     if not _matches(SHA256, shard.sha256):
@@ -293,11 +296,11 @@ def newest(store: Path) -> Manifest:
         if not found:
             known = "is a folder without a manifest" if store.is_dir() else "does not exist"
             made = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", store)
-            raise StoreError(f"{store}: not a store: it {known}; {made} makes one")
+            raise StoreError(f"{store}: not a store: it {known}; create one with {made}")
         manifest = _newest_of(store, found)
         if manifest:
             return manifest
-    raise StoreError(f"{store}: {TRIES} other writers were faster; run it again")
+    raise StoreError(f"{store}: {TRIES} other writers committed first; run it again")
 
 
 def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
@@ -313,7 +316,7 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
             continue
         if problems:
             told = f"{'; '.join(problems)}; opened {file.name} instead"
-            remedy = f"{shell_command('repair', store)} brings back what it can"
+            remedy = f"{shell_command('repair', store)} recovers what it can"
             say(f"warning: {store}: unreadable {told}; {remedy}")
         return manifest
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
@@ -331,7 +334,7 @@ def read_unless_gone(file: Path) -> Manifest | None:
         return None
     except (ValueError, OSError) as error:
         remedy = shell_command("repair", file.parent)
-        raise StoreError(f"{file}: unreadable: {error}; first {remedy}") from None
+        raise StoreError(f"{file}: unreadable: {error}; first run {remedy}") from None
 
 
 def commit(
@@ -385,7 +388,9 @@ def commit(
         # So much time has passed that an old number was free again; this generation would never
         # be read.
         files.remove(path_of(store, last_number + 1))
-    raise StoreError(f"{store}: {TRIES} other writers were faster; nothing was changed")
+    raise StoreError(
+        f"{store}: {TRIES} other writers committed first; nothing was changed; run it again"
+    )
 
 
 def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
@@ -426,7 +431,7 @@ def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:
     """
     if stored.model.identity != model.identity:
         raise IdentityError(
-            f"{store} holds embeddings of {stored.model.identity}; these are of {model.identity}: "
+            f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
             "embed into a new store"
         )
 

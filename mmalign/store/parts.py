@@ -142,12 +142,12 @@ def find_parts(folder: Path) -> list[Part]:
                 other = next(
                     by_number[number] for by_number in found.values() if number in by_number
                 )
-                raise DataError(f"{folder / kind}: part {number} is missing; {other} is there")
+                raise DataError(f"{folder / kind}: part {number} is missing, but {other} exists")
         parts.append(_part(number, *(found[kind][number] for kind in kinds)))
     for part in parts:
         if part.dim != parts[0].dim:
             a, b = parts[0], part
-            raise DataError(f"{b.images}: {b.dim} dimensions, {a.images} has {a.dim}")
+            raise DataError(f"{b.images}: {b.dim} dimensions, but {a.images} has {a.dim}")
     return parts
 
 
@@ -157,9 +157,9 @@ def _files_by_number(folder: Path) -> dict[int, Path]:
     for file in sorted(folder.glob("*.parquet" if folder.name == "metadata" else "*.npy")):
         digits = re.search(r"(\d+)$", file.stem)
         if not digits:
-            raise DataError(f"{file}: no part number at the end of its name")
+            raise DataError(f"{file}: its name does not end with a part number")
         if int(digits[1]) in found:
-            raise DataError(f"{file}: the same part as {found[int(digits[1])].name}")
+            raise DataError(f"{file}: the same part number as {found[int(digits[1])].name}")
         found[int(digits[1])] = file
     return found
 
@@ -175,11 +175,11 @@ def _part(number: int, images: Path, metadata: Path, texts: Path | None = None) 
         text_ND = _vectors(texts)
         rows[texts] = len(text_ND)
         if text_ND.shape[1] != image_ND.shape[1]:
-            dims = f"{text_ND.shape[1]} dimensions, {images} has {image_ND.shape[1]}"
+            dims = f"{text_ND.shape[1]} dimensions, but {images} has {image_ND.shape[1]}"
             raise DataError(f"{texts}: {dims}")
     for file, count in rows.items():
         if count != len(image_ND):
-            raise DataError(f"{file}: {count} rows, {images} has {len(image_ND)}")
+            raise DataError(f"{file}: {count} rows, but {images} has {len(image_ND)}")
     return Part(number, len(image_ND), image_ND.shape[1], images, metadata, texts)
 
 
@@ -191,7 +191,9 @@ def _vectors(file: Path) -> NDArray[Any]:
         raise DataError(f"{file}: cannot be read: {error}") from None
     if vectors_ND.ndim != 2 or vectors_ND.dtype not in (np.float16, np.float32):
         kind = f"{vectors_ND.dtype} of shape {vectors_ND.shape}"
-        raise DataError(f"{file}: {kind}; wanted float16 or float32 of shape (rows, dimensions)")
+        raise DataError(
+            f"{file}: {kind}, but must be float16 or float32 of shape (rows, dimensions)"
+        )
     return vectors_ND
 
 
@@ -220,7 +222,8 @@ def read_records(
                 return
             rows, unread = python_rows(batch)
             for name in sorted(unread.keys() - reported):
-                say(f"{part.metadata}: column {name!r} is left out: {unread[name]} is not read")
+                kind = f"type {unread[name]} is not supported"
+                say(f"{part.metadata}: column {name!r} is left out: {kind}")
             reported |= unread.keys()
             yield rows
 

@@ -190,7 +190,7 @@ class Store:
         description = folder / "index.json"
         if not description.exists() or files.sha256(description) != card.sha256:
             remedy = shell_command("repair", self.path)
-            say(f"warning: {description}: damaged; every row is compared; {remedy}")
+            say(f"warning: {description}: damaged; exact search is used instead; run {remedy}")
             return None
         return folder
 

@@ -57,8 +57,7 @@ def repair(path: str | Path) -> RepairReport:
     store = Path(path)
     manifest = manifests.newest(store)
     for folder in manifests.linked_folders(store):
-        told = "a link to another place, where nothing is moved: put the folder itself there"
-        raise StoreError(f"{folder}: {told}")
+        raise StoreError(f"{folder}: a link to another folder; replace it by the folder itself")
     findings = health.find_damage(store)
     evidence = [
         _read_damaged(f)
@@ -147,7 +146,7 @@ def _find_saved(
                 for column in schema(manifest.model.dim).names:
                     file.column(column)
             except StoreError as error:
-                damage[path] = f"named by a damaged generation, and {error}"
+                damage[path] = f"named by a damaged generation, but unusable: {error}"
                 continue
             shard = Shard(path.name, len(file.batch), path.stat().st_size, sha256)
             saved.append((min(mentions), _with_readable_deletions(shard, evidence)))

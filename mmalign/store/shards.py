@@ -34,7 +34,7 @@ def write_shard(store: Path, batch: pa.RecordBatch) -> Shard:
                 out.write_batch(batch)
             return Shard(name, len(batch), draft.bytes, draft.sha256())
     except FileNotFoundError as error:
-        told = "gone before it was finished, as nothing was written to it for so long; run it again"
+        told = "removed before it was complete, as it was unchanged for an hour; run it again"
         raise StoreError(f"{error.filename}: {told}") from None
 
 
@@ -57,12 +57,12 @@ class ShardFile:
             self.batch = _only_batch(mapped, footer)
         except FileNotFoundError:
             raise self.refuse(
-                "missing (if the store was compacted since it was opened, open it again)"
+                "is missing (if the store was compacted since it was opened, open it again)"
             ) from None
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self.refuse(f"cannot be read: {error}") from None
         if self.batch.schema != schema(dim):
-            raise self.refuse("its outline is not that of a shard")
+            raise self.refuse("has the wrong columns or dimensions")
 
     def column(self, name: str) -> pa.Array:
         """Return a column; its first read checks every offset and every character."""
@@ -71,9 +71,9 @@ class ShardFile:
             try:
                 column.validate(full=True)
             except (ValueError, pa.ArrowException) as error:
-                raise self.refuse(f"{name} cannot be read: {error}") from None
+                raise self.refuse(f"column {name} cannot be read: {error}") from None
             if _has_nulls(column):
-                raise self.refuse(f"{name} has rows without a value")
+                raise self.refuse(f"column {name} has rows without a value")
             self._columns[name] = column
         return self._columns[name]
 
@@ -82,7 +82,7 @@ class ShardFile:
         column = self.column(f"{modality}_embedding")
         if not pa.types.is_fixed_size_list(column.type):
             if not column.value_lengths().equals(self.column("captions").value_lengths()):
-                raise self.refuse(f"has other captions than {modality} vectors")
+                raise self.refuse(f"does not have one {modality} vector per caption")
             column = column.flatten()
         flat: Halves = column.flatten().to_numpy(zero_copy_only=True)
         return flat.reshape(-1, self.dim)
@@ -95,7 +95,7 @@ class ShardFile:
     def refuse(self, what: str) -> StoreError:
         """Return the error for a file that cannot be used."""
         store = self.path.parents[1]
-        remedy = f"see {shell_command('verify', store)} and {shell_command('repair', store)}"
+        remedy = f"run {shell_command('verify', store)}, then {shell_command('repair', store)}"
         return StoreError(f"{self.path}: shard {what}; {remedy}")
 
 
@@ -109,7 +109,7 @@ def open_shard(store: Path, shard: Shard, dim: int) -> ShardFile:
     rows = len(file.batch)
     if (file.bytes, rows) != (shard.bytes, shard.rows):
         written = f"{shard.bytes} bytes and {shard.rows} rows were written"
-        raise file.refuse(f"{file.bytes} bytes and {rows} rows, where {written}")
+        raise file.refuse(f"has {file.bytes} bytes and {rows} rows, but {written}")
     return file
 
 

@@ -98,7 +98,9 @@ def where(store: Store, expression: str) -> Ints:
     try:
         import duckdb
     except ImportError:
-        raise InstallError("rows by SQL need DuckDB: pip install 'mmalign[sql]'") from None
+        raise InstallError(
+            "selecting rows by SQL needs DuckDB: pip install 'mmalign[sql]'"
+        ) from None
     shown = " ".join(expression.split())
     shown = repr(expression) if len(expression) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]!r}..."
     with _connect() as connection:
@@ -106,15 +108,15 @@ def where(store: Store, expression: str) -> Ints:
         seconds = SECONDS + SECONDS_PER_ROW * store.manifest.physical_rows
         try:
             if len(expression) > MOST_LETTERS:
-                told = f"{len(expression)} letters, {MOST_LETTERS} is the most"
+                told = f"it has {len(expression)} characters; at most {MOST_LETTERS} are allowed"
                 raise UsageError(told)
             with _time_limit(connection, seconds):
                 numbers = search.rows(store, expression)
         except duckdb.InterruptException:
-            told = f"it takes longer than {seconds:.0f} s, which is the most"
+            told = f"it takes longer than the limit of {seconds:.0f} s"
             raise UsageError(f"where {shown}: {told}") from None
         except duckdb.OutOfMemoryException:
-            told = f"it needs more memory than {CONFIG['memory_limit']}, which is the most"
+            told = f"it needs more memory than the limit of {CONFIG['memory_limit']}"
             raise UsageError(f"where {shown}: {told}") from None
         except RecursionError:
             raise UsageError(f"where {shown}: it is nested too deeply") from None
@@ -222,7 +224,7 @@ class _Search:
         known: list[str] = sorted(name for (name,) in all_keys.fetchall())
         same = [name for name in known if name.lower() == asked.lower()]
         if len(same) > 1:
-            raise UsageError(f"fields that differ only in case: {same}: write one as it is here")
+            raise UsageError(f"fields that differ only in case: {same}: write one exactly as here")
         if same:
             return same[0]
         hint = f"{nearest(asked, [*COLUMNS, *known])} (text is written in 'single quotes')"
@@ -253,13 +255,11 @@ def _parse(connection: "Connection", query: str, expression: str) -> dict[str, A
     for node in _nodes(clause):
         if node["class"] not in ALLOWED_NODES:
             part = node["class"].lower()
-            raise UsageError(f"a {part} has no place here: compare columns and fields of meta")
+            raise UsageError(f"a {part} is not allowed: compare columns and fields of meta")
         name = node.get("function_name")
         if name is not None and (name not in FUNCTIONS or "schema" in node or "catalog" in node):
             words = [known for known in FUNCTIONS if known.isidentifier()]
-            raise UsageError(
-                f"{name}() is no function that is allowed here: {nearest(name, words)}"
-            )
+            raise UsageError(f"{name}() is not an allowed function: {nearest(name, words)}")
     _require_cheap(clause, ())
     _require_few_nodes(clause)
     return clause
@@ -268,11 +268,12 @@ def _parse(connection: "Connection", query: str, expression: str) -> dict[str, A
 def _require_few_nodes(clause: dict[str, Any]) -> None:
     kinds = Counter(node["class"] for node in _nodes(clause))
     if kinds["COLUMN_REF"] > MOST_COLUMNS:
-        raise UsageError(f"{kinds['COLUMN_REF']} columns and fields, {MOST_COLUMNS} is the most")
+        told = f"it names {kinds['COLUMN_REF']} columns and fields"
+        raise UsageError(f"{told}; at most {MOST_COLUMNS} are allowed")
     constants = kinds["CONSTANT"]
     if any(map(_is_lambda, _nodes(clause))) and constants > MOST_BESIDE_LAMBDA:
-        told = f"{constants} numbers and texts beside a lambda, {MOST_BESIDE_LAMBDA} is the most"
-        raise UsageError(told)
+        most = f"with a lambda, at most {MOST_BESIDE_LAMBDA} are allowed"
+        raise UsageError(f"it has {constants} numbers and texts; {most}")
 
 
 def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
@@ -291,11 +292,11 @@ def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
         if "lambda" in above and (
             kind == "lambda" or kind in GROWING_FUNCTIONS | {"array_to_string"}
         ):
-            raise UsageError(f"{kind} has no place inside of a lambda")
+            raise UsageError(f"{kind} is not allowed inside a lambda")
         if kind == "array_to_string" and kind in above:
-            raise UsageError(f"{kind} has no place inside of itself")
+            raise UsageError(f"{kind} is not allowed inside another {kind}")
         if kind == "cast" and above.count(kind) >= MOST_CASTS:
-            raise UsageError(f"more than {MOST_CASTS} casts inside of each other")
+            raise UsageError(f"more than {MOST_CASTS} nested casts")
         for inner in tree.values():
             _require_cheap(inner, (*above, kind) if kind else above)
 

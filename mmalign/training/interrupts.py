@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTICE = b"\nstopping after this step; again: stop at once, without saving it\n"
+NOTICE = b"\nstopping after this step; Ctrl-C again stops at once, without saving it\n"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from mmalign.data import Pixels, Record
 # Largest difference of two images that look the same: hash bits, and levels (of 255) of the blurs.
 NEAR_BITS, NEAR_LEVELS = 4, 12.0
 BLUR = 16
-# Most pairs of images compared visually; beyond that, only a part of the validation set is checked.
+# Maximum number of pairs compared visually; beyond it, only part of the validation set is checked.
 MOST_PAIRS = 1 << 30
 AT_ONCE = 1 << 22
 # Simple images have similar hashes; the blurs of at most this many candidates are compared.
@@ -22,10 +22,10 @@ MOST_LOOKED_AT = 64
 def shared_samples(training: Pixels, validation: Pixels) -> dict[str, list[tuple[Record, Record]]]:
     """Find validation samples that are also in the training data, by the first check that matches.
 
-
     Returns:
-        Pairs of a validation and a training record by "the same sample" (same location or
-        id), "the same file" (equal contents) and "the same picture" (re-encoded or resized).
+        Pairs of a validation and a training record, keyed by the check: "the same sample" (same
+        location or id), "the same file" (equal contents), "the same picture" (re-encoded or
+        resized).
     """
     training_rows = {key: i for i, r in enumerate(training.records) for key in _location_and_id(r)}
     files: dict[int, int] = {}
@@ -62,8 +62,8 @@ def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
     one, other = next(iter(leaks.values()))[0]
     which = f"all {total}" if count == total else f"{count} of {total}"
     return (
-        f"warning: {which} validation samples are trained on too ({ways}; the first: "
-        f"{one.uri} is {other.uri}): recall on them shows what was memorized"
+        f"warning: {which} validation samples are also in the training data ({ways}; the first: "
+        f"{one.uri} is {other.uri}): recall on them measures memorization"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign import kernels
-from mmalign.data import Draw
+from mmalign.data import Augmentation, Draw
 from mmalign.errors import TrainingError, VectorError
 from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import Encoder, fastest_device
@@ -87,11 +87,12 @@ class Learner:
             group["lr"] = rate
         start = config.start_size if self.towers.any_size else 1.0
         side = image_side(self.encoder.preprocess.size, start, progress)
-        # Dropout and crops depend only on seed and step, so a resumed run equals an unbroken one.
+        # Dropout and crops depend only on seed and step, so that runs can be resumed bit for bit.
         seed = config.seed * 1_000_003 + batch.step
-        images = config.augment(batch.images_B3SS, side, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        augmentation = config.augment.draw(len(batch.images_B3SS), generator)
         with _seeded(seed, self.device):
-            loss = self._backward(images, batch)
+            loss = self._backward(batch, augmentation, side)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,26 +101,29 @@ class Learner:
         self.average.update(self.towers)
         return loss
 
-    def _backward(self, images: Tensor, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch, augmentation: Augmentation, side: int) -> Tensor:
         """Compute the gradients of a batch: at once, or in micro-batches that fit the memory."""
-        batch = batch.on(self.device)
+        images_B3SS, batch = batch.images_B3SS, batch.on(self.device)
 
-        def encode(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            texts = self._text_vectors(part[1].flatten(0, 1))
-            # Images stay on the host; the device holds one micro-batch of them at a time.
-            images = self._image_vectors(part[0].to(self.device))
-            return images, texts.unflatten(0, part[1].shape[:2])
+        def encode(part: tuple[Tensor, Augmentation, Tensor]) -> tuple[Tensor, Tensor]:
+            pixels, changes, tokens = part
+            texts = self._text_vectors(tokens.flatten(0, 1))
+            # Images stay on the host as bytes; the device holds one micro-batch of them at a time.
+            images = self._image_vectors(changes.apply(pixels.to(self.device), side))
+            return images, texts.unflatten(0, tokens.shape[:2])
 
         def objective(image_BD: Tensor, text_BCD: Tensor) -> Tensor:
             return self.objective(image_BD, text_BCD, batch)
 
-        size = self.config.part_size or len(images)
+        count = augmentation.count
+        size = self.config.part_size or count
         try:
-            if size < len(images):
-                parts = list(zip(images.split(size), batch.tokens_BCT.split(size), strict=True))
+            if size < count:
+                split = (t.split(size) for t in (images_B3SS, augmentation, batch.tokens_BCT))
+                parts = list(zip(*split, strict=True))
                 loss = kernels.backward_in_parts(self.towers, parts, encode, objective)
             else:
-                loss = objective(*encode((images, batch.tokens_BCT)))
+                loss = objective(*encode((images_B3SS, augmentation, batch.tokens_BCT)))
                 loss.backward()
         except VectorError as problem:
             raise self._diverged(str(problem), batch.step) from problem
@@ -130,7 +134,7 @@ class Learner:
     def _diverged(self, what: str, step: int) -> TrainingError:
         return TrainingError(
             f"{what} at step {step}: lower learning_rate (now {self.config.learning_rate}); "
-            "the weights of before are kept"
+            "the weights saved before are kept"
         )
 
     def _image_vectors(self, images: Tensor) -> Tensor:
@@ -158,7 +162,8 @@ class Learner:
         batch = pairs.batch(Draw(draw.step, draw.rows_B[:size], draw.captions_BC[:size]))
         generator = torch.Generator().manual_seed(0)
         side = self.encoder.preprocess.size
-        images = self.config.augment(batch.images_B3SS, side, generator).to(self.device)
+        augmentation = self.config.augment.draw(len(batch.images_B3SS), generator)
+        images = augmentation.apply(batch.images_B3SS.to(self.device), side)
         tokens = batch.tokens_BCT.flatten(0, 1).to(self.device)
         with _seeded(self.config.seed, self.device):
             self.arithmetic = {
@@ -207,7 +212,7 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise TrainingError(f"{run}: state.pt does not fit the run: {reason}") from error
+            raise TrainingError(f"{run}: state.pt does not match the run: {reason}") from error
         # The optimizer's state contains its own settings; those of the configuration apply.
         decays = (self.config.weight_decay, 0.0)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
@@ -223,14 +228,15 @@ class Learner:
         if lacking or before["device"] != now["device"]:
             kind = "bfloat16" if lacking else before["device"]
             raise TrainingError(
-                f"{run}: cannot be resumed here bit for bit: it is trained in {kind}, which "
-                "this machine does not have; --set arithmetic=float32 goes on all the same"
+                f"{run}: cannot be resumed bit for bit: it was trained with {kind}, which this "
+                "machine does not have; to continue with other rounding, add --set "
+                "arithmetic=float32"
             )
         other = [f"{k} {now[k]} (was {before[k]})" for k in now if now[k] != before[k]]
         if other:
             say(
-                f"warning: resumed with {', '.join(other)}: equal to an unbroken run up to "
-                "rounding only"
+                f"warning: resumed with {', '.join(other)}: the result equals that of an "
+                "uninterrupted run only up to rounding"
             )
         self.arithmetic = arithmetic
 

@@ -64,10 +64,10 @@ class Objective:
 def _caption_pair_ids(
     one_B: Tensor, other_B: Tensor, image_caption_ids_BL: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return group ids that two captions share if either is also a caption of the other's image.
+    """Return pair ids; two captions share one if either is also a caption of the other's image.
 
-    Even ids compare the second caption with the captions of the first one's image, odd ids the
-    first caption with those of the second one's image.
+    Even ids match the second caption with all captions of the first one's image; odd ids match the
+    first caption with all captions of the second one's image.
     """
     even_BL, odd_BL = (
         torch.where(image_caption_ids_BL < 0, -1, 2 * image_caption_ids_BL + odd) for odd in (0, 1)

@@ -118,13 +118,12 @@ class Pairs:
         """Return a sampler of shuffled batches over the pairs."""
         if len(self) < 2:
             raise TrainingError(
-                "there is 1 training sample: pairs are learned by telling them apart, "
-                "so bring at least 2"
+                "there is only 1 training sample: contrastive training needs at least 2"
             )
         if batch_size > len(self):
             raise TrainingError(
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
-                f"give --set batch_size={1 << (len(self).bit_length() - 1)} or bring more data"
+                f"give --set batch_size={1 << (len(self).bit_length() - 1)} or add more data"
             )
         max_captions = int(np.diff(self.starts).max())
         return Sampler(self.starts, batch_size, seed, min(captions_per_image, max_captions))
@@ -234,14 +233,14 @@ def report_skipped(run: Path, skips: Sequence[Skip], *, found: int, used: int) -
     if skips:
         listed = set(where.read_text(encoding="utf-8").splitlines()) if where.exists() else set()
         rows = [{"id": s.id, "uri": s.uri, "reason": s.reason} for s in skips]
-        # A resumed run finds them again.
+        # A resumed run finds the same samples again.
         new = [row for row in rows if json.dumps(row, ensure_ascii=False) not in listed]
         files.append_lines(where, new)
     report_skips(skips, found=found, used=used, where=where)
 
 
 def can_mirror(records: Sequence[Record]) -> bool:
-    """Return whether mirrored images still fit their captions: not if these say left and right.
+    """Return whether captions rarely say left or right, so that they also fit mirrored images.
 
     Only English and Chinese captions are checked; for others set `augment.flip`.
     """

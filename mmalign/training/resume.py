@@ -1,7 +1,7 @@
 """The saved state of a training, and whether it may be resumed.
 
-A resumed training equals an unbroken one bit for bit, or is refused with the reason. So besides
-weights and optimizer, its state records the training data and the arithmetic.
+A resumed training equals an uninterrupted one bit for bit, or is refused with the reason. So the
+state records not only weights and optimizer, but also the training data and the arithmetic.
 
 N samples.
 """
@@ -21,7 +21,7 @@ from mmalign.errors import ConfigError, TrainingError
 from mmalign.progress import say
 
 STATE = "state.pt"
-# Fields that decide the network, the samples and their order: another value is another training.
+# Fields that decide the network, the samples and their order; they cannot change on resume.
 FIXED_FIELDS = (
     "preset", "model", "pretrained", "caption_keys", "image_column", "held_out", "seed",
     "batch_size", "captions_per_image",
@@ -42,8 +42,8 @@ def read_state(run: Path) -> dict[str, Any] | None:
         state["listed"], state["training"], state["validation"], state["arithmetic"]
     except KeyError:
         raise TrainingError(
-            f"{file}: of an earlier version, which did not record its data: it cannot be resumed; "
-            "train into another --out"
+            f"{file}: from an earlier version, which did not record the training data, so it "
+            "cannot be resumed; train into another --out"
         ) from None
     except Exception as error:  # torch raises many kinds, with no common base of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -76,7 +76,7 @@ def check_settings(run: Path, before: Any, now: Any) -> None:
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             raise ConfigError(
-                f"{run}: {name} is fixed when a run begins: it is {old}, not {new}; "
+                f"{run}: {name} cannot be changed when a run is resumed: it is {old}, not {new}; "
                 "leave it out, or train into another --out"
             )
 
@@ -106,7 +106,7 @@ def check_listing(
     """Refuse samples with other ids or captions than a run began with, before decoding any.
 
     Raises:
-        TrainingError: They differ; it names how many, and the first.
+        TrainingError: They differ; the message names how many, and the first.
     """
     if listing_hash(training, validation) == state["listed"]:
         return
@@ -120,34 +120,34 @@ def check_listing(
     if new or gone:
         first = f" (the first: {new[0]})" if new else ""
         _changed(run, f"{len(new)} samples are new or have other captions{first}, {gone} are gone")
-    _changed(run, "the same samples come in another order")
+    _changed(run, "the samples are in another order")
 
 
 def check_contents(run: Path, state: dict[str, Any], training: Pixels, validation: Any) -> None:
     """Refuse images with other contents than a run began with.
 
     Raises:
-        TrainingError: They differ; it names how many, and the first.
+        TrainingError: They differ; the message names how many, and the first.
     """
     for before, pixels in zip(_data_fingerprints(state), (training, validation), strict=True):
         if pixels is None or not before:
             if pixels is None and not before:
                 continue
-            _changed(run, "there are validation samples now, or none any more")
+            _changed(run, "validation samples were added or removed")
         now = fingerprint(pixels)
         if not torch.equal(before["samples"], now["samples"]):
-            _changed(run, "other samples can be decoded than before")
-        # Images that did not fit on the disk have not been read yet, before or now.
+            _changed(run, "the samples that can be decoded are not the same as before")
+        # A hash of 0: the image did not fit on the disk, so it has not been read yet.
         read = (before["contents"] != 0) & (now["contents"] != 0)
         if not read.all():
             say(
-                f"warning: the contents of {int((~read).sum())} images are not compared with those "
-                "of before, as there is no room on the disk to decode them once"
+                f"warning: {int((~read).sum())} images are not checked for changes, as there is "
+                "too little disk space to decode them"
             )
         other = (read & (before["contents"] != now["contents"])).nonzero()[:, 0].tolist()
         if other:
             first = pixels.records[other[0]].uri
-            _changed(run, f"{len(other)} images have other contents (the first: {first})")
+            _changed(run, f"{len(other)} images have changed (the first: {first})")
 
 
 def _data_fingerprints(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,7 +157,7 @@ def _data_fingerprints(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 def _changed(run: Path, what: str) -> None:
     raise TrainingError(
         f"{run}: cannot be resumed, as its data has changed: {what}; "
-        "bring back the data of before, or train into another --out"
+        "restore the original data, or train into another --out"
     )
 
 

@@ -14,7 +14,7 @@ DEFAULT_EPOCHS = 30.0
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train, and on what. Every field can be set in a TOML file or by `--set`."""
+    """How to train, and on what. Every field can be set in a TOML file or with `--set`."""
 
     data: tuple[str, ...] = ()
     """Sources of training pairs, instead of `--data`; recorded by every run."""
@@ -35,8 +35,8 @@ class TrainConfig:
     """Time from the first step to the last; the learning rate follows the clock."""
     batch_size: int = 128
     part_size: int | None = None
-    """Images encoded at a time. A larger batch is encoded twice, in parts, with the memory of one
-    part, and its loss is computed once; batch norms then see a part, not the batch."""
+    """Images encoded at a time. A larger batch is encoded in parts, each of them twice, but in the
+    memory of one part; the loss is that of the whole batch. Batch norms see one part at a time."""
     captions_per_image: int = 5
     """Captions drawn for each image of a batch; the image is encoded once for all of them."""
     learning_rate: float = 1e-3
@@ -50,8 +50,9 @@ class TrainConfig:
     validations: int = 10
     """Number of validations during training."""
     held_out: float | None = None
-    """Share of the training images held out for validation if no validation source is given. By
-    default none below 200 images; otherwise 5 %, but at least 50, at most a tenth and 1,000."""
+    """Share of the training images held out for validation if no validation source is given. The
+    default is none below 200 images; otherwise 5 %, or 50 images if that is more, but at most a
+    tenth and at most 1,000."""
     seed: int = 0
     caption_loss: float = 0.2
     """Weight of a contrastive loss between two captions of an image, which teaches paraphrases."""
@@ -59,8 +60,8 @@ class TrainConfig:
     """Weight of predicting the tokens of an image's captions, see token_prediction.py."""
     start_size: float = 0.67
     """Side of the images in the first steps, as a share of the model's input; it grows to full size
-    during training, if the model takes any size. The same time then allows more passes, the last
-    ones at full resolution."""
+    during training, if the model takes any size. The same time then allows more passes; the last
+    ones are at full resolution."""
     arithmetic: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the towers in training; "auto" is the fastest, measured once at the start of a
     run and recorded: a resumed run continues in it."""
@@ -68,7 +69,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.batch_size >= 2, "batch_size", self.batch_size, "at least 2: pairs are compared"
+            self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, as pairs are compared"
         )
         for name in ("part_size", "captions_per_image", "validations"):
             value = getattr(self, name)
@@ -126,7 +127,8 @@ def refuse_complete(run: Path, config: TrainConfig, reached: list[str]) -> None:
         ends = " and ".join(f"{name}={values[name]:g}" for name in reached)
         longer = " ".join(f"--set {name}=N" for name in reached)
         raise UsageError(
-            f"{run}: training is complete: it reached {ends}; {longer} with more goes on"
+            f"{run}: training is complete: it reached {ends}; "
+            f"to continue, raise the limit with {longer}"
         )
 
 

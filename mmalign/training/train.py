@@ -74,7 +74,8 @@ def train(
         val: Validation pairs, in the same form; by default a share of the training images is held
             out.
         resume: Continue from the last saved state, with the batches that would have come next. The
-            result equals an unbroken run bit for bit (except with `minutes`, which uses the clock).
+            result equals an uninterrupted run bit for bit, except with `minutes`, which uses the
+            clock.
         settings: Fields of `TrainConfig`, instead of `config`: `epochs=20, model="ViT-B-32"`. A
             resumed run keeps its own values of those not given.
 
@@ -175,12 +176,12 @@ def _open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any] | 
     if state is None:
         if (run / "state.pt").exists() or (not resume and has_weights(run)):
             raise UsageError(
-                f"{run}: holds a run already: go on with --resume, or name another --out"
+                f"{run}: already holds a run: continue it with --resume, or give another --out"
             )
         if has_weights(run):
             raise UsageError(f"{run}: nothing to resume: there is no state.pt")
         if (run / CONFIG).exists():
-            say(f"{run}: its training was stopped before anything was saved: it starts anew")
+            say(f"{run}: its training was stopped before anything was saved, so it starts over")
         for left in (METRICS, "events", "skipped.jsonl"):
             files.remove(run / left)
         return None
@@ -223,9 +224,9 @@ def _list_records(config: TrainConfig) -> tuple[list[Record], list[Record], list
     images = len(catalog.records)
     count = held_out_images(images, config.held_out)
     if not count:
-        say(f"no --val given, and none of {images} images held out: the last weights are kept")
+        say(f"no --val given and none of {images} images held out: the last weights are kept")
         return catalog.records, [], catalog.skips
-    say(f"no --val given: {count} of {images} images are held out to validate on")
+    say(f"no --val given: {count} of {images} images are held out for validation")
     chosen = set(np.random.default_rng(config.seed).permutation(images)[:count].tolist())
     held_out = [r for i, r in enumerate(catalog.records) if i in chosen]
     training = [r for i, r in enumerate(catalog.records) if i not in chosen]
@@ -235,7 +236,7 @@ def _list_records(config: TrainConfig) -> tuple[list[Record], list[Record], list
 def held_out_images(images: int, share: float | None) -> int:
     """Return how many images are held out, see `TrainConfig.held_out`.
 
-    Fewer than 50 tell little; more than a tenth would cost too much training data.
+    Fewer than 50 measure little; more than a tenth would cost too much training data.
 
     >>> [held_out_images(n, None) for n in (1, 20, 199, 200, 600, 10_000, 1_000_000)]
     [0, 0, 0, 20, 50, 500, 1000]
@@ -256,12 +257,12 @@ def _warn_about_data(pairs: Pairs, held_out: Pairs | None) -> None:
     content_hashes_N = pairs.pixels.content_hashes_N
     if len(pairs) > 1 and content_hashes_N[0] and (content_hashes_N == content_hashes_N[0]).all():
         warnings.append(
-            f"warning: all {len(pairs)} images are equal: nothing tells the pairs apart, "
+            f"warning: all {len(pairs)} images are equal and cannot be told apart, "
             "so nothing is learned"
         )
     if held_out is not None:
         warnings.append(describe_leakage(pairs.pixels, held_out.pixels))
-        consequence = "recall on them says nothing"
+        consequence = "recall on them is meaningless"
         warnings.append(describe_overlap(held_out.pixels.records, "validation images", consequence))
     for warning in warnings:
         if warning:
@@ -290,7 +291,7 @@ def _require_model(config: TrainConfig) -> None:
 
         openclip.require(config.model, config.pretrained)
     elif config.pretrained:
-        raise ConfigError("pretrained needs model: say which architecture the weights belong to")
+        raise ConfigError("pretrained needs model, the architecture that the weights belong to")
     else:
         require_preset(config.preset)
 
@@ -306,4 +307,5 @@ def _start_sigmoid(encoder: Encoder) -> None:
     with torch.no_grad():
         encoder.towers.log_scale.fill_(math.log(SIGMOID_SCALE))
         encoder.towers.logit_bias.fill_(SIGMOID_BIAS)
-    say(f"{encoder.name} has no bias: siglip starts at scale {SIGMOID_SCALE}, bias {SIGMOID_BIAS}")
+    start = f"logit scale {SIGMOID_SCALE} and logit bias {SIGMOID_BIAS}"
+    say(f"{encoder.name} has no logit bias: the siglip loss starts with {start}")

@@ -101,7 +101,7 @@ class Trainer:
                 f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved yet"
             )
             again = shell_command("train", "--out", self.run, "--resume")
-            say(f"stopped ({kept}); go on with {again}")
+            say(f"stopped ({kept}); continue with {again}")
             raise
         finally:
             batches.close()  # type: ignore[attr-defined]
@@ -159,17 +159,18 @@ class Trainer:
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
             f"{self.pairs.captions} captions; images in {learner.arithmetic['image']}, "
-            f"texts in {learner.arithmetic['text']}, loss {kernels.choose_loss(vectors, vectors)}"
+            f"texts in {learner.arithmetic['text']}, "
+            f"loss kernel {kernels.choose_loss(vectors, vectors)}"
         )
         if self.held_out is not None and (warning := too_few(len(self.held_out))):
             say(warning)
 
     def validate(self) -> dict[str, Any]:
-        """Validate the averaged weights; save them as the model if none before were better.
+        """Validate the averaged weights; save them as the model unless earlier ones were better.
 
-        Better means a higher mean reciprocal rank over both directions, then a lower validation
-        loss; if both are equal, the later weights win. Without validation pairs the last weights
-        are the best.
+        Weights are better if their mean reciprocal rank over both directions is higher or, if that
+        is equal, their validation loss is lower; if both are equal, later weights are better.
+        Without validation pairs the last weights are the best.
         """
         state = self.state
         report: dict[str, Any] = {}
@@ -198,7 +199,7 @@ class Trainer:
         with torch.no_grad():
             report["validation_loss"] = float(self.learner.objective.contrast(images, texts))
         score = (report["image_retrieval_mrr@10"] + report["text_retrieval_mrr@10"]) / 2
-        note = "; saturated: the validation loss decides" if score == 1 else ""
+        note = "; recall cannot improve, so the validation loss decides" if score == 1 else ""
         say(
             f"validation at {self.progress:4.0%}: text->image recall@1/5/10 "
             f"{_percent(report, 'image')}, image->text {_percent(report, 'text')}, "
@@ -207,7 +208,7 @@ class Trainer:
         return report, score
 
     def _drop_weights(self, keep: int) -> None:
-        """Delete weights saved by this session, except the last `keep` and those stores need."""
+        """Delete weights saved by this process, except the last `keep` and any that stores need."""
         self.saved = list(dict.fromkeys(reversed(self.saved)))[::-1]
         for name in self.saved[:-keep]:
             drop_weights(self.run, name)
@@ -218,7 +219,6 @@ class Trainer:
 
         Raises:
             OSError: It cannot be written; the previous state is intact.
-
         """
         progress = {**asdict(self.state), "elapsed_s": self.elapsed_s}
         write_state(self.run, self.data_fingerprint | progress | self.learner.state())
@@ -236,7 +236,9 @@ class Trainer:
         """
         missing = [f.name for f in fields(State) if f.name not in state]
         if missing:
-            raise TrainingError(f"{self.run}: state.pt does not fit the run: no {missing[0]}")
+            raise TrainingError(
+                f"{self.run}: state.pt does not match the run: it has no {missing[0]}"
+            )
         self.learner.restore(state, str(self.run))
         self.state = State(**{f.name: state[f.name] for f in fields(State)})
         self.saved_step = self.state.step

@@ -59,7 +59,7 @@ def test_version() -> None:
 
 
 def test_unknown_command_and_option_name_the_nearest() -> None:
-    assert "no command 'serch': did you mean 'search'?" in complaint(2, "serch", "x")
+    assert "no command is called 'serch': did you mean 'search'?" in complaint(2, "serch", "x")
     assert "--dta" in (said := complaint(2, "embed", "--dta", "x"))
     assert "--data" in said
 
@@ -76,7 +76,7 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
         (["index", "x.store", "--recall", "1.5"], "--recall 1.5 must be above 0 and at most 1"),
         (["index", "x.store", "--memory", "much"], "--memory much: write an amount such as 300MB"),
         (["index", "x.store", "--memory", "0GB"], "--memory 0GB must be above 0"),
-        (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "no class name in it"),
+        (["evaluate", "--model", "m", "--data", "d", "--classes", " , "], "contains no class name"),
     ],
 )
 def test_words_that_are_off(
@@ -103,7 +103,7 @@ def test_a_training_without_data_leaves_no_folder(
         ("augment.flp=true", "augment: unknown key 'flp': did you mean 'flip'?"),
         ("epochs=many", "epochs: expected float, got 'many'"),
         ("batch_size=2.5", "batch_size: expected int, got 2.5"),
-        ("loss=infonc", "'infonc' is not a choice: did you mean 'infonce'?"),
+        ("loss=infonc", "unknown value 'infonc': did you mean 'infonce'?"),
         ("augment.aspect=0.0", "augment.aspect=0.0 must be at least 1"),
         ("augment.erase=2", "augment.erase=2.0 must be in [0, 1]"),
         ("epochs", "--set epochs: write it as key=value"),
@@ -135,7 +135,7 @@ def test_resume_without_a_state_and_a_run_that_exists(
     )
     before = {f: f.read_bytes() for f in run.iterdir() if f.is_file()}
     said = complaint(2, "train", "--data", scenes, "--out", run)
-    assert f"{run}: holds a run already: go on with --resume" in said
+    assert f"{run}: already holds a run: continue it with --resume" in said
     assert {f: f.read_bytes() for f in run.iterdir() if f.is_file()} == before
 
 
@@ -226,7 +226,7 @@ def test_query_files_that_are_off(own_store: Path, tmp_path: Path) -> None:
 
 
 def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:
-    assert "every file is what was written" in call("verify", own_store).stdout
+    assert "every file matches its hash" in call("verify", own_store).stdout
     assert answer("verify", own_store) == {"damaged": []}
     (shard,) = (own_store / "shards").iterdir()
     content = bytearray(shard.read_bytes())
@@ -234,11 +234,11 @@ def test_damage_is_named_and_exits_with_1(own_store: Path) -> None:
     shard.write_bytes(content)
     plain, as_json = call("verify", own_store), call("verify", own_store, "--json")
     assert plain.exit_code == as_json.exit_code == 1
-    assert plain.stdout == f"{shard}: its content is not what was written\n"
+    assert plain.stdout == f"{shard}: its content does not match its hash\n"
     assert json.loads(as_json.stdout) == {"damaged": [plain.stdout.strip()]}
     shard.unlink()
     assert f"{shard}: missing" in call("verify", own_store).stdout
-    assert f"{shard}: shard missing" in complaint(1, "search", own_store, "red")
+    assert f"{shard}: shard is missing" in complaint(1, "search", own_store, "red")
 
 
 def test_places_that_cannot_be_written(run: Path, scenes: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_process_shows_the_traceback_of_a_bug_and_exits_with_1() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("This is a bug of mmalign")
+    assert done.stderr.splitlines()[-1].startswith("This is a bug in mmalign")
 
 
 @pytest.mark.parametrize("words", ["--help", "search --help"])

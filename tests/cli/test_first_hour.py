@@ -94,7 +94,7 @@ def test_info_tells_of_an_index_in_a_line_and_how_to_build_one(own_store: Path) 
     assert f"`mmalign index {own_store}` builds one" in before
     assert call("index", own_store).exit_code == 0
     after = call("info", own_store).stdout
-    assert re.search(r"^index +images: every one of 96 is compared$", after, re.M)
+    assert re.search(r"^index +images: exact search over 96$", after, re.M)
     assert len(after.splitlines()) < 15
     assert answer("info", own_store)["index"]["modalities"]["image"]["kind"] == "exact"
 
@@ -102,7 +102,7 @@ def test_info_tells_of_an_index_in_a_line_and_how_to_build_one(own_store: Path) 
 def test_a_search_without_hits_says_so(store: Path) -> None:
     done = call("search", store, "red", "--where", "id = 'nobody'")
     assert (done.exit_code, done.stdout) == (0, "")
-    assert done.stderr == "nothing found: no row meets --where\n"
+    assert done.stderr == "nothing found: no row matches --where\n"
 
 
 def test_a_row_whose_id_is_its_place_is_shown_once(
@@ -121,7 +121,7 @@ def test_a_row_whose_id_is_its_place_is_shown_once(
 def test_a_sheet_for_no_folder_is_refused_before_anything_is_searched(tmp_path: Path) -> None:
     (tmp_path / "s.store").mkdir()
     said = complaint(2, "search", tmp_path / "s.store", "red", "--sheet", tmp_path / "no/hits.png")
-    assert f"there is no folder {tmp_path / 'no'} to put the sheet into" in said
+    assert f"the folder {tmp_path / 'no'} does not exist" in said
 
 
 def test_no_message_names_a_temporary_file(tmp_path: Path) -> None:
@@ -137,7 +137,10 @@ def test_an_image_given_as_a_source_names_its_folder(run: Path, tmp_path: Path) 
     words = ["embed", "--model", run, "--out", tmp_path / "s.store", "--data"]
     for data in (photos / "000.jpg", photos / "*.jpg"):
         said = complaint(1, *words, data)
-        assert f"000.jpg: not a source: an image: give the folder that holds it, {photos}" in said
+        assert (
+            f"000.jpg: not a source: it is an image: give the folder that contains it, {photos}"
+            in said
+        )
     assert call(*words, photos).exit_code == 0
 
 

@@ -191,7 +191,7 @@ def test_a_model_that_moved_is_named(
     rest = ["red"] if command == "search" else ["--queries", queries]
     refused = call(command, own_store, *rest)
     assert refused.exit_code == 1
-    assert "name it by --model" in refused.stderr
+    assert "give its new path with --model" in refused.stderr
     assert call(command, own_store, *rest, "--model", run).exit_code == 0
 
 
@@ -236,7 +236,7 @@ def test_captions_of_another_name_in_a_tar_are_read_by_the_key_that_is_named(
     words = ["embed", "--model", run, "--data", tar, "--out", tmp_path / "s.store"]
     assert call(*words).exit_code == 0
     listed = (tmp_path / "s.store" / "failures.jsonl").read_text(encoding="utf-8")
-    (key,) = re.findall(r"--caption-key (\S+) reads it", listed)
+    (key,) = re.findall(r"add --caption-key ([^\s\"]+)", listed)
     assert call(*words, "--caption-key", key).exit_code == 0
     assert json.loads(call("info", words[-1], "--json").stdout)["captions"] == 1
 

@@ -80,7 +80,7 @@ def test_a_compaction_that_was_slower_runs_again(
         patch.setattr(manifests.files, "claim", slow_claim)
         refused = call("compact", store)
     assert refused.exit_code == 1
-    assert "another compaction was faster; run it again" in refused.stderr
+    assert "another compaction finished first; run it again" in refused.stderr
     assert call("compact", store).exit_code == 0
 
 
@@ -99,7 +99,7 @@ def test_a_link_in_place_of_a_folder_is_replaced_by_the_folder(tmp_path: Path) -
     (store / "shards").rename(tmp_path / "elsewhere")
     (store / "shards").symlink_to(tmp_path / "elsewhere")
     refused = call("repair", store)
-    assert "put the folder itself there" in refused.stderr
+    assert "replace it by the folder itself" in refused.stderr
     (store / "shards").unlink()
     (tmp_path / "elsewhere").rename(store / "shards")
     assert call("repair", store).exit_code == 0
@@ -163,7 +163,7 @@ def test_pictures_go_into_the_formats_that_are_proposed(tmp_path: Path, kind: st
     words = ["export", store, "--thumbnails", "--to", tmp_path / "out", "--format"]
     refused = call(*words, "npy")
     assert refused.exit_code == 2
-    assert kind in refused.stderr.split("take ")[1]
+    assert kind in refused.stderr.split("use ")[1]
     assert call(*words, kind).exit_code == 0
 
 
@@ -171,7 +171,7 @@ def test_an_export_goes_to_a_place_where_nothing_is(tmp_path: Path) -> None:
     store = filled(tmp_path)
     (tmp_path / "out").mkdir()
     refused = call("export", store, "--to", tmp_path / "out", "--format", "npy")
-    assert "name a place where nothing is" in refused.stderr
+    assert "already exists; use another --to" in refused.stderr
     again = call("export", store, "--to", tmp_path / "out" / "new", "--format", "npy")
     assert again.exit_code == 0
 
@@ -189,7 +189,7 @@ def test_an_import_names_the_model_that_made_the_vectors(
         np.save(texts, np.load(texts)[:, :64])
     refused = call(*words)
     assert refused.exit_code == 1
-    assert "name the model that made these vectors" in refused.stderr
+    assert "give the model that made these vectors" in refused.stderr
     assert not (tmp_path / "b.store").exists()
     shutil.rmtree(parts)
     assert call("export", store, "--to", parts, "--format", "npy").exit_code == 0
@@ -211,6 +211,6 @@ def test_rows_are_deleted_by_ids_or_by_sql(tmp_path: Path) -> None:
     store = filled(tmp_path)
     refused = call("delete", store, "id1", "--where", "id = 'id2'")
     assert refused.exit_code == 2
-    assert "by their ids or by --where: not both" in refused.stderr
+    assert "either the ids of the rows to delete or --where: both were given" in refused.stderr
     assert call("delete", store, "id1").exit_code == 0
     assert call("delete", store, "--where", "id = 'id2'").exit_code == 0

@@ -55,16 +55,19 @@ def test_info_counts_what_is_live(store: Path) -> None:
     said = call("info", store).stdout
     assert len(said.splitlines()) <= 10
     lines = dict(line.split(None, 1) for line in said.splitlines() if not line.startswith(" "))
-    assert lines["rows"] == f"23 and 2 deleted, on the disk until `mmalign compact {store}`"
-    assert lines["model"] == f"{CARD.identity.rsplit('-', 1)[0]}, {DIM} numbers a vector"
+    assert lines["rows"] == f"23, 2 more are deleted; `mmalign compact {store}` frees their space"
+    assert lines["model"] == f"{CARD.identity.rsplit('-', 1)[0]}, {DIM} dimensions"
     assert lines["failures"] == "1: not an image 1"
     assert lines["captions"].startswith(f"{after['captions']}, Latin 100%")
     assert "every row is compared; `mmalign index" in lines["index"]
 
 
 def test_verify_a_share_of_the_shards(store: Path) -> None:
-    assert "every file is what was written" in call("verify", store).stdout
-    assert "every file that was read is" in call("verify", store, "--sample", "0.5").stdout
+    assert "every file matches its hash" in call("verify", store).stdout
+    assert (
+        "every file that was read matches its hash"
+        in call("verify", store, "--sample", "0.5").stdout
+    )
     for shard in (store / "shards").iterdir():
         flip(shard)
     all_of_it, share = (call("verify", store, *w, "--json") for w in ((), ("--sample", "0.3")))
@@ -146,8 +149,12 @@ def test_delete_by_sql(store: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "words", "said"),
     [
-        (2, [], "by their ids or by --where: "),
-        (2, ["id1", "--where", "true"], "by their ids or by --where: "),
+        (2, [], "either the ids of the rows to delete or --where: neither was given"),
+        (
+            2,
+            ["id1", "--where", "true"],
+            "the ids of the rows to delete or --where: both were given",
+        ),
         (1, ["id1", "nope", "id99"], "no row has the id 'nope', 'id99'; nothing was deleted"),
         (2, ["--where", "labl = 'x'"], "called 'labl': did you mean 'label'?"),
         (2, ["--where", "label ="], "where 'label =': not a SQL expression"),
@@ -179,7 +186,7 @@ def test_export_prints_one_object(store: Path, tmp_path: Path) -> None:
         "bytes": out.stat().st_size,
     }
     assert "thumbnail" in pq.read_table(out).column_names
-    assert f"{out}: exists" in complaint(2, "export", store, *words)
+    assert f"{out}: already exists" in complaint(2, "export", store, *words)
 
 
 def test_export_and_import_again(

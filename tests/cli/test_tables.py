@@ -27,7 +27,7 @@ def shop(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_columns_are_named_by_options(run: Path, shop: Path, tmp_path: Path) -> None:
     said = complaint(1, "embed", "--model", run, "--data", shop, "--out", tmp_path / "s")
-    assert "no image column; it has photo, Description, price, code" in said
+    assert "no image column; the table has photo, Description, price, code" in said
     assert "--image-column" in said
     columns = ("--image-column", "photo", "--caption-key", "description")
     data = ("--model", run, "--data", shop, *columns)

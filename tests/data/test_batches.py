@@ -110,8 +110,9 @@ def batch(count: int = 64, side: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def augmented(augment: Augment, images: torch.Tensor, side: int, seed: int = 0) -> torch.Tensor:
+    drawn = augment.draw(len(images), torch.Generator().manual_seed(seed))
+    return drawn.apply(images, side)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 )
 @pytest.mark.parametrize("side", [16, 24])
 def test_augment_keeps_shape_and_range(augment: Augment, side: int) -> None:
-    out = augment(batch(), side, seeded())
+    out = augmented(augment, batch(), side)
     assert out.shape == (64, 3, side, side)
     assert out.dtype == torch.float32
     assert out.min() >= 0
@@ -128,9 +129,9 @@ def test_augment_keeps_shape_and_range(augment: Augment, side: int) -> None:
 
 
 def test_augment_with_everything_off_is_the_identity() -> None:
-    assert torch.equal(STILL(batch(), 24, seeded()), batch().float())
+    assert torch.equal(augmented(STILL, batch(), 24), batch().float())
     flat = torch.full((2, 3, 24, 24), 77, dtype=torch.uint8)
-    assert torch.allclose(STILL(flat, 16, seeded()), torch.tensor(77.0), atol=1e-3)
+    assert torch.allclose(augmented(STILL, flat, 16), torch.tensor(77.0), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +144,31 @@ def test_augment_with_everything_off_is_the_identity() -> None:
     ],
 )
 def test_each_part_is_decided_by_the_generator_alone(augment: Augment) -> None:
-    first = augment(batch(), 24, seeded(3))
+    first = augmented(augment, batch(), 24, 3)
     torch.manual_seed(99)
-    assert torch.equal(first, augment(batch(), 24, seeded(3)))
-    assert not torch.equal(first, augment(batch(), 24, seeded(4)))
+    assert torch.equal(first, augmented(augment, batch(), 24, 3))
+    assert not torch.equal(first, augmented(augment, batch(), 24, 4))
     assert not torch.equal(first, batch().float())
+
+
+@pytest.mark.parametrize("augment", [Augment(flip=True), STILL])
+@pytest.mark.parametrize("side", [16, 24])
+def test_parts_of_a_batch_are_augmented_as_the_whole(augment: Augment, side: int) -> None:
+    drawn, images = augment.draw(64, torch.Generator().manual_seed(5)), batch()
+    parts = zip(drawn.split(28), images.split(28), strict=True)
+    whole = torch.cat([changes.apply(part, side) for changes, part in parts])
+    assert torch.allclose(whole, drawn.apply(images, side), atol=1e-3)
+
+
+def test_changes_drawn_on_the_host_are_applied_on_the_device_of_the_images() -> None:
+    # The meta device stands for any other: it refuses to compute with tensors of the host.
+    drawn = Augment(flip=True).draw(64, torch.Generator())
+    assert drawn.apply(batch().to("meta"), 16).device.type == "meta"
 
 
 def test_flip_mirrors_about_half_and_nothing_else() -> None:
     images = batch()
-    out = Augment(crop_min=1, flip=True, colour=0, erase=0)(images, 24, seeded())
+    out = augmented(Augment(crop_min=1, flip=True, colour=0, erase=0), images, 24)
     same = torch.isclose(out, images.float(), atol=0.1).flatten(1).all(1)
     mirrored = torch.isclose(out, images.flip(3).float(), atol=0.1).flatten(1).all(1)
     assert (same ^ mirrored).all()
@@ -160,7 +176,7 @@ def test_flip_mirrors_about_half_and_nothing_else() -> None:
 
 
 def test_erase_greys_a_box_in_its_share() -> None:
-    out = Augment(crop_min=1, flip=False, colour=0, erase=0.5)(batch(), 24, seeded())
+    out = augmented(Augment(crop_min=1, flip=False, colour=0, erase=0.5), batch(), 24)
     changed = (out != batch().float()).any(1)
     assert (out.permute(0, 2, 3, 1)[changed] == 127).all()
     touched = changed.flatten(1).any(1)

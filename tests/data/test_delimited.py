@@ -53,8 +53,8 @@ def test_a_row_of_more_fields_than_the_header_is_refused_by_name(tmp_path: Path)
     catalog = listed(tmp_path / "t.csv")
     assert captions(catalog) == {"t/b.jpg": ("blue",), "t/c.jpg": ("green",), "t/d.jpg": ()}
     assert reasons(catalog.skips) == {
-        "t/row 0": "row has more fields than the header (4, not 2): a separator in a field "
-        "without quotes?"
+        "t/row 0": "row has more fields than the header (4 instead of 2): is a field with a "
+        "separator not quoted?"
     }
     assert [s.sample_is_used for s in catalog.skips] == [False]
 
@@ -160,8 +160,8 @@ def test_a_file_without_a_header_is_read_and_said(
         (f"{tmp_path}/c.jpg", ('"open',)),
     ]
     assert (
-        "no header line: its columns are column1, column2; column2 is taken for the image, "
-        "column1 for the caption" in capsys.readouterr().err
+        "no header line: the columns are called column1, column2; column2 is used as the image, "
+        "column1 as the caption" in capsys.readouterr().err
     )
     (tmp_path / "three.csv").write_text("1,a.jpg,red\n2,b.jpg,blue\n")
     chosen = listed(tmp_path / "three.csv", caption_keys=("column3",))
@@ -240,8 +240,8 @@ def test_a_column_that_is_not_there_is_answered_with_those_that_are(
     [
         (b"", "is empty"),
         (b"\xef\xbb\xbf\n", "its first line is empty"),
-        (b"words\nx\n", "no image column; it has words; .* there is one column"),
-        (b"a\0b,c\n1,2\n", "is no text: there is a NUL"),
+        (b"words\nx\n", "no image column; the table has words; .* only one column was found"),
+        (b"a\0b,c\n1,2\n", "not a text file: its first line contains a NUL byte"),
         (b"image\n" + b"x" * 200_000 + b"\n", "line 2: a field has more than 131,072"),
         (b'image,caption\na.jpg,"x\nb.jpg,y\n', "line 2: unexpected end of data"),
         (b"\xff\xfei\0m\0\x00\xd8", "cannot be read as .csv: .*utf-16"),
@@ -268,6 +268,6 @@ def test_a_table_of_base64_is_one_short_line(tmp_path: Path) -> None:
     catalog = listed(tmp_path / "t.tsv")
     assert captions(catalog) == {"t/2": ()}
     assert list(reasons(catalog.skips).values()) == [
-        "image path is too long (99,000 characters): images as base64 are not read"
+        "image path is too long (99,000 characters): base64 images are not supported"
     ]
     assert all(len(s.id) + len(s.uri) < 1000 for s in catalog.skips)

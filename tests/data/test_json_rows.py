@@ -45,10 +45,10 @@ def test_lines_and_arrays_are_read(
     [
         ("", "is empty"),
         (" \n", "is empty"),
-        ('{\n "image": "a.jpg"\n}', "holds one JSON object over several lines"),
+        ('{\n "image": "a.jpg"\n}', "contains one JSON object over several lines"),
         ('{"images": [\n{"file_name": "a.jpg"}], "annotations": []}', "over several lines"),
-        ('{"count": 3, "bytes_": 5}', "no image column; it has count, bytes_; looked for"),
-        ("3\n4\n", "no image column; it has no columns; looked for"),
+        ('{"count": 3, "bytes_": 5}', "no image column; the table has count, bytes_; looked for"),
+        ("3\n4\n", "no image column; the table has no columns; looked for"),
         ('[{"image": "a.jpg"}, {"image', "cannot be read as .json"),
         ('[{"image": "a.jpg"} "b"', "cannot be read as .json"),
         ("[" + '{"a":' * 100_000, "cannot be read as .json: element is nested too deeply"),
@@ -109,5 +109,5 @@ def test_what_was_left_out_of_metadata_is_named(
     (record,) = listed(tmp_path / "t.jsonl").records
     assert record.meta == {"n": 1}
     said = capsys.readouterr().err
-    assert "column 'long': more than 1,048,576 characters: left out of meta, 1 times" in said
-    assert "column 'list': more than 1,048,576 characters: left out of meta, 1 times" in said
+    assert "column 'long': more than 1,048,576 characters: left out of the metadata 1 times" in said
+    assert "column 'list': more than 1,048,576 characters: left out of the metadata 1 times" in said

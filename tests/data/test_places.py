@@ -58,7 +58,7 @@ def test_a_tar_cut_anywhere_loses_a_place(tmp_path: Path, whole_tar: bytes, cut:
     [
         (lambda b: b[: len(b.rstrip(b"\0")) // 512 * 512 + 512], "it has no end mark"),
         (lambda b: b[:2048] + b"\xff" * 512 + b[2560:], "no valid header at byte 2048"),
-        (lambda b: b + b, "more follows its end mark"),
+        (lambda b: b + b, "data follows its end mark"),
         (lambda b: b"\x1f\x8b" + b[2:], "cannot be read as a tar"),
         (lambda b: b"", "cannot be read as a tar"),
     ],
@@ -148,7 +148,7 @@ def test_a_link_to_a_disk_that_is_not_there_loses_a_place(tmp_path: Path) -> Non
     catalog = listed(folder)
     assert [r.id for r in catalog.records] == ["f/a.jpg"]
     assert lost_places(catalog.skips) == [str(folder / "disk"), str(folder / "loop")]
-    assert reasons(catalog.skips)["f/b.jpg"] == "link that leads nowhere"
+    assert reasons(catalog.skips)["f/b.jpg"] == "broken link"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -274,7 +274,9 @@ def test_files_of_gigabytes_are_not_read_into_memory(tmp_path: Path) -> None:
         with open(folder / name, "wb") as file:
             file.truncate(3 << 30)
     catalog = listed(folder)
-    why = "captions cannot be read: it has 3,221 MB, more than 67"
+    why = "captions cannot be read: it has 3,221 MB, more than the limit of 67 MB"
     assert reasons(catalog.skips) == {"f/b.jpg": why}
-    with pytest.raises(DataError, match="cannot be read: it has 3,221 MB, more than 537"):
+    with pytest.raises(
+        DataError, match="cannot be read: it has 3,221 MB, more than the limit of 537 MB"
+    ):
         read_image(catalog.records[0])

@@ -89,7 +89,7 @@ def test_structs_with_paths_lead_to_files(tmp_path: Path) -> None:
 )
 def test_what_is_no_image_is_named(tmp_path: Path, values: list[Any], kind: str) -> None:
     pq.write_table(pa.table({"image": values}), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=f"'image' is of type {kind}.*neither images nor their pa"):
+    with pytest.raises(DataError, match=f"'image' has type {kind}.*which holds neither images nor"):
         listed(tmp_path / "t.parquet")
 
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_said_with_its_place(
     pq.write_table(pa.table({"image": IMAGES}), tmp_path / "t.parquet")
     (record, *_) = listed(tmp_path / "t.parquet").records
     monkeypatch.setattr(row_images.files, "scratch_file", full)
-    with pytest.raises(DataError, match=r"t\.parquet: no room for its images in /.*TMPDIR"):
+    with pytest.raises(DataError, match=r"t\.parquet: no space for its images in /.*TMPDIR"):
         read_image(record)
 
 

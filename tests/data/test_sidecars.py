@@ -115,7 +115,7 @@ def test_our_own_json_wins_then_text_then_other_programs(tmp_path: Path) -> None
     [
         ("<a", ".xmp is not valid: unclosed token"),
         (b"\xff\xfea", ".xmp is not valid: "),
-        ('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', ".xmp is not read: it declares"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', ".xmp is not supported: it declares"),
     ],
 )
 def test_xmp_that_is_damaged_or_grows_is_refused(
@@ -150,7 +150,7 @@ def test_a_metadata_table_beside_images_is_used(tmp_path: Path, table: str) -> N
     assert [str(r.meta.get("price")) for r in catalog.records] == ["3", "None", "4"]
     (skip,) = catalog.skips
     assert skip.uri == str(folder / "train/gone.jpg")
-    assert skip.reason == "listed in a table beside the images, but not there"
+    assert skip.reason == "listed in a table beside the images, but missing"
 
 
 def test_a_metadata_table_without_images_costs_captions_only(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_caption_of_another_name_is_named_and_can_be_asked_for(tmp_path: Path)
     plain = listed(tmp_path / "s.tar")
     assert captions(plain) == {"s/k.input": ()}
     assert reasons(plain.skips) == {
-        "s/k.outputs": "caption of another name: --caption-key outputs.txt reads it"
+        "s/k.outputs": "caption file of another key: add --caption-key outputs.txt"
     }
     asked = listed(tmp_path / "s.tar", caption_keys=("captions", "outputs.txt"))
     assert captions(asked) == {"s/k.input": ("one", "two")}
@@ -197,12 +197,12 @@ def test_files_are_taken_by_ending_then_by_content_and_nothing_is_silent(tmp_pat
         ]
         counted = {s.reason: s.count for s in catalog.skips if s.lost == "ending"}
         assert counted == {
-            "no image by its ending: .mp4": 2,
-            "no image by its ending: .md": 1,
-            "no image by its ending: .json": 1,
-            "no image by its content: no ending": 2,
-            "no image by its content: .xyz": 1,
-            "a source of its own, no image: .tar": 1,
+            "not an image by its extension: .mp4": 2,
+            "not an image by its extension: .md": 1,
+            "not an image by its extension: .json": 1,
+            "not an image by its content: no extension": 2,
+            "not an image by its content: .xyz": 1,
+            "a source, not an image: .tar": 1,
         }
         assert [s.reason for s in catalog.skips if s.lost == "sample"] == [
             "image type not supported: .svg"

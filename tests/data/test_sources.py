@@ -55,7 +55,10 @@ def test_folder_is_read_with_captions_beside_the_images(photos: Path) -> None:
         "photos/deep/er/b.PNG": ("x", "y"),
     }
     (passed_over,) = catalog.skips
-    assert (passed_over.reason, passed_over.lost) == ("no image by its ending: .md", "ending")
+    assert (passed_over.reason, passed_over.lost) == (
+        "not an image by its extension: .md",
+        "ending",
+    )
     deepest = catalog.records[-1]
     assert deepest.uri == str(photos / "deep/er/b.PNG")
     assert deepest.meta == {"zh": "图", "year": 1999}
@@ -189,8 +192,8 @@ def test_truncated_tar_gives_what_is_whole(tmp_path: Path) -> None:
     assert list(captions(catalog)) == ["s/k0", "s/k1"]
     assert [read_image(r) for r in catalog.records] == [jpeg(0), jpeg(1)]
     why = [s.reason for s in catalog.skips]
-    assert "tar ends in the middle of it" in why
-    assert any(reason.startswith("tar breaks off") for reason in why)
+    assert "tar ends in the middle of this file" in why
+    assert any(reason.startswith("tar cannot be read to its end") for reason in why)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
@@ -262,7 +265,7 @@ def test_a_typo_and_a_file_of_no_kind(tmp_path: Path) -> None:
     write_folder(tmp_path, {"photos/a.txt": "x", "one.jpg": jpeg()})
     with pytest.raises(DataError, match="fotos: no such file or folder: did you mean 'photos'"):
         listed(tmp_path / "fotos")
-    with pytest.raises(DataError, match=r"one\.jpg: not a source: an image: give the folder"):
+    with pytest.raises(DataError, match=r"one\.jpg: not a source: it is an image: give the folder"):
         listed(tmp_path / "one.jpg")
     with pytest.raises(DataError, match=r"photos/a\.txt: caption without an image"):
         listed(tmp_path / "photos")
@@ -345,13 +348,19 @@ def test_captions_places_and_repeats_are_told_apart_from_samples(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report_skips(skips_of(5, lost="captions"), found=5, used=5)
-    assert capsys.readouterr().err == "warning: captions of 5 not used (5 not an image)\n"
-    skips = [*skips_of(3, lost="captions"), Skip("t", "/t.tar", "tar breaks off", "place")]
+    assert capsys.readouterr().err == "warning: captions of 5 samples not used (5 not an image)\n"
+    skips = [
+        *skips_of(3, lost="captions"),
+        Skip("t", "/t.tar", "tar cannot be read to its end", "place"),
+    ]
     report_skips(skips, found=900, used=900)
-    told = "captions of 3 not used (3 not an image); 1 not read to the end (1 tar breaks off)"
+    told = (
+        "captions of 3 samples not used (3 not an image); "
+        "1 files or folders not read completely (1 tar cannot be read to its end)"
+    )
     assert capsys.readouterr().err == f"warning: {told}\n"
     report_skips(skips_of(2, lost="nothing"), found=7, used=7)
-    assert capsys.readouterr().err == "2 given twice, used once\n"
+    assert capsys.readouterr().err == "2 samples given twice, used once\n"
 
 
 @pytest.mark.parametrize(("found", "used"), [(10, 10), (10, 7)])

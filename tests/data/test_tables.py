@@ -110,7 +110,7 @@ def test_jsonl_with_broken_lines(tmp_path: Path) -> None:
     rows = {s.uri.rsplit("=", 1)[1]: s.reason.split(":")[0] for s in catalog.skips}
     assert rows == {
         "1": "line is not valid JSON",
-        "3": "line holds no JSON object",
+        "3": "line is not a JSON object",
         "5": "no image path",
     }
 
@@ -140,7 +140,9 @@ def test_memory_does_not_grow_with_a_table(tmp_path: Path, name: str) -> None:
 
 def test_missing_columns_are_listed(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("picture,words\na.jpg,x\n")
-    with pytest.raises(DataError, match=r"no image column; it has picture, words; looked for im"):
+    with pytest.raises(
+        DataError, match=r"no image column; the table has picture, words; looked for im"
+    ):
         listed(tmp_path / "c.csv")
     (tmp_path / "d.csv").write_text("image,words\na.jpg,x\n")
     with pytest.raises(DataError, match="no caption"):

@@ -146,14 +146,16 @@ def test_folders_and_tars_without_captions_say_what_there_is_beside_the_images(
     for source in (folder, write_tar(tmp_path / "t.tar", described)):
         ran = embed(tmp_path / f"{source.name}.store", source)
         assert (
-            "no captions found: looked for under captions (see --caption-key); beside the images "
-            "are the fields alt_text, rating; other files there are 3 .srt\n"
+            "no captions found: looked for under captions (see --caption-key); the metadata of the "
+            "images has the fields alt_text, rating; other files: 3 .srt\n"
         ) in ran.stderr
         words = ["train", "--out", str(tmp_path / "run"), "--data", str(source)]
         ran = CliRunner().invoke(main, words)
         assert ran.exit_code == 1
         assert "3 no caption" in ran.stderr
-        assert "beside the images are the fields alt_text, rating; other files" in ran.stderr
+        assert (
+            "the metadata of the images has the fields alt_text, rating; other files" in ran.stderr
+        )
     (folder / "0.txt").write_text("words")
     assert "no captions" not in embed(tmp_path / "f.store", folder).stderr
 

@@ -25,12 +25,12 @@ def make_run(sources: list[str], out: Path) -> None:
     ("out", "source", "said"),
     [
         ("photos", "photos", "is a source"),
-        ("photos/2020/s.store", "photos", "lies in the source .*photos"),
-        (".", "photos", "holds the source .*photos"),
-        ("link/new", "photos", "lies in the source"),
-        ("photos", "link/2020", "holds the source"),
-        ("shards", "shards/{0,1}.tar", "holds the source .*0.tar"),
-        ("photos/new", "file:photos", "lies in the source"),
+        ("photos/2020/s.store", "photos", "is inside the source .*photos"),
+        (".", "photos", "contains the source .*photos"),
+        ("link/new", "photos", "is inside the source"),
+        ("photos", "link/2020", "contains the source"),
+        ("shards", "shards/{0,1}.tar", "contains the source .*0.tar"),
+        ("photos/new", "file:photos", "is inside the source"),
     ],
 )
 def test_results_in_a_source_or_around_it_are_refused_before_anything_is_written(
@@ -47,7 +47,7 @@ def test_results_in_a_source_or_around_it_are_refused_before_anything_is_written
         write_tar(tmp_path / "shards" / f"{name}.tar", [("a.jpg", jpeg())])
     before = sorted(tmp_path.rglob("*"))
     given = source.replace("file:", f"file://{tmp_path}/")
-    with pytest.raises(UsageError, match=rf"^--out {out}: {said}.*; name a folder beside it$"):
+    with pytest.raises(UsageError, match=rf"^--out {out}: {said}.*; use another --out$"):
         make([given], Path(out))
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -204,7 +204,10 @@ def test_without_its_extra_the_web_is_refused_in_one_line(monkeypatch: pytest.Mo
         raise ImportError('HTTPFileSystem requires "aiohttp" to be installed')
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", without)
-    with pytest.raises(OSError, match=r"^it is read by an extra: pip install 'mmalign\[web\]'$"):
+    with pytest.raises(
+        OSError,
+        match=r"^reading from the web needs an extra package: pip install 'mmalign\[web\]'$",
+    ):
         places.read("https://example.org/a.jpg")
     with pytest.raises(OSError, match="requires"):
         places.read("s3://a/b.jpg")

@@ -187,7 +187,9 @@ def test_out_of_memory_halves_the_batch(
     halving = BatchSplitter(encode)
     assert halving(list(range(9)))[:, 0].tolist() == list(range(9))
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
-    assert "out of memory with 9 at once" in capsys.readouterr().err
+    assert (
+        "out of memory with a batch of 9; continuing with batches of 4" in capsys.readouterr().err
+    )
     # What was too much once is not tried again.
     sizes.clear()
     assert halving(list(range(5)))[:, 0].tolist() == list(range(5))

@@ -125,7 +125,7 @@ def test_a_folder_of_clip_retrieval_itself(
     wanted = vectors(3, 9) / np.linalg.norm(vectors(3, 9), axis=1, keepdims=True)
     assert np.allclose(np.concatenate(held.vectors("image"))[:3], wanted, atol=2e-3)
     said = capsys.readouterr().err
-    assert f"taken for vectors of {CARD.identity} because you say so" in said
+    assert f"using {CARD.identity} as given: the vectors have its {CARD.dim} dimensions" in said
 
 
 def test_unusable_vectors_are_listed(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_equal_ids_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[
     held = open_store(tmp_path / "s.store")
     wanted = ["a", "b", "c", "1/0/a", "/1/b.jpg", "/same.jpg", "/1/a.jpg", "e"]
     assert held.column("id") == wanted
-    assert "3 rows had the id of another" in capsys.readouterr().err
+    assert "3 rows had the id of another row" in capsys.readouterr().err
     again = import_parts(tmp_path, tmp_path / "s.store", "any")
     assert (again.added, again.present, again.rows) == (0, 8, 8)
     assert open_store(tmp_path / "s.store").column("id") == wanted
@@ -265,21 +265,27 @@ IMAGES, TEXTS, TOLD = (
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda folder: shutil.rmtree(folder / "img_emb"), "img_emb: part 0 is missing; .*_0.par"),
+        (
+            lambda folder: shutil.rmtree(folder / "img_emb"),
+            "img_emb: part 0 is missing, but .*_0.par",
+        ),
         (shutil.rmtree, "not a folder of clip-retrieval"),
         (drop(IMAGES), "img_emb: part 1 is missing"),
         (drop(TOLD), "metadata: part 1 is missing"),
         (drop(TEXTS), "text_emb: part 1 is missing"),
         (put(TEXTS, vectors(2)), "text_emb_1.npy: 2 rows, .*img_emb_1.npy has 3"),
         (put(IMAGES, vectors(4)), "metadata_1.parquet: 3 rows, .*img_emb_1.npy has 4"),
-        (put(TEXTS, np.ones((3, 4), "f4")), "text_emb_1.npy: 4 dimensions, .*img_emb_1.npy has 8"),
+        (
+            put(TEXTS, np.ones((3, 4), "f4")),
+            "text_emb_1.npy: 4 dimensions, but .*img_emb_1.npy has 8",
+        ),
         (put(IMAGES, np.ones((3, DIM))), "img_emb_1.npy: float64 of shape"),
         (put(IMAGES, np.ones(3, "f4")), r"img_emb_1.npy: float32 of shape \(3,\)"),
         (put(IMAGES, np.array([{}] * 3)), "img_emb_1.npy: cannot be read"),
         (cut(IMAGES), "img_emb_1.npy: cannot be read"),
         (cut(TOLD), "metadata_1.parquet: cannot be read"),
-        (put("img_emb/img_emb_01.npy", vectors(3)), "img_emb_1.npy: the same part"),
-        (put("img_emb/more.npy", vectors(3)), "more.npy: no part number"),
+        (put("img_emb/img_emb_01.npy", vectors(3)), "img_emb_1.npy: the same part number"),
+        (put("img_emb/more.npy", vectors(3)), "more.npy: its name does not end with a part number"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(
@@ -298,7 +304,9 @@ def test_parts_that_do_not_fit_are_refused_by_name(
 
 def test_other_dimensions_are_another_model(tmp_path: Path) -> None:
     write_part(tmp_path, 0, np.ones((2, DIM + 1), "f4"), {"key": ["a", "b"]})
-    with pytest.raises(IdentityError, match=f"{DIM + 1} dimensions; {CARD.identity} makes {DIM}"):
+    with pytest.raises(
+        IdentityError, match=f"{DIM + 1} dimensions, but {CARD.identity} makes {DIM}"
+    ):
         import_parts(tmp_path, tmp_path / "s.store", "any")
     assert not (tmp_path / "s.store").exists()
 

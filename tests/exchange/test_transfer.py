@@ -67,7 +67,7 @@ def test_only_rows_for_which_sql_is_true(small: Path, tmp_path: Path) -> None:
     ids = pq.read_table(tmp_path / "s.parquet")["id"].to_pylist()
     assert ids == [f"id{n}" for n in LIVE if n % 2 and n > 9]
     assert report.rows == len(ids)
-    with pytest.raises(StoreError, match="no rows to export: none has 名 > 99"):
+    with pytest.raises(StoreError, match="no rows to export: no row matches 名 > 99"):
         export(small, tmp_path / "none", "npy", where="名 > 99")
     assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
 
@@ -101,7 +101,9 @@ def test_npy_parts_are_aligned_row_by_row(
     beyond = sum(n % 3 == 2 for n in LIVE)
     assert report.captions_left_out == beyond
     assert report.captions == sum(n % 3 > 0 for n in LIVE)
-    assert f"{beyond} more captions are in the metadata without a vector" in capsys.readouterr().err
+    assert (
+        f"{beyond} more captions are in the metadata, without a vector" in capsys.readouterr().err
+    )
     assert sorted(p.name for p in (tmp_path / "again").rglob("*.*")) == [
         "img_emb_0.npy",
         "metadata_0.parquet",
@@ -194,11 +196,11 @@ def test_the_library_opens_a_dataset(small: Path, tmp_path: Path) -> None:
 def test_what_exists_is_never_written_over(small: Path, tmp_path: Path, kind: Any) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, out, kind)
     out.unlink()
     out.mkdir()
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, out, kind)
     assert list(tmp_path.iterdir()) == [out]
 
@@ -233,7 +235,7 @@ def test_a_place_taken_meanwhile_is_not_written_over(
         (tmp_path / "out").write_text("mine")
 
     monkeypatch.setattr(transfer, "write_parquet", slow)
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         export(small, tmp_path / "out", "parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").read_text() == "mine"
@@ -251,7 +253,7 @@ def test_export_needs_no_torch(small: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_have_no_place_in_npy(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="npy layout has no place for pictures"):
+    with pytest.raises(UsageError, match="npy format cannot hold pictures"):
         export(small, tmp_path / "out", "npy", thumbnails=True)
 
 

@@ -76,7 +76,7 @@ def main(rank: int, ranks: int, meeting: str) -> None:
             image[: rank + 1], text[: rank + 1], torch.tensor(1.0), ranks=dist.group.WORLD
         )
     except VectorError as problem:
-        assert "every rank must bring equally many" in str(problem)  # noqa: PT017
+        assert "every rank must have the same number" in str(problem)  # noqa: PT017
     else:
         raise AssertionError("ranks with different numbers of pairs must be refused")
     dist.barrier()

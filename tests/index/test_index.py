@@ -559,7 +559,7 @@ def test_an_index_of_other_vectors_is_refused(
     built: tuple[Path, np.ndarray, dict[str, Any]],
 ) -> None:
     folder, stored, _ = built
-    with pytest.raises(StoreError, match="covers 40000 rows of a store of 5"):
+    with pytest.raises(StoreError, match="covers 40000 rows, but the store has 5"):
         open_index(folder, "image", [stored[:5]])
 
 
@@ -598,7 +598,10 @@ def test_an_index_of_another_format_is_refused(
 ) -> None:
     folder, stored, _ = built
     monkeypatch.setattr("mmalign.index.folder.FORMAT", 9)
-    with pytest.raises(StoreError, match="format 3, this mmalign reads 9: `mmalign index "):
+    with pytest.raises(
+        StoreError,
+        match="format 3, but this version of mmalign reads format 9: run `mmalign index ",
+    ):
         open_index(folder, "image", [stored])
 
 

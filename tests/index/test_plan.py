@@ -107,7 +107,7 @@ def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFi
     made = plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=100_000)
     assert made.spec.kind == "exact"
     said = capsys.readouterr().err
-    assert "no index of 60,000 vectors fits 0.1 MB, so every row will be compared" in said
+    assert "no index of 60,000 vectors fits in 0.1 MB, so search will be exact" in said
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
@@ -172,7 +172,7 @@ def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
     assert made.index is not None
     assert made.spec == given[2]
     assert len(set(given)) == 3
-    assert capsys.readouterr().err.count("does not find 50.0% over all rows") == 2
+    assert capsys.readouterr().err.count("does not reach a recall of 50.0% over all rows") == 2
 
 
 def hard(count: int) -> Any:
@@ -229,8 +229,10 @@ def test_a_promise_that_held_out_queries_miss_is_not_given(
     made = plan(VectorReader([vectors(4_000)]), asked, 0.5, memory=1e7)
     assert made.spec.kind == "exact"
     said = capsys.readouterr().err
-    assert "does not find 50.0% over all rows, of tuning and of held-out queries" in said
-    assert "so every row will be compared" in said
+    assert (
+        "does not reach a recall of 50.0% over all rows on both tuning and held-out queries" in said
+    )
+    assert "so search will be exact" in said
 
 
 def test_captions_of_an_image_tune_or_measure() -> None:
@@ -258,7 +260,10 @@ def test_too_few_queries_to_be_sure_are_said(capsys: pytest.CaptureFixture[str])
         build._report("image", part | {"measured": [trial | {"low": 0.91}]})
     said = [line for line in capsys.readouterr().err.splitlines() if "too few" in line]
     assert len(said) == 1
-    assert "12 held-out text queries are too few to be sure of 90.0%: recall@10 lies" in said[0]
+    assert (
+        "12 held-out text queries are too few to confirm a recall of 90.0%: recall@10 lies"
+        in said[0]
+    )
 
 
 def test_a_build_leaves_threads_and_random_numbers_of_the_process_alone(

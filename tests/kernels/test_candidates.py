@@ -43,7 +43,7 @@ def test_no_queries_and_no_candidates() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(VectorError, match="do not fit"):
+    with pytest.raises(VectorError, match="do not match"):
         kernels.best_candidates(
             torch.ones(2, 8), torch.ones(2, 4, 9), torch.zeros(2, 4, dtype=torch.int64), 3
         )

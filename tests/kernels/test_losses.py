@@ -332,11 +332,11 @@ ONE = torch.ones(())
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((ONES, torch.ones(3, 4), ONE), {}, "image_ND and text_ND must have one shape"),
+        ((ONES, torch.ones(3, 4), ONE), {}, "image_ND and text_ND must have the same shape"),
         ((torch.ones(0, 4), torch.ones(0, 4), ONE), {}, "N and D at least 1"),
         ((torch.ones(4), torch.ones(4), ONE), {}, "image_ND and text_ND"),
-        ((ONES.long(), ONES, ONE), {}, "image_ND must be of a floating type"),
-        ((ONES, ONES.long(), ONE), {}, "text_ND must be of a floating type"),
+        ((ONES.long(), ONES, ONE), {}, "image_ND must have a floating-point type"),
+        ((ONES, ONES.long(), ONE), {}, "text_ND must have a floating-point type"),
         ((ONES * math.nan, ONES, ONE), {}, "image_ND holds NaN or infinite values in row 0"),
         ((ONES, ONES * math.inf, ONE), {}, "text_ND holds NaN or infinite values in row 0"),
         (
@@ -344,7 +344,7 @@ ONE = torch.ones(())
             {},
             "text_ND holds a zero vector in row 1",
         ),
-        ((ONES, ONES, 14.3), {}, "logit_scale must be a floating tensor with one element"),
+        ((ONES, ONES, 14.3), {}, "logit_scale must be a floating-point tensor with one element"),
         ((ONES, ONES, torch.ones(2)), {}, "logit_scale"),
         ((ONES, ONES, ONE), {"pair_ids": torch.ones(2)}, "pair_ids must be integers"),
         ((ONES, ONES, ONE), {"pair_ids": torch.ones(3).long()}, "pair_ids must be integers"),

@@ -196,7 +196,7 @@ def test_damaged_runs_are_refused_in_one_line(run: Path, tmp_path: Path, damage:
         ("no/such/run", "no such run folder"),
         ("nosuchrun", "neither a run folder nor an open_clip model"),
         ("ViT-B-33:openai", "did you mean 'ViT-B-32'"),
-        ("ViT-B-32", "say which weights"),
+        ("ViT-B-32", "no weights given: write ViT-B-32:TAG"),
         ("ViT-B-32:opanai", "openai"),
     ],
 )

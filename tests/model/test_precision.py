@@ -332,7 +332,7 @@ def test_eight_bits_say_where_they_do_not_pay(
         capsys.readouterr()
         assert in_precision(clip, "int8")[1] == "int8"
         assert (
-            "--precision int8 does not pay on this machine: small-clip encodes images at 0.85 of "
+            "--precision int8 is slower on this machine: small-clip encodes images at 0.85 of "
             "its speed in bfloat16" in capsys.readouterr().err
         )
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
@@ -398,7 +398,7 @@ def test_attention_in_the_open_is_the_same(
             wanted, _ = plain(first, states, states, need_weights=False, **masks)
             found, _ = ours(first, states, states, **masks)
             assert torch.allclose(found, wanted, atol=off)
-    with pytest.raises(ValueError, match="whose values are its keys"):
+    with pytest.raises(ValueError, match="values must be the keys"):
         ours(states, states, query)
 
 

@@ -257,17 +257,17 @@ def damage(what: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("module", "holds Python objects beside weights"),
+        ("module", "contains other Python objects than weights"),
         ("pickle", "cannot be loaded"),
         ("jpeg", "a JPEG image"),
-        ("noise", "no file that torch.save wrote"),
+        ("noise", "not a file written by torch.save"),
         ("empty", "is empty"),
-        ("lfs", "a pointer of Git LFS"),
-        ("lfs.safetensors", "a pointer of Git LFS"),
+        ("lfs", "a Git LFS pointer"),
+        ("lfs.safetensors", "a Git LFS pointer"),
         ("cut.safetensors", "cannot be loaded"),
-        ("misnamed", "name it with the ending .safetensors"),
+        ("misnamed", "rename it so that its name ends in .safetensors"),
         ("lacks", r"missing: .*visual.* and \d+ more"),
-        ("shape", r"text_projection is \[2, 2\] where the model has \[32, 32\]"),
+        ("shape", r"text_projection is \[2, 2\], but the model has \[32, 32\]"),
         ("nan", "NaN or infinity, first in visual.proj"),
     ],
 )
@@ -412,14 +412,14 @@ def test_a_tokenizer_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyP
         ("ViT-B-32/openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B-32 openai", "did you mean 'ViT-B-32:openai'"),
         ("ViT-B/32:no/such.pt", "did you mean 'ViT-B-32:no/such.pt'"),
-        ("ViT-B/32", "as ViT-B-32:TAG with one of openai"),
-        ("ViT-B-32:", "as ViT-B-32:TAG with one of openai"),
-        ("ViT-B-32:no/such.pt", "no/such.pt: no such file of weights"),
-        ("ViT-B-32:such.safetensors", "such.safetensors: no such file of weights"),
-        ("nano", "a preset, which has no weights.*--set preset=nano"),
-        ("nano:openai", "a preset, which has no weights.*--set preset=nano"),
+        ("ViT-B/32", "write ViT-B-32:TAG with one of openai"),
+        ("ViT-B-32:", "write ViT-B-32:TAG with one of openai"),
+        ("ViT-B-32:no/such.pt", "no/such.pt: no such weight file"),
+        ("ViT-B-32:such.safetensors", "such.safetensors: no such weight file"),
+        ("nano", "a preset, which has no weights.*--preset nano"),
+        ("nano:openai", "a preset, which has no weights.*--preset nano"),
         ("qqqqqqqq", r"known: .* and \d+ more"),
-        ("ViT-B-32", "as ViT-B-32:TAG with one of .* and \\d+ more"),
+        ("ViT-B-32", "write ViT-B-32:TAG with one of .* and \\d+ more"),
     ],
 )
 def test_a_name_that_is_nearly_right_gets_the_right_one(name: str, message: str) -> None:
@@ -457,17 +457,17 @@ def test_fine_tuning_refuses_a_model_that_it_cannot_have_before_sources_are_read
 def test_a_folder_or_a_file_in_the_wrong_place_is_said(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     file.write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="a file, not the folder of a run.*NAME:FILE"):
+    with pytest.raises(ModelError, match="a file, not a run folder.*NAME:FILE"):
         load_model(file)
     with pytest.raises(ModelError, match="a folder; give ViT-B-32:FILE"):
         load_model(f"ViT-B-32:{tmp_path}")
-    for pretrained, message in ((tmp_path, "a folder"), (file, "no file that torch.save wrote")):
+    for pretrained, message in ((tmp_path, "a folder"), (file, "not a file written by torch.save")):
         with pytest.raises(ModelError, match=message):
             openclip.require("ViT-B-32", str(pretrained))
 
 
 def test_a_model_given_as_a_preset_is_said() -> None:
-    with pytest.raises(ModelError, match=r"it is a model of open_clip: .*--model"):
+    with pytest.raises(ModelError, match=r"it is an open_clip model: .*--model"):
         require_preset("vit-b/32")
 
 
@@ -476,7 +476,7 @@ def test_a_configuration_that_is_not_supported_is_said(own_config: Path) -> None
     content = json.loads(file.read_text())
     content["model_cfg"]["vision_cfg"]["image_size"] = [64, 32]
     file.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="64 x 32 pixels; only squares"):
+    with pytest.raises(ModelError, match="64 x 32 pixels; only squares are supported"):
         load_model(f"local-dir:{own_config}")
     file.write_text("{}")
     with pytest.raises(ModelError, match="cannot be used: KeyError: 'model_cfg'"):

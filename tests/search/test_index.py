@@ -138,7 +138,7 @@ def test_a_damaged_index_is_said_and_every_row_is_compared(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert name in said
-    assert "every row is compared; `mmalign repair " in said
+    assert "exact search is used instead; run `mmalign repair " in said
     searcher.search("a red circle")
     assert capsys.readouterr().err == ""
     assert any(name in line for line in verify(indexed))
@@ -154,7 +154,7 @@ def test_an_index_that_names_rows_beyond_is_not_believed(
     extended = searcher._snapshot._indexes["image", False]
     monkeypatch.setattr(extended.index, "rows", 3)  # type: ignore[attr-defined]
     assert [h.id for h in searcher.search("a red circle")] == expected
-    assert "names rows beyond the 3" in capsys.readouterr().err
+    assert "returns rows beyond the 3" in capsys.readouterr().err
 
 
 def test_an_interrupted_build_leaves_the_old_index(
@@ -205,7 +205,9 @@ def test_small_stores_are_indexed_and_searched(
 
 def test_an_empty_store_says_how_to_fill_it(tmp_path: Path) -> None:
     store = small_store.fill(tmp_path / "empty.store", [])
-    with pytest.raises(StoreError, match="the store has no rows yet: first `mmalign embed "):
+    with pytest.raises(
+        StoreError, match="the store has no rows yet: add some with `mmalign embed "
+    ):
         build_index(store.path)
 
 

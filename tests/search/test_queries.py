@@ -15,7 +15,7 @@ from mmalign import Row, Searcher
 from mmalign.cli.main import main
 from mmalign.errors import DataError, UsageError, VectorError
 
-NOTE = "looks like a file, but names none: searched as words"
+NOTE = "looks like a file name, but there is no such file: it is searched as text"
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,15 @@ def test_kinds_of_queries_keep_their_order(searcher: Searcher, picture: Path) ->
         (Path("a" * 300), DataError, "cannot be used as an image: File name too long"),
         (Path("a\0"), UsageError, "no such image file"),
         (np.zeros(128, np.float32), VectorError, "a vector is zero"),
-        (np.ones(5, np.float32), VectorError, "a vector has 5 numbers, the model's have"),
+        (
+            np.ones(5, np.float32),
+            VectorError,
+            "a vector has 5 dimensions, but the model's vectors have",
+        ),
         (np.ones((2, 2), np.float32), TypeError, r"not an array of float32 of shape \(2, 2\)"),
         (Row("no such row"), UsageError, "no row has the id 'no such row'"),
         (["a", "b"], TypeError, "not list"),
-        (None, TypeError, r"an item is a text \(str\).* not NoneType"),
+        (None, TypeError, r"an item must be a text \(str\).* not NoneType"),
     ],
 )
 def test_queries_that_are_none(
@@ -137,7 +141,7 @@ def test_a_file_that_is_no_image_is_refused_and_not_searched_by_its_name(
         assert result.exit_code == 1
         assert result.stdout == ""
         assert result.stderr.count("\n") == 1
-        assert f"{name}: cannot search by this image: image type not supported" in result.stderr
+        assert f"{name}: cannot be used as an image: image type not supported" in result.stderr
 
 
 def test_the_words_of_a_file_name_can_be_searched_as_the_message_says(
@@ -146,7 +150,7 @@ def test_the_words_of_a_file_name_can_be_searched_as_the_message_says(
     monkeypatch.chdir(tmp_path)
     Path("circle").write_text("no image")
     said = search(store, "circle").stderr
-    assert said.rstrip().endswith("for the words, put a space behind: 'circle '")
+    assert said.rstrip().endswith("to search for this text, add a space at its end: 'circle '")
     assert best(store, "circle ")["id"]
 
 
@@ -186,14 +190,17 @@ def test_what_would_block_is_not_opened(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["@gone.jpg"], "gone.jpg: no such image file; words that begin with @ need a space"),
+        (
+            ["@gone.jpg"],
+            "gone.jpg: no such image file; to search for text that begins with @, put a space",
+        ),
         (["@"], ".: not a regular file"),
         (["@" + "a" * 300], "no such image file"),
         ([""], "the query is empty"),
         (["  "], "the query is empty"),
         (["red", "blue"], "put its words in quotes: 'red blue'"),
-        (["-dash.jpg"], "a query that begins with a dash goes behind --: -- -d"),
-        (["--red"], "a query that begins with a dash goes behind --: -- --red"),
+        (["-dash.jpg"], "put -- before a query that begins with a dash: -- -d"),
+        (["--red"], "put -- before a query that begins with a dash: -- --red"),
     ],
 )
 def test_queries_that_are_off_in_the_shell(store: Path, words: list[str], said: str) -> None:

@@ -104,7 +104,7 @@ def test_a_list_is_wanted_where_one_item_was_given(searcher: Searcher) -> None:
     for call in (searcher.encode, searcher.encoder.encode, searcher.search_many):
         with pytest.raises(UsageError, match="takes a list"):
             call("red")
-    with pytest.raises(UsageError, match="only a search knows the rows"):
+    with pytest.raises(UsageError, match="can be searched for, but not encoded"):
         searcher.encoder.encode([Row("1")])
 
 

@@ -171,7 +171,7 @@ def test_compaction_drops_the_index_only_if_rows_move(
     delete(tmp_path, ids_of([3]))
     assert compact(tmp_path, rows_per_shard=10).index_dropped
     assert open_store(tmp_path).manifest.index is None
-    assert "the index is gone: `mmalign index " in capsys.readouterr().err
+    assert "the index was removed: build a new one with `mmalign index " in capsys.readouterr().err
 
 
 def test_what_is_written_while_compacting_is_kept(
@@ -199,7 +199,7 @@ def test_the_slower_of_two_compactions_changes_nothing(
     delete(tmp_path, ids_of([1, 11]))
     before = versions(open_store(tmp_path))
     write_meanwhile(monkeypatch, lambda: compact(tmp_path, rows_per_shard=10))
-    with pytest.raises(StoreError, match="another compaction was faster"):
+    with pytest.raises(StoreError, match="another compaction finished first"):
         compact(tmp_path, rows_per_shard=10)
     assert versions(open_store(tmp_path)) == before
 
@@ -210,7 +210,7 @@ def test_damage_is_not_copied(tmp_path: Path) -> None:
     before = open_store(tmp_path).manifest
     flip(tmp_path / "shards" / before.shards[0].name)
     with pytest.raises(
-        StoreError, match=r"damaged; see `mmalign verify .*` and `mmalign repair .*`"
+        StoreError, match=r"damaged; run `mmalign verify .*`, then `mmalign repair .*`"
     ):
         compact(tmp_path, rows_per_shard=10)
     assert open_store(tmp_path).manifest == before
@@ -376,7 +376,10 @@ def test_what_windows_does_not_remove_goes_the_next_time(
     with monkeypatch.context() as patch:
         patch.setattr(files.Disk, "unlink", refusing)
         assert compact(tmp_path, rows_per_shard=10, now=True).waiting_bytes
-    assert f"{mapped}: cannot be removed now; later: `mmalign compact " in capsys.readouterr().err
+    assert (
+        f"{mapped}: cannot be removed now; try again later with `mmalign compact "
+        in capsys.readouterr().err
+    )
     assert compact(tmp_path, rows_per_shard=10).removed == (f"shards/{mapped.name}",)
 
 
@@ -435,7 +438,7 @@ def test_nothing_is_garbage_while_a_generation_cannot_be_read(tmp_path: Path) ->
     make_old(tmp_path)
     flip(manifests.generations(tmp_path)[1])
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(StoreError, match=r"unreadable: .*; first `mmalign repair .*`"):
+    with pytest.raises(StoreError, match=r"unreadable: .*; first run `mmalign repair .*`"):
         compact(tmp_path, rows_per_shard=10)
     assert sorted(tmp_path.rglob("*")) == before
 

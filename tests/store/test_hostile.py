@@ -140,7 +140,7 @@ def test_an_index_that_names_other_files_is_damaged(tmp_path: Path) -> None:
     files.write_json(folder / "index.json", {"name": "abc", "sha256": {"../../x": "0" * 64}})
     held = files.sha256(folder / "index.json")
     forge(tmp_path, field(index={"name": "abc", "sha256": held}))
-    (told,) = [line for line in verify(tmp_path) if "no file of an index" in line]
+    (told,) = [line for line in verify(tmp_path) if "cannot belong to an index" in line]
     assert told.startswith(f"{folder / 'index.json'}: ")
 
 
@@ -167,8 +167,8 @@ def test_nothing_is_removed_or_moved_behind_a_link(
     before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
     for now in (False, True):
         compact(store, now=now)
-        assert f"{store / name}: a link to another place: nothing is" in capsys.readouterr().err
-    with pytest.raises(StoreError, match="a link to another place, where nothing is moved"):
+        assert f"{store / name}: a link to another folder, so nothing is" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="a link to another folder; replace it"):
         repair(store)
     assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
 
@@ -180,7 +180,7 @@ def test_nothing_is_moved_to_or_written_behind_a_link(tmp_path: Path) -> None:
     (home / "profile").write_text("x")
     (store / "damaged").symlink_to(home)
     (store / "failures.jsonl").symlink_to(home / "profile")
-    with pytest.raises(StoreError, match="damaged: a link to another place"):
+    with pytest.raises(StoreError, match="damaged: a link to another folder"):
         repair(store)
     with pytest.raises(StoreError, match=r"failures.jsonl: a link to another file"):
         add_failures(store, [{"id": "a", "uri": "a", "reason": "torn", "embedded": False}])

@@ -57,7 +57,7 @@ def test_verify_names_every_damage(tmp_path: Path) -> None:
     second.unlink()
     damage = verify(tmp_path)
     assert len(damage) == 2
-    assert any(first.name in d and "not what was written" in d for d in damage)
+    assert any(first.name in d and "does not match its hash" in d for d in damage)
     assert any(second.name in d and "missing" in d for d in damage)
 
 

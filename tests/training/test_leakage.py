@@ -57,13 +57,13 @@ def test_each_way_to_be_the_same_is_named(training: Pixels, tmp_path: Path) -> N
     }
     said = describe_leakage(training, validation)
     assert said is not None
-    assert "2 of 3 validation samples are trained on too" in said
+    assert "2 of 3 validation samples are also in the training data" in said
 
 
 def test_validation_on_the_training_data_is_named(training: Pixels) -> None:
     said = describe_leakage(training, training)
     assert said is not None
-    assert "all 12 validation samples are trained on too (12 the same sample" in said
+    assert "all 12 validation samples are also in the training data (12 the same sample" in said
 
 
 def test_other_samples_are_no_leakage_whatever_their_names(

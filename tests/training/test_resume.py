@@ -226,7 +226,7 @@ def test_a_stopped_run_is_resumed_by_the_command_that_it_prints(
     assert torch.load(run / "state.pt")["step"] == 9
     longer = shell.invoke(main, shlex.split(command))
     assert longer.exit_code == 2
-    assert "it reached epochs=3; --set epochs=N with more goes on" in longer.stderr
+    assert "it reached epochs=3; to continue, raise the limit with --set epochs=N" in longer.stderr
 
 
 def test_the_limit_that_ends_a_run_is_named_and_remembered(whole: Path, tmp_path: Path) -> None:
@@ -234,9 +234,10 @@ def test_the_limit_that_ends_a_run_is_named_and_remembered(whole: Path, tmp_path
     words = ["train", "--out", str(run), "--resume", "--set"]
     said = shell.invoke(main, [*words, "minutes=0.0001"])
     assert said.exit_code == 2
-    assert "it reached epochs=3 and minutes=0.0001; --set epochs=N --set minutes=N" in said.output
+    raised = "to continue, raise the limit with --set epochs=N"
+    assert f"it reached epochs=3 and minutes=0.0001; {raised} --set minutes=N" in said.output
     said = shell.invoke(main, [*words, "minutes=1000"])
-    assert "it reached epochs=3; --set epochs=N" in said.output
+    assert f"it reached epochs=3; {raised}" in said.output
     longer = shell.invoke(main, [*words, "epochs=4", "--set", "minutes=1000"])
     assert longer.exit_code == 0, longer.output
     text = (run / "config.toml").read_text()
@@ -264,7 +265,7 @@ def remove_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_picture, "1 images have other contents .*004.jpg"),
+        (change_picture, "1 images have changed .*004.jpg"),
         (change_caption, "1 samples are new or have other captions .*004.jpg.*, 1 are gone"),
         (add_picture, "1 samples are new or have other captions .*0000.jpg.*, 0 are gone"),
         (remove_picture, "0 samples are new or have other captions, 1 are gone"),
@@ -288,7 +289,7 @@ def test_a_run_is_not_resumed_with_other_data(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_picture, "1 images have other contents .*004.jpg"),
+        (change_picture, "1 images have changed .*004.jpg"),
         (add_picture, "1 samples are new or have other captions .*0000.jpg.*, 0 are gone"),
         (None, "samples are new|validation samples now"),
     ],
@@ -326,7 +327,7 @@ def test_what_makes_another_training_is_refused(
     change: dict[str, Any], halfway: Path, tmp_path: Path
 ) -> None:
     name = next(iter(change))
-    with pytest.raises(ConfigError, match=f"{name} is fixed when a run begins"):
+    with pytest.raises(ConfigError, match=f"{name} cannot be changed when a run is resumed"):
         go_on(copy(halfway, tmp_path), replace(CONFIG, **change))
 
 
@@ -366,7 +367,7 @@ def test_an_arithmetic_that_a_machine_lacks_is_named(
     torch.save(state, run / "state.pt")
     monkeypatch.setattr("mmalign.training.learner.has_bfloat16", lambda _: False)
     monkeypatch.setattr("mmalign.training.learner.fastest_device", lambda: torch.device("cpu"))
-    with pytest.raises(TrainingError, match=f"in {lacking}.*--set arithmetic=float32") as caught:
+    with pytest.raises(TrainingError, match=f"with {lacking}.*--set arithmetic=float32") as caught:
         go_on(run, CONFIG)
     assert "\n" not in str(caught.value)
     assert go_on(run, replace(CONFIG, arithmetic="auto"))["step"] == 9
@@ -379,7 +380,7 @@ def test_a_damaged_state_is_one_line(halfway: Path, tmp_path: Path) -> None:
         go_on(run)
     assert "\n" not in str(caught.value)
     torch.save({"step": 3}, run / "state.pt")
-    with pytest.raises(TrainingError, match="of an earlier version"):
+    with pytest.raises(TrainingError, match="from an earlier version"):
         go_on(run)
 
 
@@ -416,7 +417,7 @@ def test_contents_that_were_never_read_are_not_taken_for_changed_ones(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmalign.data.pixels.DISK_SHARE", 0)
         go_on(run)
-    assert "warning: the contents of 13 images are not compared" in capsys.readouterr().err
+    assert "warning: 13 images are not checked for changes" in capsys.readouterr().err
     assert same_run(run, whole)
 
 
