@@ -143,7 +143,7 @@ def steps_of(run: Path) -> list[int]:
         (Average, "update", 5),  # the weights have moved, their average has not
         (Trainer, "validate", 2),
         (Trainer, "save", 2),  # better weights are the model already
-        (files, "_put", 9),  # something is written and has no name yet
+        (files, "move", 9),  # something is written and has no name yet
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
