@@ -164,7 +164,7 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
     shards = [images[i : i + SHARD_ROWS] for i in range(0, len(images), SHARD_ROWS)]
     tuning = np.load(data["tuning"])
     stored = VectorReader(shards)
-    drawn = np.random.default_rng(1).permutation(stored.draw(2 * HELD, seed=0))
+    drawn = np.random.default_rng(1).permutation(stored.sample_rows(2 * HELD, seed=0))
     tune, held = np.split(stored.gather(drawn).astype(np.float32), 2)
     asked = {
         "text": Queries(tuning[HELD:], tuning[:HELD]),
@@ -173,7 +173,9 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        part = write_index(folder, "image", shards, asked=asked, recall=recall, memory=memory)
+        part = write_index(
+            folder, "image", shards, queries_by_modality=asked, recall=recall, memory=memory
+        )
         build_s = time.perf_counter() - started
         write_description(folder, {"modalities": {"image": part}})
         size = sum(p.stat().st_size for p in folder.glob("image.*"))
@@ -253,7 +255,12 @@ def _change(data: dict[str, Any], recall: float, memory: float) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         part = write_index(
-            folder, "image", shards[:covered], asked=asked, recall=recall, memory=memory
+            folder,
+            "image",
+            shards[:covered],
+            queries_by_modality=asked,
+            recall=recall,
+            memory=memory,
         )
         write_description(folder, {"modalities": {"image": part}})
         built = open_index(folder, "image", shards[:covered])

@@ -131,7 +131,7 @@ class OnCpu:
         self.flat = faiss.IndexFlatIP(vectors.shape[1])
         self.flat.add(self.whole.numpy())
         self.uncoded = Exact([vectors.numpy()], coded_bytes=0)
-        self.coded = kernels.prepare(vectors, with_codes=True)
+        self.with_codes = kernels.prepare(vectors, with_codes=True)
 
     def ways(self, queries: Tensor) -> dict[str, Way]:
         """Every way to search; `Exact` has been asked so often that it has codes where they pay."""
@@ -139,19 +139,21 @@ class OnCpu:
         usual = Exact([self.vectors.numpy()])
         while usual.queries_seen <= CODED_AFTER:
             usual.search(asked, K)
-        if usual.coding:
-            usual.coding.join()
+        if usual.coding_thread:
+            usual.coding_thread.join()
         self.uncoded.search(asked, K)
         assert self.uncoded.corpus
         assert usual.corpus
         without, having, coded = (
             kernels.choose_topk(queries, corpus)
-            for corpus in (self.uncoded.corpus, usual.corpus, self.coded)
+            for corpus in (self.uncoded.corpus, usual.corpus, self.with_codes)
         )
         return {
             "mmalign Exact, without codes": Way(lambda: self.uncoded.search(asked, K), without),
             "mmalign Exact": Way(lambda: usual.search(asked, K), having),
-            "mmalign topk, with codes": Way(lambda: kernels.topk(queries, self.coded, K), coded),
+            "mmalign topk, with codes": Way(
+                lambda: kernels.topk(queries, self.with_codes, K), coded
+            ),
             FAISS: Way(lambda: self.flat.search(asked, K)),
             TORCH: Way(lambda: matmul_topk(self.whole, queries)),
         }

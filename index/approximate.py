@@ -28,20 +28,20 @@ from mmalign.progress import bar
 
 # K-means for the lists: maximum training rows, rows per list, iterations. Codes are trained with as
 # many iterations, on fewer rows, as they have only 16 centroids.
-TRAINING_ROWS, ROWS_PER_LIST, ROUNDS = 131_072, 32, 8
+KMEANS_ROWS, ROWS_PER_LIST, KMEANS_ITERATIONS = 131_072, 32, 8
 CODE_ROWS = 16_384
-BUILD_BREADTH, MOST_BREADTH = 40, 2_000
+EF_CONSTRUCTION, MAX_BREADTH = 40, 2_000
 # Candidates gathered at once, counted in float16 values.
-GATHERED = 1 << 21
+GATHERED_VALUES = 1 << 21
 # Candidates requested from FAISS at once: it allocates several times that much memory.
-HANDED = 1 << 18
+CANDIDATES_PER_CALL = 1 << 18
 # Filtered search is exact where the allowed vectors hold at most this many values in total.
-EXACT_NUMBERS = 1 << 23
+EXACT_VALUES = 1 << 23
 # The unfiltered operating point is tried first if the filter is expected to remove fewer than
 # FEW_MISSING of its neighbours. Then so many neighbours are searched that the nearer half of them
-# holds SPARE * k allowed ones on average. Each retry searches DEEPER times as many neighbours, up
-# to DEEPEST times the largest tuned k.
-FEW_MISSING, SPARE, DEEPER, DEEPEST = 0.5, 1.3, 4, 10
+# holds SPARE * k allowed ones on average. Each retry searches DEPTH_FACTOR times as many
+# neighbours, up to MAX_DEPTH times the largest tuned k.
+FEW_MISSING, SPARE, DEPTH_FACTOR, MAX_DEPTH = 0.5, 1.3, 4, 10
 # One candidate of the index, or one step in a graph, costs as much as this many exact comparisons.
 CANDIDATE_COST = 20
 
@@ -71,8 +71,8 @@ class Approximate(Index):
         self.vectors = vectors
         self.points = points
         self.rows = rows
-        self.held = int(faiss_index.ntotal)
-        self.exact = Exact(vectors.first(rows), coded_bytes=0)
+        self.indexed = int(faiss_index.ntotal)
+        self.exact = Exact(vectors.first_rows(rows), coded_bytes=0)
 
     def search(
         self,
@@ -96,26 +96,28 @@ class Approximate(Index):
         self._check(queries_MD)
         if allow_N is not None:
             allow_N = allow_N[: self.rows]
-        allowed = self.held if allow_N is None else int(np.count_nonzero(allow_N))
-        if allow_N is not None and allowed * self.vectors.dim <= EXACT_NUMBERS:
+        allowed = self.indexed if allow_N is None else int(np.count_nonzero(allow_N))
+        if allow_N is not None and allowed * self.vectors.dim <= EXACT_VALUES:
             return self.exact.search(queries_MD, k, allow_N)
         scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
         rows_MK = np.full((len(queries_MD), k), -1, np.int64)
-        left_P = np.arange(len(queries_MD))
+        remaining_P = np.arange(len(queries_MD))
         for point in self._attempts(k, allowed, query_modality):
-            scores, rows = self.search_at(queries_MD[left_P], point)
+            scores, rows = self.search_at(queries_MD[remaining_P], point)
             found = rows >= 0 if allow_N is None else (rows >= 0) & allow_N[rows]
             # With as many neighbours as results, this is unfiltered search. Otherwise the results
             # must lie in the nearer half, where recall is above average.
             enough_P = found[:, : (k + point.k) // 2].sum(axis=1) >= min(k, allowed)
             order = np.argsort(~found, axis=1, kind="stable")[:, :k]
-            scores_MK[left_P] = np.take_along_axis(scores, order, axis=1)
-            rows_MK[left_P] = np.take_along_axis(rows, order, axis=1)
-            left_P = left_P[~enough_P]
-            if not len(left_P) or (allow_N is None and self.held < self.rows):
+            scores_MK[remaining_P] = np.take_along_axis(scores, order, axis=1)
+            rows_MK[remaining_P] = np.take_along_axis(rows, order, axis=1)
+            remaining_P = remaining_P[~enough_P]
+            if not len(remaining_P) or (allow_N is None and self.indexed < self.rows):
                 # Without `allow_N`, exact search cannot know which rows are deleted.
                 return scores_MK, rows_MK
-        scores_MK[left_P], rows_MK[left_P] = self.exact.search(queries_MD[left_P], k, allow_N)
+        scores_MK[remaining_P], rows_MK[remaining_P] = self.exact.search(
+            queries_MD[remaining_P], k, allow_N
+        )
         return scores_MK, rows_MK
 
     def _attempts(self, k: int, allowed: int, query_modality: str) -> Iterator[OperatingPoint]:
@@ -123,38 +125,38 @@ class Approximate(Index):
 
         They retrieve unfiltered neighbours: the fewer rows are allowed, the more are needed.
         """
-        share = allowed / max(self.held, 1)
+        share = allowed / max(self.indexed, 1)
         if (1 - share) * k < FEW_MISSING:
             yield self.point(k, query_modality)
-        most = DEEPEST * max(KS)
+        max_depth = MAX_DEPTH * max(KS)
         depth = math.ceil(2 * SPARE * k / max(share, 1e-9)) - k
-        while share < 1 and depth <= most:
-            point = self.between(depth, query_modality)
-            graph = not isinstance(_core(self.faiss), faiss.IndexIVF)
-            seen = max(point.candidates, point.breadth) if graph else point.candidates
-            if seen * CANDIDATE_COST > allowed:
+        while share < 1 and depth <= max_depth:
+            point = self.interpolated_point(depth, query_modality)
+            graph = not isinstance(_ivf_or_graph(self.faiss), faiss.IndexIVF)
+            visited = max(point.candidates, point.breadth) if graph else point.candidates
+            if visited * CANDIDATE_COST > allowed:
                 return
             yield point
-            depth *= DEEPER
+            depth *= DEPTH_FACTOR
 
     def search_at(self, queries_MD: Floats, point: OperatingPoint) -> tuple[Floats, Ints]:
         """Search with given parameters, without a filter."""
         queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
         rows_MR = self.candidates(queries_MD, point)
-        return self.scored(queries_MD, rows_MR, point.k)
+        return self.rescore(queries_MD, rows_MR, point.k)
 
     @property
     def largest_breadth(self) -> int:
         """Breadth that searches the whole index (IVF), or nearly all of it (graph)."""
-        core = _core(self.faiss)
-        return int(core.nlist) if isinstance(core, faiss.IndexIVF) else min(self.held, MOST_BREADTH)
+        ivf = _ivf_or_graph(self.faiss)
+        return int(ivf.nlist) if isinstance(ivf, faiss.IndexIVF) else min(self.indexed, MAX_BREADTH)
 
     def point(self, k: int, query_modality: str) -> OperatingPoint:
         """Return parameters tuned for at least k neighbours, or scaled up to k."""
         points = self.points.get(query_modality) or next(iter(self.points.values()))
-        return next((p for p in points if p.k >= k), points[-1]).at(k)
+        return next((p for p in points if p.k >= k), points[-1]).scaled_to(k)
 
-    def between(self, k: int, query_modality: str) -> OperatingPoint:
+    def interpolated_point(self, k: int, query_modality: str) -> OperatingPoint:
         """Return parameters for k neighbours, interpolated if k lies between two tuned points."""
         points = self.points.get(query_modality) or next(iter(self.points.values()))
         lower = next((p for p in reversed(points) if p.k <= k), None)
@@ -162,13 +164,13 @@ class Approximate(Index):
         if lower is None or upper is None or lower == upper:
             return self.point(k, query_modality)
         # Both grow roughly as a power of k.
-        way = math.log(k / lower.k) / math.log(upper.k / lower.k)
+        fraction = math.log(k / lower.k) / math.log(upper.k / lower.k)
 
-        def grown(low: int, high: int) -> int:
-            return math.ceil(low * (high / low) ** way)
+        def interpolate(low: int, high: int) -> int:
+            return math.ceil(low * (high / low) ** fraction)
 
-        candidates = grown(lower.candidates, upper.candidates)
-        return OperatingPoint(k, grown(lower.breadth, upper.breadth), max(k, candidates))
+        candidates = interpolate(lower.candidates, upper.candidates)
+        return OperatingPoint(k, interpolate(lower.breadth, upper.breadth), max(k, candidates))
 
     def candidates(self, queries_MD: Floats, point: OperatingPoint) -> Ints:
         """Return the rows to score exactly, (M, R), by approximate score; -1 if there are fewer.
@@ -178,11 +180,11 @@ class Approximate(Index):
         """
         self._check(queries_MD)
         parameters = _parameters(self.faiss, point.breadth)
-        wanted = min(point.candidates, self.held)
-        at_once = max(1, HANDED // max(1, wanted))
+        count = min(point.candidates, self.indexed)
+        at_once = max(1, CANDIDATES_PER_CALL // max(1, count))
         try:
             parts = [
-                self.faiss.search(queries_MD[first : first + at_once], wanted, params=parameters)[1]
+                self.faiss.search(queries_MD[first : first + at_once], count, params=parameters)[1]
                 for first in range(0, max(1, len(queries_MD)), at_once)
             ]
         except (RuntimeError, MemoryError) as error:
@@ -197,12 +199,12 @@ class Approximate(Index):
             shape = f"(queries, {self.vectors.dim})"
             raise VectorError(f"queries must have shape {shape}, not {queries_MD.shape}")
 
-    def scored(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
+    def rescore(self, queries_MD: Floats, rows_MR: Ints, k: int) -> tuple[Floats, Ints]:
         """Score candidates exactly and keep the k best."""
-        at_once = max(1, GATHERED // max(1, rows_MR.shape[1] * self.vectors.dim))
+        at_once = max(1, GATHERED_VALUES // max(1, rows_MR.shape[1] * self.vectors.dim))
         # One buffer for all blocks: repeated allocation would fragment the memory.
-        held = min(at_once, len(queries_MD)) * rows_MR.shape[1]
-        buffer_PD = torch.empty(held, self.vectors.dim, dtype=torch.float16)
+        buffer_rows = min(at_once, len(queries_MD)) * rows_MR.shape[1]
+        buffer_PD = torch.empty(buffer_rows, self.vectors.dim, dtype=torch.float16)
         parts = []
         for first in range(0, len(queries_MD), at_once):
             rows = rows_MR[first : first + at_once]
@@ -221,8 +223,8 @@ class Approximate(Index):
 
 def build(
     vectors: VectorReader,
-    design: IndexSpec,
-    lists: CoarseQuantizer | None = None,
+    spec: IndexSpec,
+    quantizer: CoarseQuantizer | None = None,
     *,
     seed: int = 0,
     shown: bool | None = None,
@@ -231,34 +233,37 @@ def build(
 
     Args:
         vectors: Read in blocks.
-        design: Kind and code.
-        lists: The coarse quantizer of an IVF; see `cluster`.
+        spec: Kind and code.
+        quantizer: The coarse quantizer of an IVF; see `cluster`.
         seed: Seed of the training sample.
         shown: Whether to show a progress bar; None: if bars are shown on stderr.
 
     Raises:
         VectorError: A vector holds NaN or infinity, or is zero.
     """
-    factory = design.factory(vectors.live, vectors.dim)
+    factory = spec.factory(vectors.live, vectors.dim)
     index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
-    sample = vectors.gather(vectors.draw(CODE_ROWS, seed)).astype(np.float32)
-    if design.kind == "hnsw":
-        index.hnsw.efConstruction = BUILD_BREADTH
+    sample = vectors.gather(vectors.sample_rows(CODE_ROWS, seed)).astype(np.float32)
+    if spec.kind == "hnsw":
+        index.hnsw.efConstruction = EF_CONSTRUCTION
         index.train(sample)
         index = faiss.IndexIDMap(index)
     else:
-        lists = lists or cluster(vectors, design, seed=seed)
+        quantizer = quantizer or cluster(vectors, spec, seed=seed)
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.init(seed)
-        core = _core(index)
+        ivf = _ivf_or_graph(index)
         # A quantizer that already has its centroids is not trained again.
-        core.quantizer.add(rotation.apply(lists.centres_LD))
-        if isinstance(core, faiss.IndexIVFPQFastScan):
-            core.pq.cp.min_points_per_centroid, core.pq.cp.niter = 1, ROUNDS  # see `cluster`
+        ivf.quantizer.add(rotation.apply(quantizer.centroids_LD))
+        if isinstance(ivf, faiss.IndexIVFPQFastScan):
+            ivf.pq.cp.min_points_per_centroid, ivf.pq.cp.niter = (
+                1,
+                KMEANS_ITERATIONS,
+            )  # see `cluster`
         index.train(sample)
     del sample
-    if lists is not None:
-        _file(index, vectors, lists, shown)
+    if quantizer is not None:
+        _fill_lists(index, vectors, quantizer, shown)
         return index
     with bar("index", vectors.live, "vectors", shown=shown) as progress:
         for numbers_B, block_BD in vectors.blocks():
@@ -267,19 +272,21 @@ def build(
     return index
 
 
-def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool | None) -> None:
+def _fill_lists(
+    index: Any, vectors: VectorReader, quantizer: CoarseQuantizer, shown: bool | None
+) -> None:
     """Assign every vector to its list and encode it.
 
     FAISS cannot assign by the query metric, and takes twice as long, as torch rotates and compares
     faster. Codes are kept in a file until each list is complete, as fast-scan packs 32 rows into a
     block.
     """
-    core = _core(index)
-    width = core.code_size
+    ivf = _ivf_or_graph(index)
+    width = ivf.code_size
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
-    turn_DD = torch.from_numpy(faiss.vector_to_array(rotation.A)).view(rotation.d_out, -1).T
+    rotation_DD = torch.from_numpy(faiss.vector_to_array(rotation.A)).view(rotation.d_out, -1).T
     numbers = np.zeros(vectors.live, np.int64)
-    owner = np.zeros(vectors.live, np.int64)
+    list_numbers = np.zeros(vectors.live, np.int64)
     with (
         files.scratch_file() as file,
         bar("index", vectors.live, "vectors", shown=shown) as progress,
@@ -287,11 +294,11 @@ def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool
         first = 0
         for numbers_B, block_BD in vectors.blocks():
             part = slice(first, first + len(numbers_B))
-            numbers[part], owner[part] = numbers_B, lists.of(block_BD)
+            numbers[part], list_numbers[part] = numbers_B, quantizer.assign(block_BD)
             coded = np.empty((len(numbers_B), width), np.uint8)
-            rotated = (torch.from_numpy(block_BD) @ turn_DD).numpy()
-            core.encode_vectors(
-                len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(owner[part]),
+            rotated = (torch.from_numpy(block_BD) @ rotation_DD).numpy()
+            ivf.encode_vectors(
+                len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(list_numbers[part]),
                 faiss.swig_ptr(coded),
             )  # fmt: skip
             with files.naming(files.scratch_folder()):
@@ -300,58 +307,58 @@ def _file(index: Any, vectors: VectorReader, lists: CoarseQuantizer, shown: bool
             progress.update(len(numbers_B))
         file.flush()
         codes = np.memmap(file, np.uint8, "r", shape=(vectors.live, width))
-        order = np.argsort(owner, kind="stable")
-        ends = np.cumsum(np.bincount(owner, minlength=core.nlist))
+        order = np.argsort(list_numbers, kind="stable")
+        ends = np.cumsum(np.bincount(list_numbers, minlength=ivf.nlist))
         for number, rows in enumerate(np.split(order, ends[:-1])):
             if len(rows):
-                _append(core, number, numbers[rows], codes[rows])
-    core.ntotal = index.ntotal = len(numbers)
+                _append_packed(ivf, number, numbers[rows], codes[rows])
+    ivf.ntotal = index.ntotal = len(numbers)
 
 
-def _append(core: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
+def _append_packed(ivf: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
     """Add rows to an empty list."""
-    packer = faiss.downcast_InvertedLists(core.invlists).packer
+    packer = faiss.downcast_InvertedLists(ivf.invlists).packer
     blocks = -(-len(ids) // packer.nvec)
     flat = np.zeros((blocks * packer.nvec, codes.shape[1]), np.uint8)
     flat[: len(codes)] = codes
     packed = np.zeros((blocks, packer.block_size), np.uint8)
     for i in range(blocks):
         packer.pack_all(faiss.swig_ptr(flat[i * packer.nvec :]), faiss.swig_ptr(packed[i]))
-    core.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
+    ivf.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
 
 
 def cluster(
-    vectors: VectorReader, design: IndexSpec, queries_MD: Floats | None = None, seed: int = 0
+    vectors: VectorReader, spec: IndexSpec, queries_MD: Floats | None = None, seed: int = 0
 ) -> CoarseQuantizer:
     """Train the coarse quantizer of an IVF by k-means on a random sample.
 
     Args:
         vectors: The vectors to be assigned.
-        design: Number of lists, and the metric.
+        spec: Number of lists, and the metric.
         queries_MD: Queries for the query metric.
         seed: Seed of the sample.
     """
-    count = design.lists(vectors.live)
-    rows = vectors.draw(min(TRAINING_ROWS, ROWS_PER_LIST * count), seed)
+    count = spec.lists(vectors.live)
+    rows = vectors.sample_rows(min(KMEANS_ROWS, ROWS_PER_LIST * count), seed)
     sample = vectors.gather(rows).astype(np.float32)
     metric = None
-    run = faiss.Clustering(vectors.dim, count)
-    run.niter, run.seed, run.spherical = ROUNDS, seed, True
+    kmeans = faiss.Clustering(vectors.dim, count)
+    kmeans.niter, kmeans.seed, kmeans.spherical = KMEANS_ITERATIONS, seed, True
     nearest = faiss.IndexFlatIP(vectors.dim)
-    if design.metric == "queries" and queries_MD is not None:
+    if spec.metric == "queries" and queries_MD is not None:
         metric, root = query_metric(queries_MD)
         sample = sample @ root
-        run.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
+        kmeans.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
     # FAISS warns on stderr if it considers the rows too few; here recall is measured instead.
-    run.min_points_per_centroid, run.max_points_per_centroid = 1, ROWS_PER_LIST
-    run.train(sample, nearest)
-    centres = faiss.vector_to_array(run.centroids).reshape(count, vectors.dim)
+    kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, ROWS_PER_LIST
+    kmeans.train(sample, nearest)
+    centroids = faiss.vector_to_array(kmeans.centroids).reshape(count, vectors.dim)
     if metric is not None:
-        centres = np.linalg.solve(root, centres.T).T.astype(np.float32)
-    return CoarseQuantizer(np.ascontiguousarray(centres), metric)
+        centroids = np.linalg.solve(root, centroids.T).T.astype(np.float32)
+    return CoarseQuantizer(np.ascontiguousarray(centroids), metric)
 
 
-def size(index: Any) -> int:
+def serialized_bytes(index: Any) -> int:
     """Return the serialized size of the index in bytes."""
     count = 0
 
@@ -365,25 +372,25 @@ def size(index: Any) -> int:
 
 def save(index: Any, path: Path) -> None:
     """Write the FAISS file atomically; the lists of an IVF go into a separate file."""
-    core = _core(index)
-    if not isinstance(core, faiss.IndexIVF):
+    ivf = _ivf_or_graph(index)
+    if not isinstance(ivf, faiss.IndexIVF):
         files.write_through(path, lambda name: faiss.write_index(index, files.utf8_name(name)))
         return
-    lists = faiss.downcast_InvertedLists(core.invlists)
-    where: list[tuple[int, int]] = []
-    files.write_through(lists_of(path), lambda name: where.extend(_write_lists(lists, name)))
-    core.own_invlists, core.invlists = False, None
+    lists = faiss.downcast_InvertedLists(ivf.invlists)
+    list_sizes: list[tuple[int, int]] = []
+    files.write_through(lists_path(path), lambda name: list_sizes.extend(_write_lists(lists, name)))
+    ivf.own_invlists, ivf.invlists = False, None
     writer = faiss.VectorIOWriter()
     faiss.write_index(index, writer)
-    core.invlists, core.own_invlists = lists, True
+    ivf.invlists, ivf.own_invlists = lists, True
     # Its last four bytes say that there are no lists; replace them by the table of the lists.
-    head = faiss.vector_to_array(writer.data).tobytes()[: -len(mapped.NONE)]
-    table = mapped.table(where, core.code_size)
-    place = mapped.place(lists_of(path).name, lists_of(path).stat().st_size)
-    files.write_bytes(path, head + table + place)
+    header = faiss.vector_to_array(writer.data).tobytes()[: -len(mapped.NO_LISTS)]
+    lists_table = mapped.lists_table(list_sizes, ivf.code_size)
+    file_reference = mapped.file_reference(lists_path(path).name, lists_path(path).stat().st_size)
+    files.write_bytes(path, header + lists_table + file_reference)
 
 
-def lists_of(path: Path) -> Path:
+def lists_path(path: Path) -> Path:
     """Return the path of the file with the lists of an index."""
     return path.with_suffix(".lists")
 
@@ -394,38 +401,40 @@ def _write_lists(lists: Any, name: str) -> Iterator[tuple[int, int]]:
         for number in range(lists.nlist):
             rows = lists.list_size(number)
             blocks = -(-rows // lists.n_per_block)
-            room = blocks * lists.n_per_block
-            ids = np.full(room, -1, np.int64)
+            capacity = blocks * lists.n_per_block
+            ids = np.full(capacity, -1, np.int64)
             if rows:
                 codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size)
                 ids[:rows] = faiss.rev_swig_ptr(lists.get_ids(number), rows)
                 file.write(codes.tobytes())
                 file.write(ids.tobytes())
-            yield rows, room
+            yield rows, capacity
 
 
-def load(path: Path, held: int, dim: int) -> Any:
+def load(path: Path, indexed: int, dim: int) -> Any:
     """Open a FAISS file by memory-mapping it.
 
     Raises:
         StoreError: It cannot be read, or does not match its description.
     """
     try:
-        if lists_of(path).exists():
-            lists = lists_of(path)
-            content = mapped.moved(path.read_bytes(), lists.name, str(lists), lists.stat().st_size)
+        if lists_path(path).exists():
+            lists = lists_path(path)
+            content = mapped.with_lists_at(
+                path.read_bytes(), lists.name, str(lists), lists.stat().st_size
+            )
             index = faiss.deserialize_index(
                 np.frombuffer(content, np.uint8), faiss.IO_FLAG_READ_ONLY
             )
             # FAISS would start 32 threads per query to prefetch its lists: slower if they are in
             # memory (2.5 ms a query instead of 1), and a query reads few pages from a disk.
-            faiss.downcast_InvertedLists(_core(index).invlists).prefetch_nthread = 0
+            faiss.downcast_InvertedLists(_ivf_or_graph(index).invlists).prefetch_nthread = 0
         else:
             index = faiss.read_index(files.utf8_name(path), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
-    if index.ntotal != held or index.d != dim:
-        raise StoreError(f"{path}: holds {index.ntotal} vectors, but index.json says {held}")
+    if index.ntotal != indexed or index.d != dim:
+        raise StoreError(f"{path}: holds {index.ntotal} vectors, but index.json says {indexed}")
     return index
 
 
@@ -439,7 +448,7 @@ def set_threads(count: int) -> None:
     faiss.omp_set_num_threads(count)
 
 
-def _core(index: Any) -> Any:
+def _ivf_or_graph(index: Any) -> Any:
     """Return the IVF or the graph inside a rotation or an id map."""
     while isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
         index = faiss.downcast_index(index.index)
@@ -448,9 +457,9 @@ def _core(index: Any) -> Any:
 
 def _parameters(index: Any, breadth: int) -> Any:
     """Return search parameters of the type that the index needs."""
-    core = _core(index)
-    if isinstance(core, faiss.IndexIVF):
-        inner = faiss.SearchParametersIVF(nprobe=min(breadth, core.nlist))
+    ivf = _ivf_or_graph(index)
+    if isinstance(ivf, faiss.IndexIVF):
+        inner = faiss.SearchParametersIVF(nprobe=min(breadth, ivf.nlist))
     else:
         inner = faiss.SearchParametersHNSW(efSearch=breadth)
     if isinstance(index, faiss.IndexPreTransform):

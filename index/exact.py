@@ -13,7 +13,7 @@ from mmalign import kernels
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import VectorError
 from mmalign.index.spec import Index, Shards
-from mmalign.index.vectors import VectorReader, shared
+from mmalign.index.vectors import VectorReader, shared_tensor
 
 # The first search computes bounds on the norms, while other searches wait; above PREPARED_BYTES the
 # second search does, as reading so many vectors twice for a single answer takes long.
@@ -22,7 +22,7 @@ from mmalign.index.vectors import VectorReader, shared
 PREPARED_BYTES = 4 << 30
 CODED_AFTER, CODED_BYTES = 256, 1 << 30
 # Only queries that are compared with at least this share of the rows are counted.
-PREPARED = 0.25
+MIN_SHARE_TO_COUNT = 0.25
 
 
 class Exact(Index):
@@ -39,15 +39,15 @@ class Exact(Index):
         self.coded_bytes = coded_bytes
         self.shards = []
         for shard in shards:
-            kept = shard[max(0, first_row) :]
+            remaining = shard[max(0, first_row) :]
             first_row -= len(shard)
-            if len(kept):
-                self.shards.append(shared(kept))
+            if len(remaining):
+                self.shards.append(shared_tensor(remaining))
         self.rows = sum(len(s) for s in self.shards)
         self.bytes = sum(s.nbytes for s in self.shards)
         self.queries_seen, self.prepared = 0, False
         self.corpus: kernels.Corpus | None = None
-        self.coding: threading.Thread | None = None
+        self.coding_thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def search(
@@ -66,7 +66,7 @@ class Exact(Index):
         if allow_N is not None:
             allow = torch.from_numpy(allow_N[self.first_row : self.first_row + self.rows])
         # Preparing reads every row: not worth it for a filter that allows few.
-        if allow is None or int(allow.count_nonzero()) >= PREPARED * self.rows:
+        if allow is None or int(allow.count_nonzero()) >= MIN_SHARE_TO_COUNT * self.rows:
             self._prepare_if_worth(len(queries))
         width = min(k, self.rows)
         scores, rows = kernels.topk(queries, self.corpus or self.shards, width, allow=allow)
@@ -78,21 +78,25 @@ class Exact(Index):
 
     def _prepare_if_worth(self, queries: int) -> None:
         with self._lock:
-            before, self.queries_seen = self.queries_seen, self.queries_seen + queries
-            if not self.prepared and (before or self.bytes <= PREPARED_BYTES):
+            seen_before, self.queries_seen = self.queries_seen, self.queries_seen + queries
+            if not self.prepared and (seen_before or self.bytes <= PREPARED_BYTES):
                 self.prepared = True
                 # An invalid row is not an error here: the search reports it if it matters.
                 with contextlib.suppress(VectorError):
                     self.corpus = kernels.prepare(self.shards)
-            if self.coding is None and self.queries_seen > CODED_AFTER and self._can_code(queries):
-                self.coding = threading.Thread(target=self._code, name="mmalign codes")
+            if (
+                self.coding_thread is None
+                and self.queries_seen > CODED_AFTER
+                and self._can_code(queries)
+            ):
+                self.coding_thread = threading.Thread(target=self._code, name="mmalign codes")
                 with contextlib.suppress(RuntimeError):  # no more threads, or the process is ending
-                    self.coding.start()
+                    self.coding_thread.start()
 
     def _can_code(self, queries: int) -> bool:
-        if self.corpus is None or self.rows * self.corpus.width > self.coded_bytes:
+        if self.corpus is None or self.rows * self.corpus.dim > self.coded_bytes:
             return False
-        return kernels.codes_pay(self.corpus, queries)
+        return kernels.codes_are_faster(self.corpus, queries)
 
     def _code(self) -> None:
         """Encode all vectors, unless the process ends first."""
@@ -104,7 +108,7 @@ class Exact(Index):
         assert self.corpus is not None
         # Without codes, or without the memory for them, searches continue as before.
         with contextlib.suppress(InterruptedError, MemoryError, RuntimeError):
-            self.corpus = kernels.coded(self.corpus, tick)
+            self.corpus = kernels.add_codes(self.corpus, tick)
 
 
 class Extended(Index):

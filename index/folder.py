@@ -34,7 +34,7 @@ def write_index(
     modality: str,
     shards: Shards,
     *,
-    asked: Mapping[str, Queries],
+    queries_by_modality: Mapping[str, Queries],
     recall: float,
     memory: float,
     share: float = 1.0,
@@ -46,20 +46,20 @@ def write_index(
         folder: An existing folder for the FAISS file.
         modality: "image" or "text": what the vectors are of.
         shards: The vectors, each (rows, D) float16.
-        asked: Queries by their modality; the first one decides the choice.
+        queries_by_modality: Those of the first modality decide the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
         share: This index's share of the memory for all indexes of a store.
         live_N: Which rows are not deleted; None if all are live.
     """
     vectors = VectorReader(shards, live_N)
-    made = plan(vectors, asked, recall, memory, share)
-    if made.index is not None:
-        approximate.save(made.index, folder / f"{modality}.faiss")
-    promised = made.kept[0] if made.kept else None
+    chosen = plan(vectors, queries_by_modality, recall, memory, share)
+    if chosen.index is not None:
+        approximate.save(chosen.index, folder / f"{modality}.faiss")
+    promised = chosen.measured[0] if chosen.measured else None
     return {
-        "kind": made.spec.kind,
-        "name": made.spec.name(vectors.live, vectors.dim),
+        "kind": chosen.spec.kind,
+        "name": chosen.spec.name(vectors.live, vectors.dim),
         "rows": vectors.total,
         "held": vectors.live,
         "dim": vectors.dim,
@@ -67,9 +67,9 @@ def write_index(
         "memory": memory,
         "recall": promised.recall if promised else 1.0,
         "queries": promised.queries if promised else 0,
-        "points": {name: [asdict(p) for p in points] for name, points in made.points.items()},
-        "measured": [asdict(t) for t in made.kept],
-        "tried": [asdict(t) for t in made.tried],
+        "points": {name: [asdict(p) for p in points] for name, points in chosen.points.items()},
+        "measured": [asdict(t) for t in chosen.measured],
+        "tried": [asdict(t) for t in chosen.tried],
     }
 
 
@@ -92,13 +92,13 @@ def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
     if folder is None:
         return Exact(shards)
     try:
-        return _opened(folder, describe(folder), modality, shards)
+        return _open_modality(folder, describe(folder), modality, shards)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        told = f"not made by mmalign: {type(error).__name__}: {error}"
-        raise StoreError(f"{folder / 'index.json'}: {told}") from None
+        reason = f"not made by mmalign: {type(error).__name__}: {error}"
+        raise StoreError(f"{folder / 'index.json'}: {reason}") from None
 
 
-def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
+def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
     if content["format"] != FORMAT:
         other = (
             f"index format {content['format']}, but this version of mmalign reads format {FORMAT}"
@@ -112,11 +112,11 @@ def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards
         beside = folder / name
         if beside.stem == modality and not (beside.is_file() and beside.stat().st_size == size):
             raise StoreError(f"{beside}: missing, or not of the size in index.json")
-    if approximate.lists_of(file).exists():
-        whole = files.sha256(file) == content["sha256"][file.name]
+    if approximate.lists_path(file).exists():
+        intact = files.sha256(file) == content["sha256"][file.name]
     else:
-        whole = _head(file) == content["heads"][file.name]
-    if not whole:
+        intact = _head_crc(file) == content["heads"][file.name]
+    if not intact:
         raise StoreError(f"{file}: damaged: its content does not match its hash")
     vectors = VectorReader(shards)
     if vectors.total < part["rows"]:
@@ -124,8 +124,8 @@ def _opened(folder: Path, content: dict[str, Any], modality: str, shards: Shards
     points = {
         name: [OperatingPoint(**p) for p in points] for name, points in part["points"].items()
     }
-    loaded = approximate.load(file, part["held"], vectors.dim)
-    return Extended(approximate.Approximate(loaded, vectors, points, part["rows"]), vectors)
+    faiss_index = approximate.load(file, part["held"], vectors.dim)
+    return Extended(approximate.Approximate(faiss_index, vectors, points, part["rows"]), vectors)
 
 
 def write_description(folder: Path, content: dict[str, Any]) -> None:
@@ -133,12 +133,12 @@ def write_description(folder: Path, content: dict[str, Any]) -> None:
     written = sorted(p for p in folder.iterdir() if p.name != "index.json")
     sizes = {p.name: p.stat().st_size for p in written}
     hashes = {p.name: files.sha256(p) for p in written}
-    heads = {p.name: _head(p) for p in written if p.suffix == ".faiss"}
+    heads = {p.name: _head_crc(p) for p in written if p.suffix == ".faiss"}
     checks = {"bytes": sizes, "sha256": hashes, "heads": heads}
     files.write_json(folder / "index.json", {"format": FORMAT, **content, **checks})
 
 
-def _head(file: Path) -> int:
+def _head_crc(file: Path) -> int:
     """Return the checksum of the start of a file."""
     with open(file, "rb") as content:
         return zlib.crc32(content.read(HEAD_BYTES))

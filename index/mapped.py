@@ -14,34 +14,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NONE, MARK, ID_BYTES = b"il00", b"ilod", 8
+NO_LISTS, ON_DISK_LISTS, ID_BYTES = b"il00", b"ilod", 8
 """The magic numbers for no lists and for lists in a file, and the bytes of an id."""
 
 
-def table(lists: Sequence[tuple[int, int]], code_bytes: int) -> bytes:
+def lists_table(lists: Sequence[tuple[int, int]], code_bytes: int) -> bytes:
     """Describe lists that are stored one after another.
 
     Args:
         lists: Rows and capacity in rows of each list.
         code_bytes: Bytes of one code.
     """
-    rows_L, room_L = np.array(lists, dtype=np.uint64).T
-    bytes_L = room_L * np.uint64(code_bytes + ID_BYTES)
+    rows_L, capacity_L = np.array(lists, dtype=np.uint64).T
+    bytes_L = capacity_L * np.uint64(code_bytes + ID_BYTES)
     start_L = np.cumsum(bytes_L) - bytes_L
-    entries = np.stack([rows_L, room_L, start_L], axis=1).tobytes()
-    head = MARK + struct.pack("<3Q", len(lists), code_bytes, len(lists))
-    return head + entries + struct.pack("<Q", 0)
+    entries = np.stack([rows_L, capacity_L, start_L], axis=1).tobytes()
+    header = ON_DISK_LISTS + struct.pack("<3Q", len(lists), code_bytes, len(lists))
+    return header + entries + struct.pack("<Q", 0)
 
 
-def place(name: str, size: int) -> bytes:
+def file_reference(name: str, size: int) -> bytes:
     """Return the name and size of the lists' file, as they stand at the end of an index."""
-    written = name.encode()
-    return struct.pack("<Q", len(written)) + written + struct.pack("<Q", size)
+    encoded_name = name.encode()
+    return struct.pack("<Q", len(encoded_name)) + encoded_name + struct.pack("<Q", size)
 
 
-def moved(index: bytes, name: str, path: str, size: int) -> bytes:
+def with_lists_at(index: bytes, name: str, path: str, size: int) -> bytes:
     """Return the index with another path for its lists."""
-    end = place(name, size)
+    end = file_reference(name, size)
     if not index.endswith(end):
         raise ValueError(f"it does not end with the name of its lists, {name}")
-    return index[: -len(end)] + place(path, size)
+    return index[: -len(end)] + file_reference(path, size)

@@ -17,18 +17,18 @@ from mmalign.index.approximate import Approximate
 from mmalign.index.spec import OperatingPoint
 
 # Maximum candidates of a sweep: as a multiple of the neighbours wanted, and in total.
-DEEPEST, MOST_CANDIDATES = 40, 2_000
-DEEPER = 1.3
-# Breadths are doubled until one suffices; the sweep starts at half of it and grows by STEP.
-NARROWEST, STEP = 4, 2**0.25
+MAX_CANDIDATES_PER_K, MAX_CANDIDATES = 40, 2_000
+CANDIDATES_STEP = 1.3
+# Breadths are doubled until one suffices; the sweep starts at half of it and grows by BREADTH_STEP.
+MIN_BREADTH, BREADTH_STEP = 4, 2**0.25
 # A sweep ends after this many consecutive steps that were slower than the best.
-WORSE = 2
+MAX_WORSE_STEPS = 2
 # Queries that are timed one by one: while tuning, and at the end.
-TIMED, ALONE = 64, 300
+TIMED_IN_TUNING, TIMED_HELD_OUT = 64, 300
 # Bootstrap resamples for a confidence interval.
-RESAMPLED = 1_000
+BOOTSTRAP_RESAMPLES = 1_000
 # Queries that one index answers before the next takes its turn.
-TURN = 50
+QUERIES_PER_TURN = 50
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HeldOut:
     """Held-out queries: not used for tuning, only to measure its result."""
 
     queries_MD: Floats
-    groups_M: Ints | None = None
+    image_ids_M: Ints | None = None
     """Image number of each query; None if each query is a group of its own."""
 
 
@@ -71,11 +71,11 @@ def neighbour_recall(found_MK: Ints, true_MK: Ints) -> Floats:
     >>> neighbour_recall(np.array([[1, 2]]), np.array([[2, 3]])).tolist()
     [0.5]
     """
-    both = (found_MK[:, :, None] == true_MK[:, None, :]) & (true_MK[:, None, :] >= 0)
-    return both.any(axis=1).sum(axis=1) / np.maximum((true_MK >= 0).sum(axis=1), 1)  # type: ignore[no-any-return]
+    matches = (found_MK[:, :, None] == true_MK[:, None, :]) & (true_MK[:, None, :] >= 0)
+    return matches.any(axis=1).sum(axis=1) / np.maximum((true_MK >= 0).sum(axis=1), 1)  # type: ignore[no-any-return]
 
 
-def interval(shares_M: Floats, groups_M: Ints | None = None) -> tuple[float, float]:
+def interval(recall_M: Floats, image_ids_M: Ints | None = None) -> tuple[float, float]:
     """Compute the 95 % confidence interval of a mean over queries by a cluster bootstrap.
 
     Captions of one image find, or miss, the same neighbours: treated as independent, they give too
@@ -83,36 +83,38 @@ def interval(shares_M: Floats, groups_M: Ints | None = None) -> tuple[float, flo
     at least 1.5 / groups to each side of the mean.
 
     Args:
-        shares_M: Recall of each query.
-        groups_M: The image of each query; without it, each query is a group of its own.
+        recall_M: Recall of each query.
+        image_ids_M: The image of each query; without it, each query is a group of its own.
 
     Source: the cluster bootstrap, Field and Welsh 2007, "Bootstrapping clustered data".
     """
-    groups_M = np.arange(len(shares_M)) if groups_M is None else groups_M
-    groups_M = np.unique(groups_M, return_inverse=True)[1]
-    sizes_G, sums_G = np.bincount(groups_M), np.bincount(groups_M, weights=shares_M)
+    image_ids_M = np.arange(len(recall_M)) if image_ids_M is None else image_ids_M
+    image_ids_M = np.unique(image_ids_M, return_inverse=True)[1]
+    sizes_G, sums_G = np.bincount(image_ids_M), np.bincount(image_ids_M, weights=recall_M)
     count = max(len(sizes_G), 1)
-    drawn_BG = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLED)
-    means_B = (drawn_BG @ sums_G) / (drawn_BG @ sizes_G)
-    mean, least = float(np.mean(shares_M)), 1.5 / count
-    low, high = np.quantile(means_B, [0.025, 0.975])
-    return max(0.0, min(float(low), mean - least)), min(1.0, max(float(high), mean + least))
+    counts_BG = np.random.default_rng(0).multinomial(
+        count, np.full(count, 1 / count), BOOTSTRAP_RESAMPLES
+    )
+    mean_B = (counts_BG @ sums_G) / (counts_BG @ sizes_G)
+    mean, margin = float(np.mean(recall_M)), 1.5 / count
+    low, high = np.quantile(mean_B, [0.025, 0.975])
+    return max(0.0, min(float(low), mean - margin)), min(1.0, max(float(high), mean + margin))
 
 
-def places(rows_MR: Ints, true_MK: Ints) -> Ints:
+def candidate_ranks(rows_MR: Ints, true_MK: Ints) -> Ints:
     """Return the rank of each true neighbour among the candidates, (M, K); R if it is missing."""
-    depth = rows_MR.shape[1]
-    out = np.full(true_MK.shape, depth)
+    candidates = rows_MR.shape[1]
+    out = np.full(true_MK.shape, candidates)
     for m, (rows_R, true_K) in enumerate(zip(rows_MR, true_MK, strict=True)):
         order = np.argsort(rows_R)
-        at = np.minimum(np.searchsorted(rows_R, true_K, sorter=order), depth - 1)
+        at = np.minimum(np.searchsorted(rows_R, true_K, sorter=order), candidates - 1)
         found = rows_R[order[at]] == true_K
         out[m, found] = order[at[found]]
     return out
 
 
 def tune(
-    index: Approximate, queries_MD: Floats, true_MK: Ints, k: int, wanted: float
+    index: Approximate, queries_MD: Floats, true_MK: Ints, k: int, target_recall: float
 ) -> tuple[OperatingPoint, bool]:
     """Find the fastest parameters that reach the wanted recall of the k nearest neighbours.
 
@@ -123,45 +125,49 @@ def tune(
         The parameters, and True; or those with the highest recall, and False, if even the whole
         index falls short, as its codes are too coarse.
     """
-    deepest = _deepest(index, k)
+    max_candidates = _max_candidates(index, k)
 
     @cache
     def sufficient(breadth: int) -> OperatingPoint | None:
         """Return the point with the fewest candidates that reach the wanted recall."""
-        rows_MR = index.candidates(queries_MD, OperatingPoint(k, breadth, deepest))
-        places_MK = places(rows_MR, true_MK[:, :k])
-        enough = (c for c in depths(k, deepest) if (places_MK < c).mean() >= wanted)
+        rows_MR = index.candidates(queries_MD, OperatingPoint(k, breadth, max_candidates))
+        ranks_MK = candidate_ranks(rows_MR, true_MK[:, :k])
+        enough = (
+            c for c in candidate_counts(k, max_candidates) if (ranks_MK < c).mean() >= target_recall
+        )
         return next((OperatingPoint(k, breadth, c) for c in enough), None)
 
-    most = index.largest_breadth
-    enough = next((b for b in breadths(NARROWEST, most, 2) if sufficient(b)), None)
-    if enough is None:
-        return OperatingPoint(k, most, deepest), False
+    max_breadth = index.largest_breadth
+    sufficient_breadth = next(
+        (b for b in breadths(MIN_BREADTH, max_breadth, 2) if sufficient(b)), None
+    )
+    if sufficient_breadth is None:
+        return OperatingPoint(k, max_breadth, max_candidates), False
     best: OperatingPoint | None = None
-    fastest, worse = np.inf, 0
-    for breadth in breadths(max(NARROWEST, enough // 2), most, STEP):
+    fastest, slower_steps = np.inf, 0
+    for breadth in breadths(max(MIN_BREADTH, sufficient_breadth // 2), max_breadth, BREADTH_STEP):
         point = sufficient(breadth)
         if point is None:
             continue
-        seconds = float(np.median(times(index, queries_MD[:TIMED], point)))
+        seconds = float(np.median(time_queries(index, queries_MD[:TIMED_IN_TUNING], point)))
         if seconds < fastest:
-            best, fastest, worse = point, seconds, 0
+            best, fastest, slower_steps = point, seconds, 0
         else:
-            worse += 1
-        if worse == WORSE or point.candidates == k:
+            slower_steps += 1
+        if slower_steps == MAX_WORSE_STEPS or point.candidates == k:
             break
     assert best
     return best, True
 
 
-def prove(
+def widen_to_recall(
     index: Approximate,
-    held: HeldOut,
+    held_out: HeldOut,
     true_MK: Ints,
     point: OperatingPoint,
-    wanted: float,
+    target_recall: float,
     *,
-    own: int = 0,
+    self_matches: int = 0,
 ) -> OperatingPoint | None:
     """Widen the search until held-out queries reach the promised recall.
 
@@ -170,56 +176,62 @@ def prove(
 
     Args:
         index: Built and tuned.
-        held: Held-out queries.
+        held_out: Held-out queries.
         true_MK: Their true neighbours.
         point: Where to start.
-        wanted: The promised recall.
-        own: See `measure`.
+        target_recall: The promised recall.
+        self_matches: See `measure`.
 
     Returns:
         The first parameters that reach it, or None if even the widest do not.
     """
-    deepest = max(point.candidates, _deepest(index, point.k))
-    everything = interval(np.ones(len(held.queries_MD), np.float32), held.groups_M)[0]
+    max_candidates = max(point.candidates, _max_candidates(index, point.k))
+    low_if_perfect = interval(np.ones(len(held_out.queries_MD), np.float32), held_out.image_ids_M)[
+        0
+    ]
     while True:
-        found_MK = index.search_at(held.queries_MD, replace(point, k=point.k + own))[1]
-        shares_M = neighbour_recall(found_MK, true_MK[:, : point.k])
-        low = interval(shares_M, held.groups_M)[0] if everything >= wanted else shares_M.mean()
-        if low >= wanted:
+        found_MK = index.search_at(held_out.queries_MD, replace(point, k=point.k + self_matches))[1]
+        recall_M = neighbour_recall(found_MK, true_MK[:, : point.k])
+        low = (
+            interval(recall_M, held_out.image_ids_M)[0]
+            if low_if_perfect >= target_recall
+            else recall_M.mean()
+        )
+        if low >= target_recall:
             return point
         wider = OperatingPoint(
             point.k,
-            min(math.ceil(point.breadth * STEP), max(point.breadth, index.largest_breadth)),
-            min(math.ceil(point.candidates * DEEPER), deepest),
+            min(math.ceil(point.breadth * BREADTH_STEP), max(point.breadth, index.largest_breadth)),
+            min(math.ceil(point.candidates * CANDIDATES_STEP), max_candidates),
         )
         if wider == point:
             return None
         point = wider
 
 
-def breadths(least: int, most: int, step: float) -> list[int]:
+def breadths(min_breadth: int, max_breadth: int, step: float) -> list[int]:
     """List the breadths to try, each `step` times the one before.
 
     >>> breadths(4, 20, 1.3), breadths(4, 3, 2)
     ([4, 5, 7, 9, 11, 15, 19, 20], [3])
     """
-    count = 1 + max(0, math.ceil(math.log(most / least, step)))
-    steps = dict.fromkeys(round(least * step**i) for i in range(count))
-    return [s for s in steps if s < most] + [most]
+    count = 1 + max(0, math.ceil(math.log(max_breadth / min_breadth, step)))
+    steps = dict.fromkeys(round(min_breadth * step**i) for i in range(count))
+    return [s for s in steps if s < max_breadth] + [max_breadth]
 
 
-def _deepest(index: Approximate, k: int) -> int:
+def _max_candidates(index: Approximate, k: int) -> int:
     """Return the largest number of candidates worth trying."""
-    return min(DEEPEST * k, index.held, MOST_CANDIDATES)
+    return min(MAX_CANDIDATES_PER_K * k, index.indexed, MAX_CANDIDATES)
 
 
-def depths(k: int, deepest: int) -> list[int]:
+def candidate_counts(k: int, max_candidates: int) -> list[int]:
     """List the numbers of candidates to try for k neighbours."""
-    steps = [round(k * DEEPER**i) for i in range(20)]
-    return [s for s in steps if s < deepest] + [deepest]
+    steps = [round(k * CANDIDATES_STEP**i) for i in range(20)]
+    return [s for s in steps if s < max_candidates] + [max_candidates]
 
 
-def times(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floats:
+def time_queries(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floats:
     """Measure the seconds that each query takes, one at a time, shape (M,)."""
     index.search_at(queries_MD[:1], point)
     out = []
@@ -230,7 +242,7 @@ def times(index: Approximate, queries_MD: Floats, point: OperatingPoint) -> Floa
     return np.array(out)
 
 
-def in_turns(
+def time_in_turns(
     contestants: Sequence[tuple[Approximate, OperatingPoint]], queries_MD: Floats
 ) -> list[Floats]:
     """Measure the seconds that each contestant takes for each query, one at a time.
@@ -238,48 +250,49 @@ def in_turns(
     The contestants take turns, so that other load on the machine slows all of them equally.
     """
     parts: list[list[Floats]] = [[] for _ in contestants]
-    for first in range(0, len(queries_MD), TURN):
-        for (index, point), own in zip(contestants, parts, strict=True):
-            own.append(times(index, queries_MD[first : first + TURN], point))
-    return [np.concatenate(own) for own in parts]
+    for first in range(0, len(queries_MD), QUERIES_PER_TURN):
+        for (index, point), seconds in zip(contestants, parts, strict=True):
+            seconds.append(time_queries(index, queries_MD[first : first + QUERIES_PER_TURN], point))
+    return [np.concatenate(seconds) for seconds in parts]
 
 
 def measure(
     index: Approximate,
-    held: HeldOut,
+    held_out: HeldOut,
     true_MK: Ints,
     point: OperatingPoint,
     seconds_M: Floats,
     *,
-    own: int = 0,
-    **known: Any,
+    self_matches: int = 0,
+    **trial_fields: Any,
 ) -> Trial:
     """Measure one way to search on held-out queries.
 
     Args:
         index: Built and tuned.
-        held: The queries.
+        held_out: The queries.
         true_MK: Their true neighbours, at least `point.k` of each.
         point: Parameters of the search.
-        seconds_M: The result of `times` or `in_turns` for some of the queries.
-        own: 1 if the queries are stored vectors, as each then finds itself, which does not count.
-        known: The other fields of a `Trial`.
+        seconds_M: The result of `time_queries` or `time_in_turns` for some of the queries.
+        self_matches: 1 if the queries are stored vectors, as each then finds itself, which does not
+            count.
+        trial_fields: The other fields of a `Trial`.
     """
-    queries_MD = held.queries_MD
+    queries_MD = held_out.queries_MD
     index.search_at(queries_MD[:1], point)
     started = time.perf_counter()
-    found_MK = index.search_at(queries_MD, replace(point, k=point.k + own))[1]
+    found_MK = index.search_at(queries_MD, replace(point, k=point.k + self_matches))[1]
     batch_s = time.perf_counter() - started
-    shares_M = neighbour_recall(found_MK, true_MK[:, : point.k])
-    low, high = interval(shares_M, held.groups_M)
+    recall_M = neighbour_recall(found_MK, true_MK[:, : point.k])
+    low, high = interval(recall_M, held_out.image_ids_M)
     return Trial(
         point=point,
         queries=len(queries_MD),
-        recall=float(shares_M.mean()),
+        recall=float(recall_M.mean()),
         low=low,
         high=high,
         p50_ms=1_000 * float(np.quantile(seconds_M, 0.5)),
         p99_ms=1_000 * float(np.quantile(seconds_M, 0.99)),
         qps=len(queries_MD) / batch_s,
-        **known,
+        **trial_fields,
     )

@@ -26,7 +26,16 @@ from mmalign.arrays import Floats, Ints
 from mmalign.index import approximate
 from mmalign.index.approximate import Approximate, cluster
 from mmalign.index.exact import Exact
-from mmalign.index.measure import ALONE, HeldOut, Trial, in_turns, measure, prove, times, tune
+from mmalign.index.measure import (
+    TIMED_HELD_OUT,
+    HeldOut,
+    Trial,
+    measure,
+    time_in_turns,
+    time_queries,
+    tune,
+    widen_to_recall,
+)
 from mmalign.index.quantizer import CoarseQuantizer
 from mmalign.index.spec import KS, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
@@ -49,10 +58,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 """By kind: variants of the best spec of the first round, added to the second."""
 # Rows of each round, tuning queries per round (and as many to measure), the share of specs that
 # advance to the next round, and how many times slower than the best a spec may be to advance.
-ROUNDS, ROUND_QUERIES, KEPT, SLOWER = (1 << 14, 1 << 16), 300, 0.3, 1.5
+ROUND_ROWS, ROUND_QUERIES, ADVANCING_SHARE, MAX_SLOWDOWN = (1 << 14, 1 << 16), 300, 0.3, 1.5
 # Tuning queries over all rows. Modalities that do not decide the choice are tuned and measured with
 # a quarter of their queries, as computing the exact neighbours takes longest.
-TUNING, QUARTER = 1_000, 4
+TUNING_QUERIES, SECONDARY_DIVISOR = 1_000, 4
 # Tuning targets a recall this far above the promised one, as recall on other queries is slightly
 # lower.
 MARGIN = 0.01
@@ -63,23 +72,23 @@ class Queries:
     """Queries of one modality: some tune, the others are held out to measure; final."""
 
     tune_MD: Floats
-    held_MD: Floats
+    held_out_MD: Floats
     stored: bool = False
     """Whether they are vectors of the index: each then finds itself, which does not count."""
-    groups_M: Ints | None = None
+    image_ids_M: Ints | None = None
     """Image number of each held-out query; None if each is a group of its own."""
 
     @property
-    def held(self) -> HeldOut:
+    def held_out(self) -> HeldOut:
         """The held-out queries."""
-        return HeldOut(self.held_MD, self.groups_M)
+        return HeldOut(self.held_out_MD, self.image_ids_M)
 
-    def fewer(self, part: int) -> "Queries":
-        """Return at most `TUNING` / part tuning queries, and 1 / part of the held-out ones."""
-        count = -(-len(self.held_MD) // part)
-        groups_M = None if self.groups_M is None else self.groups_M[:count]
-        tune_MD, held_MD = self.tune_MD[: TUNING // part], self.held_MD[:count]
-        return replace(self, tune_MD=tune_MD, held_MD=held_MD, groups_M=groups_M)
+    def subset(self, divisor: int) -> "Queries":
+        """Return at most TUNING_QUERIES / divisor tuning queries, 1 / divisor of held-out ones."""
+        count = -(-len(self.held_out_MD) // divisor)
+        image_ids_M = None if self.image_ids_M is None else self.image_ids_M[:count]
+        tune_MD, held_out_MD = self.tune_MD[: TUNING_QUERIES // divisor], self.held_out_MD[:count]
+        return replace(self, tune_MD=tune_MD, held_out_MD=held_out_MD, image_ids_M=image_ids_M)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Plan:
     """The FAISS index; None for exact search."""
     points: dict[str, list[OperatingPoint]] = field(default_factory=dict)
     """Search parameters by query modality, for ascending k."""
-    kept: list[Trial] = field(default_factory=list)
+    measured: list[Trial] = field(default_factory=list)
     """The promised results: measured over all rows, on held-out queries."""
     tried: list[Trial] = field(default_factory=list)
     """All measurements of the rounds."""
@@ -99,7 +108,7 @@ class Plan:
 
 def plan(
     vectors: VectorReader,
-    asked: Mapping[str, Queries],
+    by_modality: Mapping[str, Queries],
     recall: float,
     memory: float,
     share: float = 1.0,
@@ -108,14 +117,14 @@ def plan(
 
     Args:
         vectors: The vectors to be searched.
-        asked: Queries by modality; those of the first one decide which spec is chosen.
+        by_modality: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
         share: This index's share of the memory for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(IndexSpec("exact"))
-    possible = [d for d in SPECS if d.divides(vectors.dim)]
+    possible = [d for d in SPECS if d.fits_dim(vectors.dim)]
     fitting = [d for d in possible if _bytes(d, vectors) <= memory]
     if not fitting:
         enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
@@ -125,13 +134,17 @@ def plan(
             f"will be exact; --memory {enough}MB is enough for an index"
         )
         return Plan(IndexSpec("exact"))
-    asked = {name: q for name, q in asked.items() if len(q.tune_MD) and len(q.held_MD)}
-    if not asked:
+    by_modality = {
+        name: q for name, q in by_modality.items() if len(q.tune_MD) and len(q.held_out_MD)
+    }
+    if not by_modality:
         say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
     return_large_blocks()
-    main = next(iter(asked))
-    specs, tried = _rounds(fitting, vectors, main, asked[main], recall=recall, memory=memory)
+    main = next(iter(by_modality))
+    specs, tried = _run_rounds(
+        fitting, vectors, main, by_modality[main], recall=recall, memory=memory
+    )
     if not specs:
         near = max(tried, key=attrgetter("recall"))
         say(
@@ -140,10 +153,10 @@ def plan(
         )
         return Plan(IndexSpec("exact"), tried=tried)
     return_freed()
-    true = _truths(vectors, _fewer(asked))
+    true_rows = _true_by_modality(vectors, _reduced(by_modality))
     return_freed()
     for spec in specs:
-        built = _build_and_tune(spec, vectors, asked, true, recall)
+        built = _build_and_tune(spec, vectors, by_modality, true_rows, recall)
         if built is not None:
             return replace(built, tried=tried)
         name = spec.name(vectors.live, vectors.dim)
@@ -166,7 +179,7 @@ def _bytes(spec: IndexSpec, vectors: VectorReader) -> float:
     return vectors.live * spec.bytes_per_vector(vectors.live, vectors.dim)
 
 
-def _rounds(
+def _run_rounds(
     specs: list[IndexSpec],
     vectors: VectorReader,
     main: str,
@@ -183,8 +196,8 @@ def _rounds(
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
-    for number, rows in enumerate(ROUNDS):
-        sample = VectorReader([vectors.gather(vectors.draw(rows, seed=rows))])
+    for number, rows in enumerate(ROUND_ROWS):
+        sample = VectorReader([vectors.gather(vectors.sample_rows(rows, seed=rows))])
         tournament = _Tournament(sample, main, queries, recall)
         for spec in over(f"try {rows:,}", specs, len(specs), "designs"):
             tournament.enter(spec)
@@ -196,8 +209,8 @@ def _rounds(
         ranked = winners + [spec for spec in ranked if spec not in winners]
         if not winners or rows >= vectors.live:
             break
-        near = [spec for ms, spec in reached if ms <= SLOWER * reached[0][0]]
-        specs = near[: math.ceil(KEPT * len(results))]
+        fast_enough = [spec for ms, spec in reached if ms <= MAX_SLOWDOWN * reached[0][0]]
+        specs = fast_enough[: math.ceil(ADVANCING_SHARE * len(results))]
         if number == 0:
             variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
             specs += [spec for spec in variants if _bytes(spec, vectors) <= memory]
@@ -213,34 +226,36 @@ class _Tournament:
         self.queries = queries.tune_MD
         # Few queries are split in half; a single query is used for both.
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
-        self.tuning, self.others = self.queries[:count], self.queries[-count:]
-        both_MD = np.concatenate([self.tuning, self.others])
-        true_MK = truth(self.sample, both_MD, KS[0])
-        self.tuning_MK, self.others_MK = np.split(true_MK, [count])
-        self.lists: dict[tuple[int, str], CoarseQuantizer] = {}
-        self.entered: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
+        self.tuning_MD, self.measuring_MD = self.queries[:count], self.queries[-count:]
+        both_MD = np.concatenate([self.tuning_MD, self.measuring_MD])
+        true_MK = true_neighbours(self.sample, both_MD, KS[0])
+        self.tuning_MK, self.measuring_MK = np.split(true_MK, [count])
+        self.quantizers: dict[tuple[int, str], CoarseQuantizer] = {}
+        self.entries: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
 
     def enter(self, spec: IndexSpec) -> None:
         """Build and tune an index."""
         started = time.perf_counter()
         key = (spec.density, spec.metric)
-        if spec.kind == "ivf" and key not in self.lists:
-            self.lists[key] = cluster(self.sample, spec, self.queries)
-        built = approximate.build(self.sample, spec, self.lists.get(key), shown=False)
+        if spec.kind == "ivf" and key not in self.quantizers:
+            self.quantizers[key] = cluster(self.sample, spec, self.queries)
+        built = approximate.build(self.sample, spec, self.quantizers.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
-        point, reached = tune(index, self.tuning, self.tuning_MK, KS[0], self.recall)
-        known = _known(spec, self.sample, built, build_s) | {"asked": self.main}
-        self.entered.append((spec, index, point, reached, known))
+        point, reached = tune(index, self.tuning_MD, self.tuning_MK, KS[0], self.recall)
+        common = _common_fields(spec, self.sample, built, build_s) | {"asked": self.main}
+        self.entries.append((spec, index, point, reached, common))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
         """Measure all, in turns; return for each whether it reached the recall in tuning."""
-        contestants = [(index, point) for _, index, point, _, _ in self.entered]
-        timed = in_turns(contestants, self.others)
+        contestants = [(index, point) for _, index, point, _, _ in self.entries]
+        timed = time_in_turns(contestants, self.measuring_MD)
         found = []
-        for entry, seconds_M in zip(self.entered, timed, strict=True):
-            spec, index, point, reached, known = entry
-            trial = measure(index, HeldOut(self.others), self.others_MK, point, seconds_M, **known)
+        for entry, seconds_M in zip(self.entries, timed, strict=True):
+            spec, index, point, reached, common = entry
+            trial = measure(
+                index, HeldOut(self.measuring_MD), self.measuring_MK, point, seconds_M, **common
+            )
             found.append((spec, trial, reached))
         return found
 
@@ -248,8 +263,8 @@ class _Tournament:
 def _build_and_tune(
     spec: IndexSpec,
     vectors: VectorReader,
-    asked: Mapping[str, Queries],
-    true: Mapping[str, Ints],
+    by_modality: Mapping[str, Queries],
+    true_rows: Mapping[str, Ints],
     recall: float,
 ) -> Plan | None:
     """Build over all rows and tune for every modality; None if held-out recall falls short.
@@ -257,62 +272,78 @@ def _build_and_tune(
     The coarse quantizer is trained with all queries; fewer are used to tune and to measure.
     """
     started = time.perf_counter()
-    lists = None
+    quantizer = None
     if spec.kind == "ivf":
-        lists = cluster(vectors, spec, next(iter(asked.values())).tune_MD)
-    built = approximate.build(vectors, spec, lists)
+        quantizer = cluster(vectors, spec, next(iter(by_modality.values())).tune_MD)
+    built = approximate.build(vectors, spec, quantizer)
     build_s = time.perf_counter() - started
     index = Approximate(built, vectors, {}, vectors.total)
-    known = _known(spec, vectors, built, build_s)
+    common = _common_fields(spec, vectors, built, build_s)
     points: dict[str, list[OperatingPoint]] = {}
-    kept: list[Trial] = []
-    for name, queries in _fewer(asked).items():
-        tuning_MK, held_MK = np.split(true[name], [len(queries.tune_MD)])
+    measured: list[Trial] = []
+    for name, queries in _reduced(by_modality).items():
+        tuning_MK, held_out_MK = np.split(true_rows[name], [len(queries.tune_MD)])
         points[name] = []
         for k in KS:
             # With more neighbours for each query, fewer queries are as informative.
-            tuning = queries.tune_MD[: TUNING if k == KS[0] else ROUND_QUERIES]
-            own = int(queries.stored)
+            tuning_MD = queries.tune_MD[: TUNING_QUERIES if k == KS[0] else ROUND_QUERIES]
+            self_matches = int(queries.stored)
             target = tuning_target(recall)
-            start, reached = tune(index, tuning, tuning_MK[: len(tuning)], k, target)
-            point = prove(index, queries.held, held_MK, start, recall, own=own) if reached else None
+            start, reached = tune(index, tuning_MD, tuning_MK[: len(tuning_MD)], k, target)
+            point = (
+                widen_to_recall(
+                    index, queries.held_out, held_out_MK, start, recall, self_matches=self_matches
+                )
+                if reached
+                else None
+            )
             if point is None:
                 return None
             points[name].append(point)
-            seconds_M = times(index, queries.held_MD[:ALONE], point)
-            words = known | {"asked": name, "own": own}
-            kept.append(measure(index, queries.held, held_MK, point, seconds_M, **words))
-    return Plan(spec, built, points, kept)
+            seconds_M = time_queries(index, queries.held_out_MD[:TIMED_HELD_OUT], point)
+            fields = common | {"asked": name, "self_matches": self_matches}
+            measured.append(
+                measure(index, queries.held_out, held_out_MK, point, seconds_M, **fields)
+            )
+    return Plan(spec, built, points, measured)
 
 
-def _fewer(asked: Mapping[str, Queries]) -> dict[str, Queries]:
+def _reduced(by_modality: Mapping[str, Queries]) -> dict[str, Queries]:
     """Return the queries that tune and measure over all rows; most are of the first modality."""
-    main = next(iter(asked))
-    return {name: q.fewer(1 if name == main else QUARTER) for name, q in asked.items()}
-
-
-def _truths(vectors: VectorReader, asked: Mapping[str, Queries]) -> dict[str, Ints]:
-    """Return the true neighbours of the tuning and the held-out queries, by modality."""
-    every = [q_MD for queries in asked.values() for q_MD in (queries.tune_MD, queries.held_MD)]
-    # The nearest neighbour of a stored vector is itself.
-    true_MK = truth(vectors, np.concatenate(every), KS[-1] + 1)
-    ends = np.cumsum([len(q.tune_MD) + len(q.held_MD) for q in asked.values()])
+    main = next(iter(by_modality))
     return {
-        name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
-        for (name, queries), part_MK in zip(asked.items(), np.split(true_MK, ends), strict=False)
+        name: q.subset(1 if name == main else SECONDARY_DIVISOR) for name, q in by_modality.items()
     }
 
 
-def _known(spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float) -> dict[str, Any]:
+def _true_by_modality(vectors: VectorReader, by_modality: Mapping[str, Queries]) -> dict[str, Ints]:
+    """Return the true neighbours of the tuning and the held-out queries, by modality."""
+    all_MD = [
+        q_MD for queries in by_modality.values() for q_MD in (queries.tune_MD, queries.held_out_MD)
+    ]
+    # The nearest neighbour of a stored vector is itself.
+    true_MK = true_neighbours(vectors, np.concatenate(all_MD), KS[-1] + 1)
+    ends = np.cumsum([len(q.tune_MD) + len(q.held_out_MD) for q in by_modality.values()])
+    return {
+        name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
+        for (name, queries), part_MK in zip(
+            by_modality.items(), np.split(true_MK, ends), strict=False
+        )
+    }
+
+
+def _common_fields(
+    spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float
+) -> dict[str, Any]:
     return {
         "design": spec.name(vectors.live, vectors.dim),
         "rows": vectors.live,
-        "bytes_per_vector": approximate.size(built) / vectors.live,
+        "bytes_per_vector": approximate.serialized_bytes(built) / vectors.live,
         "build_s": build_s,
     }
 
 
-def truth(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
+def true_neighbours(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
     """Return the true neighbours among the live rows, shape (M, K)."""
     # A single search: coding the rows would take longer than it saves.
     exact = Exact(vectors.shards, coded_bytes=0)

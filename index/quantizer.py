@@ -29,20 +29,20 @@ AT_ONCE = 2_048
 class CoarseQuantizer:
     """Centroids of the lists, and the metric they were trained in; final."""
 
-    centres_LD: Floats
+    centroids_LD: Floats
     metric_DD: Floats | None = None
     """None means Euclidean."""
 
-    def of(self, vectors_BD: Floats) -> Ints:
+    def assign(self, vectors_BD: Floats) -> Ints:
         """Return the list of each vector, shape (B,)."""
-        centres_LD = torch.from_numpy(self.centres_LD)
-        seen_LD = centres_LD
+        centroids_LD = torch.from_numpy(self.centroids_LD)
+        projected_LD = centroids_LD
         if self.metric_DD is not None:
-            seen_LD = centres_LD @ torch.from_numpy(self.metric_DD)
+            projected_LD = centroids_LD @ torch.from_numpy(self.metric_DD)
         # Of the squared distance |x|² - 2 x·c + |c|², the first term is equal for all centroids.
-        half_L = (seen_LD * centres_LD).sum(dim=1) / 2
+        half_norm_L = (projected_LD * centroids_LD).sum(dim=1) / 2
         parts = [
-            torch.addmm(-half_L, part_BD, seen_LD.T).argmax(dim=1)
+            torch.addmm(-half_norm_L, part_BD, projected_LD.T).argmax(dim=1)
             for part_BD in torch.from_numpy(vectors_BD).split(AT_ONCE)
         ]
         return torch.cat(parts).numpy()
@@ -50,12 +50,12 @@ class CoarseQuantizer:
 
 def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
     """Return the query metric, shape (D, D), and its square root, which maps vectors into it."""
-    spread_DD = np.cov(queries_MD, rowvar=False, bias=True)
-    values_D, axes_DD = np.linalg.eigh(spread_DD)
-    values_D = values_D.clip(0)
+    covariance_DD = np.cov(queries_MD, rowvar=False, bias=True)
+    eigenvalues_D, eigenvectors_DD = np.linalg.eigh(covariance_DD)
+    eigenvalues_D = eigenvalues_D.clip(0)
     # A single query has no covariance: all directions count equally.
-    values_D += RIDGE * values_D.mean() if values_D.any() else 1.0
-    values_D /= values_D.mean()
-    metric_DD = (axes_DD * values_D**0.5) @ axes_DD.T
-    root_DD = (axes_DD * values_D**0.25) @ axes_DD.T
+    eigenvalues_D += RIDGE * eigenvalues_D.mean() if eigenvalues_D.any() else 1.0
+    eigenvalues_D /= eigenvalues_D.mean()
+    metric_DD = (eigenvectors_DD * eigenvalues_D**0.5) @ eigenvectors_DD.T
+    root_DD = (eigenvectors_DD * eigenvalues_D**0.25) @ eigenvectors_DD.T
     return metric_DD.astype(np.float32), root_DD.astype(np.float32)

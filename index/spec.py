@@ -53,10 +53,10 @@ class OperatingPoint:
     candidates: int
     """Rows that FAISS returns, to be scored exactly."""
 
-    def at(self, k: int) -> "OperatingPoint":
+    def scaled_to(self, k: int) -> "OperatingPoint":
         """Return parameters for more neighbours than these were tuned for."""
-        grown = max(1.0, k / self.k)
-        return OperatingPoint(k, round(self.breadth * grown**0.5), round(self.candidates * grown))
+        factor = max(1.0, k / self.k)
+        return OperatingPoint(k, round(self.breadth * factor**0.5), round(self.candidates * factor))
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class IndexSpec:
         """Return the number of inverted lists, a power of two."""
         return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
 
-    def divides(self, dim: int) -> bool:
+    def fits_dim(self, dim: int) -> bool:
         """Return whether `dim` fits the code: some codes combine two or four dimensions."""
-        together = re.search(r"PQ/(\d)", self.code)
-        return together is None or dim % int(together[1]) == 0
+        group_size = re.search(r"PQ/(\d)", self.code)
+        return group_size is None or dim % int(group_size[1]) == 0
 
     def factory(self, rows: int, dim: int) -> str:
         """Return the FAISS factory string."""
@@ -97,10 +97,10 @@ class IndexSpec:
 
     def bytes_per_vector(self, rows: int, dim: int) -> float:
         """Return the approximate memory of the index per row."""
-        coded: float = CODES[self.code](dim) + ID_BYTES
+        code_bytes: float = CODES[self.code](dim) + ID_BYTES
         if self.kind == "hnsw":
-            return coded + 4 * 2 * self.links * 1.04 + 8
-        return coded + 4 * dim * (self.lists(rows) + dim) / rows
+            return code_bytes + 4 * 2 * self.links * 1.04 + 8
+        return code_bytes + 4 * dim * (self.lists(rows) + dim) / rows
 
 
 ID_BYTES = 8

@@ -22,11 +22,11 @@ class _Writable:
 
     def __init__(self, array: Any) -> None:
         self.array = array  # keeps the memory alive
-        place, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (place, False)}
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
-def shared(array: Any) -> torch.Tensor:
+def shared_tensor(array: Any) -> torch.Tensor:
     """Return a tensor that shares an array's memory and must not be written to.
 
     Memory-mapped vectors are read-only; torch would warn, as it has no read-only tensors.
@@ -52,28 +52,28 @@ class VectorReader:
         self.total = int(self.ends[-1]) if self.shards else 0
         self.live_N = live_N
         self.live = self.total if live_N is None else int(np.count_nonzero(live_N))
-        self._firsts = self.ends - np.array([len(s) for s in self.shards], dtype=np.int64)
+        self._first_rows = self.ends - np.array([len(s) for s in self.shards], dtype=np.int64)
         if self.shards:
-            self._view, self._starts, self._step = _one_view(self.shards)
+            self._view, self._starts, self._step = _view_of_all_shards(self.shards)
 
     @property
     def dim(self) -> int:
         """Number of dimensions."""
         return int(self.shards[0].shape[1])
 
-    def first(self, count: int) -> list[Halves]:
+    def first_rows(self, count: int) -> list[Halves]:
         """Return views of the first rows, by shard."""
         starts = self.ends - [len(s) for s in self.shards]
         views = [s[: max(0, count - first)] for s, first in zip(self.shards, starts, strict=True)]
         return [view for view in views if len(view)]
 
-    def draw(self, count: int, seed: int) -> Ints:
+    def sample_rows(self, count: int, seed: int) -> Ints:
         """Draw numbers of live rows at random, without replacement; ascending."""
-        numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)
-        drawn = np.random.default_rng(seed).choice(
-            len(numbers), size=min(count, len(numbers)), replace=False
+        row_numbers = np.arange(self.total) if self.live_N is None else np.flatnonzero(self.live_N)
+        sampled = np.random.default_rng(seed).choice(
+            len(row_numbers), size=min(count, len(row_numbers)), replace=False
         )
-        return np.sort(numbers[drawn])
+        return np.sort(row_numbers[sampled])
 
     def gather(self, rows_P: Ints, out: torch.Tensor | None = None) -> Halves:
         """Copy the vectors of some rows, shape (P, D), with all threads of torch.
@@ -85,11 +85,11 @@ class VectorReader:
         if not 0 <= rows_P.min() <= rows_P.max() < self.total:
             raise IndexError(f"there are rows 0 to {self.total - 1}")
         shard_P = np.searchsorted(self.ends, rows_P, side="right")
-        places_P = self._starts[shard_P] + (rows_P - self._firsts[shard_P]) * self._step
+        positions_P = self._starts[shard_P] + (rows_P - self._first_rows[shard_P]) * self._step
         out = torch.empty(len(rows_P), self.dim, dtype=torch.float16) if out is None else out
-        found_PD, places = out[: len(rows_P)], torch.from_numpy(places_P)
-        torch.index_select(shared(self._view), 0, places, out=found_PD)
-        return found_PD.numpy()
+        gathered_PD, positions = out[: len(rows_P)], torch.from_numpy(positions_P)
+        torch.index_select(shared_tensor(self._view), 0, positions, out=gathered_PD)
+        return gathered_PD.numpy()
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
         """Yield numbers and float32 vectors of live rows, a few thousand at a time.
@@ -101,26 +101,26 @@ class VectorReader:
         for shard in self.shards:
             for start in range(0, len(shard), BLOCK_ROWS):
                 block = shard[start : start + BLOCK_ROWS]
-                numbers = np.arange(first + start, first + start + len(block))
+                row_numbers = np.arange(first + start, first + start + len(block))
                 if self.live_N is not None:
-                    kept = self.live_N[numbers]
-                    numbers, block = numbers[kept], block[kept]
-                if len(numbers):
+                    live = self.live_N[row_numbers]
+                    row_numbers, block = row_numbers[live], block[live]
+                if len(row_numbers):
                     # torch converts with all threads.
-                    yield numbers, _checked(shared(block).float().numpy(), numbers)
+                    yield row_numbers, _validated(shared_tensor(block).float().numpy(), row_numbers)
             first += len(shard)
 
 
-def _checked(block_BD: Floats, numbers_B: Ints) -> Floats:
-    length_B = np.einsum("bd,bd->b", block_BD, block_BD)
-    bad_B = ~(np.isfinite(length_B) & (length_B > 0))
+def _validated(block_BD: Floats, row_numbers_B: Ints) -> Floats:
+    squared_norm_B = np.einsum("bd,bd->b", block_BD, block_BD)
+    bad_B = ~(np.isfinite(squared_norm_B) & (squared_norm_B > 0))
     if bad_B.any():
-        row = int(numbers_B[bad_B][0])
+        row = int(row_numbers_B[bad_B][0])
         raise VectorError(f"the vector of row {row} is zero, infinite or not a number")
     return block_BD
 
 
-def _one_view(shards: Shards) -> tuple[Halves, Ints, int]:
+def _view_of_all_shards(shards: Shards) -> tuple[Halves, Ints, int]:
     """View all shards as one array, so that one copy gathers rows of any shard.
 
     Shards lie anywhere in memory, but the distances between them are multiples of a small unit. So

@@ -219,7 +219,7 @@ def test_a_database_that_fails_is_one_line(
         said = complaint(*command)
         assert "does not start: IO Error: cannot open the database" in said
     with monkeypatch.context() as patch:
-        patch.setattr("mmalign.store.where._require_truth", fail)
+        patch.setattr("mmalign.store.where._require_boolean", fail)
         said = complaint(*command, code=2)
         assert "IO Error: cannot open the database" in said
     with monkeypatch.context() as patch:

@@ -108,17 +108,17 @@ def test_vectors_are_prepared_and_coded_once(monkeypatch: pytest.MonkeyPatch) ->
     queries = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 20)
     made: list[str] = []
-    prepare, coded = kernels.prepare, kernels.coded
+    prepare, coded = kernels.prepare, kernels.add_codes
     monkeypatch.setattr(kernels, "prepare", lambda *a: made.append("norms") or prepare(*a))
-    monkeypatch.setattr(kernels, "coded", lambda *a: made.append("codes") or coded(*a))
+    monkeypatch.setattr(kernels, "add_codes", lambda *a: made.append("codes") or coded(*a))
     wanted = Exact([rows]).search(queries, 5)
     made.clear()
     index = Exact([rows])
     for scores, numbers in together(lambda: index.search(queries, 5)):
         assert np.array_equal(scores, wanted[0])
         assert np.array_equal(numbers, wanted[1])
-    if index.coding is not None:
-        index.coding.join()
+    if index.coding_thread is not None:
+        index.coding_thread.join()
     assert made == ["norms", "codes"] or (made == ["norms"] and not kernels.has_int8())
 
 

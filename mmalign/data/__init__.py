@@ -34,9 +34,9 @@ from mmalign.data.batches import read_ahead as read_ahead
 from mmalign.data.catalog import Catalog as Catalog
 from mmalign.data.catalog import Sources as Sources
 from mmalign.data.catalog import as_sources as as_sources
-from mmalign.data.catalog import counted as counted
+from mmalign.data.catalog import count_found as count_found
+from mmalign.data.catalog import count_skipped as count_skipped
 from mmalign.data.catalog import expand as expand
-from mmalign.data.catalog import found_in as found_in
 from mmalign.data.catalog import nothing_usable as nothing_usable
 from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import refuse_own_sources as refuse_own_sources
@@ -65,8 +65,8 @@ from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
 from mmalign.data.samples import Stamps as Stamps
 from mmalign.data.spilled import SpilledRecords as SpilledRecords
-from mmalign.data.spilled import is_derived as is_derived
-from mmalign.data.spilled import other_id as other_id
+from mmalign.data.spilled import alternative_id as alternative_id
+from mmalign.data.spilled import is_derived_id as is_derived_id
 
 __all__ = [
     "MAX_PIXELS",
@@ -79,24 +79,24 @@ __all__ = [
     "SampleProblem",
     "Sampler",
     "Skip",
-    "Spool",
+    "SpilledRecords",
     "Stamps",
-    "counted",
+    "alternative_id",
+    "count_found",
+    "count_skipped",
     "decode_all",
     "decode_on",
     "decode_stream",
     "decoded",
     "expand",
     "fit_image",
-    "found_in",
     "image_meta",
     "in_threads",
-    "is_derived",
+    "is_derived_id",
     "is_gone",
     "is_image_content",
     "nothing_usable",
     "open_image",
-    "other_id",
     "read_ahead",
     "read_and_decode",
     "read_image",

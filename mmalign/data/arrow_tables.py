@@ -98,8 +98,8 @@ class ParquetTable:
         )
 
     def _leaves(self, group: int, column: str) -> list[Any]:
-        about = self.metadata.row_group(group)
-        leaves = [about.column(c) for c in range(about.num_columns)]
+        row_group = self.metadata.row_group(group)
+        leaves = [row_group.column(c) for c in range(row_group.num_columns)]
         return [c for c in leaves if f"{c.path_in_schema}.".startswith(f"{column}.")]
 
 
@@ -153,8 +153,8 @@ class IpcTable:
 
         if self.streamed or not columns:
             # With no columns selected, a batch still has its number of rows.
-            held = self.streamed or [self._read(group, self.schema.names[:1])]
-            return held[group if self.streamed else 0].select(list(columns))
+            batches = self.streamed or [self._read(group, self.schema.names[:1])]
+            return batches[group if self.streamed else 0].select(list(columns))
         fields = [self.schema.get_field_index(name) for name in columns]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
         return pa.ipc.open_file(self.source, options=options).get_batch(group)
@@ -176,8 +176,8 @@ def image_kind(kind: Any) -> ImageKind | None:
     if t.is_fixed_size_binary(kind) or (_is_list(kind) and _is_byte(kind.value_type)):
         return "bytes"
     if t.is_struct(kind):
-        held = {field.name: image_kind(field.type) for field in kind}
-        if held.get("bytes") == "bytes" or held.get("path") == "path":
+        field_kinds = {field.name: image_kind(field.type) for field in kind}
+        if field_kinds.get("bytes") == "bytes" or field_kinds.get("path") == "path":
             return "struct"
     return None
 
@@ -217,8 +217,8 @@ def _is_null(schema: Any, column: str, field: str) -> bool:
     import pyarrow as pa
 
     kind = schema.field(column).type
-    place = kind.get_field_index(field)
-    return place < 0 or bool(pa.types.is_null(kind.field(place).type))
+    index = kind.get_field_index(field)
+    return index < 0 or bool(pa.types.is_null(kind.field(index).type))
 
 
 def _is_list(kind: Any) -> bool:

@@ -136,8 +136,8 @@ def _recolour(images: Tensor, colours_B3: Tensor) -> Tensor:
 def _erase(images: Tensor, boxes_B3: Tensor) -> Tensor:
     """Grey out one box of each image; it may be empty."""
     side = images.shape[-1]
-    pixel = torch.arange(side, device=images.device)
+    positions = torch.arange(side, device=images.device)
     centres_B2, halves_B1 = boxes_B3[:, :2] * side, boxes_B3[:, 2:] * side
-    inside_y, inside_x = ((pixel - centres_B2[:, i : i + 1]).abs() < halves_B1 for i in (0, 1))
+    inside_y, inside_x = ((positions - centres_B2[:, i : i + 1]).abs() < halves_B1 for i in (0, 1))
     box = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     return images.masked_fill(box, 127.0)

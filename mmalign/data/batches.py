@@ -54,8 +54,8 @@ class Sampler:
         while True:
             epoch = step // self.steps_per_epoch
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.starts) - 1)
-            for place in range(step % self.steps_per_epoch, self.steps_per_epoch):
-                rows_B = order[place * self.batch_size : (place + 1) * self.batch_size]
+            for batch_index in range(step % self.steps_per_epoch, self.steps_per_epoch):
+                rows_B = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
                 yield Draw(step, rows_B, self._captions(rows_B, step))
                 step += 1
 

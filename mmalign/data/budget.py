@@ -37,7 +37,7 @@ class ByteBudget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, wanted_bytes: int, what: str) -> Iterator[None]:
+    def reserved(self, wanted_bytes: int, what: str) -> Iterator[None]:
         """Reserve bytes while an image is decoded; wait until they are free.
 
         A thread must not request more while it holds some, because all threads could deadlock.

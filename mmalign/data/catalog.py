@@ -11,14 +11,14 @@ from typing import get_args
 
 from mmalign import files
 from mmalign.data import folders, places, tables, tars
-from mmalign.data.columns import Asked, listed
+from mmalign.data.columns import ReadOptions, listed
 from mmalign.data.kinds import PICTURE_SUFFIXES, SOURCE_SUFFIXES, suffix
 from mmalign.data.samples import (
     DEFAULT_CAPTION_KEY,
-    Found,
     Lost,
     Record,
     SampleProblem,
+    ScanResults,
     Skip,
 )
 from mmalign.data.spilled import UniqueIds
@@ -45,15 +45,15 @@ class Catalog:
     skips: list[Skip]
 
 
-def as_sources(given: Sources) -> tuple[str, ...]:
+def as_sources(sources: Sources) -> tuple[str, ...]:
     """Return sources as a tuple of strings; a single source need not be in a list.
 
     >>> as_sources("photos"), as_sources([Path("a.tar"), "b.tar"])
     (('photos',), ('a.tar', 'b.tar'))
     """
-    if isinstance(given, str | Path):
-        return (os.fspath(given),)
-    return tuple(os.fspath(source) for source in given)
+    if isinstance(sources, str | Path):
+        return (os.fspath(sources),)
+    return tuple(os.fspath(source) for source in sources)
 
 
 def scan(
@@ -84,7 +84,7 @@ def scan(
     records: list[Record] = []
     skips: list[Skip] = []
     fields: dict[str, None] = {}
-    for found in _stream(sources, Asked(caption_keys, image_column)):
+    for found in _stream(sources, ReadOptions(caption_keys, image_column)):
         if isinstance(found, Skip):
             skips.append(found)
         elif need_captions and not found.captions:
@@ -95,9 +95,17 @@ def scan(
             records.append(found)
     if need_captions:
         # A caption problem explains the missing caption; one line per sample is enough.
-        bare = {s.uri for s in skips if s.reason == "no caption"}
-        explained = {s.uri: replace(s, lost="sample") for s in skips if s.kept and s.uri in bare}
-        skips = [s for s in skips if s.uri not in explained or not (s.kept or s.uri in bare)]
+        without_caption_uris = {s.uri for s in skips if s.reason == "no caption"}
+        explained = {
+            s.uri: replace(s, lost="sample")
+            for s in skips
+            if s.sample_is_used and s.uri in without_caption_uris
+        }
+        skips = [
+            s
+            for s in skips
+            if s.uri not in explained or not (s.sample_is_used or s.uri in without_caption_uris)
+        ]
         skips += explained.values()
     if not records:
         raise nothing_usable(sources, skips, caption_keys, image_column, list(fields))
@@ -111,47 +119,51 @@ def stream(
 
     If no sample has a caption, the available columns and other files are reported at the end.
     """
-    samples = described = 0
+    sample_count = with_captions = 0
     fields: dict[str, None] = {}
-    others: list[Skip] = []
-    asked = Asked(caption_keys, image_column)
-    with closing(_stream(sources, asked)) as scanned:
+    other_files: list[Skip] = []
+    options = ReadOptions(caption_keys, image_column)
+    with closing(_stream(sources, options)) as scanned:
         for found in scanned:
             if isinstance(found, Record):
-                samples += 1
-                described += bool(found.captions)
-                if not described and samples < MAX_DESCRIBED:
+                sample_count += 1
+                with_captions += bool(found.captions)
+                if not with_captions and sample_count < MAX_DESCRIBED:
                     fields.update(dict.fromkeys(found.meta))
             else:
                 # A caption that cannot be read still counts as found.
-                described += found.kept
-                if not described and found.lost == "ending" and len(others) < MAX_DESCRIBED:
-                    others.append(found)
+                with_captions += found.sample_is_used
+                if (
+                    not with_captions
+                    and found.lost == "ending"
+                    and len(other_files) < MAX_DESCRIBED
+                ):
+                    other_files.append(found)
             yield found
-    if samples and not described and caption_keys:
-        say(f"no captions found: {_looked_for(sources, asked, list(fields), others)}")
+    if sample_count and not with_captions and caption_keys:
+        say(f"no captions found: {_looked_for(sources, options, list(fields), other_files)}")
 
 
-def _stream(sources: Sequence[str], asked: Asked) -> Generator[Record | Skip, None, None]:
+def _stream(sources: Sequence[str], options: ReadOptions) -> Generator[Record | Skip, None, None]:
     with closing(UniqueIds()) as names, bar("scan", unit="samples") as progress:
         for number, place in enumerate(expand(sources)):
-            for found in map(_printable, _scan_one(place, asked)):
+            for found in map(_printable, _scan_one(place, options)):
                 progress.update()
                 if isinstance(found, Skip):
-                    yield names.once(found, number)
+                    yield names.without_repeats(found, number)
                 else:
-                    yield names.unique(found)
+                    yield names.with_unique_id(found)
 
 
 def _looked_for(
-    sources: Sequence[str], asked: Asked, fields: Sequence[str], others: Sequence[Skip]
+    sources: Sequence[str], options: ReadOptions, fields: Sequence[str], others: Sequence[Skip]
 ) -> str:
     """Say where captions were searched for; list available columns, metadata, other files."""
-    told = f"looked for under {', '.join(asked.caption_keys)} (see --caption-key)"
+    told = f"looked for under {', '.join(options.caption_keys)} (see --caption-key)"
     found = [place for place in expand(sources) if tables.is_table(place)]
     for place in found[:MAX_TABLES]:
         with suppress(DataError):
-            told += f"; {place} has the columns {listed(tables.column_names(place, asked))}"
+            told += f"; {place} has the columns {listed(tables.column_names(place, options))}"
     if fields and not found:
         told += f"; the metadata of the images has the fields {listed(fields)}"
     return told + (f"; other files: {_endings(others)}" if others else "")
@@ -163,15 +175,19 @@ def expand(sources: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for source in sources:
-        given = places.local_path(os.path.expanduser(source))
+        source_path = places.local_path(os.path.expanduser(source))
         try:
             # A backslash is an escape only where it does not separate folders.
-            patterns = [given] if _is_there(given) else braceexpand(given, escape=os.sep == "/")
+            patterns = (
+                [source_path]
+                if _is_there(source_path)
+                else braceexpand(source_path, escape=os.sep == "/")
+            )
             for pattern in patterns:
-                hits = _hits(pattern)
-                if not hits:
+                matches = _matches(pattern)
+                if not matches:
                     raise DataError(f"{source}: no such file or folder{_near(pattern)}")
-                found += hits
+                found += matches
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
     return found
@@ -216,7 +232,7 @@ def _is_there(place: str) -> bool:
     return not places.is_url(place) and os.path.exists(place)
 
 
-def _hits(pattern: str) -> list[str]:
+def _matches(pattern: str) -> list[str]:
     if places.is_url(pattern):
         return _expand_url(pattern)
     if os.path.exists(pattern):
@@ -224,8 +240,8 @@ def _hits(pattern: str) -> list[str]:
     found = [os.path.abspath(hit) for hit in sorted(glob.glob(pattern))]
     # img2dataset writes a table and statistics beside each tar.
     tars = {hit.removesuffix(".tar") for hit in found if hit.endswith(".tar")}
-    about = {tar + end for tar in tars for end in (".parquet", "_stats.json")}
-    return [hit for hit in found if hit not in about]
+    tables_beside = {tar + end for tar in tars for end in (".parquet", "_stats.json")}
+    return [hit for hit in found if hit not in tables_beside]
 
 
 def _expand_url(url: str) -> list[str]:
@@ -249,14 +265,14 @@ def read_image(record: Record) -> bytes:
         raise SampleProblem(f"cannot be read: {places.reason(error)}") from None
 
 
-def counted(skips: Iterable[Skip], *kinds: Lost) -> int:
+def count_skipped(skips: Iterable[Skip], *kinds: Lost) -> int:
     """Count the samples or files that skips of some kinds represent."""
     return sum(s.count for s in skips if s.lost in kinds)
 
 
-def found_in(records: int, skips: Iterable[Skip]) -> int:
+def count_found(records: int, skips: Iterable[Skip]) -> int:
     """Count the samples and files that a scan found, given its number of records."""
-    return records + counted(skips, "sample", "ending")
+    return records + count_skipped(skips, "sample", "ending")
 
 
 def report_skips(
@@ -266,7 +282,7 @@ def report_skips(
 
     Args:
         skips: Each is counted by what it loses: a sample, captions, a place, or an ending.
-        found: How many samples and files the scan found, see `found_in`.
+        found: How many samples and files the scan found, see `count_found`.
         used: How many samples are used.
         where: The file that lists the skips.
 
@@ -275,7 +291,7 @@ def report_skips(
         AssertionError: A sample was counted twice or not at all, which is a bug in mmalign.
     """
     of = {lost: [s for s in skips if s.lost == lost] for lost in get_args(Lost)}
-    failed, passed_over = counted(skips, "sample"), counted(skips, "ending")
+    failed, passed_over = count_skipped(skips, "sample"), count_skipped(skips, "ending")
     if found != used + failed + passed_over:
         ends = f"{used} used, {failed} failed, {passed_over} passed over"
         raise AssertionError(f"{found} samples were found, and became {ends}: a bug in mmalign")
@@ -305,13 +321,13 @@ def report_skips(
         say(f"{len(of['nothing'])} samples given twice, used once")
 
 
-def _scan_one(place: str, asked: Asked) -> Found:
+def _scan_one(place: str, options: ReadOptions) -> ScanResults:
     remote = places.is_url(place)
     if not remote and os.path.isdir(place):
         inside = tables.tables_in(place)
         if inside:
-            return tables.scan_folder(place, inside, asked)
-        return folders.scan(place, asked.caption_keys)
+            return tables.scan_folder(place, inside, options)
+        return folders.scan(place, options.caption_keys)
     is_tar, is_table = suffix(place) == ".tar", tables.is_table(place)
     if is_tar or is_table:
         if not remote:
@@ -319,9 +335,9 @@ def _scan_one(place: str, asked: Asked) -> Found:
                 places.refuse_special(os.stat(place).st_mode)
             except OSError as error:
                 raise DataError(f"{place}: cannot be read: {places.reason(error)}") from None
-        return tars.scan(place, asked.caption_keys) if is_tar else tables.scan(place, asked)
+        return tars.scan(place, options.caption_keys) if is_tar else tables.scan(place, options)
     if remote:
-        return folders.scan(place, asked.caption_keys)
+        return folders.scan(place, options.caption_keys)
     kinds = ", ".join(tables.SUFFIXES)
     hint = HINTS.get(suffix(place), f"give a folder, a .tar, or a table ({kinds})")
     if suffix(place) in PICTURE_SUFFIXES:
@@ -383,9 +399,8 @@ def nothing_usable(
     if unread:
         message += f"; {unread[0].uri}: {unread[0].reason}"
     if any(s.reason == "no caption" for s in samples):
-        message += (
-            f"; captions were {_looked_for(sources, Asked(keys, image_column), fields, others)}"
-        )
+        options = ReadOptions(keys, image_column)
+        message += f"; captions were {_looked_for(sources, options, fields, others)}"
     return DataError(message)
 
 

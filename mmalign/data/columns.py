@@ -27,17 +27,17 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReadOptions:
     """The user's options for the columns of a table."""
 
     caption_keys: Sequence[str] = (DEFAULT_CAPTION_KEY,)
     image_column: str | None = None
-    said: set[str] = field(default_factory=set, compare=False)
+    messages_said: set[str] = field(default_factory=set, compare=False)
 
     def say_once(self, path: str, text: str) -> None:
         """Log a message about a table once, because it may apply to hundreds of them."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.messages_said:
+            self.messages_said.add(text)
             say(f"{path}: {text}")
 
 
@@ -49,76 +49,78 @@ class Columns:
     id: str | None
     captions: dict[str, str]
     """The column for each caption key, or for one of the default key's aliases."""
-    used: frozenset[str]
+    not_metadata: frozenset[str]
     """The columns that are not metadata."""
 
-    def captions_of(self, row: dict[str, Any], asked: Asked) -> tuple[str, ...]:
+    def captions_of(self, row: dict[str, Any], options: ReadOptions) -> tuple[str, ...]:
         """Collect the captions of a row; see `samples.captions_in`."""
         values = {key: _caption(row.get(name)) for key, name in self.captions.items()}
-        return captions_in(values, asked.caption_keys)
+        return captions_in(values, options.caption_keys)
 
 
 def find_columns(
-    names: Iterable[str], asked: Asked, may_be_image: Callable[[str], bool] = lambda name: True
+    names: Iterable[str],
+    options: ReadOptions,
+    may_be_image: Callable[[str], bool] = lambda name: True,
 ) -> Columns:
     """Choose columns by name.
 
     Args:
         names: The columns, or the keys of a JSON object.
-        asked: The columns that the user wants.
+        options: The columns that the user wants.
         may_be_image: Whether the values of a column can be images or their paths.
     """
     by_name = {name: name for name in names}
     for name in list(by_name):
-        by_name.setdefault(plain(name), name)
+        by_name.setdefault(normalised(name), name)
 
     def find(*wanted: str) -> str | None:
         return next((by_name[w] for w in wanted if w in by_name), None)
 
-    if asked.image_column is not None:
-        image = find(asked.image_column, plain(asked.image_column))
+    if options.image_column is not None:
+        image = find(options.image_column, normalised(options.image_column))
     else:
         candidates = (find(wanted) for wanted in IMAGE_COLUMNS)
         image = next((name for name in candidates if name and may_be_image(name)), None)
     captions: dict[str, str] = {}
-    used = {image} if image else set()
-    for key in asked.caption_keys:
+    not_metadata = {image} if image else set()
+    for key in options.caption_keys:
         aliases = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
-        found = {alias: find(alias, plain(alias)) for alias in aliases}
-        here = {alias: name for alias, name in found.items() if name is not None}
-        captions |= here
+        found = {alias: find(alias, normalised(alias)) for alias in aliases}
+        found_aliases = {alias: name for alias, name in found.items() if name is not None}
+        captions |= found_aliases
         # An alias that is not used because another one is preferred is also metadata.
-        used |= set(list(here.values())[:1])
+        not_metadata |= set(list(found_aliases.values())[:1])
     id = find(*ID_COLUMNS)
-    return Columns(image, id, captions, frozenset(used | ({id} if id else set())))
+    return Columns(image, id, captions, frozenset(not_metadata | ({id} if id else set())))
 
 
-def plain(name: str) -> str:
+def normalised(name: str) -> str:
     """Return the normalised form of a name for comparison.
 
-    >>> plain(" Image Path")
+    >>> normalised(" Image Path")
     'image_path'
     """
     return "_".join(name.split()).casefold()
 
 
-def no_image_column(path: str, names: Sequence[str], asked: Asked) -> DataError:
+def no_image_column(path: str, names: Sequence[str], options: ReadOptions) -> DataError:
     """Create the error for a table without an image column."""
-    if asked.image_column is not None:
-        wanted = f"no column is called {shown(asked.image_column)!r}"
-        return DataError(f"{path}: {wanted}: {nearest(asked.image_column, map(shown, names))}")
+    if options.image_column is not None:
+        wanted = f"no column is called {shown(options.image_column)!r}"
+        return DataError(f"{path}: {wanted}: {nearest(options.image_column, map(shown, names))}")
     return DataError(
         f"{path}: no image column; the table has {listed(names) or 'no columns'}; "
         f"looked for {', '.join(IMAGE_COLUMNS)} (see --image-column)"
     )
 
 
-def missing_keys(names: Sequence[str], asked: Asked) -> list[str]:
+def missing_keys(names: Sequence[str], options: ReadOptions) -> list[str]:
     """Suggest columns for each caption key that is missing; the default key is optional."""
-    found = find_columns(names, asked).captions
+    found = find_columns(names, options).captions
     return [
         f"no column is called {shown(key)!r}: {nearest(key, map(shown, names))}"
-        for key in asked.caption_keys
+        for key in options.caption_keys
         if key != DEFAULT_CAPTION_KEY and key not in found
     ]
 

@@ -22,7 +22,7 @@ from mmalign.data import raw
 from mmalign.data.budget import decoding_budget
 from mmalign.data.colours import to_srgb
 from mmalign.data.exif import ORIENTATION, camera_meta, read_exif
-from mmalign.data.kinds import HEAD_BYTES, content_kind, not_decoded
+from mmalign.data.kinds import HEAD_BYTES, content_kind, why_not_decoded
 from mmalign.data.samples import SampleProblem
 from mmalign.errors import UsageError
 
@@ -52,7 +52,7 @@ FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "MPO", "ICO",
     "CUR", "ICNS", "PCX", "DDS", "QOI", "PSD", "SGI", "SUN", "TGA",
 )  # fmt: skip
-_TURNED = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -76,8 +76,8 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
     Raises:
         SampleProblem: It is not an image, is truncated, or has too many pixels.
     """
-    with _one_line():
-        image, container = _opened(content)
+    with _as_sample_problem():
+        image, container = _open(content)
         if image.width * image.height > max_pixels:
             raise SampleProblem(f"too many pixels: {image.width} x {image.height}")
         what = f"{image.width} x {image.height} {image.format} ({image.mode})"
@@ -85,17 +85,17 @@ def decoded(content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS) -> Iter
         room = max(side, THUMBNAIL_SIDE)
         if side:
             image.draft(None, (REDUCED_ROOM * room, REDUCED_ROOM * room))
-        factor = _factor(image, room) if side else 1
+        factor = _reduction_factor(image, room) if side else 1
         wanted_bytes = len(content) + whole + _decoding_bytes(image, content, factor)
-    with decoding_budget().taken(wanted_bytes, what):
-        with _one_line():
+    with decoding_budget().reserved(wanted_bytes, what):
+        with _as_sample_problem():
             image.load()
             # The camera rotates a preview itself, or gives one orientation for the whole file.
-            turned = read_exif(image).get(ORIENTATION) or container.get(ORIENTATION)
-            small = _to_rgb(image, factor)
+            orientation = read_exif(image).get(ORIENTATION) or container.get(ORIENTATION)
+            reduced = _to_rgb(image, factor)
             del image
-            turn = _TURNED.get(turned or 1)
-            upright = small if turn is None else small.transpose(turn)
+            transpose = _TRANSPOSES.get(orientation or 1)
+            upright = reduced if transpose is None else reduced.transpose(transpose)
         yield upright
 
 
@@ -113,11 +113,11 @@ def image_of(item: Any, side: int = 0) -> Iterator[Image.Image]:
         with decoded(bytes(item), side) as image:
             yield image
         return
-    with _one_line():
+    with _as_sample_problem():
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else item
-        turn = _TURNED.get(read_exif(image).get(ORIENTATION) or 1)
+        transpose = _TRANSPOSES.get(read_exif(image).get(ORIENTATION) or 1)
         image = _to_rgb(image, 1)
-        upright = image if turn is None else image.transpose(turn)
+        upright = image if transpose is None else image.transpose(transpose)
     yield upright
 
 
@@ -139,8 +139,8 @@ def image_meta(content: bytes) -> dict[str, Any]:
     The result is empty if the content is not an image or is damaged.
     """
     try:
-        with _one_line():
-            image, container = _opened(content)
+        with _as_sample_problem():
+            image, container = _open(content)
             return {**camera_meta(container), **camera_meta(read_exif(image))}
     except SampleProblem:
         return {}
@@ -210,10 +210,10 @@ def fit(width: int, height: int, size: int, mode: str) -> Fit:
 def thumbnail(image: Image.Image) -> bytes:
     """Create a WebP of at most 160 pixels a side."""
     # Averaging whole pixels first needs one pass and a quarter of the time.
-    small = image.reduce(max(1, max(image.size) // THUMBNAIL_SIDE))
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    reduced = image.reduce(max(1, max(image.size) // THUMBNAIL_SIDE))
+    reduced.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     out = io.BytesIO()
-    small.save(out, "WEBP", quality=80, method=0)
+    reduced.save(out, "WEBP", quality=80, method=0)
     return out.getvalue()
 
 
@@ -229,7 +229,7 @@ def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> 
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def _as_sample_problem() -> Iterator[None]:
     """Convert any error of a decoder to a one-line reason."""
     try:
         yield
@@ -243,10 +243,10 @@ def _one_line() -> Iterator[None]:
         raise SampleProblem(f"damaged image: {error}") from None
 
 
-def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
+def _open(content: bytes) -> tuple[Image.Image, Image.Exif]:
     """Read an image header; the second value is the EXIF of the raw file that contains it."""
     kind = content_kind(content[:HEAD_BYTES])
-    if why := not_decoded(f".{kind}"):
+    if why := why_not_decoded(f".{kind}"):
         raise SampleProblem(why)
     if kind == "heic":
         from pillow_heif import HeifImageFile
@@ -260,8 +260,8 @@ def _opened(content: bytes) -> tuple[Image.Image, Image.Exif]:
         raise SampleProblem(f"not an image: starts with {content[:12]!r}")
     if image is not None and not (kind == "tiff" and raw.is_raw(image, content)):
         return image, Image.Exif()
-    inside = raw.preview(content)
-    shown = inside and open_header(inside)
+    preview = raw.preview(content)
+    shown = preview and open_header(preview)
     if shown and (image is None or shown.width * shown.height > image.width * image.height):
         return shown, raw.exif_of(content)
     if image is None:
@@ -287,7 +287,7 @@ def open_header(content: bytes) -> Image.Image | None:
     return None
 
 
-def _factor(image: Image.Image, side: int) -> int:
+def _reduction_factor(image: Image.Image, side: int) -> int:
     """Return the factor by which an image is reduced after decoding."""
     if image.width * image.height <= REDUCED_ABOVE:
         return 1
@@ -310,10 +310,12 @@ def _decoding_bytes(image: Image.Image, content: bytes, factor: int) -> int:
     if image.format in ("ICO", "CUR", "ICNS"):
         # Each contains whole PNGs, which may be larger than the header says.
         pixels = max(pixels, *_png_pixels(content))
-    held = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    bytes_per_pixel = (
+        1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    )
     decoder = _DECODER_BYTES.get(str(image.format), 0)
     result = -(-pixels // factor**2)
-    return pixels * (held + decoder) + result * _RESULT_BYTES + 16 * STRIP_PIXELS
+    return pixels * (bytes_per_pixel + decoder) + result * _RESULT_BYTES + 16 * STRIP_PIXELS
 
 
 def _png_pixels(content: bytes) -> Iterator[int]:
@@ -342,7 +344,7 @@ def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
 
 def _white(image: Image.Image) -> float:
     """Return the value of white in a 16-bit image."""
-    if image.mode not in _DEEP:
+    if image.mode not in _DEEP_MODES:
         return 255
     darkest, brightest = np.ravel(image.getextrema())
     # 12-bit sensors and scanners store these numbers unscaled.
@@ -350,7 +352,7 @@ def _white(image: Image.Image) -> float:
 
 
 def _strip_to_rgb(image: Image.Image, profile: bytes | None, white: float) -> Image.Image:
-    if image.mode in _DEEP:
+    if image.mode in _DEEP_MODES:
         # Pillow clips 16-bit grey at 255 on conversion; scale it instead.
         grey = np.asarray(image, dtype=np.float64) * (255 / white)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -368,4 +370,4 @@ def _strip_to_rgb(image: Image.Image, profile: bytes | None, white: float) -> Im
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-_DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from mmalign.data.columns import (
     SHOWN_CHARACTERS,
-    Asked,
+    ReadOptions,
     find_columns,
     listed,
     no_image_column,
@@ -60,7 +60,7 @@ class Layout:
     """The assumed meaning of the columns in a file without a header."""
 
 
-def find_layout(path: str, default: str, asked: Asked) -> Layout:
+def find_layout(path: str, default: str, options: ReadOptions) -> Layout:
     """Detect how a file is written.
 
     Raises:
@@ -74,18 +74,18 @@ def find_layout(path: str, default: str, asked: Asked) -> Layout:
         raise DataError(f"{path}: is empty" if not line else f"{path}: its first line is empty")
     if "\0" in line:
         raise DataError(f"{path}: not a text file: its first line contains a NUL byte")
-    tried = sep[1] if sep else default + "".join(s for s in SEPARATORS if s != default)
-    for separator in tried:
+    separators_to_try = sep[1] if sep else default + "".join(s for s in SEPARATORS if s != default)
+    for separator in separators_to_try:
         names = _split(line, separator)
-        found = find_columns(names, asked)
+        found = find_columns(names, options)
         if found.image is not None:
-            return _checked(path, separator, names, 1 + bool(sep))
-    for separator in tried:
-        layout = _without_header(path, line, separator, int(bool(sep)), asked)
+            return _checked_layout(path, separator, names, 1 + bool(sep))
+    for separator in separators_to_try:
+        layout = _without_header(path, line, separator, int(bool(sep)), options)
         if layout is not None:
             return layout
-    names = _split(line, tried[0])
-    error = no_image_column(path, names, asked)
+    names = _split(line, separators_to_try[0])
+    error = no_image_column(path, names, options)
     if len(names) == 1:
         raise DataError(
             f"{error}; only one column was found: are columns separated by , ; | or tabs?"
@@ -126,7 +126,7 @@ def rows(layout: Layout) -> Iterator[tuple[int, Row | SampleProblem]]:
             number += 1
 
 
-def quoting_of(layout: Layout) -> Layout:
+def with_detected_quoting(layout: Layout) -> Layout:
     """Determine by a full pass whether the quotes of a .tsv are quoting or plain text."""
     if layout.separator != "\t":
         return layout
@@ -174,7 +174,7 @@ def open_bytes(path: str) -> Iterator[Any]:
 
 
 @dataclass
-class Numbers:
+class NumberColumns:
     """Finds the columns in which every text is a number; final.
 
     A column is numeric if each number can be written back unchanged: `7`, `0.5`, or all with the
@@ -182,25 +182,25 @@ class Numbers:
     1.10, stay text.
     """
 
-    but: frozenset[str] = frozenset()
+    text_columns: frozenset[str] = frozenset()
     """Columns that are text whatever they contain."""
-    forms: dict[str, "_Form"] = field(default_factory=dict)
+    formats: dict[str, "_NumberFormat"] = field(default_factory=dict)
 
     def see(self, row: Row) -> None:
         """Update the statistics with the cells of a row."""
         for name, cell in row.items():
-            if name in self.but:
+            if name in self.text_columns:
                 continue
-            form = self.forms.get(name)
-            if form is None:
-                form = self.forms[name] = _Form()
-            if form.is_number:
-                form.see(cell)
+            format = self.formats.get(name)
+            if format is None:
+                format = self.formats[name] = _NumberFormat()
+            if format.is_number:
+                format.see(cell)
 
     def value(self, name: str, cell: str) -> Any:
         """Convert a cell to its column's type; return None where a number is missing."""
-        form = self.forms[name]
-        if not form.is_number or not form.seen:
+        format = self.formats[name]
+        if not format.is_number or not format.seen:
             return cell
         text = cell.strip()
         if not text or text.lower() in _NOT_FINITE:
@@ -209,13 +209,13 @@ class Numbers:
 
 
 @dataclass
-class _Form:
+class _NumberFormat:
     """The format of a column's numbers so far."""
 
     is_number: bool = True
     seen: bool = False
     shortest: bool = True
-    places: int | None = None
+    decimals: int | None = None
 
     def see(self, cell: str) -> None:
         text = cell.strip()
@@ -227,15 +227,17 @@ class _Form:
         elif text.lstrip("-").isdecimal():
             self.is_number = text != "-0"
         else:
-            places = len(match[1] or "")
+            decimals = len(match[1] or "")
             self.shortest &= repr(float(text)) == text
-            same = self.places in (None, places) and f"{float(text):.{places}f}" == text
-            self.places = places if same else -1
-            self.is_number = self.shortest or same
+            round_trips = (
+                self.decimals in (None, decimals) and f"{float(text):.{decimals}f}" == text
+            )
+            self.decimals = decimals if round_trips else -1
+            self.is_number = self.shortest or round_trips
         self.seen = True
 
 
-def _checked(path: str, separator: str, names: Sequence[str], skipped_lines: int) -> Layout:
+def _checked_layout(path: str, separator: str, names: Sequence[str], skipped_lines: int) -> Layout:
     """Refuse duplicate names, because one column would hide the other."""
     stripped = [name.strip() for name in names]
     for name in stripped:
@@ -247,19 +249,19 @@ def _checked(path: str, separator: str, names: Sequence[str], skipped_lines: int
 
 
 def _without_header(
-    path: str, line: str, separator: str, skipped_lines: int, asked: Asked
+    path: str, line: str, separator: str, skipped_lines: int, options: ReadOptions
 ) -> Layout | None:
     """Treat the first line as a row if it contains an image file name or a URL."""
     cells = _split(line, separator)
     image = next((i for i, cell in enumerate(cells) if _is_image_name(cell)), None)
-    if image is None or (asked.image_column and not asked.image_column.startswith("column")):
+    if image is None or (options.image_column and not options.image_column.startswith("column")):
         return None
     names = [f"column{i + 1}" for i in range(len(cells))]
     said = f"no header line: the columns are called {listed(names)}"
-    if asked.image_column is None:
+    if options.image_column is None:
         said += f"; {names[image]} is used as the image"
         names[image] = "image"
-        if len(cells) == 2 and DEFAULT_CAPTION_KEY in asked.caption_keys:
+        if len(cells) == 2 and DEFAULT_CAPTION_KEY in options.caption_keys:
             said += f", {names[1 - image]} as the caption"
             names[1 - image] = "caption"
     return Layout(path, separator, tuple(names), skipped_lines, False, guessed_header=said)

@@ -31,7 +31,7 @@ def camera_meta(exif: Image.Exif) -> dict[str, Any]:
         `longitude` in degrees, north and east positive; `altitude` in metres.
     """
     meta: dict[str, Any] = {}
-    details, place = _part(exif, _EXIF), _part(exif, _GPS)
+    details, gps = _ifd(exif, _EXIF), _ifd(exif, _GPS)
     for date in (details.get(_ORIGINAL), details.get(_DIGITIZED), exif.get(_DATE)):
         with suppress(ValueError, TypeError):
             taken = datetime.strptime(_text(date)[:19], "%Y:%m:%d %H:%M:%S")
@@ -42,18 +42,18 @@ def camera_meta(exif: Image.Exif) -> dict[str, Any]:
         meta["camera"] = camera
     if lens := _text(details.get(_LENS)):
         meta["lens"] = lens
-    latitude = _degrees(place, _LATITUDE, "S", 90)
-    longitude = _degrees(place, _LONGITUDE, "W", 180)
+    latitude = _degrees(gps, _LATITUDE, "S", 90)
+    longitude = _degrees(gps, _LONGITUDE, "W", 180)
     if latitude is not None and longitude is not None:
         meta["latitude"], meta["longitude"] = latitude, longitude
     with suppress(ValueError, TypeError, ZeroDivisionError):
-        metres = float(place[_ALTITUDE]) if _ALTITUDE in place else math.nan
+        metres = float(gps[_ALTITUDE]) if _ALTITUDE in gps else math.nan
         if math.isfinite(metres):
-            meta["altitude"] = round(-metres if place.get(5) in (1, b"\x01") else metres, 1)
+            meta["altitude"] = round(-metres if gps.get(5) in (1, b"\x01") else metres, 1)
     return meta
 
 
-def _part(exif: Image.Exif, number: int) -> dict[int, Any]:
+def _ifd(exif: Image.Exif, number: int) -> dict[int, Any]:
     try:
         return dict(exif.get_ifd(number))
     except Exception:  # parsers raise anything
@@ -66,12 +66,12 @@ def _text(value: Any) -> str:
     return " ".join(value.partition("\0")[0].split()) if isinstance(value, str) else ""
 
 
-def _degrees(place: dict[int, Any], number: int, negative: str, most: int) -> float | None:
+def _degrees(gps: dict[int, Any], number: int, negative: str, most: int) -> float | None:
     try:
-        degrees, minutes, seconds = (float(part) for part in place[number])
+        degrees, minutes, seconds = (float(part) for part in gps[number])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     found = degrees + minutes / 60 + seconds / 3600
     if not abs(found) <= most:  # NaN too
         return None
-    return round(-found if _text(place.get(number - 1)).upper() == negative else found, 6)
+    return round(-found if _text(gps.get(number - 1)).upper() == negative else found, 6)

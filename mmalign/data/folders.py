@@ -6,16 +6,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mmalign.data import places, sidecars, tables
-from mmalign.data.columns import Asked
-from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, passed_over, suffix
-from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
+from mmalign.data.columns import ReadOptions
+from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, reason_to_skip, suffix
+from mmalign.data.samples import JoinedSkips, Lost, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
 # Tables with the captions of many images, as used by Hugging Face image folders.
 TABLES_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def scan(folder: str, caption_keys: Sequence[str]) -> Found:
+def scan(folder: str, caption_keys: Sequence[str]) -> ScanResults:
     """Yield one record per image, folder by folder, sorted by name.
 
     Hidden files are skipped silently. Links to folders are followed, each folder once. A folder
@@ -29,12 +29,12 @@ def scan(folder: str, caption_keys: Sequence[str]) -> Found:
             fs, root = places.file_system(folder)
             # An earlier listing may be out of date.
             fs.invalidate_cache()
-            listing = partial(places.list_remote, fs)
-            found = _Folders(root, listing, fs.unstrip_protocol, str, caption_keys)
+            list_folder = partial(places.list_remote, fs)
+            found = _Folders(root, list_folder, fs.unstrip_protocol, str, caption_keys)
         else:
             root = places.local_path(folder)
             found = _Folders(root, places.list_local, str, os.path.realpath, caption_keys)
-        yield from found.found()
+        yield from found.scan_folders()
     except FileNotFoundError:
         raise DataError(f"{folder}: no such folder") from None
 
@@ -44,36 +44,36 @@ class _Folders:
     """A scan of one source."""
 
     root: str
-    listing: Callable[[str], list[places.Entry]]
+    list_folder: Callable[[str], list[places.Entry]]
     uri: Callable[[str], str]
-    real: Callable[[str], str]
+    real_path: Callable[[str], str]
     """The name of a folder that all links to it share."""
     keys: Sequence[str]
-    listed: dict[str, Record] = field(default_factory=dict)
+    table_records: dict[str, Record] = field(default_factory=dict)
     """Table values about images, by uri, until the image is found."""
 
-    def found(self) -> Found:
+    def scan_folders(self) -> ScanResults:
         """Yield the records and skips of all folders."""
         for parent, entries in self._walk():
             if isinstance(entries, Skip):
                 yield entries
             else:
                 yield from self._one_folder(parent, entries)
-        for record in self.listed.values():
+        for record in self.table_records.values():
             yield Skip(record.id, record.uri, "listed in a table beside the images, but missing")
 
     def _walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
         """Yield each folder with its files; a folder that cannot be listed is a skip."""
         seen: set[str] = set()
-        waiting = [self.root]
-        while waiting:
-            parent = waiting.pop()
-            real = self.real(parent)
-            if real in seen:
+        pending = [self.root]
+        while pending:
+            parent = pending.pop()
+            real_path = self.real_path(parent)
+            if real_path in seen:
                 continue
-            seen.add(real)
+            seen.add(real_path)
             try:
-                entries = self.listing(parent)
+                entries = self.list_folder(parent)
             except FileNotFoundError:
                 if parent == self.root:
                     raise
@@ -86,83 +86,85 @@ class _Folders:
             entries = [e for e in entries if not e.name.startswith(".")]
             yield parent, [e for e in entries if e.kind != "folder"]
             folders = [_join(parent, e.name) for e in entries if e.kind == "folder"]
-            waiting += reversed(folders)
+            pending += reversed(folders)
 
-    def _one_folder(self, parent: str, entries: list[places.Entry]) -> Found:
+    def _one_folder(self, parent: str, entries: list[places.Entry]) -> ScanResults:
         images: list[str] = []
-        beside: dict[str, str] = {}
+        sidecar_files: dict[str, str] = {}
         skips = JoinedSkips()
         for entry in entries:
             path = _join(parent, entry.name)
             if suffix(entry.name) in sidecars.SUFFIXES:
-                beside[sidecars.folded(entry.name)] = entry.name
+                sidecar_files[sidecars.lookup_name(entry.name)] = entry.name
             elif entry.kind == "file" and entry.name.lower() in TABLES_BESIDE:
                 yield from self._read_table(path)
-            elif skip := self._no_image(path, entry):
+            elif skip := self._skip_if_no_image(path, entry):
                 skips.add(skip)
             else:
                 images.append(entry.name)
         claimed: set[str] = set()
         for image in images:
-            names = [n for n in sidecars.sidecar_names(image) if n in beside]
+            names = [n for n in sidecars.sidecar_names(image) if n in sidecar_files]
             named = sidecars.caption_files(image, self.keys)
-            named = {key: n for key, n in named.items() if n in beside}
+            named = {key: n for key, n in named.items() if n in sidecar_files}
             claimed.update(names, named.values())
             path = _join(parent, image)
             yield from self._image(
-                path, [beside[n] for n in names], {k: beside[n] for k, n in named.items()}
+                path,
+                [sidecar_files[n] for n in names],
+                {k: sidecar_files[n] for k, n in named.items()},
             )
-        for folded, name in beside.items():
-            if folded not in claimed:
+        for lookup_name, name in sidecar_files.items():
+            if lookup_name not in claimed:
                 skips.add(self._orphan(_join(parent, name)))
         yield from skips
 
-    def _image(self, path: str, names: list[str], named: dict[str, str]) -> Found:
+    def _image(self, path: str, names: list[str], named: dict[str, str]) -> ScanResults:
         contents: dict[str, bytes] = {}
         for name in dict.fromkeys((*names, *named.values())):
             try:
-                beside = _join(path.rpartition("/")[0], name)
+                sidecar_files = _join(path.rpartition("/")[0], name)
                 most = places.MOST_SIDECAR_BYTES
-                contents[name] = places.read(self.uri(beside), most=most)
+                contents[name] = places.read(self.uri(sidecar_files), most=most)
             except OSError as error:
                 reason = f"captions cannot be read: {places.reason(error)}"
                 yield self._skip(path, reason, "captions")
-        described = sidecars.describe(
+        sidecar = sidecars.read_sidecars(
             [(name, contents[name]) for name in names if name in contents],
             self.keys,
             {key: contents[name] for key, name in named.items() if name in contents},
         )
-        if described.problem:
-            yield self._skip(path, described.problem, "captions")
+        if sidecar.problem:
+            yield self._skip(path, sidecar.problem, "captions")
         uri = self.uri(path)
         record = Record(self._key(path), uri, uri)
-        told = self.listed.pop(uri, record)
+        from_table = self.table_records.pop(uri, record)
         yield replace(
             record,
-            captions=described.captions or told.captions,
-            meta={**told.meta, **described.meta},
+            captions=sidecar.captions or from_table.captions,
+            meta={**from_table.meta, **sidecar.meta},
         )
 
-    def _read_table(self, path: str) -> Found:
+    def _read_table(self, path: str) -> ScanResults:
         """Store what a table says about images in its folder and subfolders."""
         uri = self.uri(path)
         try:
-            for found in tables.scan(uri, Asked(self.keys)):
+            for found in tables.scan(uri, ReadOptions(self.keys)):
                 if isinstance(found, Skip):
                     yield found
                 else:
-                    self.listed[found.uri] = found
+                    self.table_records[found.uri] = found
         except DataError as error:
             yield self._skip(path, f"captions cannot be read: {error}", "captions")
 
-    def _no_image(self, path: str, entry: places.Entry) -> Skip | None:
+    def _skip_if_no_image(self, path: str, entry: places.Entry) -> Skip | None:
         if entry.kind == "other":
             # A link to an unmounted disk may have led to a folder, unless it is named like an
             # image: the files there are not gone.
             folder = entry.hides and suffix(path) not in IMAGE_SUFFIXES
             return self._skip(path, entry.why, "place" if folder else "sample")
         try:
-            why = passed_over(path, lambda: places.read(self.uri(path), 0, HEAD_BYTES))
+            why = reason_to_skip(path, lambda: places.read(self.uri(path), 0, HEAD_BYTES))
         except OSError as error:
             return self._skip(path, f"cannot be read: {places.reason(error)}")
         return self._skip(path, *why) if why else None
@@ -173,8 +175,8 @@ class _Folders:
         return self._skip(path, f"not an image by its extension: {suffix(path)}", "ending")
 
     def _key(self, path: str) -> str:
-        inside = path[len(self.root) :].strip("/")
-        return f"{os.path.basename(self.root.rstrip('/'))}/{inside}".rstrip("/")
+        relative_path = path[len(self.root) :].strip("/")
+        return f"{os.path.basename(self.root.rstrip('/'))}/{relative_path}".rstrip("/")
 
     def _skip(self, path: str, reason: str, lost: Lost = "sample") -> Skip:
         return Skip(self._key(path), self.uri(path), reason, lost)

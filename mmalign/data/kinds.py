@@ -116,7 +116,7 @@ def has_heif() -> bool:
     return importlib.util.find_spec("pillow_heif") is not None
 
 
-def passed_over(
+def reason_to_skip(
     name: str, head: Callable[[], bytes]
 ) -> tuple[str, Literal["sample", "ending"]] | None:
     """Say why a file is not treated as an image, and what that loses; None if it is one.
@@ -135,11 +135,11 @@ def passed_over(
         if not kind:
             return f"not an image by its content: {end or 'no extension'}", "ending"
         end = f".{kind}"
-    why = not_decoded(end)
+    why = why_not_decoded(end)
     return (why, "sample") if why else None
 
 
-def not_decoded(end: str) -> str:
+def why_not_decoded(end: str) -> str:
     """Say why images of an extension, or of a kind with a leading dot, are not decoded; else ""."""
     if end in FOREIGN_SUFFIXES:
         return f"image type not supported: {end}"

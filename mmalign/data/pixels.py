@@ -30,7 +30,7 @@ Decode = Callable[[bytes], T]
 # The largest share of the free disk space that a cache may use.
 DISK_SHARE = 0.5
 # The brightness grid from which a look is computed.
-LOOK_ROWS, LOOK_COLUMNS = 8, 9
+HASH_ROWS, HASH_COLUMNS = 8, 9
 
 
 def read_and_decode(record: Record, decode: Decode[T]) -> T | Skip:
@@ -66,22 +66,22 @@ class Pixels:
     decode: Decode[PixelArray]
     cache_NSS3: PixelArray | None
     workers: int
-    contents_N: Ints
+    content_hashes_N: Ints
     """Hash of each encoded image; 0 if it has not been read yet."""
-    looks_N: Ints
-    """64 bits of each image, see `look`; 0 if it has not been decoded yet."""
+    perceptual_hashes_N: Ints
+    """64 bits of each image, see `perceptual_hash`; 0 if it has not been decoded yet."""
 
     def fetch(self, rows_B: NDArray[np.int64]) -> tuple[PixelArray, list[int], list[Skip]]:
         """Return the pixels of the decodable rows, their positions, and the skips."""
         if self.cache_NSS3 is not None:
             return self.cache_NSS3[rows_B], list(range(len(rows_B))), []
-        wanted = [self.records[row] for row in rows_B]
-        images = list(decode_stream(wanted, self.decode, self.workers))
-        lost = [image for _, image in images if isinstance(image, Skip)]
+        records = [self.records[row] for row in rows_B]
+        images = list(decode_stream(records, self.decode, self.workers))
+        skips = [image for _, image in images if isinstance(image, Skip)]
         good = [(i, image) for i, (_, image) in enumerate(images) if not isinstance(image, Skip)]
         if not good:
-            raise DataError(f"none of {len(lost)} images can be decoded: {lost[0].reason}")
-        return np.stack([image for _, image in good]), [i for i, _ in good], lost
+            raise DataError(f"none of {len(skips)} images can be decoded: {skips[0].reason}")
+        return np.stack([image for _, image in good]), [i for i, _ in good], skips
 
 
 def decode_all(
@@ -104,27 +104,34 @@ def decode_all(
     file.parent.mkdir(parents=True, exist_ok=True)
     size_bytes = len(records) * side * side * 3
     if size_bytes > DISK_SHARE * shutil.disk_usage(file.parent).free:
-        nothing_N = np.zeros(len(records), np.int64)
-        return Pixels(list(records), decode, None, workers, nothing_N, nothing_N), []
+        zeros_N = np.zeros(len(records), np.int64)
+        return Pixels(list(records), decode, None, workers, zeros_N, zeros_N), []
     cache = _reserve(file, (len(records), side, side, 3))
-    kept: list[Record] = []
+    good: list[Record] = []
     skips: list[Skip] = []
-    contents_N, looks_N = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
+    content_hashes_N, perceptual_hashes_N = (
+        np.zeros(len(records), np.int64),
+        np.zeros(len(records), np.int64),
+    )
 
-    def all_three(content: bytes) -> tuple[PixelArray, int, int]:
+    def decode_and_hash(content: bytes) -> tuple[PixelArray, int, int]:
         image = decode(content)
-        return image, content_hash(content), look(image)
+        return image, content_hash(content), perceptual_hash(image)
 
     with bar(label, len(records)) as progress:
-        for record, made in decode_stream(records, all_three, workers):
-            if isinstance(made, Skip):
-                skips.append(made)
+        for record, result in decode_stream(records, decode_and_hash, workers):
+            if isinstance(result, Skip):
+                skips.append(result)
             else:
-                cache[len(kept)], contents_N[len(kept)], looks_N[len(kept)] = made
-                kept.append(record)
+                cache[len(good)], content_hashes_N[len(good)], perceptual_hashes_N[len(good)] = (
+                    result
+                )
+                good.append(record)
             progress.update()
-    count = len(kept)
-    pixels = Pixels(kept, decode, cache[:count], workers, contents_N[:count], looks_N[:count])
+    count = len(good)
+    pixels = Pixels(
+        good, decode, cache[:count], workers, content_hashes_N[:count], perceptual_hashes_N[:count]
+    )
     return pixels, skips
 
 
@@ -134,14 +141,14 @@ def content_hash(content: bytes) -> int:
     return int.from_bytes(digest, "little", signed=True) or 1
 
 
-def look(pixels_SS3: PixelArray) -> int:
+def perceptual_hash(pixels_SS3: PixelArray) -> int:
     """Return a signed 64-bit perceptual hash, nearly unchanged by resizing or re-encoding.
 
     Each bit tells whether one of 8 x 9 areas is brighter (in green) than its left neighbour.
     """
     side = len(pixels_SS3)
     sums = pixels_SS3[:, :, 1].astype(np.int64)
-    edges = [np.arange(n + 1) * side // n for n in (LOOK_ROWS, LOOK_COLUMNS)]
+    edges = [np.arange(n + 1) * side // n for n in (HASH_ROWS, HASH_COLUMNS)]
     sums = np.add.reduceat(np.add.reduceat(sums, edges[0][:-1], axis=0), edges[1][:-1], axis=1)
     # An image with fewer pixels than areas has empty areas, which use their first pixel.
     heights, widths = (np.maximum(np.diff(e), 1) for e in edges)

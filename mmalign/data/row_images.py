@@ -22,9 +22,9 @@ from mmalign.data.samples import SampleProblem
 from mmalign.errors import DataError, reason_of
 
 # The maximum disk space of cached groups, and the share of the free space that they may use.
-KEPT_BYTES, FREE_SHARE = 8 << 30, 8
+CACHED_BYTES, FREE_DIVISOR = 8 << 30, 8
 # Each is an open file, of which macOS allows a process 256.
-KEPT_GROUPS = 64
+CACHED_GROUPS = 64
 
 
 def read_row_image(path: str, row: int, column: str) -> bytes | str:
@@ -34,22 +34,22 @@ def read_row_image(path: str, row: int, column: str) -> bytes | str:
         SampleProblem: There is no image, or its group cannot be read.
         DataError: There is no room on the disk.
     """
-    _, ends = _outline(path)
+    _, ends = _metadata_and_ends(path)
     group = bisect_right(ends, row)
     if group == len(ends):
         raise SampleProblem(f"the table has no row {row} any more")
     start = ends[group - 1] if group else 0
-    return _kept.group(path, group, column).image(row - start)
+    return _cache.group(path, group, column).image(row - start)
 
 
 def forget(path: str) -> None:
     """Discard cached data of a table, because it may have been rewritten."""
-    _outline.cache_clear()
-    _kept.forget(path)
+    _metadata_and_ends.cache_clear()
+    _cache.forget(path)
 
 
 @lru_cache(maxsize=64)
-def _outline(path: str) -> tuple[Any, list[int]]:
+def _metadata_and_ends(path: str) -> tuple[Any, list[int]]:
     """Return the metadata of a parquet file, and the number of the row after each group."""
     with open_table(path) as table:
         return table.metadata, table.ends
@@ -64,7 +64,7 @@ class _Group:
         self._lock = threading.Lock()
         self._ends = array("Q", [0])
         self._is_path = bytearray()
-        self.broken = ""
+        self.problem = ""
         for image in images:
             content = os.fsencode(image) if isinstance(image, str) else image or b""
             self._file.write(content)
@@ -80,7 +80,7 @@ class _Group:
     def image(self, number: int) -> bytes | str:
         """Return an image of the group."""
         if number >= len(self._is_path):
-            raise SampleProblem(self.broken)
+            raise SampleProblem(self.problem)
         start, end = self._ends[number], self._ends[number + 1]
         if start == end:
             raise SampleProblem("no image bytes")
@@ -90,11 +90,11 @@ class _Group:
         return os.fsdecode(content) if self._is_path[number] else content
 
 
-class _Groups:
+class _GroupCache:
     """The most recently used groups on disk; final."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[tuple[str, str, int], _Group] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, str, int], _Group] = OrderedDict()
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
     def group(self, path: str, group: int, column: str) -> _Group:
@@ -107,38 +107,39 @@ class _Groups:
                 found = self._find(key)
                 if found is None:
                     found = _read_group(path, group, column)
-                    self._keep(key, found)
+                    self._add(key, found)
         return found
 
     def forget(self, path: str) -> None:
         """Drop the groups of a table; threads that are reading one can continue."""
         with self._lock:
-            for key in [key for key in self._held if key[0] == path]:
-                del self._held[key]
+            for key in [key for key in self._groups if key[0] == path]:
+                del self._groups[key]
 
     def _find(self, key: tuple[str, str, int]) -> _Group | None:
         with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
+            if key in self._groups:
+                self._groups.move_to_end(key)
+            return self._groups.get(key)
 
-    def _keep(self, key: tuple[str, str, int], group: _Group) -> None:
+    def _add(self, key: tuple[str, str, int], group: _Group) -> None:
         with self._lock:
-            self._held[key] = group
+            self._groups[key] = group
             free = shutil.disk_usage(files.scratch_folder()).free
-            room = min(KEPT_BYTES, free // FREE_SHARE)
+            room = min(CACHED_BYTES, free // FREE_DIVISOR)
             # Threads may be at the end of one group and at the beginning of the next.
-            while len(self._held) > 2 and (
-                len(self._held) > KEPT_GROUPS or sum(g.size for g in self._held.values()) > room
+            while len(self._groups) > 2 and (
+                len(self._groups) > CACHED_GROUPS
+                or sum(g.size for g in self._groups.values()) > room
             ):
-                self._held.popitem(last=False)
+                self._groups.popitem(last=False)
 
 
-_kept = _Groups()
+_cache = _GroupCache()
 
 
 def _read_group(path: str, group: int, column: str) -> _Group:
-    metadata, _ = _outline(path)
+    metadata, _ = _metadata_and_ends(path)
     problem = ""
 
     def images() -> Iterable[bytes | str | None]:
@@ -158,5 +159,5 @@ def _read_group(path: str, group: int, column: str) -> _Group:
             f"{path}: no space for its images in {place}: {error.strerror} "
             "(set TMPDIR to another folder)"
         ) from None
-    read.broken = problem
+    read.problem = problem
     return read

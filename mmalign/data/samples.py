@@ -42,7 +42,7 @@ class Record:
     column: str = ""
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
-    given_id: bool = False
+    id_from_source: bool = False
     """The source names the sample itself (a table with an id column): the id identifies the sample
     wherever its row moves. Otherwise the id is made from file names or rows, and carries no more
     information than the uri."""
@@ -63,7 +63,7 @@ class Skip:
     form one skip per extension, with the first file as its uri."""
 
     @property
-    def kept(self) -> bool:
+    def sample_is_used(self) -> bool:
         """Whether the sample is still used, without its captions."""
         return self.lost == "captions"
 
@@ -119,7 +119,7 @@ class Stamps:
         return int.from_bytes(digest.digest(), "little") or 1
 
 
-Found = Iterable[Record | Skip]
+ScanResults = Iterable[Record | Skip]
 
 
 def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -129,15 +129,15 @@ def captions_in(values: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
         names = CAPTION_ALIASES if key == DEFAULT_CAPTION_KEY else (key,)
         value = next((values[n] for n in names if values.get(n)), ())
         found.extend(value if isinstance(value, list | tuple) else [value])
-    return clean(text(c) for c in found if c is not None)
+    return clean_captions(to_text(c) for c in found if c is not None)
 
 
-def clean(captions: Iterable[str]) -> tuple[str, ...]:
+def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
     """Strip captions; drop empty and duplicate ones, keeping the order."""
     return tuple(dict.fromkeys(c.strip() for c in captions if c.strip()))
 
 
-def text(content: Any) -> str:
+def to_text(content: Any) -> str:
     """Return a caption as a string; bytes must be UTF-8, and JSON must not hold lone surrogates."""
     if isinstance(content, int):
         return str(content)

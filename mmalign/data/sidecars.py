@@ -20,8 +20,8 @@ from mmalign.data.samples import (
     DEFAULT_CAPTION_KEY,
     SampleProblem,
     captions_in,
-    clean,
-    text,
+    clean_captions,
+    to_text,
 )
 from mmalign.values import json_value
 
@@ -44,7 +44,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Described:
+class SidecarContent:
     """The content of the files beside an image, and which of them could not be used."""
 
     captions: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Described:
     problem: str = ""
 
 
-def folded(name: str) -> str:
+def lookup_name(name: str) -> str:
     """Return a file name with its extension in lower case, as sidecars are looked up."""
     stem, dot, end = name.rpartition(".")
     return f"{stem}{dot}{end.lower()}"
@@ -75,7 +75,9 @@ def caption_files(image: str, keys: Sequence[str]) -> dict[str, str]:
     >>> caption_files("k.input.jpg", ["captions", "outputs.txt"])
     {'outputs.txt': 'k.outputs.txt'}
     """
-    return {k: folded(f"{key_of(image)}.{k}") for k in keys if k.lower().endswith(TEXT_SUFFIXES)}
+    return {
+        k: lookup_name(f"{key_of(image)}.{k}") for k in keys if k.lower().endswith(TEXT_SUFFIXES)
+    }
 
 
 def sidecar_names(image: str) -> list[str]:
@@ -83,18 +85,18 @@ def sidecar_names(image: str) -> list[str]:
     folder, slash, file = image.rpartition("/")
     stem = file.rpartition(".")[0] or file
     names = [f"{name}{end}" for end in _ORDER for name in (stem, file)]
-    plain, number = file, ""
+    unnumbered, number = file, ""
     if numbered := _NUMBERED.fullmatch(file):
-        plain, number = f"{numbered['stem']}{numbered['end']}", numbered["number"]
-        names.append(f"{plain}{number}.json")
-    for long in (plain, f"{plain}.supplemental-metadata"):
-        names.append(f"{long[:_TAKEOUT_LENGTH]}{number}.json")
+        unnumbered, number = f"{numbered['stem']}{numbered['end']}", numbered["number"]
+        names.append(f"{unnumbered}{number}.json")
+    for full_name in (unnumbered, f"{unnumbered}.supplemental-metadata"):
+        names.append(f"{full_name[:_TAKEOUT_LENGTH]}{number}.json")
     return [f"{folder}{slash}{name}" for name in dict.fromkeys(names)]
 
 
-def describe(
+def read_sidecars(
     files: Sequence[tuple[str, bytes]], keys: Sequence[str], named: Mapping[str, bytes]
-) -> Described:
+) -> SidecarContent:
     """Read the sidecars of one image.
 
     A .json takes precedence if it has a wanted key; the text file replaces the default key, then
@@ -105,70 +107,70 @@ def describe(
         keys: The keys that hold captions.
         named: Text files for caption keys, see `caption_files`.
     """
-    own, foreign, lines, problems = _contents(files)
+    own_values, other_values, caption_lines, problems = _parse_sidecars(files)
     captions: list[str] = []
-    used = ""
+    caption_field = ""
     for key in keys:
         try:
             if key in named:
-                captions += text(named[key]).splitlines()
-            elif found := captions_in(own, (key,)):
+                captions += to_text(named[key]).splitlines()
+            elif found := captions_in(own_values, (key,)):
                 captions += found
-            elif key == DEFAULT_CAPTION_KEY and lines:
-                captions += lines
+            elif key == DEFAULT_CAPTION_KEY and caption_lines:
+                captions += caption_lines
             else:
                 names = ("description", "title") if key == DEFAULT_CAPTION_KEY else (key,)
-                there = [name for name in names if foreign.get(name)]
-                captions += captions_in(foreign, there[:1])
-                used = next(iter(there), used)
+                present = [name for name in names if other_values.get(name)]
+                captions += captions_in(other_values, present[:1])
+                caption_field = next(iter(present), caption_field)
         except SampleProblem as problem:
             problems.append(str(problem))
-    has_text = any(folded(name).endswith(TEXT_SUFFIXES) for name, _ in files)
-    if has_text and not (captions or own or problems) and DEFAULT_CAPTION_KEY in keys:
+    has_text = any(lookup_name(name).endswith(TEXT_SUFFIXES) for name, _ in files)
+    if has_text and not (captions or own_values or problems) and DEFAULT_CAPTION_KEY in keys:
         problems.append("caption file is empty")
     left_out = {*keys, *CAPTION_ALIASES}
-    meta = {k: v for k, v in own.items() if k not in left_out}
-    _fill(meta, {k: v for k, v in foreign.items() if k != used})
+    meta = {k: v for k, v in own_values.items() if k not in left_out}
+    _add_missing(meta, {k: v for k, v in other_values.items() if k != caption_field})
     try:
         meta = json_value(meta)
     except ValueError as error:
         problems.append(f".json is {error}")
         meta = {}
-    return Described(clean(captions), meta, "; ".join(problems))
+    return SidecarContent(clean_captions(captions), meta, "; ".join(problems))
 
 
-def _contents(
+def _parse_sidecars(
     files: Sequence[tuple[str, bytes]],
 ) -> tuple[Values, Values, tuple[str, ...], list[str]]:
     """Read sidecars: our own .json, other programs' metadata, lines of text, and problems."""
-    own: Values = {}
-    foreign: Values = {}
-    lines: tuple[str, ...] = ()
+    own_values: Values = {}
+    other_values: Values = {}
+    caption_lines: tuple[str, ...] = ()
     problems: list[str] = []
     for name, content in files:
         end = f".{name.rpartition('.')[2].lower()}"
         try:
             if end in TEXT_SUFFIXES:
-                lines = lines or clean(text(content).splitlines())
+                caption_lines = caption_lines or clean_captions(to_text(content).splitlines())
             elif end == ".xmp":
-                _fill(foreign, _xmp(content))
+                _add_missing(other_values, _xmp(content))
             elif _is_takeout(values := _json(content)):
-                _fill(foreign, _takeout(values))
+                _add_missing(other_values, _takeout(values))
             else:
-                _fill(own, values)
+                _add_missing(own_values, values)
         except SampleProblem as problem:
             problems.append(str(problem))
-    return own, foreign, lines, problems
+    return own_values, other_values, caption_lines, problems
 
 
-def _fill(values: Values, more: Values) -> None:
+def _add_missing(values: Values, more: Values) -> None:
     for key, value in more.items():
         values.setdefault(key, value)
 
 
 def _json(content: bytes) -> Values:
     try:
-        values = json.loads(text(content))
+        values = json.loads(to_text(content))
     except (ValueError, RecursionError) as error:
         raise SampleProblem(f".json is not valid: {error}") from None
     if not isinstance(values, dict):
@@ -190,10 +192,10 @@ def _takeout(values: Values) -> Values:
         found["taken"] = datetime.fromtimestamp(seconds, UTC)
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         pass
-    place = values.get("geoData")
-    if isinstance(place, dict) and (place.get("latitude") or place.get("longitude")):
+    geo = values.get("geoData")
+    if isinstance(geo, dict) and (geo.get("latitude") or geo.get("longitude")):
         names = ("latitude", "longitude", "altitude")
-        found |= {n: place[n] for n in names if isinstance(place.get(n), int | float)}
+        found |= {n: geo[n] for n in names if isinstance(geo.get(n), int | float)}
     people = [p.get("name") for p in values.get("people") or () if isinstance(p, dict)]
     if people:
         found["people"] = [p for p in people if isinstance(p, str)]
@@ -204,23 +206,23 @@ def _xmp(content: bytes) -> Values:
     """Read the few XMP fields that describe a picture to a person."""
     kind = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        words = content.decode(kind)
+        xml = content.decode(kind)
         # XMP does not need a document type, which is where entities could be declared that expand
         # to gigabytes or refer to other files.
-        if "<!DOCTYPE" in words or "<!ENTITY" in words:
+        if "<!DOCTYPE" in xml or "<!ENTITY" in xml:
             raise SampleProblem(".xmp is not supported: it declares a document type")
-        tree = ElementTree.fromstring(words)
+        tree = ElementTree.fromstring(xml)
     except (ValueError, ElementTree.ParseError) as error:
         raise SampleProblem(f".xmp is not valid: {error}") from None
     found: Values = {}
     for name in ("title", "description", "subject"):
         items = [e.text or "" for e in tree.iterfind(f".//{_DC}{name}//{_RDF}li")]
-        if items := list(clean(items)):
+        if items := list(clean_captions(items)):
             found[name] = items if name == "subject" or len(items) > 1 else items[0]
-    about = list(tree.iter(f"{_RDF}Description"))
+    descriptions = list(tree.iter(f"{_RDF}Description"))
 
     def field_of(name: str) -> str:
-        values = [v for e in about for v in (e.get(name), e.findtext(name)) if v]
+        values = [v for e in descriptions for v in (e.get(name), e.findtext(name)) if v]
         return values[0].strip() if values else ""
 
     if taken := next(filter(None, map(field_of, _DATES)), ""):
@@ -230,8 +232,8 @@ def _xmp(content: bytes) -> Values:
     return found
 
 
-def _date(words: str) -> datetime | str:
+def _date(date: str) -> datetime | str:
     try:
-        return datetime.fromisoformat(words)
+        return datetime.fromisoformat(date)
     except ValueError:
-        return words
+        return date

@@ -24,18 +24,20 @@ class UniqueIds:
         key = "PRIMARY KEY (uri, reason)"
         self._db.execute(f"CREATE TABLE skip (uri, reason, source, {key}) WITHOUT ROWID")
 
-    def unique(self, found: Record) -> Record | Skip:
+    def with_unique_id(self, record: Record) -> Record | Skip:
         """Return the record under a free id, or a skip if it was seen before."""
-        held = self._uri(found.id)
-        if held is not None and held != found.uri:
-            found = replace(found, id=other_id(found))
-            held = self._uri(found.id)
-        if held is not None or (is_derived(found.id, found.uri) and not self._is_first(found.uri)):
-            return Skip(found.id, found.uri, "given twice", lost="nothing")
-        self._db.execute("INSERT INTO name VALUES (?, ?)", (found.id, found.uri))
-        return found
+        known_uri = self._uri(record.id)
+        if known_uri is not None and known_uri != record.uri:
+            record = replace(record, id=alternative_id(record))
+            known_uri = self._uri(record.id)
+        if known_uri is not None or (
+            is_derived_id(record.id, record.uri) and not self._is_new(record.uri)
+        ):
+            return Skip(record.id, record.uri, "given twice", lost="nothing")
+        self._db.execute("INSERT INTO name VALUES (?, ?)", (record.id, record.uri))
+        return record
 
-    def once(self, skip: Skip, source: int) -> Skip:
+    def without_repeats(self, skip: Skip, source: int) -> Skip:
         """Return a skip, or one that loses nothing if an earlier source had the same.
 
         Args:
@@ -45,11 +47,11 @@ class UniqueIds:
         self._db.execute(
             "INSERT OR IGNORE INTO skip VALUES (?, ?, ?)", (skip.uri, skip.reason, source)
         )
-        asked = "SELECT source FROM skip WHERE uri = ? AND reason = ?"
-        (first,) = self._db.execute(asked, (skip.uri, skip.reason)).fetchone()
+        query = "SELECT source FROM skip WHERE uri = ? AND reason = ?"
+        (first,) = self._db.execute(query, (skip.uri, skip.reason)).fetchone()
         return skip if first == source else replace(skip, reason="given twice", lost="nothing")
 
-    def _is_first(self, uri: str) -> bool:
+    def _is_new(self, uri: str) -> bool:
         """Register a file known only by its place: a folder and a source inside it share it."""
         return self._db.execute("INSERT OR IGNORE INTO place VALUES (?)", (uri,)).rowcount == 1
 
@@ -62,18 +64,18 @@ class UniqueIds:
         return None if row is None else row[0]
 
 
-def other_id(record: Record) -> str:
+def alternative_id(record: Record) -> str:
     """Return a record's alternative id if its own is taken: that of its row, or its uri.
 
     Called with that id in the record, it returns the original one if that can be determined.
     """
-    if not (record.given_id and record.row >= 0):
+    if not (record.id_from_source and record.row >= 0):
         return record.uri
     table = f"{record.path}#"
     return record.id.removeprefix(table) if record.id.startswith(table) else table + record.id
 
 
-def is_derived(name: str, uri: str) -> bool:
+def is_derived_id(name: str, uri: str) -> bool:
     """Return whether an id was made from the place alone: a name in a folder or tar, or the uri."""
     if name == uri or uri.endswith(f"/{name}"):
         return True

@@ -25,8 +25,8 @@ from mmalign.arrow_values import python_rows
 from mmalign.data import delimited, json_rows, places, row_images
 from mmalign.data.arrow_tables import ROWS_AT_A_TIME, ImageKind, Table, image_kind, open_table
 from mmalign.data.columns import (
-    Asked,
     Columns,
+    ReadOptions,
     escaped,
     find_columns,
     missing_keys,
@@ -34,7 +34,7 @@ from mmalign.data.columns import (
     shown,
 )
 from mmalign.data.kinds import suffix
-from mmalign.data.samples import Found, Record, SampleProblem, Skip, clean
+from mmalign.data.samples import Record, SampleProblem, ScanResults, Skip, clean_captions
 from mmalign.errors import DataError
 from mmalign.progress import say
 from mmalign.values import json_value
@@ -85,19 +85,19 @@ def tables_in(folder: str) -> list[str]:
     return [path for path in paths if os.path.isfile(path)]
 
 
-def scan_folder(folder: str, paths: Sequence[str], asked: Asked) -> Found:
+def scan_folder(folder: str, paths: Sequence[str], options: ReadOptions) -> ScanResults:
     """Yield the records of all tables of a folder; `year=2020` in a path becomes a column.
 
     Raises:
         DataError: One of them cannot be read.
     """
-    numbers = delimited.Numbers()
-    said = [_partition(os.path.relpath(path, folder)) for path in paths]
-    for values in said:
+    numbers = delimited.NumberColumns()
+    partitions = [_partition(os.path.relpath(path, folder)) for path in paths]
+    for values in partitions:
         numbers.see(values)
-    for path, values in zip(paths, said, strict=True):
+    for path, values in zip(paths, partitions, strict=True):
         columns = {name: numbers.value(name, value) for name, value in values.items()}
-        for found in scan(path, asked):
+        for found in scan(path, options):
             if isinstance(found, Record) and columns:
                 yield replace(found, meta={**columns, **found.meta})
             else:
@@ -112,18 +112,18 @@ def _partition(path: str) -> dict[str, str]:
     return {name: value for name, value in known.items() if value != "__HIVE_DEFAULT_PARTITION__"}
 
 
-def scan(path: str, asked: Asked) -> Found:
+def scan(path: str, options: ReadOptions) -> ScanResults:
     """Yield one record per image, in row order.
 
     Raises:
         DataError: The file cannot be read as its format, or has no image column.
     """
     if table_suffix(path) in ARROW_SUFFIXES:
-        yield from _scan_arrow(path, asked)
+        yield from _scan_arrow(path, options)
     elif table_suffix(path) in TEXT_SUFFIXES:
-        yield from _scan_text(path, asked)
+        yield from _scan_text(path, options)
     else:
-        yield from _scan_json(path, asked)
+        yield from _scan_json(path, options)
 
 
 def read_cell(path: str, row: int, column: str) -> bytes:
@@ -139,7 +139,7 @@ def read_cell(path: str, row: int, column: str) -> bytes:
     return places.read(_resolve(image, os.path.dirname(path)))
 
 
-def column_names(path: str, asked: Asked) -> list[str]:
+def column_names(path: str, options: ReadOptions) -> list[str]:
     """Return a table's column names for a message; for JSON, those of its first rows.
 
     Raises:
@@ -147,22 +147,22 @@ def column_names(path: str, asked: Asked) -> list[str]:
     """
     kind = table_suffix(path)
     with ExitStack() as opened:
-        with _readable(path):
+        with _read_errors(path):
             if kind in ARROW_SUFFIXES:
                 return list(opened.enter_context(open_table(path)).schema.names)
             if kind in TEXT_SUFFIXES:
-                return list(delimited.find_layout(path, TEXT_SUFFIXES[str(kind)], asked).names)
-        rows = (row for _, row in _until_broken(path, json_rows.rows(path)))
+                return list(delimited.find_layout(path, TEXT_SUFFIXES[str(kind)], options).names)
+        rows = (row for _, row in _with_read_errors(path, json_rows.rows(path)))
         first = (row for row in islice(rows, 100) if isinstance(row, dict))
         return list(dict.fromkeys(name for row in first for name in row))
 
 
 @dataclass
-class _Reading:
+class _ReadState:
     """The state of reading one table; final."""
 
     path: str
-    asked: Asked
+    options: ReadOptions
     left_out: Counter[str] = field(default_factory=Counter)
     """The reason why values were left out of the metadata, by column."""
 
@@ -182,16 +182,19 @@ class _Reading:
 
     def id_of(self, row: Row, columns: Columns, other: str) -> tuple[str, bool]:
         """Return the id of a row, and whether it comes from the table."""
-        given = json_value(row.get(columns.id)) if columns.id else None
-        is_given = isinstance(given, str | int | float) and given != ""
-        return f"{self.name}/{_short(str(given) if is_given else other)}", is_given
+        source_id = json_value(row.get(columns.id)) if columns.id else None
+        has_source_id = isinstance(source_id, str | int | float) and source_id != ""
+        return (
+            f"{self.name}/{_shortened(str(source_id) if has_source_id else other)}",
+            has_source_id,
+        )
 
     def captions(
         self, row: Row, columns: Columns, id: str, uri: str
     ) -> tuple[tuple[str, ...], list[Skip]]:
         """Return the captions of a row, or the reasons why it has none."""
         try:
-            return columns.captions_of(row, self.asked), []
+            return columns.captions_of(row, self.options), []
         except SampleProblem as problem:
             hint = ": save the table as UTF-8" if "not UTF-8" in str(problem) else ""
             return (), [Skip(id, uri, f"{problem}{hint}", lost="captions")]
@@ -201,7 +204,7 @@ class _Reading:
         meta = {}
         for name, value in row.items():
             try:
-                meta[str(json_value(name))] = _small(cell(name, value))
+                meta[str(json_value(name))] = _bounded_json(cell(name, value))
             except ValueError as error:
                 self.left_out[f"column {shown(name)!r}: {error}"] += 1
         return meta
@@ -212,52 +215,52 @@ class _Reading:
             say(f"{self.path}: {reason}: left out of the metadata {count} times")
 
 
-def _scan_arrow(path: str, asked: Asked) -> Found:
+def _scan_arrow(path: str, options: ReadOptions) -> ScanResults:
     row_images.forget(path)
-    reading = _Reading(path, asked)
+    reading = _ReadState(path, options)
     with ExitStack() as opened:
-        with _readable(path):
+        with _read_errors(path):
             table = opened.enter_context(open_table(path))
-            image, kind = _image_column(path, table, asked)
+            image, kind = _image_column(path, table, options)
             holds_paths = kind == "path" or (kind == "struct" and table.is_empty(image, "bytes"))
         names = list(table.schema.names)
-        columns = find_columns(names, replace(asked, image_column=image))
-        _say_missing(path, names, asked)
+        columns = find_columns(names, replace(options, image_column=image))
+        _say_missing(path, names, options)
         if holds_paths:
             where = f"{image}.path" if kind == "struct" else image
             wanted = [name for name in names if name != image] + [where]
-            yield from _by_path(reading, _arrow_rows(reading, table, columns, wanted))
+            yield from _group_by_path(reading, _arrow_rows(reading, table, columns, wanted))
         else:
             wanted = [name for name in names if name != image]
             for number, row, _ in _arrow_rows(reading, table, columns, wanted):
-                yield from _in_row(reading, number, row, columns)
+                yield from _embedded_record(reading, number, row, columns)
     reading.say_left_out()
 
 
-def _in_row(reading: _Reading, number: int, row: Row, columns: Columns) -> Found:
+def _embedded_record(reading: _ReadState, number: int, row: Row, columns: Columns) -> ScanResults:
     """Yield the record of a row that contains its image."""
     uri = reading.uri(number)
-    id, is_given = reading.id_of(row, columns, f"row {number}")
+    id, has_source_id = reading.id_of(row, columns, f"row {number}")
     captions, problems = reading.captions(row, columns, id, uri)
-    meta = reading.meta({k: v for k, v in row.items() if k not in columns.used})
+    meta = reading.meta({k: v for k, v in row.items() if k not in columns.not_metadata})
     yield from problems
     yield Record(
         id, uri, reading.path, row=number, column=str(columns.image), captions=captions,
-        meta=meta, given_id=is_given,
+        meta=meta, id_from_source=has_source_id,
     )  # fmt: skip
 
 
-def _image_column(path: str, table: Table, asked: Asked) -> tuple[str, ImageKind]:
+def _image_column(path: str, table: Table, options: ReadOptions) -> tuple[str, ImageKind]:
     """Choose the image column of a table with typed columns."""
     names = list(table.schema.names)
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{path}: two columns are called {shown(name)!r}: rename one")
     kinds = {name: image_kind(table.schema.field(name).type) for name in names}
-    image = find_columns(names, asked, lambda name: kinds[name] is not None).image
-    image = image or find_columns(names, asked).image
+    image = find_columns(names, options, lambda name: kinds[name] is not None).image
+    image = image or find_columns(names, options).image
     if image is None:
-        raise no_image_column(path, names, asked)
+        raise no_image_column(path, names, options)
     kind = kinds[image]
     if kind is None:
         held = shown(str(table.schema.field(image).type))
@@ -269,73 +272,73 @@ def _image_column(path: str, table: Table, asked: Asked) -> tuple[str, ImageKind
 
 
 def _arrow_rows(
-    reading: _Reading, table: Table, columns: Columns, wanted: list[str]
+    reading: _ReadState, table: Table, columns: Columns, wanted: list[str]
 ) -> Iterator[tuple[int, Row, Columns]]:
     number = 0
-    for batch in _until_broken(reading.path, table.batches(wanted)):
+    for batch in _with_read_errors(reading.path, table.batches(wanted)):
         rows, unread = python_rows(batch)
         for name, kind in unread.items():
             text = f"column {shown(name)!r} is left out: type {shown(kind)} is not supported"
-            reading.asked.say_once(reading.path, text)
+            reading.options.say_once(reading.path, text)
         for row in rows:
             yield number, row, columns
             number += 1
 
 
-def _scan_text(path: str, asked: Asked) -> Found:
-    with _readable(path):
-        layout = delimited.find_layout(path, TEXT_SUFFIXES[str(table_suffix(path))], asked)
-        layout = delimited.quoting_of(layout)
+def _scan_text(path: str, options: ReadOptions) -> ScanResults:
+    with _read_errors(path):
+        layout = delimited.find_layout(path, TEXT_SUFFIXES[str(table_suffix(path))], options)
+        layout = delimited.with_detected_quoting(layout)
     if layout.guessed_header:
-        asked.say_once(path, layout.guessed_header)
-    columns = find_columns(layout.names, asked)
-    _say_missing(path, layout.names, asked)
-    reading, numbers = _Reading(path, asked), delimited.Numbers(columns.used)
+        options.say_once(path, layout.guessed_header)
+    columns = find_columns(layout.names, options)
+    _say_missing(path, layout.names, options)
+    reading, numbers = _ReadState(path, options), delimited.NumberColumns(columns.not_metadata)
 
     def rows() -> Iterator[tuple[int, Row | SampleProblem, Columns]]:
-        for number, row in _until_broken(path, delimited.rows(layout)):
+        for number, row in _with_read_errors(path, delimited.rows(layout)):
             if isinstance(row, dict):
                 numbers.see(row)
             yield number, row, columns
 
-    yield from _by_path(reading, rows(), numbers.value)
+    yield from _group_by_path(reading, rows(), numbers.value)
     reading.say_left_out()
 
 
-def _scan_json(path: str, asked: Asked) -> Found:
-    reading = _Reading(path, asked)
+def _scan_json(path: str, options: ReadOptions) -> ScanResults:
+    reading = _ReadState(path, options)
     names: dict[str, None] = {}
 
     @lru_cache(maxsize=256)
     def columns_of(keys: tuple[str, ...]) -> Columns:
         if len(names) < MAX_NAMES:
             names.update(dict.fromkeys(keys))
-        return find_columns(keys, asked)
+        return find_columns(keys, options)
 
     def rows() -> Iterator[tuple[int, Row | SampleProblem, Columns]]:
         has_image = False
-        for number, row in _until_broken(path, json_rows.rows(path)):
+        for number, row in _with_read_errors(path, json_rows.rows(path)):
             columns = columns_of(tuple(row) if isinstance(row, dict) else ())
             has_image = has_image or columns.image is not None
             yield number, row, columns
         if not has_image:
-            raise no_image_column(path, list(names), asked)
-        _say_missing(path, list(names), asked)
+            raise no_image_column(path, list(names), options)
+        _say_missing(path, list(names), options)
 
-    yield from _by_path(reading, rows())
+    yield from _group_by_path(reading, rows())
     reading.say_left_out()
 
 
-def _by_path(
-    reading: _Reading,
+def _group_by_path(
+    reading: _ReadState,
     rows: Iterator[tuple[int, Row | SampleProblem, Columns]],
     cell: Convert = lambda name, value: value,
-) -> Found:
+) -> ScanResults:
     """Yield one record for all rows that name the same image, and the problems of rows.
 
     Nothing is yielded until all rows are read.
     """
-    with closing(_Gathered()) as gathered:
+    with closing(_RowsByImage()) as rows_by_image:
         for number, row, columns in rows:
             try:
                 if isinstance(row, SampleProblem):
@@ -343,26 +346,30 @@ def _by_path(
                 image = _image_path(row.get(columns.image) if columns.image else None)
             except SampleProblem as problem:
                 skip = reading.skip(number, str(problem))
-                gathered.add(skip.uri, number, skip)
+                rows_by_image.add(skip.uri, number, skip)
                 continue
-            place = _resolve(image, os.path.dirname(reading.path))
-            id, is_given = reading.id_of(row, columns, image)
-            captions, problems = reading.captions(row, columns, id, place)
-            rest = {k: v for k, v in row.items() if k not in columns.used}
-            gathered.add(place, number, (id, is_given, place, rest, captions, problems))
-        for found in gathered:
+            location = _resolve(image, os.path.dirname(reading.path))
+            id, has_source_id = reading.id_of(row, columns, image)
+            captions, problems = reading.captions(row, columns, id, location)
+            rest = {k: v for k, v in row.items() if k not in columns.not_metadata}
+            rows_by_image.add(
+                location, number, (id, has_source_id, location, rest, captions, problems)
+            )
+        for found in rows_by_image:
             if isinstance(found[0], Skip):
                 yield found[0]
                 continue
             for _, _, _, _, _, problems in found:
                 yield from problems
-            id, is_given, place, first, _, _ = found[0]
-            captions = clean(c for thing in found for c in thing[4])
+            id, has_source_id, location, first, _, _ = found[0]
+            captions = clean_captions(c for entry in found for c in entry[4])
             meta = reading.meta(first, cell)
-            yield Record(id, place, place, captions=captions, meta=meta, given_id=is_given)
+            yield Record(
+                id, location, location, captions=captions, meta=meta, id_from_source=has_source_id
+            )
 
 
-class _Gathered:
+class _RowsByImage:
     """Values grouped by image, in the order of each image's first row; final.
 
     SQLite stores and sorts them in its own temporary file, which disappears with the process.
@@ -373,18 +380,18 @@ class _Gathered:
         self._db.execute("CREATE TABLE thing (image BLOB, number INTEGER, content BLOB)")
         self._new: list[tuple[bytes, int, bytes]] = []
 
-    def add(self, image: str, number: int, thing: Any) -> None:
+    def add(self, image: str, number: int, value: Any) -> None:
         """Add a row's value for an image."""
-        self._new.append((image.encode("utf-8", "surrogatepass"), number, pickle.dumps(thing)))
+        self._new.append((image.encode("utf-8", "surrogatepass"), number, pickle.dumps(value)))
         if len(self._new) == ROWS_AT_A_TIME:
-            self._put()
+            self._flush()
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Yield the values of each image."""
-        self._put()
+        self._flush()
         first = "SELECT *, min(number) OVER (PARTITION BY image) AS first FROM thing"
         ordered = f"SELECT first, content FROM ({first}) ORDER BY first, number"
-        with _room():
+        with _disk_errors():
             for _, same in groupby(self._db.execute(ordered), key=lambda row: row[0]):
                 # This process has just written it to an unnamed file.
                 yield [pickle.loads(content) for _, content in same]
@@ -393,14 +400,14 @@ class _Gathered:
         """Release the disk space."""
         self._db.close()
 
-    def _put(self) -> None:
-        with _room():
+    def _flush(self) -> None:
+        with _disk_errors():
             self._db.executemany("INSERT INTO thing VALUES (?, ?, ?)", self._new)
         self._new.clear()
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
@@ -410,13 +417,13 @@ def _room() -> Iterator[None]:
         ) from None
 
 
-def _say_missing(path: str, names: Sequence[str], asked: Asked) -> None:
-    for text in missing_keys(names, asked):
-        asked.say_once(path, text)
+def _say_missing(path: str, names: Sequence[str], options: ReadOptions) -> None:
+    for text in missing_keys(names, options):
+        options.say_once(path, text)
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _read_errors(path: str) -> Iterator[None]:
     """Convert any error from the reader of a broken table to a one-line error."""
     try:
         yield
@@ -428,8 +435,8 @@ def _readable(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read as {kind}: {reason}") from None
 
 
-def _until_broken(path: str, items: Iterator[T]) -> Iterator[T]:
-    with _readable(path):
+def _with_read_errors(path: str, items: Iterator[T]) -> Iterator[T]:
+    with _read_errors(path):
         yield from items
 
 
@@ -465,7 +472,7 @@ def _resolve(image: str, folder: str) -> str:
     return path
 
 
-def _small(value: Any) -> Any:
+def _bounded_json(value: Any) -> Any:
     """Convert a value to JSON, unless it is too large for metadata."""
     if isinstance(value, bytes) and len(value) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes")
@@ -476,7 +483,7 @@ def _small(value: Any) -> Any:
     return converted
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     """Return a name usable in an id: control characters escaped, a long name's end hashed."""
     name = escaped(name)
     if len(name) <= MAX_NAME:

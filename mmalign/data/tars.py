@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from mmalign.data import places, sidecars
-from mmalign.data.kinds import HEAD_BYTES, passed_over, suffix
-from mmalign.data.samples import Found, JoinedSkips, Lost, Record, Skip
+from mmalign.data.kinds import HEAD_BYTES, reason_to_skip, suffix
+from mmalign.data.samples import JoinedSkips, Lost, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
 # The number of bytes checked after the end mark: tars are padded to whole records.
@@ -26,7 +26,7 @@ _MODES = {
 }
 
 
-def scan(path: str, caption_keys: Sequence[str]) -> Found:
+def scan(path: str, caption_keys: Sequence[str]) -> ScanResults:
     """Yield one record per sample, in tar order; sidecars follow the same rules as in folders.
 
     Samples found in a truncated tar are used; the tar is then a skip that loses a place.
@@ -43,7 +43,7 @@ def scan(path: str, caption_keys: Sequence[str]) -> Found:
     except OSError as error:
         start = (
             "tar cannot be read to its end"
-            if found.images or found.beside
+            if found.images or found.sidecar_files
             else "cannot be read as a tar"
         )
         found.skips.add(Skip(path, path, f"{start}: {places.reason(error)}", lost="place"))
@@ -67,7 +67,7 @@ class _Tar:
     skips: JoinedSkips = field(default_factory=JoinedSkips)
     images: dict[str, _Image] = field(default_factory=dict)
     """Keyed by the member's name without its last extension."""
-    beside: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    sidecar_files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """Sidecars by folded name: the name in the tar, and the content."""
 
     def read(self, file: BinaryIO) -> None:
@@ -81,60 +81,60 @@ class _Tar:
         with places.foreign_errors(), tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if not (member.isdir() or _hidden(member.name)):
-                    self._member(tar, member, size)
+                    self._add_member(tar, member, size)
             _check_end(file, tar.offset)
 
-    def samples(self) -> Found:
+    def samples(self) -> ScanResults:
         """Yield a record for each image, and a skip for each sidecar without an image."""
         claimed: set[str] = set()
         for base, image in self.images.items():
             key, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
-            names = [n for n in sidecars.sidecar_names(image.member) if n in self.beside]
+            names = [n for n in sidecars.sidecar_names(image.member) if n in self.sidecar_files]
             kinds = {suffix(n) for n in names}
-            shared = [n for n in sidecars.names_of_key(image.member) if n in self.beside]
+            shared = [n for n in sidecars.names_of_key(image.member) if n in self.sidecar_files]
             named = sidecars.caption_files(image.member, self.caption_keys)
-            named = {k: n for k, n in named.items() if n in self.beside}
+            named = {k: n for k, n in named.items() if n in self.sidecar_files}
             claimed.update(names, shared, named.values())
             # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
             names += [n for n in shared if suffix(n) not in kinds]
-            described = sidecars.describe(
-                [self.beside[n] for n in names],
+            sidecar = sidecars.read_sidecars(
+                [self.sidecar_files[n] for n in names],
                 self.caption_keys,
-                {k: self.beside[n][1] for k, n in named.items()},
+                {k: self.sidecar_files[n][1] for k, n in named.items()},
             )
-            if described.problem:
-                yield Skip(key, uri, described.problem, lost="captions")
+            if sidecar.problem:
+                yield Skip(key, uri, sidecar.problem, lost="captions")
             yield Record(
                 key, uri, self.path, image.offset, image.length,
-                captions=described.captions, meta=described.meta,
+                captions=sidecar.captions, meta=sidecar.meta,
             )  # fmt: skip
         keys = {sidecars.key_of(image.member) for image in self.images.values()}
-        for folded, (name, _) in self.beside.items():
-            if folded not in claimed:
+        for lookup_name, (name, _) in self.sidecar_files.items():
+            if lookup_name not in claimed:
                 self.skips.add(self._orphan(name, keys))
         yield from self.skips
 
-    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> None:
+    def _add_member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> None:
         name = member.name
         if not member.isfile() or member.issparse():
             self.skips.add(self._skip(name, f"not a regular file: {_special(member)}"))
         elif member.offset_data + member.size > size:
             self.skips.add(self._skip(name, "tar ends in the middle of this file"))
         elif suffix(name) in sidecars.SUFFIXES:
-            folded = sidecars.folded(name)
-            if folded in self.beside:
+            lookup_name = sidecars.lookup_name(name)
+            if lookup_name in self.sidecar_files:
                 self.skips.add(self._skip(name, "duplicate key"))
             elif member.size > places.MOST_SIDECAR_BYTES:
                 reason = f"captions cannot be read: too large: {member.size / 1e6:,.0f} MB"
                 self.skips.add(self._skip(name, reason, "captions"))
             else:
-                self.beside[folded] = name, _content(tar, member)
-        elif why := passed_over(name, lambda: _content(tar, member, HEAD_BYTES)):
+                self.sidecar_files[lookup_name] = name, _content(tar, member)
+        elif why := reason_to_skip(name, lambda: _content(tar, member, HEAD_BYTES)):
             self.skips.add(self._skip(name, *why))
-        elif _base(name) in self.images:
+        elif _without_extension(name) in self.images:
             self.skips.add(self._skip(name, "duplicate key"))
         else:
-            self.images[_base(name)] = _Image(member.offset_data, member.size, name)
+            self.images[_without_extension(name)] = _Image(member.offset_data, member.size, name)
 
     def _orphan(self, name: str, keys: Container[str]) -> Skip:
         if suffix(name) not in sidecars.TEXT_SUFFIXES:
@@ -146,10 +146,10 @@ class _Tar:
         return self._skip(name, "caption without an image")
 
     def _skip(self, name: str, reason: str, lost: Lost = "sample") -> Skip:
-        return Skip(f"{self.name}/{_base(name)}", f"{self.path}#{name}", reason, lost)
+        return Skip(f"{self.name}/{_without_extension(name)}", f"{self.path}#{name}", reason, lost)
 
 
-def _base(name: str) -> str:
+def _without_extension(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.rpartition('.')[0] or file}"
 

@@ -18,27 +18,27 @@ from mmalign.data import (
     Skip,
     SpilledRecords,
     Stamps,
+    alternative_id,
+    count_found,
     expand,
-    found_in,
     in_batches,
     in_threads,
     nothing_usable,
-    other_id,
     spelled,
     stream,
 )
-from mmalign.embedding.stored import Places, Row, StoredRows, below
+from mmalign.embedding.stored import Row, ScannedLocations, StoredRows, uri_prefixes
 from mmalign.encoding.modalities import decode_workers
 from mmalign.progress import say
 from mmalign.store import Store, meta_json
 
 # Samples that are looked up in the store at once.
-LOOKED_UP = 1_000
+LOOKUP_BATCH = 1_000
 Outcome = Literal["added", "changed", "present"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScanOptions:
     """The options of a scan."""
 
     sources: Sequence[str]
@@ -49,7 +49,7 @@ class Wanted:
     part: tuple[int, int] = (1, 1)
     """(i, n): only the i-th of n equal parts of the samples."""
 
-    def takes(self, found: Record | Skip) -> bool:
+    def includes(self, found: Record | Skip) -> bool:
         """Return whether a sample is in this part; the answer is the same on every machine."""
         number, parts = self.part
         return zlib.crc32(found.id.encode()) % parts == number - 1
@@ -63,7 +63,7 @@ class ChangeSet:
     stored: StoredRows
     seen_N: NDArray[np.bool_]
     """Rows of the store that the sources still have, or may have."""
-    places: Places = field(default_factory=lambda: Places((), ()))
+    locations: ScannedLocations = field(default_factory=lambda: ScannedLocations((), ()))
     found_count: int = 0
     """Samples and files of this part that were found, usable or not."""
     present: int = 0
@@ -86,7 +86,7 @@ class ChangeSet:
             return 0  # reading it will report why
 
 
-def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> ChangeSet:
+def find_changes(store: Store, options: ScanOptions, spilled: SpilledRecords) -> ChangeSet:
     """Scan sources for samples that a store lacks or may hold outdated; they are spilled to disk.
 
     A sample is unchanged if its location, size, modification time, captions and metadata are.
@@ -99,40 +99,42 @@ def find_changes(store: Store, wanted: Wanted, spilled: SpilledRecords) -> Chang
     )
 
     def records() -> Generator[Record, None, None]:
-        with closing(stream(wanted.sources, wanted.caption_keys, wanted.image_column)) as scanned:
+        with closing(
+            stream(options.sources, options.caption_keys, options.image_column)
+        ) as scanned:
             for found in scanned:
                 if isinstance(found, Record):
                     yield found
-                elif found.lost == "place" or wanted.takes(found):
+                elif found.lost == "place" or options.includes(found):
                     changes.skips.append(found)
 
     with closing(records()) as scanned:
-        for some in in_batches(scanned, LOOKED_UP):
-            _separate(changes, some, wanted)
-    changes.found_count = found_in(changes.samples, changes.skips)
-    if not changes.samples and wanted.part[1] == 1:
-        raise nothing_usable(wanted.sources, changes.skips, wanted.caption_keys)
+        for batch in in_batches(scanned, LOOKUP_BATCH):
+            _collect_changed(changes, batch, options)
+    changes.found_count = count_found(changes.samples, changes.skips)
+    if not changes.samples and options.part[1] == 1:
+        raise nothing_usable(options.sources, changes.skips, options.caption_keys)
     _mark_unusable_as_seen(changes)
-    places = expand(wanted.sources)
-    scanned_places = [*places, *(spelled(p) for p in places)]
+    locations = expand(options.sources)
+    scanned_locations = [*locations, *(spelled(p) for p in locations)]
     unread = [s.uri for s in changes.skips if s.lost == "place"]
-    changes.places = Places(below(scanned_places), below(unread))
+    changes.locations = ScannedLocations(uri_prefixes(scanned_locations), uri_prefixes(unread))
     return changes
 
 
-def _separate(changes: ChangeSet, records: Sequence[Record], wanted: Wanted) -> None:
+def _collect_changed(changes: ChangeSet, records: Sequence[Record], options: ScanOptions) -> None:
     """Separate samples that are unchanged in the store from those that must be read."""
-    rows = changes.stored.of(records)
+    rows = changes.stored.rows_of(records)
     changes.seen_N[[row["number"] for row in rows if row]] = True
-    mine = [pair for pair in zip(records, rows, strict=True) if wanted.takes(pair[0])]
+    in_part = [pair for pair in zip(records, rows, strict=True) if options.includes(pair[0])]
     workers = decode_workers()
     stamps = in_threads(
-        changes.stamp_of, [record for record, _ in mine], workers, ahead=4 * workers
+        changes.stamp_of, [record for record, _ in in_part], workers, ahead=4 * workers
     )
-    for (record, row), seen in zip(mine, stamps, strict=True):
+    for (record, row), seen in zip(in_part, stamps, strict=True):
         changes.captioned += bool(record.captions)
-        as_it_was = row and row["uri"] == record.uri and row["stamp"] == seen
-        if as_it_was and not wanted.checksum:
+        unchanged = row and row["uri"] == record.uri and row["stamp"] == seen
+        if unchanged and not options.checksum:
             changes.present += 1
         else:
             changes.records.add(replace(record, stamp=seen))
@@ -145,7 +147,7 @@ def _mark_unusable_as_seen(changes: ChangeSet) -> None:
     if len(store) and lost:
         rows = store.find([s.id for s in lost])
         changes.seen_N[rows[rows >= 0]] = True
-        for found in changes.stored.at([s.uri for s in lost]):
+        for found in changes.stored.rows_at([s.uri for s in lost]):
             changes.seen_N[[row["number"] for row in found]] = True
 
 
@@ -176,45 +178,47 @@ class RowMatcher:
 
     def match(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Match]:
         """Return the outcome for some samples, given the checksums of their images."""
-        rows = self.stored.of(records)
+        rows = self.stored.rows_of(records)
         return [self._match(*one) for one in zip(records, rows, checksums, strict=True)]
 
     def _match(self, record: Record, row: Row | None, checksum: bytes) -> Match:
         if row is None:
-            return self._new(record, checksum)
-        (told,) = self.stored.store.rows([row["number"]], ("captions", "meta", "checksum"))
-        name, old = self._name(record, row), row["id"]
-        words = told["captions"] == list(record.captions) and told["meta"] == meta_json(record.meta)
-        other_place = _container(record.uri, record) != _container(row["uri"], record)
-        if told["checksum"] == checksum:
-            same = words and name == old and not other_place
-            written = same and row["uri"] == record.uri and row["stamp"] == record.stamp
+            return self._match_new(record, checksum)
+        (stored_row,) = self.stored.store.rows([row["number"]], ("captions", "meta", "checksum"))
+        name, old = self._choose_id(record, row), row["id"]
+        same_text = stored_row["captions"] == list(record.captions) and stored_row[
+            "meta"
+        ] == meta_json(record.meta)
+        moved = _container(record.uri, record) != _container(row["uri"], record)
+        if stored_row["checksum"] == checksum:
+            same = same_text and name == old and not moved
+            up_to_date = same and row["uri"] == record.uri and row["stamp"] == record.stamp
             outcome: Outcome = "present" if same else "changed"
-            return Match(outcome, name, _others(name, old), other_place, written)
-        followed = self._claim_moved(checksum)
-        return Match("changed", name, _others(name, old, *followed), bool(followed))
+            return Match(outcome, name, _other_ids(name, old), moved, up_to_date)
+        moved_ids = self._claim_moved(checksum)
+        return Match("changed", name, _other_ids(name, old, *moved_ids), bool(moved_ids))
 
-    def _new(self, record: Record, checksum: bytes) -> Match:
-        followed = self._claim_moved(checksum)
-        name = record.id if self._is_free(record.id) else other_id(record)
-        outcome: Outcome = "changed" if followed else "added"
-        return Match(outcome, name, _others(name, *followed), bool(followed))
+    def _match_new(self, record: Record, checksum: bytes) -> Match:
+        moved_ids = self._claim_moved(checksum)
+        name = record.id if self._is_free(record.id) else alternative_id(record)
+        outcome: Outcome = "changed" if moved_ids else "added"
+        return Match(outcome, name, _other_ids(name, *moved_ids), bool(moved_ids))
 
-    def _name(self, record: Record, row: Row) -> str:
+    def _choose_id(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
         old: str = row["id"]
-        if not record.given_id or old in (record.id, other_id(record)):
+        if not record.id_from_source or old in (record.id, alternative_id(record)):
             return old
         return record.id if self._is_free(record.id) else old
 
     def _is_free(self, name: str) -> bool:
-        holder = self.stored.holder(name)
+        holder = self.stored.row_with_id(name)
         return holder < 0 or holder in self.moved_rows
 
     def _claim_moved(self, checksum: bytes) -> list[str]:
         """Claim a row with this content whose location is gone; return its id, if there is one."""
         if checksum not in self._moved:
-            rows = self.stored.with_content(checksum)
+            rows = self.stored.rows_with_content(checksum)
             self._moved[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
         number = next(self._moved[checksum], None)
         if number is None:
@@ -226,10 +230,10 @@ class RowMatcher:
         if self.changes.seen_N[number]:
             return False
         (row,) = self.stored.store.rows([number], ("uri",))
-        return self.changes.places.gone(row["uri"])
+        return self.changes.locations.is_gone(row["uri"])
 
 
-def removed(matcher: RowMatcher) -> list[int]:
+def find_removed(matcher: RowMatcher) -> list[int]:
     """List the rows whose images were in the sources but were not found there.
 
     Places that could not be listed completely, or read, may still hold missing samples: nothing
@@ -240,21 +244,21 @@ def removed(matcher: RowMatcher) -> list[int]:
         if skip.lost == "place":
             say(f"warning: {skip.uri}: {skip.reason}; its rows are kept")
     unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
-    rows = matcher.stored.at(unread)
+    rows = matcher.stored.rows_at(unread)
     names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
     gone_N = ~changes.seen_N if store.live is None else ~changes.seen_N & store.live
     gone_N[list(matcher.moved_rows)] = False
     gone = []
-    for numbers in in_batches(np.flatnonzero(gone_N).tolist(), LOOKED_UP):
+    for numbers in in_batches(np.flatnonzero(gone_N).tolist(), LOOKUP_BATCH):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
             uri = row["uri"]
-            inside = uri.startswith(changes.places.scanned) and _file_name(uri) not in names
-            if inside and changes.places.gone(uri):
+            inside = uri.startswith(changes.locations.scanned) and _file_name(uri) not in names
+            if inside and changes.locations.is_gone(uri):
                 gone.append(number)
     return gone
 
 
-def _others(name: str, *ids: str) -> tuple[str, ...]:
+def _other_ids(name: str, *ids: str) -> tuple[str, ...]:
     return tuple(i for i in dict.fromkeys(ids) if i != name)
 
 

@@ -19,11 +19,11 @@ from mmalign.data import (
     Sources,
     SpilledRecords,
     as_sources,
-    counted,
+    count_skipped,
     refuse_own_sources,
     report_skips,
 )
-from mmalign.embedding.changes import ChangeSet, RowMatcher, Wanted, find_changes, removed
+from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
 from mmalign.encoding.batches import report_cut
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
@@ -125,35 +125,35 @@ def embed(
         raise UsageError(
             "this model was never saved, so a later search could not load it: call save_model first"
         )
-    plain = to_fastest(model if isinstance(model, Encoder) else load_model(model))
-    encoder, got = in_precision(plain, precision)
+    float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
+    encoder, used_precision = in_precision(float32_encoder, precision)
     card = ModelCard(encoder.identity, encoder.source, encoder.dim)
-    store = _open(path, card, plain)
+    store = _open(path, card, float32_encoder)
     keep_weights(encoder)
     with files.scratch_in(path), SpilledRecords() as spilled:
         changes = find_changes(
-            store, Wanted(sources, caption_keys, image_column, checksum, part), spilled
+            store, ScanOptions(sources, caption_keys, image_column, checksum, part), spilled
         )
-        if got == "int8" and len(spilled) >= COMPARED:
-            _say_what_it_costs(plain, encoder, list(islice(spilled, COMPARED)))
-        del plain
-        work = _Work(Writer(path, card), encoder, changes, thumbnails)
-        work.run()
-    counts = work.counts()
+        if used_precision == "int8" and len(spilled) >= COMPARED:
+            _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
+        del float32_encoder
+        embed_run = _EmbedRun(Writer(path, card), encoder, changes, thumbnails)
+        embed_run.run()
+    counts = embed_run.counts()
     _list_failures(path, changes, counts)
-    dropped = _drop(store, removed(work.matcher), yes) if drop_removed else 0
+    dropped = _drop(store, find_removed(embed_run.matcher), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
-        cut_captions=work.pipeline.texts.cut,
-        moved=work.moved,
-        read=work.read,
-        encoded=work.pipeline.encoded,
+        cut_captions=embed_run.pipeline.texts.cut,
+        moved=embed_run.moved,
+        read=embed_run.read,
+        encoded=embed_run.pipeline.encoded,
         removed=dropped,
         rows=len(open_store(path)),
-        images_per_s=work.read / max(work.seconds, 1e-9),
-        precision=got,
+        images_per_s=embed_run.read / max(embed_run.seconds, 1e-9),
+        precision=used_precision,
     )
-    say(_in_words(report, out))
+    say(_summary(report, out))
     return report
 
 
@@ -162,24 +162,26 @@ def _drop(store: Store, gone: list[int], yes: bool) -> int:
     return delete_rows(store.path, gone, store.manifest.generation) if gone else 0
 
 
-def _open(path: Path, card: ModelCard, plain: Encoder) -> Store:
+def _open(path: Path, card: ModelCard, float32_encoder: Encoder) -> Store:
     try:
         return open_or_new(path, card)
     except IdentityError as error:
-        fault = plain.former_fault(open_store(path).manifest.model.identity)
+        fault = float32_encoder.former_fault(open_store(path).manifest.model.identity)
         if not fault:
             raise
         raise IdentityError(f"{path}: {fault}") from error
 
 
-class _Work:
+class _EmbedRun:
     """Reads the samples that a scan found, and writes their rows; final."""
 
     def __init__(
         self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
     ) -> None:
         self.writer, self.changes, self.matcher = writer, changes, RowMatcher(changes)
-        self.pipeline = Pipeline(encoder, thumbnails=thumbnails, known=changes.stored.known)
+        self.pipeline = Pipeline(
+            encoder, thumbnails=thumbnails, known=changes.stored.earlier_result
+        )
         self.outcomes: Counter[str] = Counter()
         self.moved = self.read = 0
         self.seconds = 0.0
@@ -188,20 +190,23 @@ class _Work:
         """Read, embed and write everything, committing from time to time."""
         started = committed_at = time.monotonic()
         with self.writer, bar("embed", len(self.changes.records)) as progress:
-            for good, lost in self.pipeline.run(self.changes.records):
-                self.changes.skips += lost
+            for good, skips in self.pipeline.run(self.changes.records):
+                self.changes.skips += skips
                 self._write(good)
                 if time.monotonic() - committed_at > COMMIT_SECONDS:
                     self.writer.commit()
                     committed_at = time.monotonic()
-                self.read += len(good) + len(lost)
-                progress.update(len(good) + len(lost))
+                self.read += len(good) + len(skips)
+                progress.update(len(good) + len(skips))
                 progress.set_postfix_str(self.pipeline.describe(), refresh=False)
         report_cut(self.pipeline.encoder, self.pipeline.texts.cut)
         self.seconds = time.monotonic() - started
 
     def _write(self, good: Sequence[Encoded]) -> None:
-        records, checksums = [e.record for e in good], [e.item.checksum for e in good]
+        records, checksums = (
+            [e.record for e in good],
+            [e.item.checksum for e in good],
+        )
         for encoded, matched in zip(good, self.matcher.match(records, checksums), strict=True):
             self.outcomes[matched.outcome] += 1
             self.moved += matched.moved
@@ -214,12 +219,12 @@ class _Work:
             "added": self.outcomes["added"],
             "changed": self.outcomes["changed"],
             "present": self.outcomes["present"] + self.changes.present,
-            "failed": counted(self.changes.skips, "sample"),
-            "passed_over": counted(self.changes.skips, "ending"),
+            "failed": count_skipped(self.changes.skips, "sample"),
+            "passed_over": count_skipped(self.changes.skips, "ending"),
         }
 
 
-def _in_words(report: EmbedReport, out: str | Path) -> str:
+def _summary(report: EmbedReport, out: str | Path) -> str:
     parts = [
         f"{report.added} added",
         f"{report.changed} changed" + (f" ({report.moved} moved)" if report.moved else ""),
@@ -229,13 +234,13 @@ def _in_words(report: EmbedReport, out: str | Path) -> str:
         f"{report.removed} removed",
     ]
     always = (0, 2, 3)
-    told = [p for i, p in enumerate(parts) if i in always or not p.startswith("0 ")]
-    return f"{', '.join(told)}: {report.rows} rows in {out}"
+    shown_parts = [p for i, p in enumerate(parts) if i in always or not p.startswith("0 ")]
+    return f"{', '.join(shown_parts)}: {report.rows} rows in {out}"
 
 
-def _say_what_it_costs(plain: Encoder, encoder: Encoder, sample: list[Record]) -> None:
+def _report_int8_loss(float32_encoder: Encoder, encoder: Encoder, sample: list[Record]) -> None:
     try:
-        say(f"int8 compared with float32: {compare(plain, encoder, sample)}")
+        say(f"int8 compared with float32: {compare(float32_encoder, encoder, sample)}")
     except DataError as error:
         # A failed comparison does not stop the run: other samples may be usable.
         say(f"int8 cannot be compared with float32: {error}")
@@ -258,14 +263,15 @@ def _row(encoded: Encoded, name: str) -> Row:
 
 def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:
     """List failed samples and report their number; mark earlier failures that were resolved."""
-    listed = {s.uri: s for s in changes.skips if s.lost != "nothing"}
+    skips_by_uri = {s.uri: s for s in changes.skips if s.lost != "nothing"}
     rows: list[dict[str, Any]] = [
-        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.kept} for s in listed.values()
+        {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.sample_is_used}
+        for s in skips_by_uri.values()
     ]
     store = open_store(path)
-    before = [f for f in store.failures() if f["uri"] not in listed and not f["embedded"]]
-    there = store.find([f["id"] for f in before])
-    rows += [{**f, "reason": None} for f, row in zip(before, there, strict=True) if row >= 0]
+    before = [f for f in store.failures() if f["uri"] not in skips_by_uri and not f["embedded"]]
+    rows_by_id = store.find([f["id"] for f in before])
+    rows += [{**f, "reason": None} for f, row in zip(before, rows_by_id, strict=True) if row >= 0]
     add_failures(path, rows)
     used = counts["added"] + counts["changed"] + counts["present"]
     report_skips(changes.skips, found=changes.found_count, used=used, where=path / "failures.jsonl")

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.arrays import Ints
-from mmalign.data import Record, is_derived, is_gone, other_id
+from mmalign.data import Record, alternative_id, is_derived_id, is_gone
 from mmalign.encoding.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
 
 Row = dict[str, Any]
 # Columns that show whether a sample is unchanged, without its image.
-OUTLINE = ("id", "uri", "stamp")
+CHANGE_COLUMNS = ("id", "uri", "stamp")
 
 
 class _Lookup:
@@ -41,8 +41,8 @@ class _Lookup:
         hashes_N = np.concatenate(found) if found else np.zeros(0, np.uint64)
         rows_N = np.arange(len(hashes_N)) if store.live is None else np.flatnonzero(store.live)
         order = np.argsort(hashes_N[rows_N], kind="stable")
-        small = np.uint32 if len(hashes_N) < 2**32 else np.int64
-        self.hashes, self.rows = hashes_N[rows_N][order], rows_N[order].astype(small)
+        row_dtype = np.uint32 if len(hashes_N) < 2**32 else np.int64
+        self.hashes, self.rows = hashes_N[rows_N][order], rows_N[order].astype(row_dtype)
 
     def candidates(self, hashes_M: NDArray[np.uint64]) -> list[Ints]:
         """Return, for each of M hashes, the live rows that have it, in ascending order."""
@@ -58,35 +58,35 @@ class StoredRows:
         """Take a store; its columns are read when they are first needed."""
         self.store = store
         self._lock = threading.Lock()
-        self._sound: dict[int, bool] = {}
+        self._undamaged: dict[int, bool] = {}
 
     @cached_property
-    def _places(self) -> _Lookup:
+    def _by_location(self) -> _Lookup:
         return _Lookup(self.store, "uri", lambda column: hashes(column.to_pylist()))
 
     @cached_property
-    def _contents(self) -> _Lookup:
+    def _by_checksum(self) -> _Lookup:
         return _Lookup(self.store, "checksum", _first_bytes)
 
-    def at(self, uris: Sequence[str]) -> list[list[Row]]:
+    def rows_at(self, uris: Sequence[str]) -> list[list[Row]]:
         """Return the rows at each of some locations: number, id, uri, stamp."""
         if not len(self.store):
             return [[] for _ in uris]
-        found = self._places.candidates(hashes(uris))
+        found = self._by_location.candidates(hashes(uris))
         rows = iter(self._rows(np.concatenate([np.zeros(0, np.int64), *found])))
         return [
             [row for row in islice(rows, len(numbers)) if row["uri"] == uri]
             for uri, numbers in zip(uris, found, strict=True)
         ]
 
-    def of(self, records: Sequence[Record]) -> list[Row | None]:
+    def rows_of(self, records: Sequence[Record]) -> list[Row | None]:
         """Return the row of each record, as far as its location or name determines it."""
         if not len(self.store):
             return [None for _ in records]
-        placed = self.at([r.uri for r in records])
-        pairs = list(zip(records, placed, strict=True))
-        named = self._named([pair for pair in pairs if pair[0].given_id])
-        return [named.get(record.id) or _same(record, rows) for record, rows in pairs]
+        rows_at_uri = self.rows_at([r.uri for r in records])
+        pairs = list(zip(records, rows_at_uri, strict=True))
+        named = self._named([pair for pair in pairs if pair[0].id_from_source])
+        return [named.get(record.id) or _matching_row(record, rows) for record, rows in pairs]
 
     def _named(self, pairs: Sequence[tuple[Record, list[Row]]]) -> dict[str, Row]:
         """Return the rows of records that are named by their source, by record id.
@@ -97,40 +97,40 @@ class StoredRows:
         # Two tables of the same name may use the same ids. A table that contains its images is
         # recognized by its location; one that names files, if most of them are rows of a table of
         # its name.
-        every = Counter(_prefix(r.id) for r, rows in pairs if r.row < 0)
-        known = Counter(
-            _prefix(r.id)
+        total = Counter(_source_name(r.id) for r, rows in pairs if r.row < 0)
+        in_store = Counter(
+            _source_name(r.id)
             for r, rows in pairs
-            if r.row < 0 and any(_prefix(row["id"]) == _prefix(r.id) for row in rows)
+            if r.row < 0 and any(_source_name(row["id"]) == _source_name(r.id) for row in rows)
         )
         found: dict[str, Row] = {}
-        for name in (lambda r: r.id, other_id):
+        for name in (lambda r: r.id, alternative_id):
             numbers = self.store.find([name(r) for r, _ in pairs])
-            there = np.flatnonzero(numbers >= 0)
-            for i, row in zip(there.tolist(), self._rows(numbers[there]), strict=True):
-                record, prefix = pairs[i][0], _prefix(pairs[i][0].id)
-                same = _same_place(record, row)
-                if same or (record.row < 0 and 2 * known[prefix] >= every[prefix]):
+            positions = np.flatnonzero(numbers >= 0)
+            for i, row in zip(positions.tolist(), self._rows(numbers[positions]), strict=True):
+                record, prefix = pairs[i][0], _source_name(pairs[i][0].id)
+                same = _is_same_location(record, row)
+                if same or (record.row < 0 and 2 * in_store[prefix] >= total[prefix]):
                     found.setdefault(record.id, row)
         return found
 
-    def holder(self, name: str) -> int:
+    def row_with_id(self, name: str) -> int:
         """Return the number of the row with an id, or -1."""
         return int(self.store.find([name])[0]) if len(self.store) else -1
 
-    def with_content(self, checksum: bytes) -> Ints:
+    def rows_with_content(self, checksum: bytes) -> Ints:
         """Return the rows whose image has this checksum."""
         if not len(self.store) or checksum == UNKNOWN:
             return np.zeros(0, np.int64)
-        numbers = self._contents.candidates(_first_bytes_of(checksum))[0]
+        numbers = self._by_checksum.candidates(_first_bytes_of(checksum))[0]
         rows = self.store.rows(numbers, ("checksum",))
         same = [row["checksum"] == checksum for row in rows]
         return numbers[same]
 
-    def known(self, checksum: bytes) -> Known | None:
+    def earlier_result(self, checksum: bytes) -> Known | None:
         """Return the results for an image with this content, if it was embedded before."""
-        for number in self.with_content(checksum)[:1].tolist():
-            if not self._is_sound(self.store.shard_of(number)):
+        for number in self.rows_with_content(checksum)[:1].tolist():
+            if not self._is_undamaged(self.store.shard_of(number)):
                 break
             (row,) = self.store.rows([number], ("captions", "thumbnail"))
             texts_CD = self.store.vectors_of("text", number)
@@ -138,68 +138,68 @@ class StoredRows:
             return Known(self.store.vectors_of("image", number)[0], texts, row["thumbnail"])
         return None
 
-    def _is_sound(self, shard: int) -> bool:
+    def _is_undamaged(self, shard: int) -> bool:
         """Return whether a shard is undamaged: copied damage would look valid."""
         with self._lock:
-            if shard not in self._sound:
+            if shard not in self._undamaged:
                 card = self.store.manifest.shards[shard]
                 path = self.store.path / "shards" / card.name
-                self._sound[shard] = files.sha256(path) == card.sha256
-            return self._sound[shard]
+                self._undamaged[shard] = files.sha256(path) == card.sha256
+            return self._undamaged[shard]
 
     def _rows(self, numbers: Ints) -> list[Row]:
-        found = self.store.rows(numbers, OUTLINE)
+        found = self.store.rows(numbers, CHANGE_COLUMNS)
         return [
             {**row, "number": number} for row, number in zip(found, numbers.tolist(), strict=True)
         ]
 
 
 @dataclass(frozen=True)
-class Places:
+class ScannedLocations:
     """The places that a scan has covered, and those it could not list completely."""
 
     scanned: tuple[str, ...]
     """URI prefixes of everything in the sources."""
-    unsure: tuple[str, ...]
+    incomplete: tuple[str, ...]
 
-    def gone(self, uri: str) -> bool:
+    def is_gone(self, uri: str) -> bool:
         """Return whether a sample that a scan did not see is gone, also from its location."""
-        if uri.startswith(self.unsure):
+        if uri.startswith(self.incomplete):
             return False
         return is_gone(uri, inside=uri.startswith(self.scanned))
 
 
-def below(places: Iterable[str]) -> tuple[str, ...]:
+def uri_prefixes(places: Iterable[str]) -> tuple[str, ...]:
     """Return the URI prefixes of everything in some folders, tars and tables."""
     return tuple(place.rstrip("/") + end for place in places for end in ("/", "#"))
 
 
-def _same(record: Record, rows: Sequence[Row]) -> Row | None:
+def _matching_row(record: Record, rows: Sequence[Row]) -> Row | None:
     """Return the row that has a record's location, and was found in the same way.
 
     An image may be in a folder and be named by a table, each with its own captions: two samples.
     """
-    if record.given_id and record.row >= 0:
+    if record.id_from_source and record.row >= 0:
         return None
     for row in rows:
         if row["id"] == record.id:
             return row
-    derived = is_derived(record.id, record.uri)
+    derived = is_derived_id(record.id, record.uri)
     for row in rows:
-        named = row["id"] in (record.uri, *([] if derived else [other_id(record)]))
-        same_table = not derived and _prefix(row["id"]) == _prefix(record.id)
-        if named or same_table or (derived and is_derived(row["id"], record.uri)):
+        named = row["id"] in (record.uri, *([] if derived else [alternative_id(record)]))
+        same_table = not derived and _source_name(row["id"]) == _source_name(record.id)
+        if named or same_table or (derived and is_derived_id(row["id"], record.uri)):
             return row
     return None
 
 
-def _same_place(record: Record, row: Row) -> bool:
+def _is_same_location(record: Record, row: Row) -> bool:
     if record.row >= 0:
         return bool(row["uri"].rpartition("#")[0] == record.path)
     return bool(row["uri"] == record.uri)
 
 
-def _prefix(name: str) -> str:
+def _source_name(name: str) -> str:
     return PurePosixPath(name).parts[0] if name.startswith("/") else name.partition("/")[0]
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mmalign import kernels
 from mmalign.arrays import Floats
-from mmalign.data import Record, Skip, Sources, counted, found_in, report_skips, scan
-from mmalign.data.columns import plain
+from mmalign.data import Record, Skip, Sources, count_found, count_skipped, report_skips, scan
+from mmalign.data.columns import normalised
 from mmalign.encoding.batches import TextCache, report_cut
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError, nearest
@@ -63,7 +63,7 @@ def evaluate(
     )
     records, images_ND, texts, lost = encode_records(encoder, catalog.records)
     skips = [*catalog.skips, *lost]
-    found = found_in(len(catalog.records), catalog.skips)
+    found = count_found(len(catalog.records), catalog.skips)
     report_skips(skips, found=found, used=len(records))
     texts_PD = np.concatenate(texts)
     owners_P = np.repeat(np.arange(len(records)), [len(t) for t in texts])
@@ -80,7 +80,7 @@ def evaluate(
     counts = {
         "images": len(records),
         "captions": len(texts_PD),
-        "skipped": counted(skips, "sample"),
+        "skipped": count_skipped(skips, "sample"),
     }
     return report | counts
 
@@ -195,7 +195,9 @@ def _zero_shot(
 ) -> dict[str, float]:
     number = {name: i for i, name in enumerate(classes)}
     fields = {name: name for r in records for name in r.meta}
-    field = fields.get(label_key) or {plain(name): name for name in fields}.get(plain(label_key))
+    field = fields.get(label_key) or {normalised(name): name for name in fields}.get(
+        normalised(label_key)
+    )
     if field is None:
         raise DataError(f"no sample has a field {label_key!r}: {nearest(label_key, fields)}")
     labels = [str(r.meta.get(field, "")) for r in records]

@@ -66,25 +66,25 @@ def export(
         UsageError: OUT exists, or the SQL is invalid.
         StoreError: There are no rows to export.
     """
-    held, place = open_store(store), Path(out)
+    opened, out_path = open_store(store), Path(out)
     if thumbnails and kind == "npy":
         raise UsageError("--thumbnails: the npy format cannot hold pictures; use parquet or hf")
-    _require_free(place)
-    numbers = _chosen(held, where)
-    counts_N = np.bincount(held.caption_owners, minlength=held.manifest.physical_rows)[numbers]
+    _require_free(out_path)
+    numbers = _select_rows(opened, where)
+    counts_N = np.bincount(opened.caption_owners, minlength=opened.manifest.physical_rows)[numbers]
     captions = int(counts_N.sum())
-    files.make_folder(place.parent)
-    with files.atomic_path(place) as draft, bar("export", len(numbers), "rows") as progress:
+    files.make_folder(out_path.parent)
+    with files.atomic_path(out_path) as draft, bar("export", len(numbers), "rows") as progress:
         if kind == "parquet":
-            write_parquet(held, numbers, draft, progress.update, thumbnails=thumbnails)
+            write_parquet(opened, numbers, draft, progress.update, thumbnails=thumbnails)
         elif kind == "npy":
-            write_parts(held, numbers, draft, progress.update)
+            write_parts(opened, numbers, draft, progress.update)
         else:
-            write_dataset(held, numbers, draft, progress.update)
-        _require_free(place)
+            write_dataset(opened, numbers, draft, progress.update)
+        _require_free(out_path)
     left_out = captions - int((counts_N > 0).sum()) if kind == "npy" else 0
-    inside = [f for f in (place, *place.rglob("*")) if f.is_file()]
-    size = sum(file.stat().st_size for file in inside)
+    written_files = [f for f in (out_path, *out_path.rglob("*")) if f.is_file()]
+    size = sum(file.stat().st_size for file in written_files)
     say(f"{len(numbers)} rows and {captions - left_out} captions in {out}: {size / 1e6:.1f} MB")
     if left_out:
         say(
@@ -94,7 +94,7 @@ def export(
     return ExportReport(str(out), kind, len(numbers), captions - left_out, left_out, size)
 
 
-def _chosen(store: Store, expression: str | None) -> Ints:
+def _select_rows(store: Store, expression: str | None) -> Ints:
     """Return the numbers of the rows to export, ascending."""
     if expression is not None:
         from mmalign.store.where import where
@@ -110,9 +110,9 @@ def _chosen(store: Store, expression: str | None) -> Ints:
     return numbers
 
 
-def _require_free(place: Path) -> None:
-    if place.exists() or place.is_symlink():
-        raise UsageError(f"{place}: already exists; use another --to")
+def _require_free(out_path: Path) -> None:
+    if out_path.exists() or out_path.is_symlink():
+        raise UsageError(f"{out_path}: already exists; use another --to")
 
 
 # ---------------------------------------------------------------- import
@@ -142,7 +142,7 @@ class _Entry:
     captions: list[str]
     """Only the first may have a vector."""
     meta: dict[str, Any]
-    place: str
+    part_and_row: str
     """Numbers of its part and row."""
 
 
@@ -173,47 +173,51 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
         "the folder does not say which model made them"
     )
     keep_weights(encoder)
-    intake = _Intake(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
-    with intake.writer, bar("import", sum(part.rows for part in parts), "rows") as progress:
+    importer = _Importer(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
+    with importer.writer, bar("import", sum(part.rows for part in parts), "rows") as progress:
         for part in parts:
             row = 0
             for records, images_ND, texts_ND in read_part(part):
                 entries = [_entry(r, f"{part.number}/{row + i}") for i, r in enumerate(records)]
-                intake.take(entries, images_ND, texts_ND)
+                importer.add_rows(entries, images_ND, texts_ND)
                 row += len(entries)
                 progress.update(len(entries))
-    return intake.report()
+    return importer.report()
 
 
-def _entry(record: dict[str, Any], place: str) -> _Entry:
-    id, uri = _named(record, place)
-    known = {name: value for name, value in record.items() if not _is_nothing(value)}
-    caption = str(known.pop("caption", ""))
-    every = known.pop("captions", None)
-    others = [str(c) for c in every if c != caption] if isinstance(every, list) else []
-    meta = known.pop("meta", "{}")
+def _entry(record: dict[str, Any], part_and_row: str) -> _Entry:
+    id, uri = _id_and_uri(record, part_and_row)
+    values = {name: value for name, value in record.items() if not _is_nothing(value)}
+    caption = str(values.pop("caption", ""))
+    all_captions = values.pop("captions", None)
+    others = (
+        [str(c) for c in all_captions if c != caption] if isinstance(all_captions, list) else []
+    )
+    meta = values.pop("meta", "{}")
     with contextlib.suppress(TypeError, ValueError):
         meta = json_value(json.loads(meta))
     meta = meta if isinstance(meta, dict) else {"meta": meta}
-    said = [name for name in NAMES if str(known.get(name)) in (id, uri)]
-    meta |= {name: value for name, value in known.items() if name not in said}
-    return _Entry(id, uri, [caption, *others], meta, place)
+    used_names = [name for name in NAMES if str(values.get(name)) in (id, uri)]
+    meta |= {name: value for name, value in values.items() if name not in used_names}
+    return _Entry(id, uri, [caption, *others], meta, part_and_row)
 
 
-def _named(record: dict[str, Any], place: str) -> tuple[str, str]:
+def _id_and_uri(record: dict[str, Any], part_and_row: str) -> tuple[str, str]:
     """Return the id and the uri of a row, from the best values it has."""
     values = [record.get(name) for name in NAMES]
     key, path, url = ("" if _is_nothing(value) else str(value) for value in values)
     # An image from a tar archive has its key as its path.
     is_path = "/" in path or "." in path
-    return key or path or url or place, (path if is_path else url or path or key or place)
+    return key or path or url or part_and_row, (
+        path if is_path else url or path or key or part_and_row
+    )
 
 
 def _is_nothing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-class _Names:
+class _UniqueIds:
     """Gives each row an id that is unique in the folder; final.
 
     The first row with an id keeps it. Ids are kept as hashes: 8 bytes per row.
@@ -224,7 +228,7 @@ class _Names:
         for part in parts:
             row = 0
             for records in read_records(part, NAMES):
-                ids = [_named(r, f"{part.number}/{row + i}")[0] for i, r in enumerate(records)]
+                ids = [_id_and_uri(r, f"{part.number}/{row + i}")[0] for i, r in enumerate(records)]
                 found.append(hashes(ids))
                 row += len(ids)
         self.known = np.sort(np.concatenate(found)) if found else hashes([])
@@ -233,32 +237,32 @@ class _Names:
 
     def of(self, entry: _Entry) -> Iterator[str]:
         """Yield candidate ids for a row, best first; no other row has any of them."""
-        here = f"{entry.place}/{entry.id}"
-        for name in (entry.id, entry.uri, here, f"{entry.uri}#{entry.place}"):
+        qualified_id = f"{entry.part_and_row}/{entry.id}"
+        for name in (entry.id, entry.uri, qualified_id, f"{entry.uri}#{entry.part_and_row}"):
             if name == entry.id and int(hashes([name])[0]) not in self.repeated:
                 yield name
-            elif name not in self.used and (name == entry.id or not self._is_an_id(name)):
+            elif name not in self.used and (name == entry.id or not self._is_used(name)):
                 self.used.add(name)
                 yield name
 
-    def _is_an_id(self, name: str) -> bool:
-        (asked,) = hashes([name])
-        at = int(np.searchsorted(self.known, asked))
-        return at < len(self.known) and bool(self.known[at] == asked)
+    def _is_used(self, name: str) -> bool:
+        (wanted_hash,) = hashes([name])
+        at = int(np.searchsorted(self.known, wanted_hash))
+        return at < len(self.known) and bool(self.known[at] == wanted_hash)
 
 
-class _Intake:
+class _Importer:
     """Adds rows to a store, each under a unique id, and counts them; final."""
 
     def __init__(self, out: Path, card: ModelCard, parts: Sequence[Part]) -> None:
-        self.names = _Names(parts)
+        self.names = _UniqueIds(parts)
         self.writer = Writer(out, card)
         self.store = open_store(out)
-        self.listed = {failure["uri"] for failure in self.store.failures()}
+        self.failed_uris = {failure["uri"] for failure in self.store.failures()}
         self.failures: list[dict[str, Any]] = []
         self.added = self.present = self.renamed = self.left_out = 0
 
-    def take(self, entries: list[_Entry], images_ND: Floats, texts_ND: Floats | None) -> None:
+    def add_rows(self, entries: list[_Entry], images_ND: Floats, texts_ND: Floats | None) -> None:
         """Add rows with usable vectors that the store lacks; note unusable vectors as failures."""
         images_N = _normalise(images_ND)
         for row in np.flatnonzero(~images_N).tolist():
@@ -266,12 +270,12 @@ class _Intake:
         texts_ND = images_ND[:0] if texts_ND is None else texts_ND
         texts_N = _normalise(texts_ND)
         rows = np.flatnonzero(images_N).tolist()
-        for row, name in zip(rows, self._names_of([entries[r] for r in rows]), strict=True):
+        for row, name in zip(rows, self._choose_ids([entries[r] for r in rows]), strict=True):
             entry, text_1D = entries[row], images_ND[:0]
             if not name:
                 self.present += 1
                 continue
-            if entry.uri in self.listed:
+            if entry.uri in self.failed_uris:
                 self._fail(entry, None, embedded=True)
             if entry.captions[0] and len(texts_N):
                 text_1D = texts_ND[[row]][texts_N[[row]]]
@@ -279,32 +283,42 @@ class _Intake:
                     self._fail(entry, "the text vector is zero or not finite", embedded=True)
             self._add(name, entry, images_ND[row], text_1D)
 
-    def _names_of(self, entries: list[_Entry]) -> list[str]:
+    def _choose_ids(self, entries: list[_Entry]) -> list[str]:
         """Return the id of each row, or an empty string if the store already has the row."""
         options = [self.names.of(entry) for entry in entries]
         names = [next(option) for option in options]
         numbers = self.store.find(names)
-        held = self.store.rows(numbers[numbers >= 0], ("uri",))
-        uris = dict(zip(numbers[numbers >= 0].tolist(), (row["uri"] for row in held), strict=True))
+        stored = self.store.rows(numbers[numbers >= 0], ("uri",))
+        uris = dict(
+            zip(numbers[numbers >= 0].tolist(), (row["uri"] for row in stored), strict=True)
+        )
         for i in np.flatnonzero(numbers >= 0).tolist():
             uri = uris[int(numbers[i])]
             # The store has a different row with this id.
             while uri not in (None, entries[i].uri):
                 names[i] = next(options[i])
-                there = self.store.find([names[i]])
-                uri = self.store.rows(there, ("uri",))[0]["uri"] if there[0] >= 0 else None
+                numbers_found = self.store.find([names[i]])
+                uri = (
+                    self.store.rows(numbers_found, ("uri",))[0]["uri"]
+                    if numbers_found[0] >= 0
+                    else None
+                )
             names[i] = names[i] if uri is None else ""
         return names
 
     def _add(self, name: str, entry: _Entry, image_D: Floats, text_1D: Floats) -> None:
         captions = entry.captions[: len(text_1D)]
-        rest = [c for c in entry.captions[len(text_1D) :] if c]
-        meta = {**entry.meta, "captions_without_vector": rest} if rest else entry.meta
-        words = meta_json(meta)
-        self.writer.add(Row(name, entry.uri, tuple(captions), image_D, text_1D, words))
+        without_vector = [c for c in entry.captions[len(text_1D) :] if c]
+        meta = (
+            {**entry.meta, "captions_without_vector": without_vector}
+            if without_vector
+            else entry.meta
+        )
+        meta_text = meta_json(meta)
+        self.writer.add(Row(name, entry.uri, tuple(captions), image_D, text_1D, meta_text))
         self.added += 1
         self.renamed += name != entry.id
-        self.left_out += len(rest)
+        self.left_out += len(without_vector)
 
     def _fail(self, entry: _Entry, reason: str | None, *, embedded: bool) -> None:
         failure = {"id": entry.id, "uri": entry.uri, "reason": reason, "embedded": embedded}

@@ -17,8 +17,8 @@ from mmalign.errors import VectorError
 from mmalign.kernels import blocked, checks, losses, reference
 from mmalign.kernels.cached import backward_in_parts
 from mmalign.kernels.candidates import best_candidates
-from mmalign.kernels.exact import TopkImpl, choose_topk, coded, codes_pay, prepare, topk
-from mmalign.kernels.groups import Groups
+from mmalign.kernels.exact import TopkImpl, add_codes, choose_topk, codes_are_faster, prepare, topk
+from mmalign.kernels.pair_ids import PairIds
 from mmalign.kernels.processor import has_int8
 from mmalign.kernels.screens import Corpus
 
@@ -26,12 +26,12 @@ __all__ = [
     "Corpus",
     "LossImpl",
     "TopkImpl",
+    "add_codes",
     "backward_in_parts",
     "best_candidates",
     "choose_loss",
     "choose_topk",
-    "coded",
-    "codes_pay",
+    "codes_are_faster",
     "contrastive_loss",
     "has_int8",
     "prepare",
@@ -50,7 +50,7 @@ def contrastive_loss(
     text_ND: Tensor,
     logit_scale: Tensor,
     *,
-    groups: Groups | None = None,
+    pair_ids: PairIds | None = None,
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
@@ -60,7 +60,7 @@ def contrastive_loss(
         image_ND: Image embeddings of unit norm, shape (N, D), any floating type.
         text_ND: Text embeddings of unit norm, shape (N, D); row i belongs to image i.
         logit_scale: The multiplier of the cosines (not its logarithm), a scalar tensor.
-        groups: Integer ids, shape (N,). Rows with an equal id are not negatives of each other:
+        pair_ids: Integer ids, shape (N,). Rows with an equal id are not negatives of each other:
             their off-diagonal logits are left out of both denominators. Or a pair of matrices, ids
             of the images (N, L) and of the texts (N, M): an image and a text that share an id are
             not negatives of each other; negative ids mean no id.
@@ -80,14 +80,14 @@ def contrastive_loss(
     Supervision".
     """
     checks.check_impl(impl, _IMPLS)
-    checks.check_pairs(image_ND, text_ND, groups, {"logit_scale": logit_scale})
+    checks.check_pairs(image_ND, text_ND, pair_ids, {"logit_scale": logit_scale})
     chosen = choose_loss(image_ND, text_ND, ranks) if impl == "auto" else impl
     if chosen == "reference":
         _refuse_ranks(ranks)
-        return reference.contrastive_loss(image_ND, text_ND, logit_scale, groups=groups)
+        return reference.contrastive_loss(image_ND, text_ND, logit_scale, pair_ids=pair_ids)
     passes = _passes(chosen, image_ND)
     return losses.contrastive_loss(
-        image_ND, text_ND, logit_scale, groups=groups, passes=passes, ranks=ranks
+        image_ND, text_ND, logit_scale, pair_ids=pair_ids, passes=passes, ranks=ranks
     )
 
 
@@ -97,7 +97,7 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    groups: Groups | None = None,
+    pair_ids: PairIds | None = None,
     impl: LossImpl = "auto",
     ranks: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
@@ -111,14 +111,14 @@ def sigmoid_loss(
     """
     checks.check_impl(impl, _IMPLS)
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-    checks.check_pairs(image_ND, text_ND, groups, scalars)
+    checks.check_pairs(image_ND, text_ND, pair_ids, scalars)
     chosen = choose_loss(image_ND, text_ND, ranks) if impl == "auto" else impl
     if chosen == "reference":
         _refuse_ranks(ranks)
-        return reference.sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias, groups=groups)
+        return reference.sigmoid_loss(image_ND, text_ND, logit_scale, logit_bias, pair_ids=pair_ids)
     passes = _passes(chosen, image_ND)
     return losses.sigmoid_loss(
-        image_ND, text_ND, logit_scale, logit_bias, groups=groups, passes=passes, ranks=ranks
+        image_ND, text_ND, logit_scale, logit_bias, pair_ids=pair_ids, passes=passes, ranks=ranks
     )
 
 
@@ -128,7 +128,7 @@ def choose_loss(
     """Return the implementation that `impl="auto"` selects for these inputs."""
     if image_ND.is_cuda and text_ND.is_cuda:
         kernels = checks.triton_module("triton_loss")
-        if kernels and not kernels.refuses(image_ND):
+        if kernels and not kernels.unsupported_reason(image_ND):
             return "triton"
     if len(image_ND) <= _DENSE_ROWS and ranks is None:
         return "reference"
@@ -146,4 +146,4 @@ def _passes(chosen: str, image_ND: Tensor) -> Any:
     if chosen == "blocked":
         return blocked
     kernels = checks.triton_module("triton_loss")
-    return checks.check_triton(kernels, kernels and kernels.refuses(image_ND))
+    return checks.check_triton(kernels, kernels and kernels.unsupported_reason(image_ND))

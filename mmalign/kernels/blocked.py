@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.kernels.groups import sharing
+from mmalign.kernels.pair_ids import share_an_id
 
 # A tile that fits into the cache of a CPU, and one that fills a GPU.
 CPU_TILE = (512, 1024)
@@ -38,24 +38,24 @@ class Problem:
     first: int = 0
     image_ids_BL: Tensor | None = None
     text_ids_NM: Tensor | None = None
-    """Pairs that share an id are masked, except positive pairs; see `groups.py`."""
+    """Pairs that share an id are masked, except positive pairs; see `pair_ids.py`."""
 
     @property
-    def own(self) -> slice:
+    def local_columns(self) -> slice:
         """Return the columns that match the rows of this process."""
-        return self.owned(slice(0, len(self.image_BD)))
+        return self.matching_columns(slice(0, len(self.image_BD)))
 
-    def meeting(self, rows: slice, columns: slice) -> slice:
+    def rows_with_positive(self, rows: slice, columns: slice) -> slice:
         """Return the part of `rows` whose matching columns lie in `columns`."""
         start = max(rows.start, columns.start - self.first)
         return slice(start, max(start, min(rows.stop, columns.stop - self.first)))
 
-    def owned(self, rows: slice) -> slice:
+    def matching_columns(self, rows: slice) -> slice:
         """Return the columns that match `rows`."""
         return slice(rows.start + self.first, rows.stop + self.first)
 
 
-def accumulator(matrix: Tensor) -> torch.dtype:
+def accumulation_dtype(matrix: Tensor) -> torch.dtype:
     """Return the dtype that a matrix's products are summed in: float32, or float64 for float64."""
     return torch.promote_types(matrix.dtype, torch.float32)
 
@@ -68,28 +68,28 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     lost in float32 rounding.
     """
     shift = _shift(problem)
-    nothing, dtype = (-torch.inf, problem.scale.dtype) if shift is None else (0.0, torch.float64)
-    rows_B = problem.scale.new_full((len(problem.image_BD),), nothing, dtype=dtype)
-    columns_N = problem.scale.new_full((len(problem.text_ND),), nothing, dtype=dtype)
-    own_B = problem.scale.new_empty(len(rows_B))
+    empty_sum, dtype = (-torch.inf, problem.scale.dtype) if shift is None else (0.0, torch.float64)
+    rows_B = problem.scale.new_full((len(problem.image_BD),), empty_sum, dtype=dtype)
+    columns_N = problem.scale.new_full((len(problem.text_ND),), empty_sum, dtype=dtype)
+    positive_B = problem.scale.new_empty(len(rows_B))
     for rows, columns, logits_RC in _logits(problem):
-        met = problem.meeting(rows, columns)
-        own_B[met] = _own(problem, logits_RC, rows, columns)
+        positive_rows = problem.rows_with_positive(rows, columns)
+        positive_B[positive_rows] = _positives(problem, logits_RC, rows, columns)
         if shift is None:
             for sums, dim in ((rows_B[rows], 1), (columns_N[columns], 0)):
                 torch.logaddexp(sums, torch.logsumexp(logits_RC, dim), out=sums)
         else:
-            powers_RC = _less(logits_RC, shift).exp_()
-            own = _own(problem, powers_RC, rows, columns)
-            own_powers = own.to(torch.float64, copy=True)
-            own.zero_()
-            rows_B[rows] += powers_RC.sum(1)
-            columns_N[columns] += powers_RC.sum(0)
-            rows_B[met] += own_powers
-            columns_N[problem.owned(met)] += own_powers
+            exp_RC = _subtract(logits_RC, shift).exp_()
+            positives = _positives(problem, exp_RC, rows, columns)
+            positive_powers = positives.to(torch.float64, copy=True)
+            positives.zero_()
+            rows_B[rows] += exp_RC.sum(1)
+            columns_N[columns] += exp_RC.sum(0)
+            rows_B[positive_rows] += positive_powers
+            columns_N[problem.matching_columns(positive_rows)] += positive_powers
     if shift is None:  # another rank may have a shift, and all must send the same dtype
-        return rows_B.double(), columns_N.double(), own_B
-    return rows_B.log_().add_(shift), columns_N.log_().add_(shift), own_B
+        return rows_B.double(), columns_N.double(), positive_B
+    return rows_B.log_().add_(shift), columns_N.log_().add_(shift), positive_B
 
 
 def infonce_gradients(
@@ -108,20 +108,24 @@ def infonce_gradients(
     products = _Products(problem, wants_image, wants_text)
     if shift is not None:
         rows_B, columns_N = (shift - rows_B).exp(), (shift - columns_N).exp()
-    brief_B, brief_N = rows_B.to(problem.scale.dtype), columns_N.to(problem.scale.dtype)
+    narrow_B, narrow_N = rows_B.to(problem.scale.dtype), columns_N.to(problem.scale.dtype)
     for rows, columns, logits_RC in _logits(problem):
         if shift is None:
-            weights_RC = (logits_RC - brief_B[rows, None]).exp_()
-            weights_RC += logits_RC.sub_(brief_N[columns]).exp_()
-            _own(problem, weights_RC, rows, columns).sub_(2)
+            weights_RC = (logits_RC - narrow_B[rows, None]).exp_()
+            weights_RC += logits_RC.sub_(narrow_N[columns]).exp_()
+            _positives(problem, weights_RC, rows, columns).sub_(2)
         else:
             # One exponential serves both directions.
-            weights_RC = _less(logits_RC, shift).exp_()
-            own = _own(problem, weights_RC, rows, columns)
-            met = problem.meeting(rows, columns)
-            own_weights = own * (rows_B[met] + columns_N[problem.owned(met)]) - 2
-            weights_RC *= brief_B[rows, None] + brief_N[columns]
-            own.copy_(own_weights)
+            weights_RC = _subtract(logits_RC, shift).exp_()
+            positives = _positives(problem, weights_RC, rows, columns)
+            positive_rows = problem.rows_with_positive(rows, columns)
+            positive_weights = (
+                positives
+                * (rows_B[positive_rows] + columns_N[problem.matching_columns(positive_rows)])
+                - 2
+            )
+            weights_RC *= narrow_B[rows, None] + narrow_N[columns]
+            positives.copy_(positive_weights)
         products.add(rows, columns, weights_RC.mul_(0.5))
     return products.image_BD, products.text_ND
 
@@ -136,25 +140,25 @@ def sigmoid_pass(
         last two are not yet multiplied by the scale.
     """
     products = _Products(problem, wants_image, wants_text)
-    loss, by_bias = (
+    loss, grad_bias = (
         torch.zeros((), dtype=torch.float64, device=problem.image_BD.device) for _ in range(2)
     )
     for rows, columns, logits_RC in _logits(problem, bias):
-        _own(problem, logits_RC, rows, columns).neg_()
+        _positives(problem, logits_RC, rows, columns).neg_()
         loss -= F.logsigmoid(-logits_RC).sum(dtype=torch.float64)
         # Each entry becomes the error of its pair; the logits of positive pairs were negated above.
         weights_RC = logits_RC.sigmoid_()
-        _own(problem, weights_RC, rows, columns).neg_()
-        by_bias += weights_RC.sum(dtype=torch.float64)
+        _positives(problem, weights_RC, rows, columns).neg_()
+        grad_bias += weights_RC.sum(dtype=torch.float64)
         products.add(rows, columns, weights_RC)
-    return loss, by_bias, products.image_BD, products.text_ND
+    return loss, grad_bias, products.image_BD, products.text_ND
 
 
 class _Products:
     """Sums of weights @ texts (B, D) and of weights.T @ images (N, D)."""
 
     def __init__(self, problem: Problem, wants_image: bool, wants_text: bool) -> None:
-        dtype = accumulator(problem.image_BD)
+        dtype = accumulation_dtype(problem.image_BD)
         self.images, self.texts = problem.image_BD.to(dtype), problem.text_ND.to(dtype)
         self.image_BD = torch.zeros_like(self.images) if wants_image else None
         self.text_ND = torch.zeros_like(self.texts) if wants_text else None
@@ -168,7 +172,7 @@ class _Products:
 
 def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield tiles of logits, all in the same memory; pairs that share an id hold -inf."""
-    dtype = accumulator(problem.image_BD)
+    dtype = accumulation_dtype(problem.image_BD)
     texts_ND = problem.text_ND.to(dtype)
     high, wide = CPU_TILE if texts_ND.device.type == "cpu" else GPU_TILE
     memory = texts_ND.new_empty(high * min(wide, len(texts_ND)))
@@ -181,13 +185,13 @@ def _logits(problem: Problem, bias: Tensor | None = None) -> Iterator[tuple[slic
             if bias is not None:
                 logits_RC += bias
             if problem.image_ids_BL is not None and problem.text_ids_NM is not None:
-                same_RC = sharing(problem.image_ids_BL[rows], problem.text_ids_NM[columns])
-                _own(problem, same_RC, rows, columns).fill_(False)
+                same_RC = share_an_id(problem.image_ids_BL[rows], problem.text_ids_NM[columns])
+                _positives(problem, same_RC, rows, columns).fill_(False)
                 logits_RC.masked_fill_(same_RC, -torch.inf)
             yield rows, columns, logits_RC
 
 
-def _own(problem: Problem, tile_RC: Tensor, rows: slice, columns: slice) -> Tensor:
+def _positives(problem: Problem, tile_RC: Tensor, rows: slice, columns: slice) -> Tensor:
     """Return a view of the positive pairs (a diagonal) in a tile; often empty."""
     return tile_RC.diagonal(problem.first + rows.start - columns.start)
 
@@ -202,19 +206,19 @@ def _shift(problem: Problem) -> float | None:
     """
     if problem.image_BD.device.type != "cpu":
         return None
-    dtype = accumulator(problem.image_BD)
-    longest = [m.to(dtype).norm(dim=1).max() for m in (problem.image_BD, problem.text_ND)]
-    top = float(problem.scale.abs() * longest[0] * longest[1])
+    dtype = accumulation_dtype(problem.image_BD)
+    max_norms = [m.to(dtype).norm(dim=1).max() for m in (problem.image_BD, problem.text_ND)]
+    highest = float(problem.scale.abs() * max_norms[0] * max_norms[1])
     # Columns may match rows of other processes, for which only the bound is known here.
-    lowest = -top
+    lowest = -highest
     if len(problem.image_BD) == len(problem.text_ND):
-        own_B = (problem.image_BD.to(dtype) * problem.text_ND.to(dtype)).sum(dim=1)
-        lowest = float((problem.scale * own_B).min())
-    shift = max(0.0, top - ABOVE)
+        positive_B = (problem.image_BD.to(dtype) * problem.text_ND.to(dtype)).sum(dim=1)
+        lowest = float((problem.scale * positive_B).min())
+    shift = max(0.0, highest - ABOVE)
     return shift if lowest >= shift - BELOW else None
 
 
-def _less(tile_RC: Tensor, shift: float) -> Tensor:
+def _subtract(tile_RC: Tensor, shift: float) -> Tensor:
     return tile_RC.sub_(shift) if shift else tile_RC
 
 

@@ -15,13 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-Part = TypeVar("Part")
+MicroBatch = TypeVar("MicroBatch")
 
 
 def backward_in_parts(
     network: nn.Module,
-    parts: Sequence[Part],
-    encode: Callable[[Part], tuple[Tensor, ...]],
+    parts: Sequence[MicroBatch],
+    encode: Callable[[MicroBatch], tuple[Tensor, ...]],
     loss: Callable[..., Tensor],
 ) -> Tensor:
     """Add the gradients of `loss(*vectors of all parts joined)` and return the loss, detached.
@@ -45,20 +45,22 @@ def backward_in_parts(
             encoded.append(encode(part))
         for name, buffer in network.named_buffers():
             buffer.copy_(buffers[name])
-    joined = [torch.cat(pieces).requires_grad_() for pieces in zip(*encoded, strict=True)]
+    joined = [torch.cat(chunks).requires_grad_() for chunks in zip(*encoded, strict=True)]
     value = loss(*joined)
     value.backward()
     after = _random_state(device)
-    lengths = [len(pieces[0]) for pieces in encoded]
+    lengths = [len(chunks[0]) for chunks in encoded]
     del encoded
-    given = [matrix.grad.split(lengths) if matrix.grad is not None else None for matrix in joined]
+    vector_grads = [
+        matrix.grad.split(lengths) if matrix.grad is not None else None for matrix in joined
+    ]
     for i, (part, state) in enumerate(zip(parts, states, strict=True)):
         _set_random_state(device, state)
         outputs = encode(part)
         pairs = [
-            (output, pieces[i])
-            for output, pieces in zip(outputs, given, strict=True)
-            if pieces is not None and output.requires_grad
+            (output, chunks[i])
+            for output, chunks in zip(outputs, vector_grads, strict=True)
+            if chunks is not None and output.requires_grad
         ]
         if pairs:
             torch.autograd.backward([pair[0] for pair in pairs], [pair[1] for pair in pairs])

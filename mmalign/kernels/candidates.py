@@ -70,7 +70,7 @@ def _best(
 
 
 def _candidates(
-    queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, most: int
+    queries_MD: Tensor, vectors_MRD: Tensor, rows_MR: Tensor, count_kept: int
 ) -> tuple[Tensor, Tensor]:
     """Return vectors and rows of each query's best candidates by float32 score."""
     count, candidates = rows_MR.shape
@@ -79,7 +79,7 @@ def _candidates(
     for rough_R, vectors_RD, query_D in zip(rough_MR, vectors_MRD, queries_MD, strict=True):
         torch.mv(wide_RD.copy_(vectors_RD), query_D, out=rough_R)
     rough_MR.masked_fill_(rows_MR < 0, -torch.inf)
-    candidates_MH = rough_MR.topk(most, dim=1, sorted=False).indices
+    candidates_MH = rough_MR.topk(count_kept, dim=1, sorted=False).indices
     flat = (candidates_MH + candidates * torch.arange(count)[:, None]).flatten()
     vectors_PD = vectors_MRD.flatten(0, 1).index_select(0, flat)
     return vectors_PD.view(*candidates_MH.shape, -1), rows_MR.gather(1, candidates_MH)

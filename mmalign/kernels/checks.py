@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmalign.errors import VectorError, nearest
-from mmalign.kernels.groups import Groups
+from mmalign.kernels.pair_ids import PairIds
 
 
 def check_impl(impl: str, known: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def check_triton(module: Any, problem: str | None) -> Any:
 
 
 def check_pairs(
-    image_ND: Tensor, text_ND: Tensor, groups: Groups | None, scalars: dict[str, Tensor]
+    image_ND: Tensor, text_ND: Tensor, pair_ids: PairIds | None, scalars: dict[str, Tensor]
 ) -> None:
     """Reject inputs for which no loss is defined."""
     if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or not image_ND.numel():
@@ -58,19 +58,19 @@ def check_pairs(
             raise VectorError(
                 f"{name} must be a floating-point tensor with one element, got {tensor!r}"
             )
-    if groups is not None:
-        _check_groups(groups, len(image_ND))
+    if pair_ids is not None:
+        _check_pair_ids(pair_ids, len(image_ND))
     for name, tensor in (("image_ND", image_ND), ("text_ND", text_ND)):
         check_vectors(name, tensor)
 
 
-def _check_groups(groups: Groups, rows: int) -> None:
-    both = isinstance(groups, tuple)
-    for ids in groups if isinstance(groups, tuple) else (groups,):
+def _check_pair_ids(pair_ids: PairIds, rows: int) -> None:
+    both = isinstance(pair_ids, tuple)
+    for ids in pair_ids if isinstance(pair_ids, tuple) else (pair_ids,):
         if ids.ndim != 1 + both or len(ids) != rows or ids.is_floating_point():
             wanted = f"two matrices of {rows} rows" if both else f"of shape ({rows},)"
             raise VectorError(
-                f"groups must be integers {wanted}, got {ids.dtype} {tuple(ids.shape)}"
+                f"pair_ids must be integers {wanted}, got {ids.dtype} {tuple(ids.shape)}"
             )
 
 
@@ -84,7 +84,7 @@ def check_vectors(name: str, matrix_ND: Tensor, first_row: int = 0) -> None:
         raise VectorError(f"{name} holds {what} in row {first_row + row}")
 
 
-def check_queries(queries_MD: Tensor, width: int) -> None:
+def check_queries(queries_MD: Tensor, dim: int) -> None:
     """Reject queries that cannot be compared with vectors of the given width."""
     if queries_MD.ndim != 2 or not len(queries_MD):
         raise VectorError(
@@ -92,8 +92,8 @@ def check_queries(queries_MD: Tensor, width: int) -> None:
         )
     if not queries_MD.is_floating_point():
         raise VectorError(f"queries_MD must have a floating-point type, got {queries_MD.dtype}")
-    if queries_MD.shape[1] != width:
-        raise VectorError(f"queries_MD has {queries_MD.shape[1]} dims, vectors_ND has {width}")
+    if queries_MD.shape[1] != dim:
+        raise VectorError(f"queries_MD has {queries_MD.shape[1]} dims, vectors_ND has {dim}")
     check_vectors("queries_MD", queries_MD)
 
 

@@ -21,9 +21,9 @@ GROUP = 16
 LEVELS, QUERY_LEVELS = 63, 127
 ZERO = 64
 AT_ONCE = 1 << 13
-# Up to FEW queries, reading the codes takes longer than multiplying them. The kernel for few
-# queries needs a multiple of FEW_WIDTHS dimensions: otherwise it reads past the end of rows.
-FEW, FEW_WIDTHS = 2, 64
+# Up to FEW_QUERIES, reading the codes takes longer than multiplying them. The kernel for few
+# queries needs a multiple of FEW_QUERIES_DIMS dimensions: otherwise it reads past the end of rows.
+FEW_QUERIES, FEW_QUERIES_DIMS = 2, 64
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Rotation:
 
 
 @cache
-def rotation(width: int) -> Rotation:
+def rotation(dim: int) -> Rotation:
     """Return the rotation for a width, always the same one."""
-    generator = torch.Generator().manual_seed(width)
-    matrix_DD = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(dim)
+    matrix_DD = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     matrix_DD = torch.linalg.qr(matrix_DD).Q.float()
     square_DD = matrix_DD.double().T @ matrix_DD.double()
-    tilt = float(torch.linalg.matrix_norm(square_DD - torch.eye(width, dtype=torch.float64)))
+    tilt = float(torch.linalg.matrix_norm(square_DD - torch.eye(dim, dtype=torch.float64)))
     # Each element is a sum of D products and a difference, off by (D + 2) u |row| |vector|.
-    return Rotation(matrix_DD, tilt, 1.01 * (width + 2) * 2.0**-24 * width**0.5)
+    return Rotation(matrix_DD, tilt, 1.01 * (dim + 2) * 2.0**-24 * dim**0.5)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Codes:
     """uint8; `scale * (code - 64)` is the rotated difference from the centre, rounded."""
     centre_D: Tensor
     scale_X: Tensor
-    lost_X: Tensor
+    vector_error_X: Tensor
     """Error of a group's scores from quantizing its vectors, for a query of norm 1."""
-    length_X: Tensor
+    code_norm_X: Tensor
     """The same from a quantization error of the query of norm 1: the largest code norm."""
 
     def __len__(self) -> int:
@@ -72,14 +72,14 @@ class Codes:
     def __getitem__(self, rows: slice) -> "Codes":
         """Return a slice of the rows; it must start at the start of a group."""
         groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
-        by_group = (t[groups] for t in (self.scale_X, self.lost_X, self.length_X))
+        by_group = (t[groups] for t in (self.scale_X, self.vector_error_X, self.code_norm_X))
         return Codes(self.codes_BD[rows], self.centre_D, *by_group)
 
     def scores(self, queries: "Queries") -> tuple[Tensor, Tensor]:
         """Return products (B, M), to be multiplied by `scale_X`, and their errors (X, M)."""
         products_BM, rounding_M = queries.products(self.codes_BD)
-        error_XM = self.lost_X[:, None] * queries.norm_M
-        error_XM.addcmul_(self.length_X[:, None], queries.lost_M)
+        error_XM = self.vector_error_X[:, None] * queries.norm_M
+        error_XM.addcmul_(self.code_norm_X[:, None], queries.query_error_M)
         error_XM.addcmul_(self.scale_X[:, None], rounding_M)
         return products_BM, error_XM
 
@@ -89,7 +89,7 @@ class Queries:
     """Rotated queries in eight bits, whose products with codes are integers."""
 
     norm_M: Tensor
-    lost_M: Tensor
+    query_error_M: Tensor
     """Distance of a rotated query from its quantized form."""
     packed: Tensor
     scale_M: Tensor
@@ -114,61 +114,67 @@ class FewQueries(Queries):
         rounded_MB = torch._weight_int8pack_mm(self.packed, codes_BD.view(torch.int8), ones_B)
         rounded_BM = rounded_MB.float().T.contiguous()
         # The sums are float32, of codes up to 127; each is then rounded to bfloat16.
-        width = codes_BD.shape[1]
-        sums = sum_error(width, 2.0**-24) * 127 * width**0.5
+        dim = codes_BD.shape[1]
+        sums = sum_error(dim, 2.0**-24) * 127 * dim**0.5
         error_M = 2.0**-8 * rounded_BM.abs().amax(dim=0) + sums * self.scale_M
         # The products include the offset of 64 that is added to all codes.
         return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
 
 
-def code(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
+def quantize(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
     """Quantize the vectors of a shard; `tick` is called repeatedly and may raise to abort."""
-    count, width = shard_ND.shape
-    turn = rotation(width)
-    centre_D = torch.zeros(width, dtype=torch.float64)
+    count, dim = shard_ND.shape
+    rotate = rotation(dim)
+    centre_D = torch.zeros(dim, dtype=torch.float64)
     for part in shard_ND.split(AT_ONCE):
         tick()
         centre_D += part.float().sum(dim=0)
     centre_D = (centre_D / count).float()
-    codes_BD = torch.empty(count, width, dtype=torch.uint8)
+    codes_BD = torch.empty(count, dim, dtype=torch.uint8)
     groups = -(-count // GROUP)
-    scale_X, lost_X, length_X = (torch.zeros(groups) for _ in range(3))
+    scale_X, vector_error_X, code_norm_X = (torch.zeros(groups) for _ in range(3))
     for start in range(0, count, AT_ONCE):
         tick()
-        rest_BD = turn(shard_ND[start : start + AT_ONCE].float() - centre_D)
-        rows = slice(start, start + len(rest_BD))
+        difference_BD = rotate(shard_ND[start : start + AT_ONCE].float() - centre_D)
+        rows = slice(start, start + len(difference_BD))
         part_X = slice(start // GROUP, -(-rows.stop // GROUP))
-        largest_X = _by_group(rest_BD.abs().amax(dim=1))
+        largest_X = _by_group(difference_BD.abs().amax(dim=1))
         scale_X[part_X] = (largest_X / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-        step_B1 = scale_X[part_X].repeat_interleave(GROUP)[: len(rest_BD), None]
-        steps_BD = (rest_BD / step_B1).round_().clamp_(-LEVELS, LEVELS)
+        step_B1 = scale_X[part_X].repeat_interleave(GROUP)[: len(difference_BD), None]
+        steps_BD = (difference_BD / step_B1).round_().clamp_(-LEVELS, LEVELS)
         codes_BD[rows] = (steps_BD + ZERO).to(torch.uint8)
-        coded_BD = steps_BD.mul_(step_B1)
-        length_X[part_X] = _by_group(torch.linalg.vector_norm(coded_BD, dim=1))
-        lost_X[part_X] = _by_group(torch.linalg.vector_norm(rest_BD.sub_(coded_BD), dim=1))
-    whole_X = 1.01 * (length_X + lost_X)
-    lost_X = (1 + turn.tilt) * (lost_X + turn.rounding * whole_X) + turn.tilt * whole_X
+        decoded_BD = steps_BD.mul_(step_B1)
+        code_norm_X[part_X] = _by_group(torch.linalg.vector_norm(decoded_BD, dim=1))
+        vector_error_X[part_X] = _by_group(
+            torch.linalg.vector_norm(difference_BD.sub_(decoded_BD), dim=1)
+        )
+    norm_bound_X = 1.01 * (code_norm_X + vector_error_X)
+    vector_error_X = (1 + rotate.tilt) * (
+        vector_error_X + rotate.rounding * norm_bound_X
+    ) + rotate.tilt * norm_bound_X
     # For a few roundings to float32, of the product and of the centre's score.
-    lost_X += 2.0**-20 * (whole_X + torch.linalg.vector_norm(centre_D))
-    return Codes(codes_BD, centre_D, scale_X, 1.01 * lost_X, 1.01 * length_X)
+    vector_error_X += 2.0**-20 * (norm_bound_X + torch.linalg.vector_norm(centre_D))
+    return Codes(codes_BD, centre_D, scale_X, 1.01 * vector_error_X, 1.01 * code_norm_X)
 
 
-def code_queries(queries_MD: Tensor) -> Queries:
+def quantize_queries(queries_MD: Tensor) -> Queries:
     """Rotate and quantize float32 queries."""
-    turn = rotation(queries_MD.shape[1])
-    turned_MD, norm_M = turn(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
-    fits = queries_MD.shape[1] % FEW_WIDTHS == 0 and hasattr(torch, "_weight_int8pack_mm")
-    if len(queries_MD) <= FEW and fits:
-        packed = turned_MD.bfloat16()
+    rotate = rotation(queries_MD.shape[1])
+    rotated_MD, norm_M = rotate(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
+    fits = queries_MD.shape[1] % FEW_QUERIES_DIMS == 0 and hasattr(torch, "_weight_int8pack_mm")
+    if len(queries_MD) <= FEW_QUERIES and fits:
+        packed = rotated_MD.bfloat16()
         rounded_MD, scale_M = packed.float(), 1.01 * norm_M
     else:
-        scale_M = (turned_MD.abs().amax(dim=1) / QUERY_LEVELS).clamp(min=1e-30)
-        steps_MD = (turned_MD / scale_M[:, None]).round_().clamp_(-QUERY_LEVELS, QUERY_LEVELS)
+        scale_M = (rotated_MD.abs().amax(dim=1) / QUERY_LEVELS).clamp(min=1e-30)
+        steps_MD = (rotated_MD / scale_M[:, None]).round_().clamp_(-QUERY_LEVELS, QUERY_LEVELS)
         packed = torch.ops.onednn.qlinear_prepack(steps_MD.to(torch.int8), None)
         rounded_MD = steps_MD.mul_(scale_M[:, None])
-    lost_M = torch.linalg.vector_norm(turned_MD - rounded_MD, dim=1) + turn.rounding * norm_M
+    query_error_M = (
+        torch.linalg.vector_norm(rotated_MD - rounded_MD, dim=1) + rotate.rounding * norm_M
+    )
     kind = FewQueries if packed.dtype == torch.bfloat16 else Queries
-    return kind(norm_M, 1.01 * lost_M, packed, scale_M)
+    return kind(norm_M, 1.01 * query_error_M, packed, scale_M)
 
 
 def sum_error(terms: int, roundoff: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.errors import VectorError
 from mmalign.kernels import checks, codes, reference, screens
 from mmalign.kernels.codes import GROUP
-from mmalign.kernels.processor import has_bfloat16, has_int8, has_tiles, sums_float16_in_float32
+from mmalign.kernels.processor import has_amx, has_bfloat16, has_int8, sums_float16_in_float32
 from mmalign.kernels.rescore import best_pairs, by_query, exact_scores
 from mmalign.kernels.screens import Block, Corpus
 from mmalign.kernels.timings import Timings, measure_screens
@@ -42,8 +42,8 @@ GROWTH, SPARE = 4, 6
 QUERIES_AT_ONCE = 1024
 # Up to HALF_QUERIES queries, reading float16 once per query beats widening it to float32, except on
 # processors with tile multiplication. On processors with bfloat16, bfloat16 beats float32 from
-# BRIEF_QUERIES on, or from TILED_QUERIES on with tiles.
-HALF_QUERIES, BRIEF_QUERIES, TILED_QUERIES = 8, 128, 48
+# BFLOAT16_QUERIES on, or from AMX_QUERIES on with AMX.
+HALF_QUERIES, BFLOAT16_QUERIES, AMX_QUERIES = 8, 128, 48
 FEW_ALLOWED = 0.1
 # For so few rows and scores, float64 for all is faster than the bookkeeping of a screen.
 FEW_ROWS, FEW_SCORES = 2048, 1 << 14
@@ -87,8 +87,8 @@ def topk(
         VectorError: A shape, type or value (NaN, a zero query) is wrong, or k does not fit.
     """
     checks.check_impl(impl, _IMPLS)
-    corpus = vectors_ND if isinstance(vectors_ND, Corpus) else screens.plain(vectors_ND)
-    checks.check_queries(queries_MD, corpus.width)
+    corpus = vectors_ND if isinstance(vectors_ND, Corpus) else screens.as_corpus(vectors_ND)
+    checks.check_queries(queries_MD, corpus.dim)
     checks.check_choice(k, allow, corpus.rows)
     queries_MD = queries_MD.detach().float()
     chosen = choose_topk(queries_MD, corpus, allow) if impl == "auto" else impl
@@ -97,13 +97,13 @@ def topk(
         return reference.topk(queries_MD, corpus.shards, k, allow=allow)
     if chosen == "triton":
         kernels = checks.triton_module("triton_topk")
-        checks.check_triton(kernels, kernels and kernels.refuses(queries_MD, corpus))
+        checks.check_triton(kernels, kernels and kernels.unsupported_reason(queries_MD, corpus))
         return kernels.topk(queries_MD, corpus, k, allow=allow)  # type: ignore[no-any-return]
-    screen = _screen(chosen, queries_MD, corpus)
+    screen = _get_screen(chosen, queries_MD, corpus)
     parts = []
     for part_MD in queries_MD.split(QUERIES_AT_ONCE):
-        found = _Found(part_MD, corpus, k)
-        for block in screens.joined(screen(part_MD, corpus, allow), len(part_MD)):
+        found = _TopCandidates(part_MD, corpus, k)
+        for block in screens.merge_small_blocks(screen(part_MD, corpus, allow), len(part_MD)):
             found.add(block)
         parts.append(found.result())
     scores, rows = zip(*parts, strict=True)
@@ -114,31 +114,33 @@ def choose_topk(queries_MD: Tensor, corpus: Corpus, allow: Tensor | None = None)
     """Return the implementation that `impl="auto"` selects for these inputs."""
     if queries_MD.is_cuda:
         kernels = checks.triton_module("triton_topk")
-        return "triton" if kernels and not kernels.refuses(queries_MD, corpus) else "single"
+        return (
+            "triton" if kernels and not kernels.unsupported_reason(queries_MD, corpus) else "single"
+        )
     if corpus.rows <= FEW_ROWS and len(queries_MD) * corpus.rows <= FEW_SCORES:
         return "reference"
-    few = allow is not None and int(allow.count_nonzero()) < FEW_ALLOWED * corpus.rows
-    usual = _usual(queries_MD, corpus, few)
-    if corpus.timings is None or few:
-        return usual
-    return corpus.timings.fastest(usual, _possible(corpus), len(queries_MD))
+    few_allowed = allow is not None and int(allow.count_nonzero()) < FEW_ALLOWED * corpus.rows
+    default = _default_impl(queries_MD, corpus, few_allowed)
+    if corpus.timings is None or few_allowed:
+        return default
+    return corpus.timings.fastest(default, _supported_screens(corpus), len(queries_MD))
 
 
-def _usual(queries_MD: Tensor, corpus: Corpus, few: bool) -> TopkImpl:
+def _default_impl(queries_MD: Tensor, corpus: Corpus, few_allowed: bool) -> TopkImpl:
     """Return the default choice, used if nothing was measured."""
-    if corpus.codes is not None and not few:
+    if corpus.codes is not None and not few_allowed:
         return "int8"
-    if len(queries_MD) <= HALF_QUERIES and not has_tiles() and not _refuses_half(corpus):
+    if len(queries_MD) <= HALF_QUERIES and not has_amx() and not _why_not_half(corpus):
         return "half"
-    least = TILED_QUERIES if has_tiles() else BRIEF_QUERIES
-    return "bfloat16" if len(queries_MD) >= least and has_bfloat16() else "single"
+    min_queries = AMX_QUERIES if has_amx() else BFLOAT16_QUERIES
+    return "bfloat16" if len(queries_MD) >= min_queries and has_bfloat16() else "single"
 
 
-def _possible(corpus: Corpus) -> list[TopkImpl]:
+def _supported_screens(corpus: Corpus) -> list[TopkImpl]:
     """Return the CPU screens that a corpus supports."""
     names: list[tuple[TopkImpl, bool]] = [
         ("single", True),
-        ("half", not _refuses_half(corpus)),
+        ("half", not _why_not_half(corpus)),
         ("bfloat16", has_bfloat16()),
         ("int8", corpus.codes is not None),
     ]
@@ -160,26 +162,28 @@ def prepare(vectors_ND: Tensor | Sequence[Tensor], *, with_codes: bool = False) 
     Raises:
         VectorError: A shape or type is wrong, or a vector is NaN, infinite or zero.
     """
-    corpus = _checked(screens.plain(vectors_ND))
-    if corpus.rows * corpus.width >= MEASURED_NUMBERS and not _on_gpu(corpus):
+    corpus = _with_max_norm(screens.as_corpus(vectors_ND))
+    if corpus.rows * corpus.dim >= MEASURED_NUMBERS and not _on_gpu(corpus):
         corpus = replace(corpus, timings=_timings(corpus))
-    return coded(corpus) if with_codes else corpus
+    return add_codes(corpus) if with_codes else corpus
 
 
-def _checked(corpus: Corpus) -> Corpus:
+def _with_max_norm(corpus: Corpus) -> Corpus:
     """Check each vector and bound all norms."""
-    longest = 0.0
-    for first, shard in corpus.numbered():
+    max_norm = 0.0
+    for first, shard in corpus.with_first_rows():
         for start in range(0, len(shard), reference.BLOCK_ROWS):
             block = shard[start : start + reference.BLOCK_ROWS].float()
             checks.check_vectors("vectors_ND", block, first + start)
-            longest = max(longest, float(torch.linalg.vector_norm(block, dim=1).max()))
+            max_norm = max(max_norm, float(torch.linalg.vector_norm(block, dim=1).max()))
     # The norm itself is a rounded sum.
-    return replace(corpus, longest=longest * (1 + codes.sum_error(corpus.width, screens.SINGLE)))
+    return replace(
+        corpus, max_norm=max_norm * (1 + codes.sum_error(corpus.dim, screens.FLOAT32_ROUNDOFF))
+    )
 
 
 @torch.no_grad()
-def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
+def add_codes(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
     """Add codes to a prepared corpus; `tick` is called repeatedly and may raise to abort.
 
     Raises:
@@ -187,30 +191,33 @@ def coded(corpus: Corpus, tick: Callable[[], None] = lambda: None) -> Corpus:
     """
     if not has_int8():
         raise VectorError("with_codes needs a torch that is built with oneDNN")
-    return replace(corpus, codes=[codes.code(shard.cpu(), tick) for shard in corpus.shards])
+    return replace(corpus, codes=[codes.quantize(shard.cpu(), tick) for shard in corpus.shards])
 
 
-def codes_pay(corpus: Corpus, queries: int) -> bool:
+def codes_are_faster(corpus: Corpus, queries: int) -> bool:
     """Return whether codes are likely to be faster for this many queries at a time."""
     if not has_int8():
         return False
     if corpus.timings is None or not corpus.timings.ms:
         return True
-    without = corpus.timings.fastest("single", _possible(replace(corpus, codes=None)), queries)
+    without = corpus.timings.fastest(
+        "single", _supported_screens(replace(corpus, codes=None)), queries
+    )
     return corpus.timings.fastest(without, [without, "int8"], queries) == "int8"
 
 
 def _timings(corpus: Corpus) -> Timings:
-    names: list[str] = [*_possible(corpus)]
+    names: list[str] = [*_supported_screens(corpus)]
     if has_int8():
         names.append("int8")
 
-    def ready(shards: list[Tensor]) -> Callable[[Tensor, str], object]:
-        sample = _checked(Corpus(shards))
+    def prepare_search(shards: list[Tensor]) -> Callable[[Tensor, str], object]:
+        sample = _with_max_norm(Corpus(shards))
         if has_int8():  # all shards are equal, but each has its own memory
-            one = codes.code(shards[0])
+            first_codes = codes.quantize(shards[0])
             sample = replace(
-                sample, codes=[replace(one, codes_BD=one.codes_BD.clone()) for _ in shards]
+                sample,
+                codes=[replace(first_codes, codes_BD=first_codes.codes_BD.clone()) for _ in shards],
             )
 
         def search(queries_MD: Tensor, screen: str) -> object:
@@ -218,17 +225,17 @@ def _timings(corpus: Corpus) -> Timings:
 
         return search
 
-    return measure_screens(corpus.shards[0].dtype, corpus.width, names, ready)
+    return measure_screens(corpus.shards[0].dtype, corpus.dim, names, prepare_search)
 
 
 def _on_gpu(corpus: Corpus) -> bool:
     return any(shard.is_cuda for shard in corpus.shards)
 
 
-def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
+def _get_screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
     problem = None
     if chosen == "half":
-        problem = _refuses_half(corpus)
+        problem = _why_not_half(corpus)
     elif chosen == "int8" and corpus.codes is None:
         problem = "vectors_ND has no codes: pass kernels.prepare(vectors_ND, with_codes=True)"
     if chosen != "single" and queries_MD.is_cuda:
@@ -238,7 +245,7 @@ def _screen(chosen: str, queries_MD: Tensor, corpus: Corpus) -> screens.Screen:
     return _SCREENS[chosen]
 
 
-def _refuses_half(corpus: Corpus) -> str | None:
+def _why_not_half(corpus: Corpus) -> str | None:
     if corpus.dtypes != {torch.float16}:
         return f"vectors_ND is {', '.join(sorted(map(str, corpus.dtypes)))}, not float16"
     if _on_gpu(corpus):
@@ -248,7 +255,7 @@ def _refuses_half(corpus: Corpus) -> str | None:
     return None
 
 
-class _Found:
+class _TopCandidates:
     """Candidates for the k best of some queries; final."""
 
     def __init__(self, queries_MD: Tensor, corpus: Corpus, k: int) -> None:
@@ -260,12 +267,12 @@ class _Found:
         self.threshold_M = torch.full(shape[:1], -torch.inf, device=device)
         self.pending: list[_Pairs] = []
         self.count = self.seen = self.pruned = 0
-        self.room = max(PENDING, WAITING * len(queries_MD) * k)
+        self.capacity = max(PENDING, WAITING * len(queries_MD) * k)
 
     def add(self, block: Block) -> None:
         """Keep the rows of a block whose upper bounds reach the threshold."""
         groups_XGM = _grouped(block.scores_BM)
-        best_XM = _best_of_groups(groups_XGM).float()
+        best_XM = _max_of_groups(groups_XGM).float()
         if best_XM[:, 0].isnan().any():
             first, last = int(block.rows_B[0]), int(block.rows_B[-1])
             raise VectorError(f"vectors_ND holds NaN in rows {first} to {last}")
@@ -273,45 +280,49 @@ class _Found:
         if not self.pruned and self.k <= len(best_XM):
             low_M = (best_XM - block.error_XM).topk(self.k, dim=0).values[-1]
             self.threshold_M = torch.maximum(self.threshold_M, low_M)
-        hot_XM = (best_XM + block.error_XM >= self.threshold_M) & (best_XM > -torch.inf)
+        candidate_XM = (best_XM + block.error_XM >= self.threshold_M) & (best_XM > -torch.inf)
         self.seen += len(block.rows_B)
-        group_H, query_H = hot = hot_XM.nonzero(as_tuple=True)
+        group_H, query_H = found = candidate_XM.nonzero(as_tuple=True)
         if not len(group_H):
             return
-        unit_H, offset_H, error_H = block.unit_XM[hot], block.offset_XM[hot], block.error_XM[hot]
+        unit_H, offset_H, error_H = (
+            block.unit_XM[found],
+            block.offset_XM[found],
+            block.error_XM[found],
+        )
         scores_HG = groups_XGM[group_H, :, query_H]
         upper_HG = unit_H[:, None] * scores_HG + (offset_H + error_H)[:, None]
         kept_HG = (upper_HG >= self.threshold_M[query_H, None]) & (scores_HG > -torch.inf)
-        hot_P, place_P = kept_HG.nonzero(as_tuple=True)
-        rows_P = block.rows_B[group_H[hot_P] * GROUP + place_P]
+        hot_P, row_in_group_P = kept_HG.nonzero(as_tuple=True)
+        rows_P = block.rows_B[group_H[hot_P] * GROUP + row_in_group_P]
         upper_P = upper_HG[kept_HG]
         self.pending.append(_Pairs(query_H[hot_P], rows_P, upper_P, upper_P - 2 * error_H[hot_P]))
         self.count += len(rows_P)
-        if self.count > self.room or self.seen >= GROWTH * self.pruned:
+        if self.count > self.capacity or self.seen >= GROWTH * self.pruned:
             self._prune()
             if self.count > CROWDED * len(self.threshold_M) * self.k:  # the bounds are wide
                 self._score_best()
-            if self.count > self.room:  # many vectors are nearly identical
-                self._score(self._together())
+            if self.count > self.capacity:  # many vectors are nearly identical
+                self._score(self._still_pending())
 
-    def _together(self) -> "_Pairs":
+    def _still_pending(self) -> "_Pairs":
         """Return all pending pairs that still reach the threshold."""
         pairs = _Pairs(*(torch.cat(parts) for parts in zip(*self.pending, strict=True)))
-        return pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])
+        return pairs.select(pairs.upper_P >= self.threshold_M[pairs.query_P])
 
     def _prune(self) -> None:
         """Raise the threshold to the k-th best lower bound, and drop pairs below it."""
         self.pruned = self.seen
-        pairs = self._together()
-        order, places_P = pairs.ranked(pairs.lower_P)
-        last_P = order[places_P == self.k - 1]
+        pairs = self._still_pending()
+        order, rank_P = pairs.rank_by_query(pairs.lower_P)
+        last_P = order[rank_P == self.k - 1]
         query_P = pairs.query_P[last_P]
         self.threshold_M[query_P] = torch.maximum(self.threshold_M[query_P], pairs.lower_P[last_P])
         self._keep(pairs)
 
     def _keep(self, pairs: "_Pairs") -> None:
         """Set the pending pairs to those that reach the threshold."""
-        self.pending = [pairs.of(pairs.upper_P >= self.threshold_M[pairs.query_P])]
+        self.pending = [pairs.select(pairs.upper_P >= self.threshold_M[pairs.query_P])]
         self.count = len(self.pending[0].rows_P)
 
     def _score(self, pairs: "_Pairs") -> None:
@@ -334,17 +345,17 @@ class _Found:
 
         One exact score prunes more than many bounds, so most pending pairs are never scored.
         """
-        pairs = self._together()
-        order, places_P = pairs.ranked(pairs.upper_P)
-        first_P = places_P < self.k + SPARE
-        self._score(pairs.of(order[first_P]))
-        self._keep(pairs.of(order[~first_P]))
+        pairs = self._still_pending()
+        order, rank_P = pairs.rank_by_query(pairs.upper_P)
+        first_P = rank_P < self.k + SPARE
+        self._score(pairs.select(order[first_P]))
+        self._keep(pairs.select(order[~first_P]))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the k best with exact scores."""
         if self.pending:
             self._score_best()
-            self._score(self._together())
+            self._score(self._still_pending())
         return self.scores_MK, self.rows_MK
 
 
@@ -356,15 +367,15 @@ class _Pairs(NamedTuple):
     upper_P: Tensor
     lower_P: Tensor
 
-    def of(self, kept_P: Tensor) -> "_Pairs":
+    def select(self, kept_P: Tensor) -> "_Pairs":
         return _Pairs(*(part[kept_P] for part in self))
 
-    def ranked(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
+    def rank_by_query(self, values_P: Tensor) -> tuple[Tensor, Tensor]:
         """Sort by query, largest values first; return the order and the rank within each query."""
         order = by_query(self.query_P, values_P)
         query_P = self.query_P[order]
-        places = torch.arange(len(order), device=order.device)
-        return order, places - torch.searchsorted(query_P, query_P)
+        positions = torch.arange(len(order), device=order.device)
+        return order, positions - torch.searchsorted(query_P, query_P)
 
 
 def _grouped(scores_BM: Tensor) -> Tensor:
@@ -375,7 +386,7 @@ def _grouped(scores_BM: Tensor) -> Tensor:
     return scores_BM.view(-1, GROUP, scores_BM.shape[1])
 
 
-def _best_of_groups(groups_XGM: Tensor) -> Tensor:
+def _max_of_groups(groups_XGM: Tensor) -> Tensor:
     """Take the maximum of each group; torch's own reduction is slow where rows are short."""
     if groups_XGM.shape[2] >= WIDE_ROWS:
         return groups_XGM.amax(dim=1)

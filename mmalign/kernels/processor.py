@@ -30,13 +30,13 @@ def has_int8() -> bool:
 @cache
 def has_vnni() -> bool:
     """Return whether a CPU sums int8 products in 32 bits, not pairs of them in 16."""
-    return _ask(torch.cpu, "_is_vnni_supported")
+    return _call_if_present(torch.cpu, "_is_vnni_supported")
 
 
 @cache
-def has_tiles() -> bool:
+def has_amx() -> bool:
     """Return whether a CPU multiplies tiles of bfloat16 and int8 (AMX)."""
-    return _ask(torch.cpu, "_is_amx_tile_supported")
+    return _call_if_present(torch.cpu, "_is_amx_tile_supported")
 
 
 @cache
@@ -48,8 +48,8 @@ def packs_bfloat16() -> bool:
 
 def sums_float16_in_float32() -> bool:
     """Return whether a CPU is known to sum float16 products in float32; a user may change it."""
-    known = getattr(torch._C, "_get_cpu_allow_fp16_reduced_precision_reduction", None)
-    return known is not None and not known()
+    function = getattr(torch._C, "_get_cpu_allow_fp16_reduced_precision_reduction", None)
+    return function is not None and not function()
 
 
 def has_operators(namespace: str, *names: str) -> bool:
@@ -63,11 +63,11 @@ def _cpu_has_bfloat16() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return _ask(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
-    return _ask(torch.cpu, "_is_avx512_bf16_supported")
+        return _call_if_present(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return _call_if_present(torch.cpu, "_is_avx512_bf16_supported")
 
 
-def _ask(place: Any, question: str) -> bool:
+def _call_if_present(namespace: Any, name: str) -> bool:
     """Call a function that this build of torch may not have."""
-    known = getattr(place, question, None)
-    return bool(known()) if known is not None else False
+    function = getattr(namespace, name, None)
+    return bool(function()) if function is not None else False

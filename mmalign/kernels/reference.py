@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.errors import VectorError
-from mmalign.kernels.groups import Groups, id_sets, sharing
+from mmalign.kernels.pair_ids import PairIds, image_and_text_ids, share_an_id
 
 BLOCK_ROWS = 16_384
 
 
 def contrastive_loss(
-    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, groups: Groups | None = None
+    image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, *, pair_ids: PairIds | None = None
 ) -> Tensor:
     """Symmetric InfoNCE; see `kernels.contrastive_loss`."""
     logits_NN = logit_scale * _similarity(image_ND, text_ND)
-    if groups is not None:
-        logits_NN = logits_NN.masked_fill(_same_group(groups), -torch.inf)
-    own_N = torch.arange(len(logits_NN), device=logits_NN.device)
-    return (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
+    if pair_ids is not None:
+        logits_NN = logits_NN.masked_fill(_share_an_id(pair_ids), -torch.inf)
+    targets_N = torch.arange(len(logits_NN), device=logits_NN.device)
+    return (F.cross_entropy(logits_NN, targets_N) + F.cross_entropy(logits_NN.T, targets_N)) / 2
 
 
 def sigmoid_loss(
@@ -34,14 +34,14 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    groups: Groups | None = None,
+    pair_ids: PairIds | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss; see `kernels.sigmoid_loss`."""
     logits_NN = logit_scale * _similarity(image_ND, text_ND) + logit_bias
     sign_NN = 2 * torch.eye(len(logits_NN), device=logits_NN.device, dtype=logits_NN.dtype) - 1
     terms_NN = F.logsigmoid(sign_NN * logits_NN)
-    if groups is not None:
-        terms_NN = terms_NN.masked_fill(_same_group(groups), 0.0)
+    if pair_ids is not None:
+        terms_NN = terms_NN.masked_fill(_share_an_id(pair_ids), 0.0)
     return -terms_NN.sum() / len(logits_NN)
 
 
@@ -66,8 +66,8 @@ def topk(
                     f"vectors_ND holds NaN in rows {first} to {first + len(block_BD) - 1}"
                 )
             if allow is not None:
-                denied = ~allow[first : first + len(block_BD)].to(device)
-                scores_MB = scores_MB.masked_fill(denied, -torch.inf)
+                excluded = ~allow[first : first + len(block_BD)].to(device)
+                scores_MB = scores_MB.masked_fill(excluded, -torch.inf)
             rows_B = torch.arange(first, first + len(block_BD), device=device)
             # Earlier rows stand on the left, so a stable sort breaks ties by row number.
             scores_MB = torch.cat([scores_MK, scores_MB], dim=1)
@@ -85,6 +85,6 @@ def _similarity(image_ND: Tensor, text_ND: Tensor) -> Tensor:
         return image_ND.to(dtype) @ text_ND.to(dtype).T
 
 
-def _same_group(groups: Groups) -> Tensor:
+def _share_an_id(pair_ids: PairIds) -> Tensor:
     """Return an (N, N) mask of different images and texts that share an id."""
-    return sharing(*id_sets(groups)).fill_diagonal_(False)
+    return share_an_id(*image_and_text_ids(pair_ids)).fill_diagonal_(False)

@@ -20,31 +20,35 @@ def exact_scores(queries_MD: Tensor, corpus: Corpus, query_P: Tensor, rows_P: Te
     if not len(rows_P):
         return scores_P
     on_cpu = rows_P.device.type == "cpu"
-    for lot in query_P.argsort(stable=True).split(CPU_PAIRS if on_cpu else GPU_PAIRS):
-        vectors_PD = _gathered(corpus, rows_P[lot])
+    for chunk in query_P.argsort(stable=True).split(CPU_PAIRS if on_cpu else GPU_PAIRS):
+        vectors_PD = _gather(corpus, rows_P[chunk])
         if on_cpu:
             # A CPU is fastest when all vectors of one query are handled together.
-            owners, counts = query_P[lot].unique_consecutive(return_counts=True)
-            parts = zip(owners.tolist(), vectors_PD.split(counts.tolist()), strict=True)
-            scores_P[lot] = torch.cat([_wide(v_PD) @ queries_MD[m] for m, v_PD in parts]).float()
+            query_numbers, counts = query_P[chunk].unique_consecutive(return_counts=True)
+            parts = zip(query_numbers.tolist(), vectors_PD.split(counts.tolist()), strict=True)
+            scores_P[chunk] = torch.cat(
+                [_to_float64(v_PD) @ queries_MD[m] for m, v_PD in parts]
+            ).float()
         else:
-            scores_P[lot] = (_wide(vectors_PD) * queries_MD[query_P[lot]]).sum(dim=1).float()
+            scores_P[chunk] = (
+                (_to_float64(vectors_PD) * queries_MD[query_P[chunk]]).sum(dim=1).float()
+            )
     return scores_P
 
 
-def _gathered(corpus: Corpus, rows_P: Tensor) -> Tensor:
+def _gather(corpus: Corpus, rows_P: Tensor) -> Tensor:
     """Gather the vectors of some rows, wherever their shards lie, shape (P, D)."""
     dtype = reduce(torch.promote_types, corpus.dtypes)
-    vectors_PD = torch.empty(len(rows_P), corpus.width, dtype=dtype, device=rows_P.device)
-    for first, shard in corpus.numbered():
-        places = ((rows_P >= first) & (rows_P < first + len(shard))).nonzero()[:, 0]
-        if len(places):
-            chosen = shard.index_select(0, (rows_P[places] - first).to(shard.device))
-            vectors_PD[places] = chosen.to(vectors_PD)
+    vectors_PD = torch.empty(len(rows_P), corpus.dim, dtype=dtype, device=rows_P.device)
+    for first, shard in corpus.with_first_rows():
+        positions = ((rows_P >= first) & (rows_P < first + len(shard))).nonzero()[:, 0]
+        if len(positions):
+            selected = shard.index_select(0, (rows_P[positions] - first).to(shard.device))
+            vectors_PD[positions] = selected.to(vectors_PD)
     return vectors_PD
 
 
-def _wide(vectors_PD: Tensor) -> Tensor:
+def _to_float64(vectors_PD: Tensor) -> Tensor:
     """Convert to float64, via float32: torch is slow at the direct cast from float16."""
     return (vectors_PD if vectors_PD.dtype == torch.float64 else vectors_PD.float()).double()
 

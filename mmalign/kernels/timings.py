@@ -14,10 +14,11 @@ import torch
 
 from mmalign.measured import Figures, measured
 
-COUNTS = (1, 4, 16, 64, 256)
+QUERY_COUNTS = (1, 4, 16, 64, 256)
 """Numbers of queries to measure."""
-LEAST, MOST = {"bfloat16": 16}, {"half": 4}
-"""A screen is not measured below LEAST queries or above MOST, where it cannot be the fastest."""
+MIN_QUERIES, MAX_QUERIES = {"bfloat16": 16}, {"half": 4}
+"""A screen is not measured below MIN_QUERIES or above MAX_QUERIES, where it cannot be the
+fastest."""
 # Few queries are memory-bound, so they are measured over more rows than caches hold.
 ROWS, MORE_ROWS, MANY_QUERIES = 1 << 15, 1 << 16, 64
 # Times are recorded once nearly all combinations have come close to their best time again. On a
@@ -28,9 +29,9 @@ PROBES, PROBE_SIDE = 12, 768
 CLEARLY = 0.9
 
 Search = Callable[[torch.Tensor, str], object]
-Way = tuple[str, int]
+Case = tuple[str, int]
 Screen = TypeVar("Screen", bound=str)
-_unsettled: set[str] = set()
+_busy_keys: set[str] = set()
 
 
 class _BusyError(Exception):
@@ -46,27 +47,27 @@ class Timings:
 
     def expected(self, screen: str, queries: int) -> float:
         """Return milliseconds for this many queries, for comparison; infinite if not known."""
-        known = [c for c in COUNTS if f"{screen} {c}" in self.ms]
-        if not known or queries < known[0]:
+        measured_counts = [c for c in QUERY_COUNTS if f"{screen} {c}" in self.ms]
+        if not measured_counts or queries < measured_counts[0]:
             return math.inf
-        low = max(c for c in known if c <= queries)
-        high = min((c for c in known if c >= queries), default=None)
+        low = max(c for c in measured_counts if c <= queries)
+        high = min((c for c in measured_counts if c >= queries), default=None)
         from_ms = self.ms[f"{screen} {low}"]
         if high is None:
             return from_ms * queries / low
         to_ms = self.ms[f"{screen} {high}"]
         return from_ms + (to_ms - from_ms) * (queries - low) / max(1, high - low)
 
-    def fastest(self, usual: Screen, possible: Sequence[Screen], queries: int) -> Screen:
+    def fastest(self, default: Screen, possible: Sequence[Screen], queries: int) -> Screen:
         """Return the fastest of the possible screens; the usual one unless another clearly is."""
         best = min(possible, key=lambda screen: self.expected(screen, queries))
-        faster = self.expected(best, queries) < CLEARLY * self.expected(usual, queries)
-        return best if faster else usual
+        faster = self.expected(best, queries) < CLEARLY * self.expected(default, queries)
+        return best if faster else default
 
 
 def measure_screens(
     dtype: torch.dtype,
-    width: int,
+    dim: int,
     screens: Sequence[str],
     prepare: Callable[[list[torch.Tensor]], Search],
 ) -> Timings:
@@ -74,90 +75,97 @@ def measure_screens(
 
     Args:
         dtype: Of the vectors.
-        width: Dimensions of a vector.
+        dim: Dimensions of a vector.
         screens: The screens to compare.
         prepare: Prepares shards of vectors, and returns a search function that takes queries and
             the name of a screen.
     """
-    ways = [(s, c) for s in screens for c in COUNTS if LEAST.get(s, c) <= c <= MOST.get(s, c)]
+    cases = [
+        (s, c)
+        for s in screens
+        for c in QUERY_COUNTS
+        if MIN_QUERIES.get(s, c) <= c <= MAX_QUERIES.get(s, c)
+    ]
     conditions: dict[str, str | int] = {
-        "type": str(dtype), "dims": width, "threads": torch.get_num_threads(),
+        "type": str(dtype), "dims": dim, "threads": torch.get_num_threads(),
         "simd": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
-    key = f"{conditions} {ways}"
-    if key in _unsettled:
+    key = f"{conditions} {cases}"
+    if key in _busy_keys:
         return Timings({})
 
     def measure() -> Figures:
         started = time.perf_counter()
-        if not _quiet():
+        if not _is_quiet():
             raise _BusyError
-        vectors_ND = _cloud(ROWS, width, seed=0).to(dtype)
+        vectors_ND = _unit_vectors(ROWS, dim, seed=0).to(dtype)
         short, long = prepare([vectors_ND]), prepare(_copies(vectors_ND))
-        queries_MD = _cloud(COUNTS[-1], width, seed=1)
+        queries_MD = _unit_vectors(QUERY_COUNTS[-1], dim, seed=1)
 
         def search(screen: str, count: int) -> None:
             (short if count >= MANY_QUERIES else long)(queries_MD[:count], screen)
 
-        return _in_turns(ways, search, until=started + SECONDS)
+        return _in_turns(cases, search, until=started + SECONDS)
 
     try:
-        return Timings(measured("exact-search", conditions, [_name(way) for way in ways], measure))
+        return Timings(
+            measured("exact-search", conditions, [_name(case) for case in cases], measure)
+        )
     except _BusyError:
-        _unsettled.add(key)
+        _busy_keys.add(key)
         return Timings({})
 
 
-def _quiet() -> bool:
+def _is_quiet() -> bool:
     """Return whether one product repeatedly takes the same time; takes about 0.05 seconds."""
     ones = torch.ones(PROBE_SIDE, PROBE_SIDE)
-    taken = []
+    seconds = []
     for _ in range(PROBES):
         started = time.perf_counter()
         ones @ ones
-        taken.append(time.perf_counter() - started)
-    return sorted(taken)[PROBES // 2] <= REPEATED * min(taken)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[PROBES // 2] <= REPEATED * min(seconds)
 
 
-def _in_turns(ways: Sequence[Way], search: Callable[[str, int], None], until: float) -> Figures:
+def _in_turns(cases: Sequence[Case], search: Callable[[str, int], None], until: float) -> Figures:
     """Time all combinations in turn, repeatedly, until the times are stable."""
-    times: dict[Way, list[float]] = {way: [] for way in ways}
+    times: dict[Case, list[float]] = {case: [] for case in cases}
     for done in range(ROUNDS + 1):
-        for way in ways:
+        for case in cases:
             if (started := time.perf_counter()) > until:
                 raise _BusyError
-            search(*way)
-            times[way].append(1000 * (time.perf_counter() - started))
-        if done >= LEAST_ROUNDS and _settled(times):
-            return {_name(way): min(taken) for way, taken in times.items()}
+            search(*case)
+            times[case].append(1000 * (time.perf_counter() - started))
+        if done >= LEAST_ROUNDS and _are_stable(times):
+            return {_name(case): min(seconds) for case, seconds in times.items()}
     raise _BusyError
 
 
-def _settled(times: Mapping[Way, list[float]]) -> bool:
+def _are_stable(times: Mapping[Case, list[float]]) -> bool:
     repeated = 0
-    for taken in times.values():
-        first, second = sorted(taken)[:2]
+    for seconds in times.values():
+        first, second = sorted(seconds)[:2]
         repeated += second <= REPEATED * first
     return repeated >= NEARLY_ALL * len(times)
 
 
-def _name(way: Way) -> str:
-    return f"{way[0]} {way[1]}"
+def _name(case: Case) -> str:
+    return f"{case[0]} {case[1]}"
 
 
 def _copies(vectors_ND: torch.Tensor) -> list[torch.Tensor]:
     return [vectors_ND.clone() for _ in range(MORE_ROWS // ROWS)]
 
 
-def _cloud(rows: int, width: int, seed: int) -> torch.Tensor:
+def _unit_vectors(rows: int, dim: int, seed: int) -> torch.Tensor:
     """Make unit vectors around a centre of their own, like those of images and of texts.
 
     If vectors and queries shared one centre, all scores would be so similar that low-precision
     screens exclude few vectors, and these screens would look slower than they are.
     """
     generator = torch.Generator().manual_seed(seed)
-    spread_D = torch.arange(1, width + 1).pow(-0.35)
-    centre_D = torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
-    noise_ND = torch.randn(rows, width, generator=generator)
+    spread_D = torch.arange(1, dim + 1).pow(-0.35)
+    centre_D = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=0)
+    noise_ND = torch.randn(rows, dim, generator=generator)
     vectors_ND = 0.7 * spread_D.norm() * centre_D + spread_D * noise_ND
     return torch.nn.functional.normalize(vectors_ND, dim=1)

@@ -33,7 +33,7 @@ PARTS, TALLEST = 32, 128
 GAIN = {torch.float16: 4096.0}
 
 
-def refuses(images: Tensor) -> str | None:
+def unsupported_reason(images: Tensor) -> str | None:
     """Return why these kernels cannot take a matrix, or None if they can."""
     if not images.is_cuda and not INTERPRETED:
         return f"image_ND is on {images.device}, not on a GPU"
@@ -59,12 +59,12 @@ def _configs() -> list[Any]:
 def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """Keep the configurations whose tiles fit into shared memory for this dtype."""
     size = arguments["images"].element_size()
-    kept = [
+    fitting = [
         c
         for c in configs
         if (c.kwargs["HIGH"] + c.kwargs["WIDE"]) * c.kwargs["DEEP"] * size * c.num_stages < 220_000
     ]
-    return kept or configs[-1:]
+    return fitting or configs[-1:]
 
 
 _KEY = ["D", "size_class", "ROW_IDS", "COLUMN_IDS"]
@@ -81,34 +81,36 @@ def _logits(
     sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
     rows_in = (rows < row_count)[:, None]
     columns_in = (columns < column_count)[None, :]
-    row_places = images + rows[:, None].to(tl.int64) * D
-    column_places = texts + columns[None, :].to(tl.int64) * D
+    row_pointers = images + rows[:, None].to(tl.int64) * D
+    column_pointers = texts + columns[None, :].to(tl.int64) * D
     for start in range(0, D, DEEP):
         depth = start + tl.arange(0, DEEP)
         if D % DEEP == 0:
-            image = tl.load(row_places + depth[None, :], mask=rows_in, other=0.0)
-            text = tl.load(column_places + depth[:, None], mask=columns_in, other=0.0)
+            image = tl.load(row_pointers + depth[None, :], mask=rows_in, other=0.0)
+            text = tl.load(column_pointers + depth[:, None], mask=columns_in, other=0.0)
         else:
             inside = depth < D
-            image = tl.load(row_places + depth[None, :], mask=rows_in & inside[None, :], other=0.0)
+            image = tl.load(
+                row_pointers + depth[None, :], mask=rows_in & inside[None, :], other=0.0
+            )
             text = tl.load(
-                column_places + depth[:, None], mask=columns_in & inside[:, None], other=0.0
+                column_pointers + depth[:, None], mask=columns_in & inside[:, None], other=0.0
             )
         if INTERPRETED:  # the interpreter reads the bits of bfloat16 as integers
             image, text = image.to(tl.float32), text.to(tl.float32)
         sums = tl.dot(image, text, sums, input_precision=PRECISION)
     logits = tl.where(rows_in & columns_in, sums * tl.load(scale), float("-inf"))
     if ROW_IDS > 0:
-        same = tl.zeros((HIGH, WIDE), dtype=tl.int32)
+        share_id = tl.zeros((HIGH, WIDE), dtype=tl.int32)
         for i in range(ROW_IDS):
             row_id = tl.load(row_ids + rows * ROW_IDS + i, mask=rows < row_count, other=-1)
             for j in range(COLUMN_IDS):
-                place = column_ids + columns * COLUMN_IDS + j
-                column_id = tl.load(place, mask=columns < column_count, other=-2)
-                same |= (row_id[:, None] == column_id[None, :]).to(tl.int32)
+                pointers = column_ids + columns * COLUMN_IDS + j
+                column_id = tl.load(pointers, mask=columns < column_count, other=-2)
+                share_id |= (row_id[:, None] == column_id[None, :]).to(tl.int32)
         # Positive pairs are never masked.
-        own = (rows + first)[:, None] == columns[None, :]
-        logits = tl.where((same != 0) & ~own, float("-inf"), logits)
+        is_positive = (rows + first)[:, None] == columns[None, :]
+        logits = tl.where((share_id != 0) & ~is_positive, float("-inf"), logits)
     return logits
 
 
@@ -131,41 +133,49 @@ def _log_add(a, b):
 @triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
 @triton.jit
 def _statistics_kernel(
-    images, texts, scale, row_ids, column_ids, row_sums, column_sums, own_logits,
+    images, texts, scale, row_ids, column_ids, row_sums, column_sums, positive_logits,
     row_count, column_count, first, rows_each, columns_each, size_class,
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
     HIGH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of one rectangle along rows and down columns, and its diagonal logits."""
-    part_of_rows, part_of_columns = tl.program_id(1), tl.program_id(0)
-    first_row, first_column = part_of_rows * rows_each, part_of_columns * columns_each
+    row_part, column_part = tl.program_id(1), tl.program_id(0)
+    first_row, first_column = row_part * rows_each, column_part * columns_each
     row_end = tl.minimum(first_row + rows_each, row_count)
     column_end = tl.minimum(first_column + columns_each, column_count)
     for row in range(first_row, row_end, HIGH):
         rows = row + tl.arange(0, HIGH)
-        along = tl.full((HIGH,), float("-inf"), dtype=tl.float32)
+        row_log_sum = tl.full((HIGH,), float("-inf"), dtype=tl.float32)
         for column in range(first_column, column_end, WIDE):
             columns = column + tl.arange(0, WIDE)
             logits = _logits(
                 images, texts, scale, row_ids, column_ids, rows, columns,
                 row_end, column_end, first, D, ROW_IDS, COLUMN_IDS, HIGH, WIDE, DEEP, PRECISION,
             )  # fmt: skip
-            own_column = rows + first
+            positive_column = rows + first
             if (row + first < column + WIDE) & (row + first + HIGH > column):
-                own = own_column[:, None] == columns[None, :]
-                met = (own_column >= column) & (own_column < column + WIDE) & (rows < row_end)
-                tl.store(own_logits + rows, tl.sum(tl.where(own, logits, 0.0), 1), mask=met)
-            along = _log_add(along, _log_sum(logits, 1))
-            down = _log_sum(logits, 0)
+                is_positive = positive_column[:, None] == columns[None, :]
+                in_tile = (
+                    (positive_column >= column)
+                    & (positive_column < column + WIDE)
+                    & (rows < row_end)
+                )
+                tl.store(
+                    positive_logits + rows,
+                    tl.sum(tl.where(is_positive, logits, 0.0), 1),
+                    mask=in_tile,
+                )
+            row_log_sum = _log_add(row_log_sum, _log_sum(logits, 1))
+            column_log_sum = _log_sum(logits, 0)
             # Only this program writes here: its running sums of the columns from the tiles above.
-            place = column_sums + part_of_rows.to(tl.int64) * column_count + columns
+            pointers = column_sums + row_part.to(tl.int64) * column_count + columns
             if row > first_row:
-                before = tl.load(place, mask=columns < column_end, other=float("-inf"))
-                down = _log_add(down, before)
-            tl.store(place, down, mask=columns < column_end)
+                previous = tl.load(pointers, mask=columns < column_end, other=float("-inf"))
+                column_log_sum = _log_add(column_log_sum, previous)
+            tl.store(pointers, column_log_sum, mask=columns < column_end)
             tl.debug_barrier()
-        place = row_sums + part_of_columns.to(tl.int64) * row_count + rows
-        tl.store(place, along, mask=rows < row_end)
+        pointers = row_sums + column_part.to(tl.int64) * row_count + rows
+        tl.store(pointers, row_log_sum, mask=rows < row_end)
 
 
 @triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
@@ -186,11 +196,11 @@ def _infonce_kernel(
     row_sum = tl.load(row_sums + rows, mask=rows < row_count, other=0.0)
     column_sum = tl.load(column_sums + columns, mask=columns < column_count, other=0.0)
     weight = tl.exp(logits - row_sum[:, None]) + tl.exp(logits - column_sum[None, :])
-    own = (rows + first)[:, None] == columns[None, :]
-    weight = 0.5 * tl.where(own, weight - 2.0, weight)
-    place = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
+    is_positive = (rows + first)[:, None] == columns[None, :]
+    weight = 0.5 * tl.where(is_positive, weight - 2.0, weight)
+    pointers = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
+    tl.store(pointers, (weight * gain).to(weights.dtype.element_ty), mask=inside)
 
 
 # One partial sum per tile: clear those that a narrower configuration wrote during autotuning.
@@ -212,15 +222,19 @@ def _sigmoid_kernel(
         row_count, column_count, first, D, ROW_IDS, COLUMN_IDS, HIGH, WIDE, DEEP, PRECISION,
     )  # fmt: skip
     logits += tl.load(bias)
-    own = (rows + first)[:, None] == columns[None, :]
-    small = tl.exp(-tl.abs(logits))
+    is_positive = (rows + first)[:, None] == columns[None, :]
+    exp_minus_abs = tl.exp(-tl.abs(logits))
     # log(1 + x) by its series, where computing 1 + x would round x away.
-    tail = tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
-    signed = tl.where(own, -logits, logits)
-    loss = tl.maximum(signed, 0.0) + tail
-    rising = tl.where(logits >= 0, 1.0, small) / (1.0 + small)
-    falling = tl.where(logits >= 0, small, 1.0) / (1.0 + small)
-    weight = tl.where(own, -falling, rising)
+    log1p_term = tl.where(
+        exp_minus_abs < 1e-3,
+        exp_minus_abs - 0.5 * exp_minus_abs * exp_minus_abs,
+        tl.log(1.0 + exp_minus_abs),
+    )
+    signed_logits = tl.where(is_positive, -logits, logits)
+    loss = tl.maximum(signed_logits, 0.0) + log1p_term
+    sigmoid = tl.where(logits >= 0, 1.0, exp_minus_abs) / (1.0 + exp_minus_abs)
+    one_minus_sigmoid = tl.where(logits >= 0, exp_minus_abs, 1.0) / (1.0 + exp_minus_abs)
+    weight = tl.where(is_positive, -one_minus_sigmoid, sigmoid)
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     # A masked pair has the logit -inf, so exp(-inf) makes its contribution zero.
     loss = tl.where(inside & (logits > float("-inf")), loss, 0.0)
@@ -228,8 +242,8 @@ def _sigmoid_kernel(
     sums = tl.program_id(1).to(tl.int64) * row_count + rows
     tl.store(losses + sums, tl.sum(loss, 1), mask=rows < row_count)
     tl.store(slopes + sums, tl.sum(weight, 1), mask=rows < row_count)
-    place = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
-    tl.store(place, (weight * gain).to(weights.dtype.element_ty), mask=inside)
+    pointers = weights + rows[:, None].to(tl.int64) * column_count + columns[None, :]
+    tl.store(pointers, (weight * gain).to(weights.dtype.element_ty), mask=inside)
 
 
 def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,15 +255,15 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     parts = (-(-columns // columns_each), -(-rows // rows_each))
     row_sums = problem.scale.new_empty((parts[0], rows), dtype=torch.float32)
     column_sums = problem.scale.new_empty((parts[1], columns), dtype=torch.float32)
-    own_logits = problem.scale.new_empty(rows, dtype=torch.float32)
+    positive_logits = problem.scale.new_empty(rows, dtype=torch.float32)
     images, texts, ids = _operands(problem)
     with torch.cuda.device_of(images):
         _statistics_kernel[parts](
-            images, texts, problem.scale, *ids, row_sums, column_sums, own_logits,
+            images, texts, problem.scale, *ids, row_sums, column_sums, positive_logits,
             rows, columns, problem.first, rows_each, columns_each, _size_class(columns),
             **_constants(problem, ids),
         )  # fmt: skip
-    return row_sums.logsumexp(0), column_sums.logsumexp(0), own_logits
+    return row_sums.logsumexp(0), column_sums.logsumexp(0), positive_logits
 
 
 def infonce_gradients(
@@ -279,7 +293,7 @@ def sigmoid_pass(
     images, texts, ids = _operands(problem)
     columns = len(texts)
     products = _Products(images, texts, wants_image, wants_text)
-    loss, by_bias = (torch.zeros((), dtype=torch.float64, device=images.device) for _ in range(2))
+    loss, grad_bias = (torch.zeros((), dtype=torch.float64, device=images.device) for _ in range(2))
     narrowest = min(c.kwargs["WIDE"] for c in _configs())
     with torch.cuda.device_of(images):
         for rows, weights in _slabs(images, columns):
@@ -293,9 +307,9 @@ def sigmoid_pass(
                 **_constants(problem, ids),
             )  # fmt: skip
             loss += sums[0].sum(dtype=torch.float64)
-            by_bias += sums[1].sum(dtype=torch.float64)
+            grad_bias += sums[1].sum(dtype=torch.float64)
             products.add(rows, weights)
-    return loss, by_bias, *products.result()
+    return loss, grad_bias, *products.result()
 
 
 class _Products:
@@ -338,19 +352,19 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     return images, texts, (_padded(problem.image_ids_BL, -1), _padded(problem.text_ids_NM, -2))
 
 
-def _padded(ids_NL: Tensor, nothing: int) -> Tensor:
+def _padded(ids_NL: Tensor, padding: int) -> Tensor:
     """Pad ids to a power-of-two width, so that few kernels are compiled and tuned."""
     width = ids_NL.shape[1]
     wider = (1 << (width - 1).bit_length()) - width
-    return torch.nn.functional.pad(ids_NL, (0, wider), value=nothing).contiguous()
+    return torch.nn.functional.pad(ids_NL, (0, wider), value=padding).contiguous()
 
 
 def _constants(problem: Problem, ids: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    grouped = problem.image_ids_BL is not None
+    has_ids = problem.image_ids_BL is not None
     return {
         "D": problem.image_BD.shape[1],
-        "ROW_IDS": ids[0].shape[1] if grouped else 0,
-        "COLUMN_IDS": ids[1].shape[1] if grouped else 0,
+        "ROW_IDS": ids[0].shape[1] if has_ids else 0,
+        "COLUMN_IDS": ids[1].shape[1] if has_ids else 0,
         "PRECISION": "ieee" if problem.image_BD.dtype == torch.float32 else "tf32",
     }
 

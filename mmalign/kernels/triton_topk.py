@@ -52,13 +52,13 @@ def _fits(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """Keep tile heights that suit the number of queries and fit into shared memory."""
     high = 16 if arguments["query_count"] <= 16 else 64 if arguments["query_count"] <= 64 else 128
     size = arguments["vectors"].element_size()
-    kept = [
+    fitting = [
         c
         for c in configs
         if c.kwargs["HIGH"] == high
         and (high + c.kwargs["WIDE"]) * c.kwargs["DEEP"] * size * c.num_stages < 220_000
     ]
-    return kept or configs[:1]
+    return fitting or configs[:1]
 
 
 @triton.autotune(
@@ -78,20 +78,20 @@ def _best_kernel(
     row = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     query_in, row_in = query < query_count, row < row_count
     sums = tl.zeros((HIGH, WIDE), dtype=tl.float32)
-    query_places = queries + query[:, None].to(tl.int64) * D
-    row_places = vectors + row[None, :].to(tl.int64) * D
+    query_pointers = queries + query[:, None].to(tl.int64) * D
+    row_pointers = vectors + row[None, :].to(tl.int64) * D
     for start in range(0, D, DEEP):
         depth = start + tl.arange(0, DEEP)
         if D % DEEP == 0:
-            one = tl.load(query_places + depth[None, :], mask=query_in[:, None], other=0.0)
-            other = tl.load(row_places + depth[:, None], mask=row_in[None, :], other=0.0)
+            one = tl.load(query_pointers + depth[None, :], mask=query_in[:, None], other=0.0)
+            other = tl.load(row_pointers + depth[:, None], mask=row_in[None, :], other=0.0)
         else:
             inside = depth < D
             one = tl.load(
-                query_places + depth[None, :], mask=query_in[:, None] & inside[None, :], other=0.0
+                query_pointers + depth[None, :], mask=query_in[:, None] & inside[None, :], other=0.0
             )
             other = tl.load(
-                row_places + depth[:, None], mask=row_in[None, :] & inside[:, None], other=0.0
+                row_pointers + depth[:, None], mask=row_in[None, :] & inside[:, None], other=0.0
             )
         if INTERPRETED:  # the interpreter reads the bits of bfloat16 as integers
             one, other = one.to(tl.float32), other.to(tl.float32)
@@ -101,19 +101,19 @@ def _best_kernel(
     sums = tl.where(row_in[None, :], sums, float("-inf"))
     top = tl.max(tl.reshape(sums, (HIGH, WIDE // GROUP_ROWS, GROUP_ROWS)), 2)
     group = tl.program_id(1) * (WIDE // GROUP_ROWS) + tl.arange(0, WIDE // GROUP_ROWS)
-    place = best + query[:, None].to(tl.int64) * group_count + group[None, :]
-    tl.store(place, top, mask=query_in[:, None] & (group < group_count)[None, :])
+    pointers = best + query[:, None].to(tl.int64) * group_count + group[None, :]
+    tl.store(pointers, top, mask=query_in[:, None] & (group < group_count)[None, :])
 
 
-def refuses(queries_MD: Tensor, corpus: Corpus) -> str | None:
+def unsupported_reason(queries_MD: Tensor, corpus: Corpus) -> str | None:
     """Return why these kernels cannot search a corpus, or None if they can."""
     if not queries_MD.is_cuda and not INTERPRETED:
         return f"queries_MD is on {queries_MD.device}, not on a GPU"
     types = {shard.dtype for shard in corpus.shards}
     if not types <= {torch.float16, torch.bfloat16, torch.float32}:
         return f"vectors_ND is {types}, not float16, bfloat16 or float32"
-    if corpus.width % 16 or corpus.width > 4096:
-        return f"vectors_ND has {corpus.width} dims, not a multiple of 16 up to 4,096"
+    if corpus.dim % 16 or corpus.dim > 4096:
+        return f"vectors_ND has {corpus.dim} dims, not a multiple of 16 up to 4,096"
     return None
 
 
@@ -132,7 +132,7 @@ def _topk(
 ) -> tuple[Tensor, Tensor]:
     device = queries_MD.device
     best, first_rows, last_rows = [], [], []
-    longest, coarse = corpus.longest or 0.0, 0.0
+    max_norm, cast_error = corpus.max_norm or 0.0, 0.0
     for first, shard in _on_gpus(corpus, device):
         allowed = None if allow is None else allow[first : first + len(shard)].to(shard.device)
         cast_MD = queries_MD.to(shard.device, shard.dtype)
@@ -140,18 +140,18 @@ def _topk(
         starts = torch.arange(first, first + len(shard), GROUP, device=device)
         first_rows.append(starts)
         last_rows.append((starts + GROUP).clamp(max=first + len(shard)))
-        coarse = max(coarse, _loss_of_cast(queries_MD, shard.dtype))
-        if corpus.longest is None:
-            longest = max(longest, _longest(shard, first))
+        cast_error = max(cast_error, _relative_cast_error(queries_MD, shard.dtype))
+        if corpus.max_norm is None:
+            max_norm = max(max_norm, _max_norm(shard, first))
     best_MX = torch.cat(best, dim=1)
     norms_M = torch.linalg.vector_norm(queries_MD, dim=1)
-    share = coarse + (1 + coarse) * sum_error(corpus.width, ROUNDOFF)
-    error_M1 = (norms_M * longest * share)[:, None]
-    bar_M1 = best_MX.new_full((len(best_MX), 1), -torch.inf)
+    relative_error = cast_error + (1 + cast_error) * sum_error(corpus.dim, ROUNDOFF)
+    error_M1 = (norms_M * max_norm * relative_error)[:, None]
+    threshold_M1 = best_MX.new_full((len(best_MX), 1), -torch.inf)
     if k <= best_MX.shape[1]:
-        bar_M1 = best_MX.topk(k, dim=1).values[:, -1:] - error_M1
-    hot_MX = (best_MX + error_M1 >= bar_M1) & (best_MX > -torch.inf)
-    query_H, group_H = hot_MX.nonzero(as_tuple=True)
+        threshold_M1 = best_MX.topk(k, dim=1).values[:, -1:] - error_M1
+    candidate_MX = (best_MX + error_M1 >= threshold_M1) & (best_MX > -torch.inf)
+    query_H, group_H = candidate_MX.nonzero(as_tuple=True)
     starts_X, ends_X = torch.cat(first_rows), torch.cat(last_rows)
     rows_HG = starts_X[group_H, None] + torch.arange(GROUP, device=device)
     kept_HG = rows_HG < ends_X[group_H, None]
@@ -190,7 +190,7 @@ def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor
     pinned: list[Tensor] = []
     copied: list[Any] = []
     turn = 0
-    for first, shard in corpus.numbered():
+    for first, shard in corpus.with_first_rows():
         if shard.is_cuda or device.type != "cuda":
             yield first, shard
             continue
@@ -204,25 +204,25 @@ def _on_gpus(corpus: Corpus, device: torch.device) -> Iterator[tuple[int, Tensor
                 pinned = [torch.empty(shape, dtype=shard.dtype, pin_memory=True) for _ in range(2)]
                 copied = [torch.cuda.Event() for _ in range(2)]
             # While the GPU copies and screens one part, the host fills the other buffer.
-            place, event = pinned[turn % 2], copied[turn % 2]
+            staging, event = pinned[turn % 2], copied[turn % 2]
             event.synchronize()
-            place = place[: len(part)].copy_(part)
-            on_gpu = place.to(device, non_blocking=True)
+            staging = staging[: len(part)].copy_(part)
+            on_gpu = staging.to(device, non_blocking=True)
             event.record()
             turn += 1
             yield first + start, on_gpu
 
 
-def _loss_of_cast(queries_MD: Tensor, dtype: torch.dtype) -> float:
+def _relative_cast_error(queries_MD: Tensor, dtype: torch.dtype) -> float:
     """Return the largest relative error of a query when cast to another dtype."""
-    lost_M = torch.linalg.vector_norm(queries_MD - queries_MD.to(dtype).float(), dim=1)
-    return float((lost_M / torch.linalg.vector_norm(queries_MD, dim=1)).max())
+    cast_error_M = torch.linalg.vector_norm(queries_MD - queries_MD.to(dtype).float(), dim=1)
+    return float((cast_error_M / torch.linalg.vector_norm(queries_MD, dim=1)).max())
 
 
-def _longest(shard_ND: Tensor, first: int) -> float:
+def _max_norm(shard_ND: Tensor, first: int) -> float:
     parts = shard_ND.split(1 << 18)
     norms = [torch.linalg.vector_norm(part.float(), dim=1).max() for part in parts]
-    longest = float(torch.stack(norms).max())
-    if not math.isfinite(longest):
+    max_norm = float(torch.stack(norms).max())
+    if not math.isfinite(max_norm):
         raise VectorError(f"vectors_ND holds NaN in rows {first} to {first + len(shard_ND) - 1}")
-    return longest
+    return max_norm

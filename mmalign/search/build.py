@@ -28,8 +28,8 @@ from mmalign.store import Store, commit_index, open_store
 
 # Queries drawn from the store: this many are held out to measure, the others tune and provide the
 # query distribution.
-HELD, DRAWN = 1_000, 8_000
-OTHER = {"image": "text", "text": "image"}
+HELD_OUT, TUNING = 1_000, 8_000
+OTHER_MODALITY = {"image": "text", "text": "image"}
 UNITS = {
     "B": 1,
     "KB": 1e3,
@@ -76,13 +76,13 @@ def build_index(
         fill = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", path)
         raise StoreError(f"{path}: the store has no {what}: add some with {fill}")
     started = time.monotonic()
-    own_words = None if queries is None else _query_file(store, queries, model)
+    user_queries = None if queries is None else _read_query_file(store, queries, model)
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
     files.make_folder(folder)
     try:
         with files.scratch_in(store.path):
-            modalities = _build_all(store, folder, recall, budget, own_words)
+            modalities = _build_all(store, folder, recall, budget, user_queries)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,
@@ -124,25 +124,25 @@ def memory_bytes(text: str | float) -> float:
 
 
 def _build_all(
-    store: Store, folder: Path, recall: float, memory: float, own_words: Queries | None
+    store: Store, folder: Path, recall: float, memory: float, user_queries: Queries | None
 ) -> dict[str, Any]:
     """Build an index for each modality with vectors; memory is split by number of vectors."""
-    counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER}
+    counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER_MODALITY}
     live = {"image": store.live, "text": _live_captions(store)}
-    drawn = {name: _sample(store, name, live[name]) for name in OTHER}
+    sampled = {name: _sample_queries(store, name, live[name]) for name in OTHER_MODALITY}
     modalities: dict[str, Any] = {}
-    for name, other in OTHER.items():
+    for name, other in OTHER_MODALITY.items():
         if not counts[name]:
             continue
-        asked = {other: drawn[other]}
+        queries_by_modality = {other: sampled[other]}
         if name == "image":
-            if own_words is not None:
-                asked = {other: own_words}
-            asked["image"] = replace(drawn["image"], stored=True)
+            if user_queries is not None:
+                queries_by_modality = {other: user_queries}
+            queries_by_modality["image"] = replace(sampled["image"], stored=True)
         share = counts[name] / sum(counts.values())
         modalities[name] = write_index(
-            folder, name, store.vectors(name), asked=asked, recall=recall, memory=memory * share,
-            share=share, live_N=live[name],
+            folder, name, store.vectors(name), queries_by_modality=queries_by_modality,
+            recall=recall, memory=memory * share, share=share, live_N=live[name],
         )  # fmt: skip
     return modalities
 
@@ -151,31 +151,35 @@ def _live_captions(store: Store) -> NDArray[np.bool_] | None:
     return None if store.live is None else store.live[store.caption_owners]
 
 
-def _sample(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
+def _sample_queries(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
     """Draw vectors of one modality as queries."""
     vectors = VectorReader(store.vectors(modality), live_N)
     if not vectors.live:
-        none = np.zeros((0, store.manifest.model.dim), np.float32)
-        return Queries(none, none)
-    rows = np.random.default_rng(1).permutation(vectors.draw(DRAWN + HELD, seed=0))
-    images = store.caption_owners[rows] if modality == "text" else rows
-    return _split(vectors.gather(rows).astype(np.float32), images)
+        empty = np.zeros((0, store.manifest.model.dim), np.float32)
+        return Queries(empty, empty)
+    rows = np.random.default_rng(1).permutation(vectors.sample_rows(TUNING + HELD_OUT, seed=0))
+    image_ids = store.caption_owners[rows] if modality == "text" else rows
+    return _split(vectors.gather(rows).astype(np.float32), image_ids)
 
 
-def _split(queries_MD: NDArray[np.float32], images_M: NDArray[np.int64]) -> Queries:
+def _split(queries_MD: NDArray[np.float32], image_ids_M: NDArray[np.int64]) -> Queries:
     """Split queries at random into tuning and held-out queries.
 
     Duplicates are removed, and all queries of an image are on the same side: tuning queries must
     reveal nothing about the held-out ones.
     """
     first = np.sort(np.unique(queries_MD, axis=0, return_index=True)[1])
-    queries_MD, images_M = queries_MD[first], images_M[first]
-    _, seen, image_M = np.unique(images_M, return_index=True, return_inverse=True)
+    queries_MD, image_ids_M = queries_MD[first], image_ids_M[first]
+    _, first_seen, image_number_M = np.unique(image_ids_M, return_index=True, return_inverse=True)
     # Images in the order of their first query, as long as their queries fit.
-    rank_M = np.argsort(np.argsort(seen))[image_M]
-    upto = np.cumsum(np.bincount(rank_M))
-    held_M = rank_M < np.searchsorted(upto, min(HELD, len(queries_MD) // 2), side="right")
-    return Queries(queries_MD[~held_M], queries_MD[held_M], groups_M=images_M[held_M])
+    image_rank_M = np.argsort(np.argsort(first_seen))[image_number_M]
+    cumulative_counts = np.cumsum(np.bincount(image_rank_M))
+    held_out_M = image_rank_M < np.searchsorted(
+        cumulative_counts, min(HELD_OUT, len(queries_MD) // 2), side="right"
+    )
+    return Queries(
+        queries_MD[~held_out_M], queries_MD[held_out_M], image_ids_M=image_ids_M[held_out_M]
+    )
 
 
 def _report(modality: str, part: dict[str, Any]) -> None:
@@ -194,7 +198,7 @@ def _report(modality: str, part: dict[str, Any]) -> None:
             )
 
 
-def _query_file(store: Store, queries: str | Path, model: str | Path | None) -> Queries:
+def _read_query_file(store: Store, queries: str | Path, model: str | Path | None) -> Queries:
     try:
         lines = [q.strip() for q in Path(queries).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:

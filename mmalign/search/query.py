@@ -53,14 +53,14 @@ class Query:
         return "text" if kind_of(item) == "text" else "image"
 
 
-def as_query(asked: Any, **options: Any) -> Query:
+def as_query(item: Any, **options: Any) -> Query:
     """Make a `Query` from an item, or from a `Query` with the given options replaced.
 
     Raises:
         ItemError: It is neither.
         UsageError: An item or option is invalid.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if isinstance(asked, Query):
-        return replace(asked, **given)
-    return Query(((asked, 1.0),), **given)
+    changes = {name: value for name, value in options.items() if value is not None}
+    if isinstance(item, Query):
+        return replace(item, **changes)
+    return Query(((item, 1.0),), **changes)

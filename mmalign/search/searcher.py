@@ -40,11 +40,11 @@ class Hits(Sequence[Hit]):
         return iter(self.hits)
 
     @overload
-    def __getitem__(self, place: int) -> Hit: ...
+    def __getitem__(self, index: int) -> Hit: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Hit]: ...
-    def __getitem__(self, place: int | slice) -> Hit | Sequence[Hit]:
-        return self.hits[place]
+    def __getitem__(self, index: slice) -> Sequence[Hit]: ...
+    def __getitem__(self, index: int | slice) -> Hit | Sequence[Hit]:
+        return self.hits[index]
 
 
 class Searcher:
@@ -137,8 +137,8 @@ class Searcher:
             DataError: The image cannot be read or decoded.
             VectorError: The vector has another number of dimensions, or is not finite.
         """
-        asked = as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
-        return self._answer([asked], meta=meta, thumbnails=thumbnails)[0]
+        parsed = as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
+        return self._answer([parsed], meta=meta, thumbnails=thumbnails)[0]
 
     def search_many(
         self,
@@ -155,11 +155,11 @@ class Searcher:
         """Answer several queries at once, encoded in batches; see `search`."""
         if isinstance(queries, str | bytes | Query):
             raise UsageError("search_many takes a list of queries; search takes one")
-        asked = [
+        parsed = [
             as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
             for query in queries
         ]
-        return self._answer(asked, meta=meta, thumbnails=thumbnails)
+        return self._answer(parsed, meta=meta, thumbnails=thumbnails)
 
     def encode(self, queries: Sequence[Any]) -> Floats:
         """Return the unit vectors of a list of queries, (M, D); see `search`."""
@@ -175,9 +175,9 @@ class Searcher:
         snapshot = self._snapshot  # the same for the whole answer, even if `refresh` is called
         vectors_MD = self._encode(queries, snapshot)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        allowed = {asked: snapshot.allowed(*asked) for asked in {(q.to, q.where) for q in queries}}
+        allowed = {key: snapshot.allowed(*key) for key in {(q.to, q.where) for q in queries}}
         answers: dict[int, Hits] = {}
-        for (to, where, exact, kind, wanted), numbers in _alike(queries).items():
+        for (to, where, exact, kind, wanted), numbers in _group_by_search(queries).items():
             scores_MK, rows_MK = snapshot.find(
                 vectors_MD[numbers], wanted, kind=kind, to=to, exact=exact,
                 allowed_N=allowed[to, where],
@@ -206,8 +206,8 @@ class Searcher:
             say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)
         for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
-            alone = len(queries[number].items) == 1 and weight == 1
-            vectors_MD[number] += vector_D if alone else np.float32(weight) * vector_D
+            is_single_item = len(queries[number].items) == 1 and weight == 1
+            vectors_MD[number] += vector_D if is_single_item else np.float32(weight) * vector_D
         for number, query in enumerate(queries):
             if len(query.items) > 1 or query.items[0][1] != 1:
                 vectors_MD[number] = unit_vector(vectors_MD[number], self.encoder.dim)
@@ -234,7 +234,7 @@ def _vector_of(row: Row, store: Store) -> Floats:
     return vector_D
 
 
-def _alike(
+def _group_by_search(
     queries: Sequence[Query],
 ) -> dict[tuple[Target, str | None, bool, Target, int], list[int]]:
     """Group the numbers of queries that can be searched in one call."""

@@ -76,7 +76,7 @@ class Snapshot:
         except StoreError as error:
             if exact:
                 raise
-            index = self._without_index(to, index, error)
+            index = self._replace_damaged_index(to, index, error)
             return index.search(vectors_MD, k, allowed_N, query_modality=kind)
 
     def allowed(self, to: Target, where: str | None) -> Bools | None:
@@ -128,9 +128,9 @@ class Snapshot:
         folder = self.store.index_folder
         if folder is None:
             return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
-        part = describe(folder)["modalities"]["image"]
-        kept = {key: part[key] for key in ("kind", "rows", "recall")}
-        return {**kept, "design": part["name"], "name": folder.name}
+        entry = describe(folder)["modalities"]["image"]
+        description = {key: entry[key] for key in ("kind", "rows", "recall")}
+        return {**description, "design": entry["name"], "name": folder.name}
 
     def _index(self, to: Target, exact: bool) -> Index:
         """Open the index of one modality, once for all threads."""
@@ -149,17 +149,17 @@ class Snapshot:
                 except StoreError as error:
                     if exact:
                         raise
-                    self._indexes[to, exact] = self._every_row(to, error)
+                    self._indexes[to, exact] = self._compare_every_row(to, error)
             return self._indexes[to, exact]
 
-    def _without_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
+    def _replace_damaged_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
         with self._lock:
             # If many threads find the damage, only one reports it.
             if self._indexes[to, False] is damaged:
-                self._indexes[to, False] = self._every_row(to, error)
+                self._indexes[to, False] = self._compare_every_row(to, error)
             return self._indexes[to, False]
 
-    def _every_row(self, to: Target, error: StoreError) -> Index:
+    def _compare_every_row(self, to: Target, error: StoreError) -> Index:
         remedy = shell_command("repair", self.store.path)
         say(f"warning: {self.store.path}: {error}; exact search is used instead; run {remedy}")
         return Exact(self.store.vectors(to))

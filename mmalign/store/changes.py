@@ -17,7 +17,7 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, waiting_bytes
-from mmalign.store.ids import KnownIds, deleting
+from mmalign.store.ids import IdCache, with_rows_deleted
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.reader import Store
 from mmalign.store.shards import open_shard, write_shard
@@ -77,10 +77,10 @@ def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int
     store = Path(path)
     file = manifests.path_of(store, generation)
     try:
-        held = manifests.read(file)
+        manifest = manifests.read(file)
     except (ValueError, OSError) as error:
         raise StoreError(f"{file}: cannot be read: {error}; select the rows again") from None
-    opened = Store(store, held)
+    opened = Store(store, manifest)
     rows = np.asarray(numbers, np.int64)
     rows = rows if opened.live is None else rows[opened.live[rows]]
     return _delete(store, [row["id"] for row in opened.rows(rows, ("id",))], all_known=False)
@@ -88,16 +88,16 @@ def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int
 
 def _delete(store: Path, ids: Sequence[str], all_known: bool) -> int:
     model = manifests.newest(store).model
-    known = KnownIds(store, model.dim)
+    ids_of_shards = IdCache(store, model.dim)
     deleted = 0
 
     def change(base: Manifest) -> Manifest:
         nonlocal deleted
-        found = known.find(base.shards, ids)
+        found = ids_of_shards.find(base.shards, ids)
         deleted = sum(map(len, found))
         if all_known:
             _require_known(store, ids, found)
-        return replace(base, shards=deleting(base.shards, found))
+        return replace(base, shards=with_rows_deleted(base.shards, found))
 
     manifests.commit(store, change, model)
     return deleted
@@ -132,28 +132,28 @@ def compact(
     before = manifests.newest(store)
     for file in manifests.generations(store):
         # If a generation is unreadable, garbage and data cannot be told apart.
-        manifests.whole(file)
-    fresh: list[Shard] = []
-    parts = []
+        manifests.read_unless_gone(file)
+    new_shards: list[Shard] = []
+    rewritten = []
     try:
-        for group in _groups(before.shards, rows_per_shard):
-            begun = len(fresh)
+        for group in _runs_to_rewrite(before.shards, rows_per_shard):
+            first_new = len(new_shards)
             for shard in _rewrite(store, group, before.model.dim, rows_per_shard):
-                fresh.append(shard)
-                _keep_young(store, fresh)
-            parts.append((group, tuple(fresh[begun:])))
+                new_shards.append(shard)
+                _refresh_times(store, new_shards)
+            rewritten.append((group, tuple(new_shards[first_new:])))
     except StoreError:
-        if before.named <= manifests.newest(store).named:
+        if before.named_files <= manifests.newest(store).named_files:
             raise
         raise StoreError(f"{store}: another compaction finished first; run it again") from None
     dropped = False
 
     def change(base: Manifest) -> Manifest:
         nonlocal dropped
-        dropped = bool(parts) and base.index is not None
+        dropped = bool(rewritten) and base.index is not None
         shards = list(base.shards)
-        for group, written in parts:
-            shards = _exchange(store, shards, group, written)
+        for group, written in rewritten:
+            shards = _replace_shards(store, shards, group, written)
         return replace(base, shards=tuple(shards), index=None if dropped else base.index)
 
     after = manifests.commit(store, change, before.model)
@@ -176,7 +176,7 @@ def compact(
     return CompactReport(
         after.generation,
         after.rows,
-        sum(s.deleted_rows for group, _ in parts for s in group),
+        sum(s.deleted_rows for group, _ in rewritten for s in group),
         len(before.shards),
         len(after.shards),
         dropped,
@@ -186,9 +186,9 @@ def compact(
     )
 
 
-def _keep_young(store: Path, fresh: Sequence[Shard]) -> None:
+def _refresh_times(store: Path, new_shards: Sequence[Shard]) -> None:
     """Keep collectors from treating the new shards of a long compaction as garbage."""
-    paths = [store / "shards" / shard.name for shard in fresh]
+    paths = [store / "shards" / shard.name for shard in new_shards]
     # If one did so anyway, the commit reports it.
     with contextlib.suppress(FileNotFoundError):
         if time.time() - paths[0].stat().st_mtime > AGE_S / 4:
@@ -196,13 +196,13 @@ def _keep_young(store: Path, fresh: Sequence[Shard]) -> None:
                 files.disk.touch(path)
 
 
-def _groups(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
+def _runs_to_rewrite(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
     """Return the runs of adjacent shards that are worth rewriting."""
 
-    def worn(shard: Shard) -> bool:
+    def is_worth_rewriting(shard: Shard) -> bool:
         return shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
 
-    runs = [tuple(run) for is_worn, run in groupby(shards, worn) if is_worn]
+    runs = [tuple(run) for is_worth, run in groupby(shards, is_worth_rewriting) if is_worth]
     return [run for run in runs if len(run) > 1 or run[0].deleted_rows]
 
 
@@ -210,15 +210,15 @@ def _rewrite(store: Path, group: Sequence[Shard], dim: int, rows_per_shard: int)
     """Write the live rows of some shards into new ones of about equal size."""
     total = sum(s.rows - s.deleted_rows for s in group)
     bounds = np.linspace(0, total, -(-total // rows_per_shard) + 1).astype(int)
-    held = pa.table({})
+    buffer = pa.table({})
     sources = (_live_rows(store, shard, dim) for shard in group)
     for rows in np.diff(bounds).tolist():
-        while len(held) < rows:
-            more = next(sources)
-            held = pa.concat_tables([held, more]) if len(held) else more
-        (batch,) = held.slice(0, rows).combine_chunks().to_batches()
+        while len(buffer) < rows:
+            next_rows = next(sources)
+            buffer = pa.concat_tables([buffer, next_rows]) if len(buffer) else next_rows
+        (batch,) = buffer.slice(0, rows).combine_chunks().to_batches()
         yield write_shard(store, batch)
-        held = held.slice(rows)
+        buffer = buffer.slice(rows)
 
 
 def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
@@ -230,7 +230,7 @@ def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
     return table.filter(pa.array(shard.live)) if shard.deleted_rows else table
 
 
-def _exchange(
+def _replace_shards(
     store: Path, shards: Sequence[Shard], group: Sequence[Shard], written: Sequence[Shard]
 ) -> list[Shard]:
     """Replace the old shards by the new ones, keeping deletions made meanwhile."""
@@ -239,9 +239,11 @@ def _exchange(
     now = shards[first : first + len(group)]
     if [s.name for s in now] != names:
         raise StoreError(f"{store}: another compaction finished first; run it again")
-    kept = _live(now)[_live(group)]
+    still_live = _live(now)[_live(group)]
     ends = np.cumsum([s.rows for s in written])
-    new = [s.keeping(part) for s, part in zip(written, np.split(kept, ends)[:-1], strict=True)]
+    new = [
+        s.with_live(part) for s, part in zip(written, np.split(still_live, ends)[:-1], strict=True)
+    ]
     return [*shards[:first], *new, *shards[first + len(group) :]]
 
 

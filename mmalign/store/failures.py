@@ -29,7 +29,7 @@ def read_failures(store: Path) -> list[dict[str, Any]]:
             f"lines that cannot be read: {len(bad)}; {shell_command('repair', store)} removes them"
         )
         say(f"warning: {path_of(store)}: {told}")
-    return [f for f in _last_words(good).values() if f["reason"] is not None]
+    return [f for f in _last_by_uri(good).values() if f["reason"] is not None]
 
 
 def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
@@ -39,7 +39,7 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
     """
     if path_of(store).is_symlink():
         raise StoreError(f"{path_of(store)}: a link to another file; replace it by the file itself")
-    listed = _last_words(read(path_of(store))[0])
+    listed = _last_by_uri(read(path_of(store))[0])
     fresh = []
     for failure in failures:
         before = listed.get(failure["uri"], {"reason": None})
@@ -48,7 +48,7 @@ def add_failures(store: Path, failures: Iterable[dict[str, Any]]) -> int:
             listed[failure["uri"]] = failure
     if fresh or listed:
         # Make existing lines durable too: their writer may have died before doing so.
-        files.append_lines(path_of(store), map(_checked, fresh))
+        files.append_lines(path_of(store), map(_with_checksum, fresh))
     return len(fresh)
 
 
@@ -67,7 +67,7 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
         if line:
             try:
                 values = json.loads(line)
-                if values.pop("check") != _check(values):
+                if values.pop("check") != _checksum(values):
                     raise ValueError("its checksum does not match")
                 good.append(values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -75,19 +75,19 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
     return good, bad
 
 
-def mended(content: bytes) -> bytes:
+def readable_lines_of(content: bytes) -> bytes:
     """Return only the lines that can be read."""
-    lines = (json.dumps(_checked(f), ensure_ascii=False) + "\n" for f in _parse(content)[0])
+    lines = (json.dumps(_with_checksum(f), ensure_ascii=False) + "\n" for f in _parse(content)[0])
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def _last_words(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _last_by_uri(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {line["uri"]: line for line in lines}
 
 
-def _checked(failure: dict[str, Any]) -> dict[str, Any]:
-    return {**failure, "check": _check(failure)}
+def _with_checksum(failure: dict[str, Any]) -> dict[str, Any]:
+    return {**failure, "check": _checksum(failure)}
 
 
-def _check(failure: dict[str, Any]) -> str:
+def _checksum(failure: dict[str, Any]) -> str:
     return f"{zlib.crc32(canonical(failure)):08x}"

@@ -38,19 +38,19 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     linked = manifests.linked_folders(store)
     for folder in linked:
         say(f"warning: {folder}: a link to another folder, so nothing is removed there")
-    announced = manifests.commit(store, lambda base: _announcing(store, base, now), model)
+    announced = manifests.commit(store, lambda base: _with_removals(store, base, now), model)
     removed: list[str] = []
     freed = 0
     named = (manifests.file_of(store, name) for name in announced.removing)
-    gone = [path for path in named if path.parent not in linked]
-    old = [path for path in gone if path.parent == store]
+    to_remove = [path for path in named if path.parent not in linked]
+    old = [path for path in to_remove if path.parent == store]
     # Oldest first, so that a freed number is below all existing ones. Generations before other
     # files, as a generation must not reappear after a power cut without its shards.
     for path in sorted(old, key=manifests.number_of):
         freed += _remove(store, path, removed)
     files.sync_folder(store)
     busy = []
-    for path in [*(p for p in gone if p not in old), *_leftovers(store)]:
+    for path in [*(p for p in to_remove if p not in old), *_leftovers(store)]:
         try:
             freed += _remove(store, path, removed)
         except PermissionError as error:
@@ -65,37 +65,37 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
 
 def waiting_bytes(store: Path) -> int:
     """Count the bytes of shards and indexes that the newest generation does not need."""
-    named = manifests.newest(store).named
+    named = manifests.newest(store).named_files
     waiting = (path for name, path in _files(store).items() if name not in named)
     return sum(map(_size, waiting))
 
 
-def _announcing(store: Path, base: Manifest, now: bool) -> Manifest:
+def _with_removals(store: Path, base: Manifest, now: bool) -> Manifest:
     """Return the newest generation with the planned removals announced in it."""
     found = [f for f in manifests.generations(store) if manifests.number_of(f) < base.generation]
-    kept, known = set(base.named), set[str]()
+    needed, named_by_old = set(base.named_files), set[str]()
     old: list[str] = []
     newer = manifests.path_of(store, base.generation)
     for file in found:
-        held = manifests.whole(file)
-        if held is None:
+        manifest = manifests.read_unless_gone(file)
+        if manifest is None:
             # Another process is collecting.
             continue
         if now or old or _is_older(newer, AGE_S):
             old.append(file.stem)
-            known |= held.named
+            named_by_old |= manifest.named_files
         else:
-            kept |= held.named
+            needed |= manifest.named_files
         newer = file
-    gone = {
+    to_remove = {
         name
         for name, path in _files(store).items()
-        if name not in kept and (name in known or _is_older(path, _least_age_s(path)))
+        if name not in needed and (name in named_by_old or _is_older(path, _min_age_s(path)))
     }
     # The announcement itself is one of the newest two. Without it, the one before stays.
-    if not gone and old == [f.stem for f in found[:1]]:
+    if not to_remove and old == [f.stem for f in found[:1]]:
         old = []
-    return replace(base, removing=tuple(sorted({*base.removing, *gone, *old})))
+    return replace(base, removing=tuple(sorted({*base.removing, *to_remove, *old})))
 
 
 def _files(store: Path) -> dict[str, Path]:
@@ -143,6 +143,6 @@ def _is_older(path: Path, age_s: float) -> bool:
     return False
 
 
-def _least_age_s(path: Path) -> float:
+def _min_age_s(path: Path) -> float:
     unfinished = path.is_dir() and not (path / "index.json").exists()
     return UNFINISHED_AGE_S if unfinished else AGE_S

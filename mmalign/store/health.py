@@ -14,25 +14,25 @@ from mmalign.store import failures
 from mmalign.store import manifest as manifests
 from mmalign.store.manifest import Manifest
 
-INSIDE = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)*")
+INDEX_FILE_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)*")
 
 
 @dataclass
 class Findings:
     """The result of checking all files of a store; final."""
 
-    held: list[Manifest] = field(default_factory=list)
+    readable: list[Manifest] = field(default_factory=list)
     """Readable generations, newest first."""
     damage: dict[Path, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     """Unreadable lines of failures.jsonl."""
 
     @property
-    def torn(self) -> list[Path]:
+    def unreadable(self) -> list[Path]:
         """Unreadable generations, oldest first."""
         return sorted(f for f in self.damage if f.name.startswith("manifest-"))
 
-    def within(self, folder: Path) -> set[str]:
+    def damaged_entries(self, folder: Path) -> set[str]:
         """Return the names of entries of a folder that are damaged or hold damaged files."""
         return {f.relative_to(folder).parts[0] for f in self.damage if f.is_relative_to(folder)}
 
@@ -52,30 +52,30 @@ def verify(path: str | Path, sample: float = 1.0) -> list[str]:
         raise UsageError(f"sample={sample} must be above 0 and at most 1")
     store = Path(path)
     manifests.newest(store)
-    return in_words(store, look(store, sample))
+    return describe_damage(store, find_damage(store, sample))
 
 
-def in_words(store: Path, findings: Findings) -> list[str]:
+def describe_damage(store: Path, findings: Findings) -> list[str]:
     """Return one line for each damage."""
     listed = failures.path_of(store)
     damage = [f"{file}: {what}" for file, what in findings.damage.items()]
     return damage + [f"{listed}: {line}" for line in findings.lines]
 
 
-def look(store: Path, sample: float = 1.0) -> Findings:
+def find_damage(store: Path, sample: float = 1.0) -> Findings:
     """Compare files with their hashes; see `verify`."""
     findings = Findings()
     generations = manifests.generations(store)
     for file in generations:
         try:
-            findings.held.append(manifests.read(file))
+            findings.readable.append(manifests.read(file))
         except (ValueError, OSError) as error:
             findings.damage[file] = f"unreadable: {error}"
-    shards = {s.name: s.sha256 for held in findings.held for s in held.shards}
-    large = {store / "shards" / name: sha256 for name, sha256 in shards.items()}
-    for card in {held.index for held in findings.held if held.index}:
+    shards = {s.name: s.sha256 for manifest in findings.readable for s in manifest.shards}
+    hash_by_file = {store / "shards" / name: sha256 for name, sha256 in shards.items()}
+    for card in {manifest.index for manifest in findings.readable if manifest.index}:
         description = store / "index" / card.name / "index.json"
-        wrong = _unlike({description: card.sha256})
+        wrong = _mismatches({description: card.sha256})
         findings.damage |= wrong
         if not wrong:
             # A description with the right hash is still untrusted: anyone may have written it.
@@ -84,22 +84,24 @@ def look(store: Path, sample: float = 1.0) -> Findings:
             except (ValueError, KeyError, TypeError, RecursionError):
                 findings.damage[description] = "not made by mmalign"
                 continue
-            if all(INSIDE.fullmatch(name) for name in hashes):
-                large |= {description.parent / name: sha256 for name, sha256 in hashes.items()}
+            if all(INDEX_FILE_NAME.fullmatch(name) for name in hashes):
+                hash_by_file |= {
+                    description.parent / name: sha256 for name, sha256 in hashes.items()
+                }
             else:
                 findings.damage[description] = (
                     f"names files that cannot belong to an index: {[*hashes]}"
                 )
-    drawn = random.sample(sorted(large), math.ceil(len(large) * sample))
-    findings.damage |= _unlike({file: large[file] for file in drawn})
+    sampled = random.sample(sorted(hash_by_file), math.ceil(len(hash_by_file) * sample))
+    findings.damage |= _mismatches({file: hash_by_file[file] for file in sampled})
     findings.lines = failures.read(failures.path_of(store))[1]
     if findings.damage and not all(map(Path.exists, generations)):
         # A compaction ran meanwhile: missing files were garbage, or may have been.
-        return look(store, sample)
+        return find_damage(store, sample)
     return findings
 
 
-def _unlike(hashes: dict[Path, str]) -> dict[Path, str]:
+def _mismatches(hashes: dict[Path, str]) -> dict[Path, str]:
     """Return the files that differ from what was written, with the reason."""
     wrong = {}
     for file, sha256 in hashes.items():

@@ -31,27 +31,27 @@ class IdIndex:
         """Index rows by the hashes of their ids."""
         order = np.argsort(hashes_N)
         bits = max(1, len(order).bit_length() - 1)
-        small = np.uint32 if not len(rows_N) or rows_N.max() < 2**32 else np.int64
-        self.hashes, self.rows = hashes_N[order], rows_N[order].astype(small)
+        row_dtype = np.uint32 if not len(rows_N) or rows_N.max() < 2**32 else np.int64
+        self.hashes, self.rows = hashes_N[order], rows_N[order].astype(row_dtype)
         self.shift = np.uint64(64 - bits)
         edges = np.arange(2**bits, dtype=np.uint64) << self.shift
-        starts = np.searchsorted(self.hashes, edges).astype(small)
-        self.starts = np.append(starts, small(len(order)))
+        starts = np.searchsorted(self.hashes, edges).astype(row_dtype)
+        self.starts = np.append(starts, row_dtype(len(order)))
 
     def candidates(self, hashes_M: Hashes) -> Iterator[tuple[Ints, Ints]]:
         """Yield (positions in M, rows) of equal hashes, each position at most once per round."""
         bucket = (hashes_M >> self.shift).astype(np.int64)
-        asked = np.arange(len(hashes_M))
+        wanted = np.arange(len(hashes_M))
         at, end = self.starts[bucket].astype(np.int64), self.starts[bucket + 1]
-        while len(asked):
+        while len(wanted):
             inside = at < end
-            asked, at, end = asked[inside], at[inside], end[inside]
-            equal = self.hashes[at] == hashes_M[asked]
-            yield asked[equal], self.rows[at[equal]].astype(np.int64)
+            wanted, at, end = wanted[inside], at[inside], end[inside]
+            equal = self.hashes[at] == hashes_M[wanted]
+            yield wanted[equal], self.rows[at[equal]].astype(np.int64)
             at = at + 1
 
 
-class KnownIds:
+class IdCache:
     """The ids of shards, hashed only once per shard; final.
 
     For code that commits many generations: a commit costs microseconds per shard.
@@ -61,14 +61,14 @@ class KnownIds:
         self.store, self.dim = store, dim
         self._hashes: dict[str, Hashes] = {}
 
-    def learn(self, shard: Shard, ids: Sequence[str]) -> None:
+    def add(self, shard: Shard, ids: Sequence[str]) -> None:
         """Hash and keep the ids of a shard."""
         self._hashes[shard.name] = hashes(ids)
 
     def find(self, shards: Sequence[Shard], ids: Sequence[str]) -> list[dict[str, int]]:
         """Return, for each shard, the live rows with these ids, keyed by id."""
-        asked = set(ids)
-        hashes_M = np.unique(hashes(list(asked)))
+        wanted = set(ids)
+        hashes_M = np.unique(hashes(list(wanted)))
         # Twenty bits of the hash rule out most rows, by a table that fits the cache.
         table, mask = np.zeros(1 << 20, np.bool_), np.uint64((1 << 20) - 1)
         table[hashes_M & mask] = True
@@ -76,32 +76,34 @@ class KnownIds:
         for shard in shards:
             hashes_N = self._hashes_of(shard)
             rows = np.flatnonzero(table[hashes_N & mask])
-            rows = rows[_among(hashes_N[rows], hashes_M)]
-            found.append(self._confirmed(shard, rows, asked) if len(rows) else {})
+            rows = rows[_is_in(hashes_N[rows], hashes_M)]
+            found.append(self._live_rows(shard, rows, wanted) if len(rows) else {})
         return found
 
-    def without(self, shards: Sequence[Shard], ids: Sequence[str]) -> tuple[Shard, ...]:
+    def with_ids_deleted(self, shards: Sequence[Shard], ids: Sequence[str]) -> tuple[Shard, ...]:
         """Return the shards with these ids deleted wherever they are live."""
-        return deleting(shards, self.find(shards, ids))
+        return with_rows_deleted(shards, self.find(shards, ids))
 
     def _hashes_of(self, shard: Shard) -> Hashes:
         if shard.name not in self._hashes:
-            self.learn(shard, open_shard(self.store, shard, self.dim).ids())
+            self.add(shard, open_shard(self.store, shard, self.dim).ids())
         return self._hashes[shard.name]
 
-    def _confirmed(self, shard: Shard, rows: Ints, asked: set[str]) -> dict[str, int]:
+    def _live_rows(self, shard: Shard, rows: Ints, wanted: set[str]) -> dict[str, int]:
         rows = rows[shard.live[rows]]
         ids = open_shard(self.store, shard, self.dim).ids(rows) if len(rows) else []
-        return {i: row for i, row in zip(ids, rows.tolist(), strict=True) if i in asked}
+        return {i: row for i, row in zip(ids, rows.tolist(), strict=True) if i in wanted}
 
 
-def _among(hashes_N: Hashes, sorted_M: Hashes) -> NDArray[np.bool_]:
+def _is_in(hashes_N: Hashes, sorted_M: Hashes) -> NDArray[np.bool_]:
     """Do what numpy's `isin` does, which would sort the M again in each call."""
-    places_N = np.minimum(np.searchsorted(sorted_M, hashes_N), len(sorted_M) - 1)
-    among_N: NDArray[np.bool_] = sorted_M[places_N] == hashes_N
-    return among_N
+    positions_N = np.minimum(np.searchsorted(sorted_M, hashes_N), len(sorted_M) - 1)
+    is_in_N: NDArray[np.bool_] = sorted_M[positions_N] == hashes_N
+    return is_in_N
 
 
-def deleting(shards: Sequence[Shard], found: Sequence[dict[str, int]]) -> tuple[Shard, ...]:
-    """Return the shards with the rows that `KnownIds.find` found deleted."""
-    return tuple(s.without(list(f.values())) for s, f in zip(shards, found, strict=True))
+def with_rows_deleted(
+    shards: Sequence[Shard], found: Sequence[dict[str, int]]
+) -> tuple[Shard, ...]:
+    """Return the shards with the rows that `IdCache.find` found deleted."""
+    return tuple(s.with_rows_deleted(list(f.values())) for s, f in zip(shards, found, strict=True))

@@ -29,8 +29,8 @@ def write_parquet(
     """Write all columns as one parquet file, one row group per shard; vectors stay float16."""
     dim = store.manifest.model.dim
     names = [name for name in schema(dim).names if thumbnails or name != "thumbnail"]
-    about = {"mmalign.model": json.dumps(asdict(store.manifest.model))}
-    fields = pa.schema([schema(dim).field(name) for name in names], metadata=about)
+    metadata = {"mmalign.model": json.dumps(asdict(store.manifest.model))}
+    fields = pa.schema([schema(dim).field(name) for name in names], metadata=metadata)
     with open_parquet(file, fields) as out:
         for batch in store.batches(names, numbers):
             out.write_batch(batch)
@@ -55,8 +55,8 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
     if not any(pc.sum(pc.binary_length(column)).as_py() for column in thumbnails):
         names.remove("thumbnail")
     shards = sum(1 for _ in store.batches(["id"], numbers))
-    made = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
-    for name, stored in zip(made, store.batches(names, numbers), strict=True):
+    file_names = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
+    for name, stored in zip(file_names, store.batches(names, numbers), strict=True):
         batch = _with_images(stored) if "thumbnail" in names else stored
         with (
             files.atomic_file(folder / name) as draft,
@@ -78,7 +78,7 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
     files.write_json(folder / "dataset_info.json", info)
     chosen = json.dumps(asdict(store.manifest)).encode() + numbers.tobytes()
     state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in made],
+        "_data_files": [{"filename": name} for name in file_names],
         "_fingerprint": hashlib.sha256(chosen).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
@@ -91,12 +91,12 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
 
 def _with_images(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Convert thumbnails to the image struct of `datasets`; null if there is no thumbnail."""
-    place = batch.column_names.index("thumbnail")
+    column_index = batch.column_names.index("thumbnail")
     content = batch["thumbnail"]
     paths = pa.nulls(len(batch), pa.string())
     empty = pc.equal(pc.binary_length(content), 0)
     images = pa.StructArray.from_arrays([content, paths], ["bytes", "path"], mask=empty)
-    return batch.set_column(place, "image", images)
+    return batch.set_column(column_index, "image", images)
 
 
 def _feature(kind: pa.DataType, name: str) -> dict[str, Any]:

@@ -70,19 +70,19 @@ class Shard:
         bits = np.frombuffer(base64.b64decode(self.deleted), np.uint8)
         return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
 
-    def keeping(self, live_N: Bools) -> "Shard":
+    def with_live(self, live_N: Bools) -> "Shard":
         """Return the shard with only these rows live."""
         deleted = int(self.rows - live_N.sum())
         bits = base64.b64encode(np.packbits(~live_N).tobytes()).decode() if deleted else ""
         return replace(self, deleted_rows=deleted, deleted=bits)
 
-    def without(self, rows: Sequence[int]) -> "Shard":
+    def with_rows_deleted(self, rows: Sequence[int]) -> "Shard":
         """Return the shard with these rows deleted too."""
         if not len(rows):
             return self
         live_N = self.live
         live_N[rows] = False
-        return self.keeping(live_N)
+        return self.with_live(live_N)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     @property
-    def named(self) -> set[str]:
+    def named_files(self) -> set[str]:
         """Files to keep as long as this generation is kept, written as in `removing`."""
         indexes = {f"index/{self.index.name}"} if self.index else set()
         return indexes | {f"shards/{Path(shard.name).stem}" for shard in self.shards}
@@ -160,11 +160,11 @@ def parse(content: bytes) -> Manifest:
         values = json.loads(content)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
-        hashed = values.pop("sha256", None)
-        written = hashlib.sha256(canonical(values)).hexdigest()
+        recorded_hash = values.pop("sha256", None)
+        actual_hash = hashlib.sha256(canonical(values)).hexdigest()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if hashed != written:
+    if recorded_hash != actual_hash:
         early = "format 1 of an early version of mmalign: embed into a new store"
         raise ValueError(early if values.get("format") == 1 else "its hash does not match")
     if values.get("format") != FORMAT:
@@ -180,7 +180,7 @@ def parse(content: bytes) -> Manifest:
             removing=tuple(values.get("removing", ())),
             previous=values.get("previous", ""),
         )
-        wrong = next(_wrong(manifest), None)
+        wrong = next(_invalid_values(manifest), None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         wrong = f"invalid fields: {error}"
     if wrong:
@@ -188,7 +188,7 @@ def parse(content: bytes) -> Manifest:
     return manifest
 
 
-def _wrong(held: Manifest) -> Iterator[str]:
+def _invalid_values(held: Manifest) -> Iterator[str]:
     """Yield values that mmalign never writes: names outside the store, impossible sizes."""
     if not _is_count(held.generation, 10**18):
         yield f"generation {held.generation!r}"
@@ -197,26 +197,30 @@ def _wrong(held: Manifest) -> Iterator[str]:
     if not {type(held.model.identity), type(held.model.source)} <= {str}:
         yield f"the model {held.model.identity!r} of {held.model.source!r}"
     for shard in held.shards:
-        yield from (f"the shard {shard.name!r} with {what}" for what in _wrong_of(shard))
+        yield from (
+            f"the shard {shard.name!r} with {what}" for what in _invalid_shard_values(shard)
+        )
     if len({shard.name for shard in held.shards}) < len(held.shards):
         yield "the same shard twice"
-    if held.index and not (_fits(INDEX, held.index.name) and _fits(SHA256, held.index.sha256)):
+    if held.index and not (
+        _matches(INDEX, held.index.name) and _matches(SHA256, held.index.sha256)
+    ):
         yield f"the index {held.index.name!r} with the hash {held.index.sha256!r}"
     yield from (
         f"{name!r}, which is not a file of a store"
         for name in held.removing
-        if not _fits(REMOVING, name)
+        if not _matches(REMOVING, name)
     )
-    if held.previous and not _fits(SHA256, held.previous):
+    if held.previous and not _matches(SHA256, held.previous):
         yield f"the hash {held.previous!r}"
 
 
-def _wrong_of(shard: Shard) -> Iterator[str]:
-    if not _fits(SHARD, shard.name):
+def _invalid_shard_values(shard: Shard) -> Iterator[str]:
+    if not _matches(SHARD, shard.name):
         yield "an invalid name"
     if not (_is_count(shard.rows, MOST_ROWS) and _is_count(shard.bytes, MOST_BYTES)):
         yield f"{shard.rows!r} rows and {shard.bytes!r} bytes"
-    if not _fits(SHA256, shard.sha256):
+    if not _matches(SHA256, shard.sha256):
         yield f"the hash {shard.sha256!r}"
     bits = base64.b64decode(shard.deleted, validate=True)
     if bits and len(bits) != (shard.rows + 7) // 8:
@@ -225,7 +229,7 @@ def _wrong_of(shard: Shard) -> Iterator[str]:
         yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"
 
 
-def _fits(pattern: re.Pattern[str], text: Any) -> bool:
+def _matches(pattern: re.Pattern[str], text: Any) -> bool:
     return isinstance(text, str) and pattern.fullmatch(text) is not None
 
 
@@ -318,7 +322,7 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
 
 
-def whole(file: Path) -> Manifest | None:
+def read_unless_gone(file: Path) -> Manifest | None:
     """Read the file of a generation that must not be skipped; return None if it is gone.
 
     Raises:
@@ -354,10 +358,10 @@ def commit(
         found = generations(store)
         base: Manifest | None = Manifest(0, model)
         if found:
-            base = _newest_of(store, found) if over_damage else whole(found[0])
+            base = _newest_of(store, found) if over_damage else read_unless_gone(found[0])
         if base is None:
             continue
-        taken = number_of(found[0]) if found else 0
+        last_number = number_of(found[0]) if found else 0
         try:
             changed = change(base)
         except StoreError:
@@ -365,25 +369,25 @@ def commit(
             if found and generations(store)[:1] != found[:1]:
                 continue
             raise
-        if changed == base and found and taken == base.generation:
+        if changed == base and found and last_number == base.generation:
             # Its writer may have died before it was durable.
             files.sync_folder(store)
             return base
-        if changed.named - base.named:
+        if changed.named_files - base.named_files:
             _require_shards(store, base, changed)
         following = replace(
             changed,
-            generation=taken + 1,
+            generation=last_number + 1,
             removing=tuple(name for name in changed.removing if file_of(store, name).exists()),
             previous=sha256_of(base) if found else "",
         )
-        if not files.claim(path_of(store, taken + 1), render(following)):
+        if not files.claim(path_of(store, last_number + 1), render(following)):
             continue
-        if not found or _in_line(store, found[0], following):
+        if not found or _is_in_history(store, found[0], following):
             return following
         # So much time has passed that an old number was free again; this generation would never
         # be read.
-        files.remove(path_of(store, taken + 1))
+        files.remove(path_of(store, last_number + 1))
     raise StoreError(
         f"{store}: {TRIES} other writers committed first; nothing was changed; run it again"
     )
@@ -391,7 +395,7 @@ def commit(
 
 def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
     """Reject new shards and indexes that are so old that a collector treated them as garbage."""
-    for name in sorted(changed.named - base.named):
+    for name in sorted(changed.named_files - base.named_files):
         # Removed files do not come back, so a file that exists and is not announced now stays until
         # a generation announces it, and then this commit fails to get its number.
         if name in base.removing or not file_of(store, name).exists():
@@ -399,7 +403,7 @@ def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
             raise StoreError(f"{store}: {file} was removed before it was committed; run it again")
 
 
-def _in_line(store: Path, base: Path, claimed: Manifest) -> bool:
+def _is_in_history(store: Path, base: Path, claimed: Manifest) -> bool:
     """Return whether a generation just claimed is the newest, or others were built on it.
 
     It is neither if its number belonged to another generation that has since been removed.
@@ -412,22 +416,22 @@ def _in_line(store: Path, base: Path, claimed: Manifest) -> bool:
     try:
         previous = read(later[-1]).previous
     except FileNotFoundError:
-        return _in_line(store, base, claimed)
+        return _is_in_history(store, base, claimed)
     except (ValueError, OSError):
         previous = ""
     # Garbage is removed oldest first, so a number is free again only when its base is gone.
     return previous == sha256_of(claimed) if previous else base.exists()
 
 
-def require_model(store: Path, held: Manifest, model: ModelCard) -> None:
+def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:
     """Check that a store holds embeddings of this model.
 
     Raises:
         IdentityError: The store holds embeddings of another model.
     """
-    if held.model.identity != model.identity:
+    if stored.model.identity != model.identity:
         raise IdentityError(
-            f"{store} holds embeddings of {held.model.identity}, the model is {model.identity}: "
+            f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
             "embed into a new store"
         )
 

@@ -68,7 +68,7 @@ def _write_part(store: Store, numbers: Ints, paths: dict[str, Path], tick: Tick)
     with _npy(paths["img_emb"], shape) as write, open_parquet(metadata, PART_FIELDS) as rows:
         for batch in store.batches(["id", "uri", "captions", "meta", "image_embedding"], numbers):
             write(_flat(batch["image_embedding"], dim))
-            rows.write_batch(_described(batch))
+            rows.write_batch(_metadata_batch(batch))
             tick(len(batch))
     if "text_emb" in paths:
         with _npy(paths["text_emb"], shape) as write:
@@ -105,7 +105,7 @@ def _first_texts(batch: pa.RecordBatch, dim: int) -> Halves:
     return vectors_ND
 
 
-def _described(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _metadata_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
     captions = batch["captions"]
     lengths_N = _lengths(batch["captions"])
     firsts_N = pa.array(np.cumsum(lengths_N) - lengths_N, mask=lengths_N == 0)
@@ -131,15 +131,17 @@ def find_parts(folder: Path) -> list[Part]:
     Raises:
         DataError: There are no parts, a file is missing or unreadable, or shapes do not match.
     """
-    found = {kind: _numbered(folder / kind) for kind in KINDS}
+    found = {kind: _files_by_number(folder / kind) for kind in KINDS}
     if not any(found.values()):
         raise DataError(f"{folder}: no img_emb/img_emb_0.npy: not a folder of clip-retrieval")
     kinds = [kind for kind in found if found[kind] or kind != "text_emb"]
     parts = []
-    for number in sorted({n for held in found.values() for n in held}):
+    for number in sorted({n for by_number in found.values() for n in by_number}):
         for kind in kinds:
             if number not in found[kind]:
-                other = next(held[number] for held in found.values() if number in held)
+                other = next(
+                    by_number[number] for by_number in found.values() if number in by_number
+                )
                 raise DataError(f"{folder / kind}: part {number} is missing, but {other} exists")
         parts.append(_part(number, *(found[kind][number] for kind in kinds)))
     for part in parts:
@@ -149,7 +151,7 @@ def find_parts(folder: Path) -> list[Part]:
     return parts
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
+def _files_by_number(folder: Path) -> dict[int, Path]:
     """Return the files of a folder, keyed by the number at the end of their names."""
     found: dict[int, Path] = {}
     for file in sorted(folder.glob("*.parquet" if folder.name == "metadata" else "*.npy")):
@@ -205,10 +207,12 @@ def read_records(
         columns: Names of columns, all by default; absent ones are left out.
     """
     with pa.memory_map(os.fsencode(part.metadata)) as source, pq.ParquetFile(source) as file:
-        held = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
-        wanted = [name for name in held if columns is None or name in columns]
+        column_names = [
+            name for name in file.schema_arrow.names if not name.startswith("__index_level_")
+        ]
+        wanted = [name for name in column_names if columns is None or name in columns]
         batches = file.iter_batches(ROWS_AT_A_TIME, columns=wanted)
-        named: set[str] = set()
+        reported: set[str] = set()
         while True:
             try:
                 batch = next(batches, None)
@@ -217,10 +221,10 @@ def read_records(
             if batch is None:
                 return
             rows, unread = python_rows(batch)
-            for name in sorted(unread.keys() - named):
+            for name in sorted(unread.keys() - reported):
                 kind = f"type {unread[name]} is not supported"
                 say(f"{part.metadata}: column {name!r} is left out: {kind}")
-            named |= unread.keys()
+            reported |= unread.keys()
             yield rows
 
 

@@ -74,9 +74,11 @@ class Store:
         `caption_owners` has their row numbers.
         """
         columns = schema(self.manifest.model.dim).names
-        known = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
-        if modality not in known:
-            raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
+        modalities = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
+        if modality not in modalities:
+            raise StoreError(
+                f"{self.path}: no {modality!r} vectors: {nearest(modality, modalities)}"
+            )
         return [file.vectors(modality) for file in self._files]
 
     def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:
@@ -110,16 +112,16 @@ class Store:
     def find(self, ids: Sequence[str]) -> Ints:
         """Return the row number of each id, shape (M,); -1 if no live row has it."""
         rows_M = np.full(len(ids), -1, np.int64)
-        for asked, rows in self._buckets.candidates(hashes(ids)):
+        for positions, rows in self._id_index.candidates(hashes(ids)):
             found = self.rows(rows, ("id",))
-            same = [row["id"] == ids[i] for row, i in zip(found, asked, strict=True)]
-            rows_M[asked[same]] = rows[same]
+            same = [row["id"] == ids[i] for row, i in zip(found, positions, strict=True)]
+            rows_M[positions[same]] = rows[same]
         return rows_M
 
     @cached_property
-    def _buckets(self) -> IdIndex:
-        every = [hashes(file.ids()) for file in self._files]
-        hashes_N = np.concatenate(every) if every else np.zeros(0, np.uint64)
+    def _id_index(self) -> IdIndex:
+        all_hashes = [hashes(file.ids()) for file in self._files]
+        hashes_N = np.concatenate(all_hashes) if all_hashes else np.zeros(0, np.uint64)
         rows_N = np.arange(len(hashes_N)) if self.live is None else np.flatnonzero(self.live)
         return IdIndex(hashes_N[rows_N], rows_N)
 

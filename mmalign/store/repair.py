@@ -17,10 +17,10 @@ from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.store import failures, health
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import KnownIds
+from mmalign.store.ids import IdCache
 from mmalign.store.manifest import Manifest, Shard
 from mmalign.store.schema import schema
-from mmalign.store.shards import ShardFile, what_is_left
+from mmalign.store.shards import ShardFile, read_damaged_shard
 
 DELETED = rb'"%s"[^{}]*"deleted_rows": (\d+),\s*"deleted": "([^"]+)"'
 ANNOUNCED = rb'"((?:shards|index)/[a-z0-9][a-z0-9_-]*)"'
@@ -55,47 +55,62 @@ def repair(path: str | Path) -> RepairReport:
         StoreError: No generation can be read, or a folder of the store is a link.
     """
     store = Path(path)
-    held = manifests.newest(store)
+    manifest = manifests.newest(store)
     for folder in manifests.linked_folders(store):
         raise StoreError(f"{folder}: a link to another folder; replace it by the folder itself")
-    found = health.look(store)
-    evidence = [_what_it_says(f) for f in found.torn if manifests.number_of(f) > held.generation]
+    findings = health.find_damage(store)
+    evidence = [
+        _read_damaged(f)
+        for f in findings.unreadable
+        if manifests.number_of(f) > manifest.generation
+    ]
     # A collector that announced a removal in a damaged generation may still be running.
     announced = {n.decode() for content in evidence for n in re.findall(ANNOUNCED, content)}
-    announced |= set(held.removing)
+    announced |= set(manifest.removing)
     saved = [
         s
-        for s in _saved(store, held, evidence, found.damage)
+        for s in _find_saved(store, manifest, evidence, findings.damage)
         if f"shards/{Path(s.name).stem}" not in announced
     ]
-    lost, indexes = found.within(store / "shards"), found.within(store / "index")
-    known = KnownIds(store, held.model.dim)
-    before, listed = held, 0
+    lost = findings.damaged_entries(store / "shards")
+    indexes = findings.damaged_entries(store / "index")
+    ids_of_shards = IdCache(store, manifest.model.dim)
+    before, listed = manifest, 0
 
     def change(base: Manifest) -> Manifest:
         nonlocal before, listed
         before = base
         # First, so that a killed repair does not lose rows silently.
-        listed = sum(_list_lost(store, s, held.model.dim) for s in base.shards if s.name in lost)
-        good = [_legible(s, evidence) for s in base.shards if s.name not in lost]
-        shards = _joined(store, known, good, saved)
+        listed = sum(
+            _list_lost(store, s, manifest.model.dim) for s in base.shards if s.name in lost
+        )
+        undamaged = [
+            _with_readable_deletions(s, evidence) for s in base.shards if s.name not in lost
+        ]
+        shards = _append_saved(store, ids_of_shards, undamaged, saved)
         # Without a shard, the rows after it get other numbers.
-        bad = len(good) < len(base.shards) or (base.index and base.index.name in indexes)
+        drop_index = len(undamaged) < len(base.shards) or (
+            base.index and base.index.name in indexes
+        )
         removing = tuple(sorted({*base.removing, *announced}))
-        return replace(base, shards=shards, index=None if bad else base.index, removing=removing)
+        return replace(
+            base, shards=shards, index=None if drop_index else base.index, removing=removing
+        )
 
-    after = manifests.commit(store, change, held.model, over_damage=True)
+    after = manifests.commit(store, change, manifest.model, over_damage=True)
     dropped = [s for s in before.shards if s.name in lost]
-    moved = _mend_failures(store) if found.lines else []
+    moved = _mend_failures(store) if findings.lines else []
     moved += [
-        *_set_aside(store, [f for f in manifests.generations(store) if _names(f, lost, indexes)]),
+        *_set_aside(
+            store, [f for f in manifests.generations(store) if _names_damaged(f, lost, indexes)]
+        ),
         *_set_aside(store, [store / "shards" / name for name in sorted(lost)]),
         *_set_aside(store, [store / "index" / name for name in sorted(indexes)]),
     ]
     return RepairReport(
         after.generation,
         after.rows,
-        tuple(health.in_words(store, found)),
+        tuple(health.describe_damage(store, findings)),
         tuple(s.name for s in dropped),
         sum(s.rows - s.deleted_rows for s in dropped),
         listed,
@@ -105,40 +120,40 @@ def repair(path: str | Path) -> RepairReport:
     )
 
 
-def _what_it_says(file: Path) -> bytes:
+def _read_damaged(file: Path) -> bytes:
     with contextlib.suppress(OSError):
         return files.claimed(file)
     return b""
 
 
-def _saved(
-    store: Path, held: Manifest, evidence: Sequence[bytes], damage: dict[Path, str]
+def _find_saved(
+    store: Path, manifest: Manifest, evidence: Sequence[bytes], damage: dict[Path, str]
 ) -> list[Shard]:
     """Return shards that only the evidence names, in its order; add damaged ones to `damage`."""
-    named = {s.name for s in held.shards} if evidence else set()
+    named = {s.name for s in manifest.shards} if evidence else set()
     saved = []
     for path in store.glob("shards/*.arrow") if evidence else ():
         if path.name in named:
             continue
         sha256 = files.sha256(path)
-        places = [
+        mentions = [
             (i, c.find(n.encode())) for i, c in enumerate(evidence) for n in (path.name, sha256)
         ]
-        places = [place for place in places if place[1] >= 0]
-        if places:
+        mentions = [mention for mention in mentions if mention[1] >= 0]
+        if mentions:
             try:
-                file = ShardFile(path, held.model.dim)
-                for column in schema(held.model.dim).names:
+                file = ShardFile(path, manifest.model.dim)
+                for column in schema(manifest.model.dim).names:
                     file.column(column)
             except StoreError as error:
                 damage[path] = f"named by a damaged generation, but unusable: {error}"
                 continue
             shard = Shard(path.name, len(file.batch), path.stat().st_size, sha256)
-            saved.append((min(places), _legible(shard, evidence)))
+            saved.append((min(mentions), _with_readable_deletions(shard, evidence)))
     return [shard for _, shard in sorted(saved, key=lambda s: s[0])]
 
 
-def _legible(shard: Shard, evidence: Iterable[bytes]) -> Shard:
+def _with_readable_deletions(shard: Shard, evidence: Iterable[bytes]) -> Shard:
     """Return the shard with the deletions that can be read in the evidence."""
     for content in evidence:
         match = re.search(DELETED % re.escape(shard.name.encode()), content)
@@ -148,24 +163,24 @@ def _legible(shard: Shard, evidence: Iterable[bytes]) -> Shard:
         except ValueError:
             continue
         if match and shard.rows - live_N.sum() == int(match[1]):
-            shard = shard.keeping(shard.live & live_N)
+            shard = shard.with_live(shard.live & live_N)
     return shard
 
 
-def _joined(
-    store: Path, known: KnownIds, shards: Sequence[Shard], saved: Iterable[Shard]
+def _append_saved(
+    store: Path, ids_of_shards: IdCache, shards: Sequence[Shard], saved: Iterable[Shard]
 ) -> tuple[Shard, ...]:
     """Append the saved shards; their rows replace earlier rows with the same id."""
     for shard in saved:
         if shard.name not in {s.name for s in shards}:
-            file = ShardFile(store / "shards" / shard.name, known.dim)
+            file = ShardFile(store / "shards" / shard.name, ids_of_shards.dim)
             ids = file.ids(np.flatnonzero(shard.live))
-            shards = [*known.without(shards, ids), shard]
+            shards = [*ids_of_shards.with_ids_deleted(shards, ids), shard]
     return tuple(shards)
 
 
 def _list_lost(store: Path, shard: Shard, dim: int) -> int:
-    rows = what_is_left(store / "shards" / shard.name, dim, ("id", "uri"))
+    rows = read_damaged_shard(store / "shards" / shard.name, dim, ("id", "uri"))
     live_N = shard.live
     lost = [
         {"id": i, "uri": uri, "reason": f"lost: shard {shard.name} damaged", "embedded": False}
@@ -178,26 +193,26 @@ def _list_lost(store: Path, shard: Shard, dim: int) -> int:
 
 def _mend_failures(store: Path) -> list[str]:
     """Keep only the readable lines; the original file is copied to damaged/."""
-    listed = failures.path_of(store)
+    failures_file = failures.path_of(store)
     files.make_folder(store / "damaged")
     copy = store / "damaged" / f"failures-{secrets.token_hex(4)}.jsonl"
 
     def change(content: bytes) -> bytes:
         files.write_bytes(copy, content)
-        return failures.mended(content)
+        return failures.readable_lines_of(content)
 
-    files.rewrite(listed, change)
+    files.rewrite(failures_file, change)
     return [str(copy.relative_to(store))]
 
 
-def _names(file: Path, lost: set[str], indexes: set[str]) -> bool:
+def _names_damaged(file: Path, lost: set[str], indexes: set[str]) -> bool:
     """Return whether a generation cannot be read or names damaged files."""
     try:
-        held = manifests.read(file)
+        manifest = manifests.read(file)
     except (ValueError, OSError):
         return True
-    named = held.index.name if held.index else None
-    return named in indexes or not lost.isdisjoint(s.name for s in held.shards)
+    named = manifest.index.name if manifest.index else None
+    return named in indexes or not lost.isdisjoint(s.name for s in manifest.shards)
 
 
 def _set_aside(store: Path, paths: Iterable[Path]) -> list[str]:

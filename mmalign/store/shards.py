@@ -140,7 +140,7 @@ def _has_nulls(array: Any) -> bool:
     return bool(array.null_count) or (nested and _has_nulls(array.values))
 
 
-def what_is_left(path: Path, dim: int, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+def read_damaged_shard(path: Path, dim: int, columns: Sequence[str]) -> list[tuple[Any, ...]]:
     """Read columns of a damaged shard as rows; return an empty list if that fails."""
     for footer in (True, False):
         with contextlib.suppress(StoreError):

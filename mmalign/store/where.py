@@ -42,7 +42,7 @@ CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "threads": 4,
 }
 # Node classes allowed in an expression: no subquery, window, parameter or star.
-PARTS = {
+ALLOWED_NODES = {
     "BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT",
     "FUNCTION", "LAMBDA", "OPERATOR", "TYPE",
 }  # fmt: skip
@@ -70,7 +70,7 @@ to_months to_weeks to_days to_hours to_minutes to_seconds ifnull nullif coalesce
 """
 FUNCTIONS = frozenset(ALLOWED.split())
 # Results of these would double with each lambda, so they are not allowed inside one.
-JOINING = {"||", "concat", "concat_ws", "list_concat", "list_value", "struct_pack", "row"}
+GROWING_FUNCTIONS = {"||", "concat", "concat_ws", "list_concat", "list_value", "struct_pack", "row"}
 MOST_CASTS = 4
 # The memory for each row grows with the columns and numbers in an expression, and DuckDB evaluates
 # a few thousand rows at a time: if rows are long, it gets smaller batches.
@@ -103,15 +103,15 @@ def where(store: Store, expression: str) -> Ints:
         ) from None
     shown = " ".join(expression.split())
     shown = repr(expression) if len(expression) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]!r}..."
-    with _connected() as connection:
-        found = _Search(connection)
+    with _connect() as connection:
+        search = _Search(connection)
         seconds = SECONDS + SECONDS_PER_ROW * store.manifest.physical_rows
         try:
             if len(expression) > MOST_LETTERS:
                 told = f"it has {len(expression)} characters; at most {MOST_LETTERS} are allowed"
                 raise UsageError(told)
-            with _interrupting(connection, seconds):
-                numbers = found.rows(store, expression)
+            with _time_limit(connection, seconds):
+                numbers = search.rows(store, expression)
         except duckdb.InterruptException:
             told = f"it takes longer than the limit of {seconds:.0f} s"
             raise UsageError(f"where {shown}: {told}") from None
@@ -121,29 +121,29 @@ def where(store: Store, expression: str) -> Ints:
         except RecursionError:
             raise UsageError(f"where {shown}: it is nested too deeply") from None
         except (duckdb.Error, UsageError) as error:
-            raise UsageError(f"where {shown}: {found.reason(error)}") from None
+            raise UsageError(f"where {shown}: {search.reason(error)}") from None
     numbers = np.sort(np.asarray(numbers, np.int64))
     return numbers if store.live is None else numbers[store.live[numbers]]
 
 
 @contextmanager
-def _interrupting(connection: "Connection", seconds: float) -> Iterator[None]:
+def _time_limit(connection: "Connection", seconds: float) -> Iterator[None]:
     """Interrupt DuckDB when the time for the block is over, and any query started later."""
     done = threading.Event()
 
     def watch() -> None:
-        over = done.wait(seconds)
-        while not over:
+        is_done = done.wait(seconds)
+        while not is_done:
             connection.interrupt()
-            over = done.wait(0.02)
+            is_done = done.wait(0.02)
 
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         done.set()
-        watching.join()
+        watcher.join()
 
 
 @dataclass
@@ -168,19 +168,19 @@ class _Search:
         if not store.manifest.physical_rows:
             return np.zeros(0, np.int64)
         self.connection.register("stored", _table(store, self.row))
-        view = self._view(fields)
+        view = self._view_query(fields)
         self.connection.execute(f'CREATE TEMP VIEW "{self.view}" AS {view}')
         self.connection.execute("SET lock_configuration = true")
         # A number or a text would count as true; deleting by one would be a typing error.
-        _require_truth(self.connection, self.view, expression)
+        _require_boolean(self.connection, self.view, expression)
         # Run the same text that was parsed, so that it means what was checked.
         return self.connection.execute(self.query + expression).fetchnumpy()[self.row]
 
     def reason(self, error: Exception) -> str:
         """Return one line that says what is wrong and how to correct it."""
         # After a blank line come candidates and a drawing of the position.
-        told = str(error).split("\n\n")[0].splitlines()
-        reason = " ".join(line.strip() for line in told if not line.startswith("\t"))
+        lines = str(error).split("\n\n")[0].splitlines()
+        reason = " ".join(line.strip() for line in lines if not line.startswith("\t"))
         reason = reason.replace(f'"{self.view}".', "")
         if self.texts and re.search("explicit cast|Could not convert|Cannot compare", reason):
             name = self.texts[0]
@@ -188,37 +188,40 @@ class _Search:
             reason += f": {quoted} is text here; write try_cast({quoted} as double) for a number"
         return reason
 
-    def _view(self, fields: list[list[str]]) -> str:
+    def _view_query(self, fields: list[list[str]]) -> str:
         """Return the query that gives every named meta field a typed column."""
         columns = [f'"{self.row}"', "id", "uri", "captions", "meta::JSON AS meta"]
-        kinds = self._kinds([name for names in fields for name in names])
+        sql_types = self._sql_types([name for names in fields for name in names])
         for names in fields:
-            held = [name for name in names if kinds[name]]
-            if not held:
-                held = [self._in_other_letters(names[0])]
-                kinds |= self._kinds(held)
-            if len(held) > 1:
-                raise UsageError(f"fields that differ only in case: {held}: write meta->>'name'")
-            kind = kinds[held[0]]
-            self.texts += [held[0]] if kind == "VARCHAR" else []
-            value = f"json_extract_string(meta, {_pointer(held[0])})"
-            columns.append(f"{value}::{kind} AS {_quoted(names[0])}")
+            present = [name for name in names if sql_types[name]]
+            if not present:
+                present = [self._ignoring_case(names[0])]
+                sql_types |= self._sql_types(present)
+            if len(present) > 1:
+                raise UsageError(f"fields that differ only in case: {present}: write meta->>'name'")
+            sql_type = sql_types[present[0]]
+            self.texts += [present[0]] if sql_type == "VARCHAR" else []
+            value = f"json_extract_string(meta, {_pointer(present[0])})"
+            columns.append(f"{value}::{sql_type} AS {_quoted(names[0])}")
         return f"SELECT {', '.join(columns)} FROM stored"
 
-    def _kinds(self, names: list[str]) -> dict[str, str | None]:
+    def _sql_types(self, names: list[str]) -> dict[str, str | None]:
         """Return the SQL types of meta fields; None for a field that no row has."""
         if not names:
             return {}
-        kinds = ", ".join(f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names)
-        (found,) = self.connection.execute(f"SELECT {kinds} FROM stored").fetchall()
+        selections = ", ".join(
+            f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names
+        )
+        (found,) = self.connection.execute(f"SELECT {selections} FROM stored").fetchall()
         return {
-            n: _type({t for t in types or () if t}) for n, types in zip(names, found, strict=True)
+            n: _sql_type({t for t in types or () if t})
+            for n, types in zip(names, found, strict=True)
         }
 
-    def _in_other_letters(self, asked: str) -> str:
+    def _ignoring_case(self, asked: str) -> str:
         """Return the one meta field with this name, ignoring case."""
-        every = self.connection.execute("SELECT DISTINCT unnest(json_keys(meta)) FROM stored")
-        known: list[str] = sorted(name for (name,) in every.fetchall())
+        all_keys = self.connection.execute("SELECT DISTINCT unnest(json_keys(meta)) FROM stored")
+        known: list[str] = sorted(name for (name,) in all_keys.fetchall())
         same = [name for name in known if name.lower() == asked.lower()]
         if len(same) > 1:
             raise UsageError(f"fields that differ only in case: {same}: write one exactly as here")
@@ -228,7 +231,7 @@ class _Search:
         raise UsageError(f"no column and no field of meta is called {asked!r}: {hint}")
 
 
-def _connected() -> "Connection":
+def _connect() -> "Connection":
     import duckdb
 
     try:
@@ -241,16 +244,16 @@ def _connected() -> "Connection":
 
 def _parse(connection: "Connection", query: str, expression: str) -> dict[str, Any]:
     """Return the syntax tree of a text after checking that it is exactly one allowed expression."""
-    around, tree = _tree(connection, query + "true"), _tree(connection, query + expression)
+    template, tree = _tree(connection, query + "true"), _tree(connection, query + expression)
     if tree["error"]:
         near = tree["error_message"] if expression.strip() else "it is empty"
         raise UsageError(f"not a SQL expression: {near} (text is written in 'single quotes')")
     clause: dict[str, Any] | None = tree["statements"][0]["node"].pop("where_clause", None)
-    around["statements"][0]["node"].pop("where_clause")
-    if clause is None or tree != around:
+    template["statements"][0]["node"].pop("where_clause")
+    if clause is None or tree != template:
         raise UsageError("write one expression that is true or false, and nothing after it")
     for node in _nodes(clause):
-        if node["class"] not in PARTS:
+        if node["class"] not in ALLOWED_NODES:
             part = node["class"].lower()
             raise UsageError(f"a {part} is not allowed: compare columns and fields of meta")
         name = node.get("function_name")
@@ -258,11 +261,11 @@ def _parse(connection: "Connection", query: str, expression: str) -> dict[str, A
             words = [known for known in FUNCTIONS if known.isidentifier()]
             raise UsageError(f"{name}() is not an allowed function: {nearest(name, words)}")
     _require_cheap(clause, ())
-    _require_few_parts(clause)
+    _require_few_nodes(clause)
     return clause
 
 
-def _require_few_parts(clause: dict[str, Any]) -> None:
+def _require_few_nodes(clause: dict[str, Any]) -> None:
     kinds = Counter(node["class"] for node in _nodes(clause))
     if kinds["COLUMN_REF"] > MOST_COLUMNS:
         told = f"it names {kinds['COLUMN_REF']} columns and fields"
@@ -286,7 +289,9 @@ def _require_cheap(tree: Any, above: tuple[str, ...]) -> None:
         kind = "lambda" if "class" in tree and _is_lambda(tree) else name
         if tree.get("class") == "CAST":
             kind = "cast"
-        if "lambda" in above and (kind == "lambda" or kind in JOINING | {"array_to_string"}):
+        if "lambda" in above and (
+            kind == "lambda" or kind in GROWING_FUNCTIONS | {"array_to_string"}
+        ):
             raise UsageError(f"{kind} is not allowed inside a lambda")
         if kind == "array_to_string" and kind in above:
             raise UsageError(f"{kind} is not allowed inside another {kind}")
@@ -301,9 +306,9 @@ def _is_lambda(node: dict[str, Any]) -> bool:
     return node["class"] == "LAMBDA" and node.get("syntax_type") != "SINGLE_ARROW"
 
 
-def _require_truth(connection: "Connection", view: str, expression: str) -> None:
-    asked = f'DESCRIBE SELECT ({expression}\n) FROM "{view}"'
-    described = connection.execute(asked).fetchall()
+def _require_boolean(connection: "Connection", view: str, expression: str) -> None:
+    query = f'DESCRIBE SELECT ({expression}\n) FROM "{view}"'
+    described = connection.execute(query).fetchall()
     kind = described[0][1]
     if kind != "BOOLEAN":
         raise UsageError(f"it is of type {kind}, not true or false")
@@ -345,11 +350,11 @@ def _fields(clause: dict[str, Any]) -> list[list[str]]:
 def _table(store: Store, row: str) -> pa.Table:
     """Return the shards as one table, zero-copy, without vectors and with numbered rows."""
     numbers = pa.array(np.arange(store.manifest.physical_rows, dtype=np.int64))
-    few = (part for batch in store.batches(COLUMNS) for part in _of_few_bytes(batch))
-    return pa.Table.from_batches(few).append_column(row, numbers)
+    small_batches = (part for batch in store.batches(COLUMNS) for part in _small_batches(batch))
+    return pa.Table.from_batches(small_batches).append_column(row, numbers)
 
 
-def _of_few_bytes(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+def _small_batches(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     rows = max(1, len(batch) * BYTES_AT_A_TIME // max(1, batch.nbytes))
     for first in range(0, len(batch), rows):
         yield batch.slice(first, rows)
@@ -359,12 +364,12 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _type(kinds: Iterable[str]) -> str | None:
+def _sql_type(json_kinds: Iterable[str]) -> str | None:
     """Return the SQL type that holds values of these JSON types; None if there are none."""
-    held = set(kinds)
-    if not held:
+    present = set(json_kinds)
+    if not present:
         return None
-    return next((sql for json_types, sql in TYPES if held - {"NULL"} <= json_types), "VARCHAR")
+    return next((sql for json_types, sql in TYPES if present - {"NULL"} <= json_types), "VARCHAR")
 
 
 def _pointer(field: str) -> str:

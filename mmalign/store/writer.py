@@ -7,7 +7,7 @@ from types import TracebackType
 
 from mmalign import files
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import KnownIds
+from mmalign.store.ids import IdCache
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import Row, to_batch
 from mmalign.store.shards import write_shard
@@ -32,13 +32,13 @@ class Writer:
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self._rows: dict[str, Row] = {}
         self._replaced: set[str] = set()
-        self._known = KnownIds(store, model.dim)
+        self._ids = IdCache(store, model.dim)
         files.make_folder(store / "shards")
         manifests.commit(store, self._check, model)
 
-    def _check(self, held: Manifest) -> Manifest:
-        manifests.require_model(self.store, held, self.model)
-        return held
+    def _check(self, base: Manifest) -> Manifest:
+        manifests.require_model(self.store, base, self.model)
+        return base
 
     def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
         """Add a row; return True if that filled a shard and committed it.
@@ -61,12 +61,12 @@ class Writer:
             return
         ids = list(self._rows)
         shard = write_shard(self.store, to_batch(list(self._rows.values()), self.model.dim))
-        self._known.learn(shard, ids)
+        self._ids.add(shard, ids)
 
         def change(base: Manifest) -> Manifest:
             others = [s for s in self._check(base).shards if s.name != shard.name]
             gone = [*ids, *self._replaced]
-            return replace(base, shards=(*self._known.without(others, gone), shard))
+            return replace(base, shards=(*self._ids.with_ids_deleted(others, gone), shard))
 
         manifests.commit(self.store, change, self.model)
         self._rows, self._replaced = {}, set()

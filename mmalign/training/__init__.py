@@ -2,7 +2,7 @@
 
 train.py          pairs -> run folder
 settings.py       the training configuration, and when training ends
-pairs.py          training pairs in memory: pixels, tokens, groups
+pairs.py          training pairs in memory: pixels, tokens, caption ids
 trainer.py        the training loop: validation, logging, saving
 learner.py        one step: augment, encode, loss, gradients, optimizer, average
 objective.py      the loss of a batch

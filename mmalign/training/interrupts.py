@@ -17,12 +17,12 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     Outside the main thread no signal arrives, and the function always returns False.
     """
-    heard: list[int] = []
+    signals: list[int] = []
 
-    def hear(number: int, _: FrameType | None) -> None:
-        if heard:
+    def handle(number: int, _: FrameType | None) -> None:
+        if signals:
             raise KeyboardInterrupt
-        heard.append(number)
+        signals.append(number)
         # Not through a Python stream: the signal may have arrived during a write to it.
         with contextlib.suppress(OSError):
             os.write(2, NOTICE)
@@ -30,9 +30,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    previous_handlers = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield lambda: bool(heard)
+        yield lambda: bool(signals)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -27,37 +27,39 @@ def shared_samples(training: Pixels, validation: Pixels) -> dict[str, list[tuple
         location or id), "the same file" (equal contents), "the same picture" (re-encoded or
         resized).
     """
-    places = {key: i for i, r in enumerate(training.records) for key in _names(r)}
+    training_rows = {key: i for i, r in enumerate(training.records) for key in _location_and_id(r)}
     files: dict[int, int] = {}
-    for i, content in enumerate(training.contents_N.tolist()):
+    for i, content in enumerate(training.content_hashes_N.tolist()):
         files.setdefault(content, i)
     files.pop(0, None)  # not read
-    twins: dict[str, list[tuple[Record, Record]]] = {}
-    alone: list[int] = []
+    leaks: dict[str, list[tuple[Record, Record]]] = {}
+    unmatched: list[int] = []
     for v, (record, content) in enumerate(
-        zip(validation.records, validation.contents_N.tolist(), strict=True)
+        zip(validation.records, validation.content_hashes_N.tolist(), strict=True)
     ):
-        place = next((places[key] for key in _names(record) if key in places), None)
-        if place is not None:
-            twins.setdefault("the same sample", []).append((record, training.records[place]))
+        training_row = next(
+            (training_rows[key] for key in _location_and_id(record) if key in training_rows), None
+        )
+        if training_row is not None:
+            leaks.setdefault("the same sample", []).append((record, training.records[training_row]))
         elif content in files:
-            twins.setdefault("the same file", []).append((record, training.records[files[content]]))
+            leaks.setdefault("the same file", []).append((record, training.records[files[content]]))
         else:
-            alone.append(v)
-    for v, t in _look_alike(training, validation, np.array(alone, np.int64)):
+            unmatched.append(v)
+    for v, t in _find_look_alikes(training, validation, np.array(unmatched, np.int64)):
         pair = (validation.records[v], training.records[t])
-        twins.setdefault("the same picture", []).append(pair)
-    return twins
+        leaks.setdefault("the same picture", []).append(pair)
+    return leaks
 
 
 def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
     """Describe in one line what validation shares with training; None if nothing."""
-    twins = shared_samples(training, validation)
-    if not twins:
+    leaks = shared_samples(training, validation)
+    if not leaks:
         return None
-    count, total = sum(map(len, twins.values())), len(validation.records)
-    ways = ", ".join(f"{len(pairs)} {way}" for way, pairs in twins.items())
-    one, other = next(iter(twins.values()))[0]
+    count, total = sum(map(len, leaks.values())), len(validation.records)
+    ways = ", ".join(f"{len(pairs)} {way}" for way, pairs in leaks.items())
+    one, other = next(iter(leaks.values()))[0]
     which = f"all {total}" if count == total else f"{count} of {total}"
     return (
         f"warning: {which} validation samples are also in the training data ({ways}; the first: "
@@ -65,25 +67,27 @@ def describe_leakage(training: Pixels, validation: Pixels) -> str | None:
     )
 
 
-def _names(record: Record) -> list[str]:
+def _location_and_id(record: Record) -> list[str]:
     """Return the names of a sample: its location, and its id if that is not just a file name."""
-    return [f"uri {record.uri}", *([f"id {record.id}"] if record.given_id else [])]
+    return [f"uri {record.uri}", *([f"id {record.id}"] if record.id_from_source else [])]
 
 
-def _look_alike(training: Pixels, validation: Pixels, alone_V: Ints) -> list[tuple[int, int]]:
+def _find_look_alikes(
+    training: Pixels, validation: Pixels, unmatched_V: Ints
+) -> list[tuple[int, int]]:
     """Find pairs of validation and training rows whose images look the same."""
-    if training.cache_NSS3 is None or validation.cache_NSS3 is None or not len(alone_V):
+    if training.cache_NSS3 is None or validation.cache_NSS3 is None or not len(unmatched_V):
         return []
-    most = max(1, MOST_PAIRS // len(training.records))
-    asked = alone_V[:: -(-len(alone_V) // most)]
-    step = max(1, AT_ONCE // len(asked))
-    looks_A = validation.looks_N[asked].view(np.uint64)
+    max_checked = max(1, MOST_PAIRS // len(training.records))
+    checked = unmatched_V[:: -(-len(unmatched_V) // max_checked)]
+    step = max(1, AT_ONCE // len(checked))
+    hashes_A = validation.perceptual_hashes_N[checked].view(np.uint64)
     candidates: dict[int, list[int]] = {}
     for start in range(0, len(training.records), step):
-        looks_T = training.looks_N[start : start + step].view(np.uint64)
-        near_AT = np.bitwise_count(looks_A[:, None] ^ looks_T[None]) <= NEAR_BITS
+        hashes_T = training.perceptual_hashes_N[start : start + step].view(np.uint64)
+        near_AT = np.bitwise_count(hashes_A[:, None] ^ hashes_T[None]) <= NEAR_BITS
         for a, t in zip(*np.nonzero(near_AT), strict=True):
-            candidates.setdefault(int(asked[a]), []).append(start + int(t))
+            candidates.setdefault(int(checked[a]), []).append(start + int(t))
     pairs = []
     for v, rows in candidates.items():
         blur = _blur(validation.cache_NSS3[v])

@@ -19,7 +19,13 @@ from mmalign.kernels.processor import has_bfloat16
 from mmalign.model import Encoder, fastest_device
 from mmalign.progress import say
 from mmalign.training.objective import Objective
-from mmalign.training.optimization import Arithmetic, Average, adamw, fastest, learning_rate
+from mmalign.training.optimization import (
+    Arithmetic,
+    Average,
+    adamw,
+    fastest_arithmetic,
+    learning_rate,
+)
 from mmalign.training.pairs import Batch, Pairs
 from mmalign.training.settings import TrainConfig
 from mmalign.training.token_prediction import TokenHead
@@ -161,13 +167,13 @@ class Learner:
         tokens = batch.tokens_BCT.flatten(0, 1).to(self.device)
         with _seeded(self.config.seed, self.device):
             self.arithmetic = {
-                "image": fastest(
+                "image": fastest_arithmetic(
                     self.towers,
                     lambda: self.encoder.image_vectors(images),
                     self.device,
                     is_image=True,
                 ),
-                "text": fastest(
+                "text": fastest_arithmetic(
                     self.towers,
                     lambda: self.encoder.text_vectors(tokens),
                     self.device,

@@ -60,13 +60,13 @@ class Average:
     def applied(self, towers: nn.Module) -> Iterator[None]:
         """Put the averaged weights into the towers, in evaluation mode, within a block."""
         mode = towers.training
-        own = {k: v.detach().clone() for k, v in towers.state_dict().items()}
+        trained_weights = {k: v.detach().clone() for k, v in towers.state_dict().items()}
         towers.load_state_dict(self.weights)
         towers.eval()
         try:
             yield
         finally:
-            towers.load_state_dict(own)
+            towers.load_state_dict(trained_weights)
             towers.train(mode)
 
 
@@ -89,7 +89,7 @@ class Arithmetic:
             return run().float()
 
 
-def fastest(
+def fastest_arithmetic(
     network: nn.Module, run: Callable[[], Tensor], device: torch.device, *, is_image: bool
 ) -> Arithmetic:
     """Measure a forward and backward pass of one tower in every arithmetic; return the fastest.
@@ -106,14 +106,14 @@ def fastest(
         arithmetic = Arithmetic(bfloat16, channels_last)
         if not channels_last:
             network.to(memory_format=torch.contiguous_format)
-        times[arithmetic] = _seconds(arithmetic, network, run, device)
+        times[arithmetic] = _time_step(arithmetic, network, run, device)
     chosen = min(times, key=lambda a: times[a])
     if not chosen.channels_last:
         network.to(memory_format=torch.contiguous_format)
     return chosen
 
 
-def _seconds(
+def _time_step(
     arithmetic: Arithmetic, network: nn.Module, run: Callable[[], Tensor], device: torch.device
 ) -> float:
     state = {k: v.clone() for k, v in network.state_dict().items()}

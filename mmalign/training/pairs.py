@@ -53,19 +53,19 @@ class Batch:
     images_B3SS: Tensor
     """uint8 pixels."""
     tokens_BCT: Tensor
-    groups_BC: Tensor
+    caption_ids_BC: Tensor
     """Equal captions have equal numbers."""
-    owned_BL: Tensor
+    image_caption_ids_BL: Tensor
     """The numbers of all captions of each image, drawn or not; padded with -1."""
-    lost: tuple[Skip, ...] = ()
+    skips: tuple[Skip, ...] = ()
 
     def on(self, device: torch.device) -> "Batch":
         """Move the caption tensors to a device; the images stay where they are."""
         return replace(
             self,
             tokens_BCT=self.tokens_BCT.to(device),
-            groups_BC=self.groups_BC.to(device),
-            owned_BL=self.owned_BL.to(device),
+            caption_ids_BC=self.caption_ids_BC.to(device),
+            image_caption_ids_BL=self.image_caption_ids_BL.to(device),
         )
 
 
@@ -79,7 +79,7 @@ class Pairs:
     """Tokens of all captions, concatenated without padding."""
     token_starts: Ints
     """Offsets where the tokens of each caption begin, and where the last ones end: (P + 1,)."""
-    groups_P: Ints
+    caption_ids_P: Ints
     """Group number of each caption: equal captions have equal numbers."""
 
     def __len__(self) -> int:
@@ -99,14 +99,14 @@ class Pairs:
         """Return token ids, int64, padded with 0 to the longest caption: (*captions.shape, T)."""
         firsts = self.token_starts[captions][..., None]
         lengths = self.token_starts[captions + 1][..., None] - firsts
-        steps_T = np.arange(lengths.max())
-        places = np.minimum(firsts + steps_T, len(self.tokens_X) - 1)
-        return torch.from_numpy(np.where(steps_T < lengths, self.tokens_X[places], 0)).long()
+        offsets_T = np.arange(lengths.max())
+        positions = np.minimum(firsts + offsets_T, len(self.tokens_X) - 1)
+        return torch.from_numpy(np.where(offsets_T < lengths, self.tokens_X[positions], 0)).long()
 
     def token_counts(self) -> Tensor:
         """Count the captions that contain each token, (U,) int64; all contain the padding token."""
         counts_U = np.zeros(int(self.tokens_X.max()) + 1, np.int64)
-        for rows in _parts(self.captions, TOKENIZED_AT_ONCE):
+        for rows in _row_batches(self.captions, TOKENIZED_AT_ONCE):
             sorted_PT = np.sort(self.tokens(rows).numpy(), axis=1)
             new_PT = np.ones(sorted_PT.shape, np.bool_)
             new_PT[:, 1:] = sorted_PT[:, 1:] != sorted_PT[:, :-1]
@@ -125,23 +125,27 @@ class Pairs:
                 f"batch_size={batch_size} is larger than the {len(self)} training samples: "
                 f"give --set batch_size={1 << (len(self).bit_length() - 1)} or add more data"
             )
-        most = int(np.diff(self.starts).max())
-        return Sampler(self.starts, batch_size, seed, min(captions_per_image, most))
+        max_captions = int(np.diff(self.starts).max())
+        return Sampler(self.starts, batch_size, seed, min(captions_per_image, max_captions))
 
     def batch(self, draw: Draw) -> Batch:
         """Gather the pixels and tokens of a draw."""
-        pixels, good, lost = self.pixels.fetch(draw.rows_B)
+        pixels, good, skips = self.pixels.fetch(draw.rows_B)
         rows_B, captions_BC = draw.rows_B[good], draw.captions_BC[good]
         counts_B1 = (self.starts[rows_B + 1] - self.starts[rows_B])[:, None]
-        steps_L = np.arange(counts_B1.max())
-        every_BL = np.minimum(self.starts[rows_B][:, None] + steps_L, len(self.groups_P) - 1)
+        offsets_L = np.arange(counts_B1.max())
+        all_captions_BL = np.minimum(
+            self.starts[rows_B][:, None] + offsets_L, len(self.caption_ids_P) - 1
+        )
         return Batch(
             draw.step,
             torch.from_numpy(pixels).permute(0, 3, 1, 2),
             self.tokens(captions_BC),
-            torch.from_numpy(self.groups_P[captions_BC]),
-            torch.from_numpy(np.where(steps_L < counts_B1, self.groups_P[every_BL], -1)),
-            tuple(lost),
+            torch.from_numpy(self.caption_ids_P[captions_BC]),
+            torch.from_numpy(
+                np.where(offsets_L < counts_B1, self.caption_ids_P[all_captions_BL], -1)
+            ),
+            tuple(skips),
         )
 
 
@@ -173,26 +177,26 @@ def load_pairs(
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     # In order of appearance, which is the same in every process.
     numbers: dict[str, int] = {}
-    groups_P = np.array([numbers.setdefault(c, len(numbers)) for c in captions], np.int64)
-    return Pairs(pixels, starts, *_tokenize(encoder, captions), groups_P), skips
+    caption_ids_P = np.array([numbers.setdefault(c, len(numbers)) for c in captions], np.int64)
+    return Pairs(pixels, starts, *_tokenize(encoder, captions), caption_ids_P), skips
 
 
 def _tokenize(encoder: Encoder, captions: Sequence[str]) -> tuple[NDArray[Any], Ints]:
     """Return all tokens, in two or four bytes each, and the offset of each caption's tokens."""
-    pieces, lengths, cut = [], [], 0
+    token_arrays, lengths, cut_count = [], [], 0
     for start in range(0, len(captions), TOKENIZED_AT_ONCE):
         texts = captions[start : start + TOKENIZED_AT_ONCE]
-        cut += len(encoder.tokenizer.cut(texts))
+        cut_count += len(encoder.tokenizer.cut(texts))
         tokens_PT = encoder.tokenizer(texts)
         lengths_P = encoder.text_lengths(tokens_PT)
-        read_PT = torch.arange(tokens_PT.shape[1]) < lengths_P[:, None]
-        tokens_X = tokens_PT[read_PT].numpy()
-        small = int(tokens_X.max()) <= np.iinfo(np.uint16).max
-        pieces.append(tokens_X.astype(np.uint16 if small else np.int32))
+        is_token_PT = torch.arange(tokens_PT.shape[1]) < lengths_P[:, None]
+        tokens_X = tokens_PT[is_token_PT].numpy()
+        fits_uint16 = int(tokens_X.max()) <= np.iinfo(np.uint16).max
+        token_arrays.append(tokens_X.astype(np.uint16 if fits_uint16 else np.int32))
         lengths.append(lengths_P.numpy())
-    report_cut(encoder, cut)
+    report_cut(encoder, cut_count)
     starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    return np.concatenate(pieces), starts
+    return np.concatenate(token_arrays), starts
 
 
 def encode_pairs(
@@ -203,27 +207,27 @@ def encode_pairs(
     Images that can no longer be decoded are left out together with their captions.
     """
     images, decoded = [], []
-    for rows in _parts(len(pairs), at_once):
+    for rows in _row_batches(len(pairs), at_once):
         pixels, good, _ = pairs.pixels.fetch(rows)
         images.append(encoder.encode_images(pixels))
         decoded.append(rows[good])
     texts = []
     with torch.inference_mode():
-        for rows in _parts(pairs.captions, at_once):
+        for rows in _row_batches(pairs.captions, at_once):
             tokens = pairs.tokens(rows).to(encoder.device)
             texts.append(encoder.text_vectors(tokens).cpu().numpy())
-    number = np.full(len(pairs), -1)
-    kept = np.concatenate(decoded)
-    number[kept] = np.arange(len(kept))
-    owners = number[pairs.owners_P]
+    position = np.full(len(pairs), -1)
+    decoded_rows = np.concatenate(decoded)
+    position[decoded_rows] = np.arange(len(decoded_rows))
+    owners = position[pairs.owners_P]
     return np.concatenate(images), np.concatenate(texts)[owners >= 0], owners[owners >= 0]
 
 
-def _parts(count: int, size: int) -> list[Ints]:
+def _row_batches(count: int, size: int) -> list[Ints]:
     return np.array_split(np.arange(count), -(-count // size))
 
 
-def report_losses(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
+def report_skipped(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
     """List samples not used for training in the run's skipped.jsonl, and report their number."""
     where = run / "skipped.jsonl"
     if skips:
@@ -241,5 +245,5 @@ def can_mirror(records: Sequence[Record]) -> bool:
     Only English and Chinese captions are checked; for others set `augment.flip`.
     """
     captions = [c.lower() for r in records for c in r.captions]
-    sided = sum(LEFT_RIGHT.search(c) is not None for c in captions)
-    return sided <= MIRROR_LIMIT * len(captions)
+    mentions_side = sum(LEFT_RIGHT.search(c) is not None for c in captions)
+    return mentions_side <= MIRROR_LIMIT * len(captions)

@@ -22,7 +22,7 @@ from mmalign.progress import say
 
 STATE = "state.pt"
 # Fields that decide the network, the samples and their order; they cannot change on resume.
-FIXED = (
+FIXED_FIELDS = (
     "preset", "model", "pretrained", "caption_keys", "image_column", "held_out", "seed",
     "batch_size", "captions_per_image",
 )  # fmt: skip
@@ -72,7 +72,7 @@ def check_settings(run: Path, before: Any, now: Any) -> None:
     Raises:
         ConfigError: A field that is fixed when a run begins has another value.
     """
-    for name in FIXED:
+    for name in FIXED_FIELDS:
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             raise ConfigError(
@@ -96,7 +96,7 @@ def fingerprint(pixels: Pixels) -> dict[str, torch.Tensor]:
     """Return what identifies the samples of a training: ids, captions, contents."""
     return {
         "samples": torch.from_numpy(sample_hashes(pixels.records)),
-        "contents": torch.from_numpy(pixels.contents_N),
+        "contents": torch.from_numpy(pixels.content_hashes_N),
     }
 
 
@@ -110,11 +110,13 @@ def check_listing(
     """
     if listing_hash(training, validation) == state["listed"]:
         return
-    known = {h for part in _parts(state) if part for h in part["samples"].tolist()}
+    recorded_hashes = {
+        h for part in _data_fingerprints(state) if part for h in part["samples"].tolist()
+    }
     records = [*training, *validation]
-    now = sample_hashes(records).tolist()
-    new = [r.uri for r, h in zip(records, now, strict=True) if h not in known]
-    gone = len(known.difference(now))
+    hashes = sample_hashes(records).tolist()
+    new = [r.uri for r, h in zip(records, hashes, strict=True) if h not in recorded_hashes]
+    gone = len(recorded_hashes.difference(hashes))
     if new or gone:
         first = f" (the first: {new[0]})" if new else ""
         _changed(run, f"{len(new)} samples are new or have other captions{first}, {gone} are gone")
@@ -127,7 +129,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
     Raises:
         TrainingError: They differ; the message names how many, and the first.
     """
-    for before, pixels in zip(_parts(state), (training, validation), strict=True):
+    for before, pixels in zip(_data_fingerprints(state), (training, validation), strict=True):
         if pixels is None or not before:
             if pixels is None and not before:
                 continue
@@ -148,7 +150,7 @@ def check_contents(run: Path, state: dict[str, Any], training: Pixels, validatio
             _changed(run, f"{len(other)} images have changed (the first: {first})")
 
 
-def _parts(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _data_fingerprints(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return state["training"], state["validation"]
 
 

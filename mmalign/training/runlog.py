@@ -20,7 +20,7 @@ class RunLog:
         """Continue at a step: entries beyond it, logged by a killed training, are removed."""
         self.file = run / METRICS
         if self.file.exists():
-            files.rewrite(self.file, lambda content: _until(content, step))
+            files.rewrite(self.file, lambda content: _rows_until(content, step))
         self.events = _Events(run / "events", step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -50,8 +50,8 @@ class _Events:
 
         folder.mkdir(exist_ok=True)
         # TensorBoard recognizes its files by the prefix of the name, and reads them in order.
-        now, place = int(time.time()), f"{socket.gethostname()}.{os.getpid()}"
-        self.path = folder / f"events.out.tfevents.{now:010d}.{place}.{time.monotonic_ns()}"
+        now, host_and_pid = int(time.time()), f"{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"events.out.tfevents.{now:010d}.{host_and_pid}.{time.monotonic_ns()}"
         self.file = open(self.path, "xb")  # noqa: SIM115
         start = SessionLog(status=SessionLog.START)
         try:
@@ -84,7 +84,7 @@ class _Events:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
-def _until(content: bytes, step: int) -> bytes:
+def _rows_until(content: bytes, step: int) -> bytes:
     kept = []
     for line in content.splitlines(keepends=True):
         try:

@@ -20,7 +20,7 @@ import torch
 
 from mmalign import files
 from mmalign.config import dump, read_toml
-from mmalign.data import Record, Skip, Sources, as_sources, found_in, refuse_own_sources, scan
+from mmalign.data import Record, Skip, Sources, as_sources, count_found, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.evaluation.evaluate import describe_overlap
 from mmalign.model import (
@@ -33,7 +33,7 @@ from mmalign.model import (
 )
 from mmalign.progress import say
 from mmalign.training.leakage import describe_leakage
-from mmalign.training.pairs import Pairs, can_mirror, load_pairs, report_losses
+from mmalign.training.pairs import Pairs, can_mirror, load_pairs, report_skipped
 from mmalign.training.resume import (
     check_contents,
     check_listing,
@@ -50,7 +50,7 @@ __all__ = ["TrainConfig", "configure", "train"]
 
 # Images held out for validation if no validation pairs are given and there are enough images.
 MIN_IMAGES, MIN_HELD_OUT, MAX_HELD_OUT = 200, 50, 1000
-HELD_OUT, MOST_HELD_OUT = 0.05, 0.1
+HELD_OUT_SHARE, MAX_HELD_OUT_SHARE = 0.05, 0.1
 CONFIG = "config.toml"
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
@@ -120,7 +120,7 @@ def train(
 def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict[str, Any]:
     if state is None:
         _require_model(config)
-    records, val_records, skips = _read(config)
+    records, val_records, skips = _list_records(config)
     if state is None:
         encoder = _new_encoder(config, records)
         save_description(encoder, run)
@@ -132,22 +132,24 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
     if config.augment.flip is None:
         config = replace(config, augment=replace(config.augment, flip=can_mirror(records)))
     crops = config.augment.crop_min < 1 or bool(config.augment.flip)
-    found = found_in(len(records) + len(val_records), skips)
+    found = count_found(len(records) + len(val_records), skips)
     with _scratch(run / "cache") as cache:
-        pairs, lost = load_pairs(encoder, records, cache / "train.npy", crops=crops, label="decode")
-        held_out, lost_held = (
+        pairs, train_skips = load_pairs(
+            encoder, records, cache / "train.npy", crops=crops, label="decode"
+        )
+        held_out, val_skips = (
             load_pairs(encoder, val_records, cache / "val.npy", crops=False, label="decode val")
             if val_records
             else (None, [])
         )
         used = len(pairs) + (len(held_out) if held_out else 0)
-        report_losses(run, [*skips, *lost, *lost_held], found=found, used=used)
-        _warn(pairs, held_out)
+        report_skipped(run, [*skips, *train_skips, *val_skips], found=found, used=used)
+        _warn_about_data(pairs, held_out)
         trainer = Trainer(config, encoder, pairs=pairs, held_out=held_out, run=run)
         if state is not None:
             check_contents(run, state, pairs.pixels, held_out.pixels if held_out else None)
             trainer.load(state)
-        trainer.recorded = {
+        trainer.data_fingerprint = {
             "listed": listing_hash(records, val_records),
             "training": fingerprint(pairs.pixels),
             "validation": fingerprint(held_out.pixels) if held_out else {},
@@ -183,14 +185,14 @@ def _open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any] | 
         for left in (METRICS, "events", "skipped.jsonl"):
             files.remove(run / left)
         return None
-    check_settings(run, _recorded(run), config)
+    check_settings(run, _recorded_config(run), config)
     steps_per_epoch = len(state["training"]["samples"]) // config.batch_size
     reached = limits_reached(config, state["step"], steps_per_epoch, state["elapsed_s"])
     refuse_complete(run, config, reached)
     return state
 
 
-def _recorded(run: Path) -> TrainConfig:
+def _recorded_config(run: Path) -> TrainConfig:
     return configure(read_toml(run / CONFIG), str(run / CONFIG))
 
 
@@ -198,18 +200,18 @@ def _with_sources(
     config: TrainConfig, sources: Sequence[str], val: Sequence[str], resumed: Path | None
 ) -> TrainConfig:
     """Record the training sources in a configuration, with names valid from every folder."""
-    before = _recorded(resumed) if resumed else config
-    data = tuple(map(_anywhere, sources)) or config.data or before.data
+    before = _recorded_config(resumed) if resumed else config
+    data = tuple(map(_absolute, sources)) or config.data or before.data
     if not data:
         raise UsageError("no training data: give --data SRC")
-    return replace(config, data=data, val=tuple(map(_anywhere, val)) or config.val or before.val)
+    return replace(config, data=data, val=tuple(map(_absolute, val)) or config.val or before.val)
 
 
-def _anywhere(source: str) -> str:
+def _absolute(source: str) -> str:
     return source if "://" in source else os.path.abspath(source)
 
 
-def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
+def _list_records(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
     """List training and validation records, and everything that was left out."""
     columns: dict[str, Any] = {
         "caption_keys": config.caption_keys,
@@ -226,9 +228,9 @@ def _read(config: TrainConfig) -> tuple[list[Record], list[Record], list[Skip]]:
         return catalog.records, [], catalog.skips
     say(f"no --val given: {count} of {images} images are held out for validation")
     chosen = set(np.random.default_rng(config.seed).permutation(images)[:count].tolist())
-    held = [r for i, r in enumerate(catalog.records) if i in chosen]
-    rest = [r for i, r in enumerate(catalog.records) if i not in chosen]
-    return rest, held, catalog.skips
+    held_out = [r for i, r in enumerate(catalog.records) if i in chosen]
+    training = [r for i, r in enumerate(catalog.records) if i not in chosen]
+    return training, held_out, catalog.skips
 
 
 def held_out_images(images: int, share: float | None) -> int:
@@ -245,24 +247,24 @@ def held_out_images(images: int, share: float | None) -> int:
         return min(MAX_HELD_OUT, round(share * images))
     if images < MIN_IMAGES:
         return 0
-    least = min(MIN_HELD_OUT, math.floor(MOST_HELD_OUT * images))
-    return min(MAX_HELD_OUT, max(least, round(HELD_OUT * images)))
+    at_least = min(MIN_HELD_OUT, math.floor(MAX_HELD_OUT_SHARE * images))
+    return min(MAX_HELD_OUT, max(at_least, round(HELD_OUT_SHARE * images)))
 
 
-def _warn(pairs: Pairs, held_out: Pairs | None) -> None:
+def _warn_about_data(pairs: Pairs, held_out: Pairs | None) -> None:
     """Warn of what makes a training or its validation meaningless."""
-    said = [describe_overlap(pairs.pixels.records, "images", "nothing is learned")]
-    contents_N = pairs.pixels.contents_N
-    if len(pairs) > 1 and contents_N[0] and (contents_N == contents_N[0]).all():
-        said.append(
+    warnings = [describe_overlap(pairs.pixels.records, "images", "nothing is learned")]
+    content_hashes_N = pairs.pixels.content_hashes_N
+    if len(pairs) > 1 and content_hashes_N[0] and (content_hashes_N == content_hashes_N[0]).all():
+        warnings.append(
             f"warning: all {len(pairs)} images are equal and cannot be told apart, "
             "so nothing is learned"
         )
     if held_out is not None:
-        said.append(describe_leakage(pairs.pixels, held_out.pixels))
+        warnings.append(describe_leakage(pairs.pixels, held_out.pixels))
         consequence = "recall on them is meaningless"
-        said.append(describe_overlap(held_out.pixels.records, "validation images", consequence))
-    for warning in said:
+        warnings.append(describe_overlap(held_out.pixels.records, "validation images", consequence))
+    for warning in warnings:
         if warning:
             say(warning)
 

@@ -21,7 +21,7 @@ from mmalign.model import Encoder, drop_weights, save_model
 from mmalign.progress import bar, say
 from mmalign.training.interrupts import stop_requests
 from mmalign.training.learner import Learner
-from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, report_losses
+from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, report_skipped
 from mmalign.training.resume import write_state
 from mmalign.training.runlog import RunLog
 from mmalign.training.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
@@ -62,11 +62,11 @@ class Trainer:
         self.learner = Learner(config, encoder, pairs)
         self.state = State()
         self.started = time.monotonic()
-        self.lost: dict[str, Skip] = {}
-        self.reported = self.saved_step = 0
+        self.skips_by_uri: dict[str, Skip] = {}
+        self.reported_count = self.saved_step = 0
         self.saved: list[str] = []
         self.steps = epochs_of(config) * self.sampler.steps_per_epoch
-        self.recorded: dict[str, Any] = {}
+        self.data_fingerprint: dict[str, Any] = {}
         """What `save` adds to the state: the fingerprint of the data."""
 
     @property
@@ -88,14 +88,14 @@ class Trainer:
         refuse_complete(self.run, self.config, reached)
         if not self.learner.arithmetic:
             self.learner.choose_arithmetic(self.pairs, next(self.sampler.draws(0)))
-        self._introduce()
+        self._announce()
         first_step = self.state.step
         log = RunLog(self.run, first_step)
         batches = read_ahead(self.pairs.batch, self.sampler.draws(first_step))
-        form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         try:
-            with stop_requests() as stop, bar("train", 100, "%", form) as shown:
-                result = self._loop(batches, log, shown, stop)
+            with stop_requests() as stop, bar("train", 100, "%", bar_format) as progress_bar:
+                result = self._loop(batches, log, progress_bar, stop)
         except KeyboardInterrupt:
             kept = (
                 f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved yet"
@@ -109,41 +109,41 @@ class Trainer:
         return result
 
     def _loop(
-        self, batches: Any, log: RunLog, shown: Any, stop: Callable[[], bool]
+        self, batches: Any, log: RunLog, progress_bar: Any, stop: Callable[[], bool]
     ) -> dict[str, Any]:
-        seen = waited_s = 0.0
+        images_seen = waited_s = 0.0
         # Reading the data does not count as training time: it would use up the warm-up.
         self.started = logged = saved = time.monotonic()
-        due_so_far = math.floor(self.progress * self.config.validations)
-        self.state.validated = min(self.state.validated, due_so_far)
+        validations_due = math.floor(self.progress * self.config.validations)
+        self.state.validated = min(self.state.validated, validations_due)
         row: dict[str, Any] = {}
         while True:
-            asked = time.monotonic()
+            wait_started = time.monotonic()
             batch = next(batches)
-            waited_s += time.monotonic() - asked
-            for skip in batch.lost:
-                self.lost[skip.uri] = skip
+            waited_s += time.monotonic() - wait_started
+            for skip in batch.skips:
+                self.skips_by_uri[skip.uri] = skip
             loss = self.learner.step(batch, self.progress)
             self.state.step = batch.step + 1
-            seen += len(batch.images_B3SS)
+            images_seen += len(batch.images_B3SS)
             now, progress = time.monotonic(), self.progress
             done = progress >= 1
-            due_so_far = math.floor(progress * self.config.validations)
-            due = done or due_so_far > self.state.validated
-            if due or now - logged > LOG_SECONDS:
-                row = self._row(float(loss), seen, waited_s, now - self.started)
-                shown.set_postfix_str(
+            validations_due = math.floor(progress * self.config.validations)
+            validation_due = done or validations_due > self.state.validated
+            if validation_due or now - logged > LOG_SECONDS:
+                row = self._log_row(float(loss), images_seen, waited_s, now - self.started)
+                progress_bar.set_postfix_str(
                     f"epoch {row['epoch']:.1f}  loss {row['loss']:.3f}  "
                     f"{row['samples_per_s']:.0f} images/s  waiting for data {row['wait_share']:.1%}"
                 )
-                if due:
+                if validation_due:
                     row |= self.validate()
-                    self.state.validated = due_so_far
+                    self.state.validated = validations_due
                 log.write(row)
                 logged = now
-            shown.update(100 * progress - shown.n)
+            progress_bar.update(100 * progress - progress_bar.n)
             # Saved together with new best weights, so that a kill never loses only one of them.
-            if due or now - saved > SAVE_SECONDS or stop():
+            if validation_due or now - saved > SAVE_SECONDS or stop():
                 self.save()
                 saved = time.monotonic()
             if done:
@@ -152,7 +152,7 @@ class Trainer:
             if stop():
                 raise KeyboardInterrupt
 
-    def _introduce(self) -> None:
+    def _announce(self) -> None:
         learner = self.learner
         size = sum(p.numel() for p in learner.towers.parameters()) / 1e6
         vectors = torch.empty(self.config.batch_size, self.encoder.dim, device=learner.device)
@@ -221,12 +221,12 @@ class Trainer:
             OSError: It cannot be written; the previous state is intact.
         """
         progress = {**asdict(self.state), "elapsed_s": self.elapsed_s}
-        write_state(self.run, self.recorded | progress | self.learner.state())
+        write_state(self.run, self.data_fingerprint | progress | self.learner.state())
         self.saved_step = self.state.step
-        if len(self.lost) > self.reported:
-            self.reported = len(self.lost)
-            found, lost = len(self.pairs), list(self.lost.values())
-            report_losses(self.run, lost, found=found, used=found - len(lost))
+        if len(self.skips_by_uri) > self.reported_count:
+            self.reported_count = len(self.skips_by_uri)
+            found, skips = len(self.pairs), list(self.skips_by_uri.values())
+            report_skipped(self.run, skips, found=found, used=found - len(skips))
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote.
@@ -243,7 +243,9 @@ class Trainer:
         self.state = State(**{f.name: state[f.name] for f in fields(State)})
         self.saved_step = self.state.step
 
-    def _row(self, loss: float, seen: float, waited_s: float, seconds: float) -> dict[str, Any]:
+    def _log_row(
+        self, loss: float, images_seen: float, waited_s: float, seconds: float
+    ) -> dict[str, Any]:
         return {
             "step": self.state.step,
             "epoch": self.state.step / self.sampler.steps_per_epoch,
@@ -251,7 +253,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": self.learner.learning_rate,
             "logit_scale": float(self.learner.towers.logit_scale.detach()),
-            "samples_per_s": round(seen / seconds, 1),
+            "samples_per_s": round(images_seen / seconds, 1),
             "wait_share": round(waited_s / seconds, 4),
         }
 

@@ -28,7 +28,7 @@ def test_threads_share_one_budget_and_none_waits_for_ever() -> None:
 
     def work(number: int) -> None:
         wanted = (60, 30, 1, 45)[number % 4]
-        with budget.taken(wanted, "it"):
+        with budget.reserved(wanted, "it"):
             with lock:
                 held[0] += wanted
                 most.append(held[0])
@@ -40,18 +40,18 @@ def test_threads_share_one_budget_and_none_waits_for_ever() -> None:
         list(pool.map(work, range(64)))
     assert len(most) == 64
     assert 60 < max(most) <= 100
-    with budget.taken(60, "it"):
+    with budget.reserved(60, "it"):
         pass
 
 
 def test_what_fails_gives_back_what_it_took() -> None:
     budget = ByteBudget(10, 10)
     for _ in range(3):
-        with suppress(KeyError), budget.taken(10, "it"):
+        with suppress(KeyError), budget.reserved(10, "it"):
             raise KeyError
     with pytest.raises(SampleProblem, match=r"too large to decode: it needs 0\.0 GB"):
-        budget.taken(11, "it").__enter__()
-    with budget.taken(10, "it"):
+        budget.reserved(11, "it").__enter__()
+    with budget.reserved(10, "it"):
         pass
 
 

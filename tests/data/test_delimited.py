@@ -56,7 +56,7 @@ def test_a_row_of_more_fields_than_the_header_is_refused_by_name(tmp_path: Path)
         "t/row 0": "row has more fields than the header (4 instead of 2): is a field with a "
         "separator not quoted?"
     }
-    assert [s.kept for s in catalog.skips] == [False]
+    assert [s.sample_is_used for s in catalog.skips] == [False]
 
 
 @pytest.mark.parametrize("header", ["image,note,note", "image,Note , Note ", "image,caption,image"])

@@ -38,7 +38,7 @@ def test_an_export_of_our_own_is_a_source(store: Path, tmp_path: Path) -> None:
     assert len(records) == 96
     assert all(read_image(record)[8:12] == b"WEBP" and record.captions for record in records)
     assert records[0].id == "data-00000-of-00001/scenes/000000"
-    assert records[0].given_id
+    assert records[0].id_from_source
 
 
 def img2dataset(folder: Path) -> Path:

@@ -89,13 +89,13 @@ def test_hostile_lines_cost_a_line_each(tmp_path: Path, monkeypatch: pytest.Monk
         "t/nan.jpg": ((), {"n": None, "m": [None, None]}),
         "t/good.jpg": (("c",), {}),
     }
-    numbers = {int(s.uri.rpartition("=")[2]) for s in catalog.skips if not s.kept}
+    numbers = {int(s.uri.rpartition("=")[2]) for s in catalog.skips if not s.sample_is_used}
     refused = {name for i, name in enumerate(lines) if i in numbers}
     assert refused == {
         "too long", "no JSON", "too deep", "a long number", "a list", "a NUL", "a list of images",
         "a long path",
     }  # fmt: skip
-    assert reasons([s for s in catalog.skips if s.kept]) == {
+    assert reasons([s for s in catalog.skips if s.sample_is_used]) == {
         "t/half.jpg": "caption is not UTF-8 (character 0): save the table as UTF-8"
     }
     assert all(len(s.reason) < 200 for s in catalog.skips)

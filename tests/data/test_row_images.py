@@ -144,7 +144,7 @@ def test_a_group_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_groups_leave_the_disk_when_others_need_the_room(
     tmp_path: Path, groups_read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_images, "KEPT_BYTES", 50)
+    monkeypatch.setattr(row_images, "CACHED_BYTES", 50)
     images = [f"image {i}".encode() for i in range(100, 200)]
     pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet", row_group_size=2)
     records = listed(tmp_path / "t.parquet").records
@@ -154,7 +154,7 @@ def test_groups_leave_the_disk_when_others_need_the_room(
 
 
 def test_a_table_of_many_groups_keeps_few_files_open(tmp_path: Path) -> None:
-    count = 3 * row_images.KEPT_GROUPS
+    count = 3 * row_images.CACHED_GROUPS
     table = pa.table({"image": [b"x%d" % i for i in range(count)]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=1)
     opened: list[Any] = []
@@ -170,7 +170,7 @@ def test_a_table_of_many_groups_keeps_few_files_open(tmp_path: Path) -> None:
             path = str(tmp_path / "t.parquet")
             assert row_images.read_row_image(path, row, "image") == b"x%d" % row
     assert len(opened) == 2 * count
-    assert sum(not file.closed for file in opened) <= row_images.KEPT_GROUPS
+    assert sum(not file.closed for file in opened) <= row_images.CACHED_GROUPS
 
 
 def test_a_group_that_breaks_off_costs_its_rest(tmp_path: Path) -> None:

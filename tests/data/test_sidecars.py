@@ -124,7 +124,7 @@ def test_xmp_that_is_damaged_or_grows_is_refused(
     for catalog in both(tmp_path, {"a.jpg": jpeg(), "a.xmp": content, "a.txt": "one"}):
         (record,), (skip,) = catalog.records, catalog.skips
         assert record.captions == ("one",)
-        assert skip.kept
+        assert skip.sample_is_used
         assert skip.reason.startswith(reason)
 
 

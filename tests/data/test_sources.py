@@ -84,7 +84,7 @@ def test_broken_json_costs_the_captions_only(tmp_path: Path, broken: str) -> Non
     folder = write_folder(tmp_path / "f", {"a.jpg": jpeg(), "a.json": broken})
     catalog = listed(folder)
     assert captions(catalog) == {"f/a.jpg": ()}
-    assert [s.kept for s in catalog.skips] == [True]
+    assert [s.sample_is_used for s in catalog.skips] == [True]
 
 
 def test_half_a_character_is_no_caption(tmp_path: Path) -> None:
@@ -316,14 +316,14 @@ def test_every_loss_of_the_corrupt_set_has_its_reason(tmp_path: Path) -> None:
         "set/words.jpg": "not an image",
         "dup/twice": "duplicate key",
     }
-    assert not any(s.kept for s in catalog.skips)
+    assert not any(s.sample_is_used for s in catalog.skips)
 
 
 def test_without_captions_wanted_their_images_stay(tmp_path: Path) -> None:
     catalog, why, decoded = losses(corrupt_set(tmp_path), need_captions=False)
     assert decoded == 12 + 2 + 2
     assert why["set/empty.jpg"] == "caption file is empty"
-    assert [s.id for s in catalog.skips if s.kept] == ["set/empty.jpg", "set/latin.jpg"]
+    assert [s.id for s in catalog.skips if s.sample_is_used] == ["set/empty.jpg", "set/latin.jpg"]
     (twice,) = [r for r in catalog.records if r.id == "dup/twice"]
     assert read_image(twice) == jpeg(31)
 

@@ -71,10 +71,10 @@ def test_an_id_column_names_samples_wherever_their_rows_are(tmp_path: Path) -> N
     for order in ("ab", "xab"):
         table = pa.table({"image": [jpeg(ord(c)) for c in order], "key": list(order)})
         pq.write_table(table, tmp_path / "t.parquet")
-        rows = {r.id: (r.row, r.given_id) for r in listed(tmp_path / "t.parquet").records}
+        rows = {r.id: (r.row, r.id_from_source) for r in listed(tmp_path / "t.parquet").records}
         assert rows == {f"t/{c}": (order.index(c), True) for c in order}
     (tmp_path / "c.csv").write_text("id,image\n1,a.jpg\n1,b.jpg\n,c.jpg\n")
-    given = [(r.id, r.given_id) for r in listed(tmp_path / "c.csv").records]
+    given = [(r.id, r.id_from_source) for r in listed(tmp_path / "c.csv").records]
     # Where an id stands twice or not at all, the place of the image stands in for it.
     assert given == [("c/1", True), (f"{tmp_path}/b.jpg", True), ("c/c.jpg", False)]
 

@@ -25,7 +25,7 @@ from stub_encoder import StubEncoder, use_stub, vector
 
 from mmalign.data import Record, Stamps, fit_image, image_meta, open_image, read_image, scan
 from mmalign.embedding.embed import EmbedReport, embed
-from mmalign.embedding.stored import below
+from mmalign.embedding.stored import uri_prefixes
 from mmalign.errors import DataError
 from mmalign.store import meta_json, open_store
 
@@ -307,11 +307,11 @@ def check_step(world: World, store: Path) -> EmbedReport:
         assert_equal(now[uri], row)
     # What cannot be used now stays as it was, and the report says why. So does what lay where no
     # source is any more, but for what has moved from there. All else is gone.
-    unread = below(s.uri for s in catalog.skips if s.lost == "place")
+    unread = uri_prefixes(s.uri for s in catalog.skips if s.lost == "place")
     failed = expected.keys() - good
     others = before.keys() - good
     stays = {uri for uri in others if uri in failed or uri.startswith(unread)}
-    elsewhere = {uri for uri in others - stays if not uri.startswith(below(world.sources()))}
+    elsewhere = {uri for uri in others - stays if not uri.startswith(uri_prefixes(world.sources()))}
     assert stays <= now.keys() - good.keys() <= stays | elsewhere
     for uri in now.keys() - good.keys():
         assert same(now[uri], before[uri])

@@ -297,7 +297,7 @@ def test_names_are_forgotten_when_a_scan_fails(
 )
 def test_names_are_made_unique(seen: list[Record], wanted: str) -> None:
     names = UniqueIds()
-    found: list[Record | Skip] = [names.unique(r) for r in seen]
+    found: list[Record | Skip] = [names.with_unique_id(r) for r in seen]
     last = found[-1]
     assert (last.reason if isinstance(last, Skip) else last.id) == wanted
     names.close()

@@ -209,7 +209,7 @@ def test_an_import_that_was_stopped_goes_on(
     monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 4)
     table = {"image_path": [f"/p/{i}.jpg" for i in range(20)], "key": ["k", "k"] * 10}
     write_part(tmp_path, 0, vectors(20), table)
-    take, calls = transfer._Intake.take, []
+    take, calls = transfer._Importer.add_rows, []
 
     def stopped(*words: Any) -> None:
         calls.append(1)
@@ -218,7 +218,7 @@ def test_an_import_that_was_stopped_goes_on(
         take(*words)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer._Intake, "take", stopped)
+        patch.setattr(transfer._Importer, "add_rows", stopped)
         import_parts(tmp_path, tmp_path / "s.store", "any")
     assert len(open_store(tmp_path / "s.store")) == 8
     report = import_parts(tmp_path, tmp_path / "s.store", "any")

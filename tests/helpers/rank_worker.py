@@ -17,9 +17,9 @@ def joined_batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shape = (ranks * PAIRS_EACH, 5)
     image, text = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "it")
-    groups = torch.arange(len(image)) // 2 * 2
-    groups[::5] = 1000  # one group that is spread over all ranks
-    return image, text, groups
+    pair_ids = torch.arange(len(image)) // 2 * 2
+    pair_ids[::5] = 1000  # one group that is spread over all ranks
+    return image, text, pair_ids
 
 
 class Towers(nn.Module):
@@ -32,13 +32,13 @@ class Towers(nn.Module):
         )
 
     def forward(
-        self, kind: str, image: Tensor, text: Tensor, groups: Tensor | None, ranks: object
+        self, kind: str, image: Tensor, text: Tensor, pair_ids: Tensor | None, ranks: object
     ) -> Tensor:
         vectors = [
             nn.functional.normalize(tower(x), dim=1)
             for tower, x in ((self.image, image), (self.text, text))
         ]
-        options = {"groups": groups, "ranks": ranks, "impl": "blocked"}
+        options = {"pair_ids": pair_ids, "ranks": ranks, "impl": "blocked"}
         if kind == "infonce":
             return kernels.contrastive_loss(*vectors, self.scale, **options)  # type: ignore[arg-type]
         return kernels.sigmoid_loss(*vectors, self.scale, self.bias, **options)  # type: ignore[arg-type]
@@ -48,14 +48,14 @@ def main(rank: int, ranks: int, meeting: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(meeting, ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    image, text, groups = joined_batch(ranks)
+    image, text, pair_ids = joined_batch(ranks)
     own = slice(rank * PAIRS_EACH, (rank + 1) * PAIRS_EACH)
     for kind in ("infonce", "sigmoid"):
         for grouped in (False, True):
             one, many = Towers(), Towers()
-            truth = one(kind, image, text, groups if grouped else None, None)
+            truth = one(kind, image, text, pair_ids if grouped else None, None)
             truth.backward()
-            mine = groups[own] if grouped else None
+            mine = pair_ids[own] if grouped else None
             loss = many(kind, image[own], text[own], mine, dist.group.WORLD)
             loss.backward()
             assert torch.allclose(loss, truth, rtol=1e-12), (kind, grouped, loss, truth)

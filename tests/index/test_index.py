@@ -28,7 +28,7 @@ from mmalign.index import (
     write_index,
 )
 from mmalign.index.approximate import Approximate
-from mmalign.index.measure import interval, neighbour_recall, places, tune
+from mmalign.index.measure import candidate_ranks, interval, neighbour_recall, tune
 from mmalign.index.plan import SPECS
 from mmalign.index.quantizer import CoarseQuantizer, query_metric
 from mmalign.index.spec import IndexSpec, OperatingPoint
@@ -80,7 +80,7 @@ def test_norms_are_bounded_once(
     second = index.search(queries, 7)
     corpus = index.corpus
     assert corpus is not None
-    assert corpus.longest is not None
+    assert corpus.max_norm is not None
     assert corpus.codes is None
     for again in (second, index.search(queries, 7)):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -92,23 +92,23 @@ def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 4)
     monkeypatch.setattr("mmalign.kernels.exact.FEW_ROWS", 0)
     shards, queries = [vectors(300), vectors(200, seed=1)], vectors(5, seed=2).astype(np.float32)
-    wait, real = threading.Event(), kernels.coded
+    wait, real = threading.Event(), kernels.add_codes
 
     def slowly(*arguments: Any) -> Any:
         wait.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(kernels, "coded", slowly)
+    monkeypatch.setattr(kernels, "add_codes", slowly)
     index = Exact(shards)
     first = index.search(queries[:3], 7)
-    assert index.coding is None
+    assert index.coding_thread is None
     index.search(queries, 7)
     meanwhile = index.search(queries[:3], 7)
     assert index.corpus is not None
     assert index.corpus.codes is None
-    assert index.coding is not None
+    assert index.coding_thread is not None
     wait.set()
-    index.coding.join()
+    index.coding_thread.join()
     assert index.corpus.codes is not None
     for again in (meanwhile, index.search(queries[:3], 7)):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -116,7 +116,7 @@ def test_many_queries_are_answered_from_codes(monkeypatch: pytest.MonkeyPatch) -
     index = Exact(shards)
     index.search(queries, 7)
     assert index.corpus is None
-    assert index.coding is None
+    assert index.coding_thread is None
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
@@ -127,11 +127,11 @@ def test_codes_that_cannot_be_made_fail_no_search(
         raise error("no memory")
 
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
-    monkeypatch.setattr(kernels, "coded", fail)
+    monkeypatch.setattr(kernels, "add_codes", fail)
     index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
     first = index.search(queries, 7)
-    assert index.coding is not None
-    index.coding.join()
+    assert index.coding_thread is not None
+    index.coding_thread.join()
     again = index.search(queries, 7)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -152,13 +152,13 @@ def test_codes_are_made_only_where_they_were_measured_to_pay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mmalign.index.exact.CODED_AFTER", 0)
-    monkeypatch.setattr(kernels, "codes_pay", lambda _, queries: queries > 1)
+    monkeypatch.setattr(kernels, "codes_are_faster", lambda _, queries: queries > 1)
     index, queries = Exact([vectors(300)]), vectors(2, seed=2).astype(np.float32)
     index.search(queries[:1], 7)
-    assert index.coding is None
+    assert index.coding_thread is None
     index.search(queries, 7)
-    assert index.coding is not None
-    index.coding.join()
+    assert index.coding_thread is not None
+    index.coding_thread.join()
 
 
 CODING = """
@@ -172,10 +172,10 @@ def forever(shard, tick):
         tick()
         time.sleep(0.01)
 
-codes.code = forever
+codes.quantize = forever
 index = Exact([np.ones((300, 16), np.float16)])
 index.search(np.ones((300, 16), np.float32), 1)
-assert index.coding.is_alive()
+assert index.coding_thread.is_alive()
 """
 
 
@@ -212,7 +212,7 @@ def test_dead_rows_are_passed_over() -> None:
     rows = VectorReader([vectors(150), vectors(250, seed=1)], live)
     numbers = np.concatenate([n for n, _ in rows.blocks()])
     assert np.array_equal(numbers, np.flatnonzero(live))
-    assert live[rows.draw(50, seed=1)].all()
+    assert live[rows.sample_rows(50, seed=1)].all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
@@ -247,7 +247,7 @@ def test_only_allowed_and_live_rows_are_found(design: IndexSpec) -> None:
     rng = np.random.default_rng(0)
     live, allow = rng.random(500) < 0.8, rng.random(500) < 0.4
     index = small_index(stored, design, live)
-    assert index.held == live.sum()
+    assert index.indexed == live.sum()
     for allowed in (live, live & allow):
         found = index.search(queries, 10, allowed)[1]
         assert allowed[found].all()
@@ -261,9 +261,9 @@ def test_lists_by_queries_hold_each_row_once_under_its_nearest_centre() -> None:
         rows, IndexSpec("ivf", "PQ/2x4fsr", 1, metric="queries"), texts(900)
     )
     assert lists.metric_DD is not None
-    gap = stored.astype(np.float64)[:, None] - lists.centres_LD
+    gap = stored.astype(np.float64)[:, None] - lists.centroids_LD
     far = np.einsum("nld,de,nle->nl", gap, lists.metric_DD, gap)
-    chosen = lists.of(stored.astype(np.float32))
+    chosen = lists.assign(stored.astype(np.float32))
     best = far[np.arange(800), chosen]
     assert (best <= far.min(axis=1) + 1e-4).all()
     built = approximate.build(rows, IndexSpec("ivf", "PQ/2x4fsr", 1, metric="queries"), lists)
@@ -279,13 +279,13 @@ def test_the_metric_of_queries_weighs_their_directions() -> None:
     assert metric[0, 0] > 2 * metric[1, 1] > 2 * metric[2, 2] > 0
     assert np.allclose(root @ root, metric, atol=1e-4)
     plain = CoarseQuantizer(np.eye(3, dtype=np.float32))
-    assert plain.of(np.array([[0.1, 0.9, 0.2]], np.float32)).tolist() == [1]
+    assert plain.assign(np.array([[0.1, 0.9, 0.2]], np.float32)).tolist() == [1]
 
 
 def test_what_is_measured_is_what_is_meant() -> None:
     found, true = np.array([[1, 2, 3], [4, 5, -1]]), np.array([[3, 9, 1], [5, -1, -1]])
     assert neighbour_recall(found, true).tolist() == [2 / 3, 1]
-    assert places(np.array([[7, 3, 5, -1]]), np.array([[5, 8, 7]])).tolist() == [[2, 4, 0]]
+    assert candidate_ranks(np.array([[7, 3, 5, -1]]), np.array([[5, 8, 7]])).tolist() == [[2, 4, 0]]
     shares = np.array([0.0, 1.0] * 200)
     low, high = interval(shares)
     assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.01)
@@ -323,10 +323,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, d
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmalign.index.plan.EXACT_ROWS", 1_000)
-        patch.setattr("mmalign.index.plan.ROUNDS", (2_000, 8_000))
+        patch.setattr("mmalign.index.plan.ROUND_ROWS", (2_000, 8_000))
         part = write_index(
             folder, "image", [stored[:15_000], stored[15_000:]],
-            asked=asked, recall=0.9, memory=4e6, live_N=live,
+            queries_by_modality=asked, recall=0.9, memory=4e6, live_N=live,
         )  # fmt: skip
     write_description(folder, {"modalities": {"image": part}})
     return folder, np.where(live[:, None], stored, np.float16(0)), part
@@ -421,7 +421,7 @@ def test_a_filter_keeps_the_recall_and_every_hit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Wherever the rows lie that it leaves, and though none of these is few enough for itself."""
-    monkeypatch.setattr(approximate, "EXACT_NUMBERS", 0)
+    monkeypatch.setattr(approximate, "EXACT_VALUES", 0)
     monkeypatch.setattr(approximate, "CANDIDATE_COST", 1)
     index, exactly = tuned[kind], []
     compare = index.exact.search
@@ -459,7 +459,7 @@ def test_deleted_rows_are_a_filter(
     tuned: dict[str, Approximate], kind: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those nearest to the queries go, as when a person deletes what was found."""
-    monkeypatch.setattr(approximate, "EXACT_NUMBERS", 0)
+    monkeypatch.setattr(approximate, "EXACT_VALUES", 0)
     index, queries = tuned[kind], texts(40, seed=8)
     stored = np.concatenate(index.vectors.shards)
     live = np.ones(len(stored), np.bool_)
@@ -569,13 +569,17 @@ def test_without_queries_every_row_is_compared(
 ) -> None:
     """Nothing could tell whether an index keeps its promise."""
     asked = {"text": Queries(texts(1)[:count], texts(1)[:0])}
-    part = write_index(tmp_path, "image", [vectors(50_000)], asked=asked, recall=0.9, memory=1e9)
+    part = write_index(
+        tmp_path, "image", [vectors(50_000)], queries_by_modality=asked, recall=0.9, memory=1e9
+    )
     assert (part["kind"], part["recall"], part["measured"]) == ("exact", 1.0, [])
     assert capsys.readouterr().err.count("too few queries") == 1
 
 
 def test_few_rows_are_compared_one_by_one(tmp_path: Path) -> None:
-    part = write_index(tmp_path, "image", [vectors(900)], asked={}, recall=0.9, memory=1e9)
+    part = write_index(
+        tmp_path, "image", [vectors(900)], queries_by_modality={}, recall=0.9, memory=1e9
+    )
     assert (part["kind"], part["recall"], part["held"]) == ("exact", 1.0, 900)
 
 

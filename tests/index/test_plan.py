@@ -10,7 +10,7 @@ from clouds import DIM, texts, vectors
 
 from mmalign.index import Queries, VectorReader, approximate
 from mmalign.index import plan as planner
-from mmalign.index.measure import TURN, Trial, in_turns
+from mmalign.index.measure import QUERIES_PER_TURN, Trial, time_in_turns
 from mmalign.index.plan import SPECS, plan
 from mmalign.index.spec import IndexSpec, OperatingPoint
 from mmalign.search import build
@@ -31,11 +31,13 @@ class Index:
 def test_contestants_take_turns() -> None:
     asked: list[tuple[str, int]] = []
     one, other = Index("one", asked), Index("other", asked)
-    queries = np.zeros((TURN + 20, 4), np.float32)
-    seconds = in_turns([(one, OperatingPoint(1, 1, 1)), (other, OperatingPoint(2, 1, 1))], queries)  # type: ignore[list-item]
-    assert [len(s) for s in seconds] == [TURN + 20, TURN + 20]
+    queries = np.zeros((QUERIES_PER_TURN + 20, 4), np.float32)
+    seconds = time_in_turns(
+        [(one, OperatingPoint(1, 1, 1)), (other, OperatingPoint(2, 1, 1))], queries
+    )  # type: ignore[list-item]
+    assert [len(s) for s in seconds] == [QUERIES_PER_TURN + 20, QUERIES_PER_TURN + 20]
     # One search more at the start of each turn warms up.
-    expected = [("one", 1)] * (TURN + 1) + [("other", 2)] * (TURN + 1)
+    expected = [("one", 1)] * (QUERIES_PER_TURN + 1) + [("other", 2)] * (QUERIES_PER_TURN + 1)
     assert asked == expected + [("one", 1)] * 21 + [("other", 2)] * 21
 
 
@@ -43,16 +45,16 @@ def test_contestants_take_turns() -> None:
 def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings are made up: the third design is the best, the second needs less than half more."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
-    monkeypatch.setattr(planner, "ROUNDS", (500, 1_000))
+    monkeypatch.setattr(planner, "ROUND_ROWS", (500, 1_000))
     milliseconds = {SPECS[0]: 9.0, SPECS[1]: 1.4, SPECS[2]: 1.0, SPECS[3]: 1.6}
     rounds: list[list[IndexSpec]] = []
 
     class Timed(planner._Tournament):
         def results(self) -> Any:
-            rounds.append([entry[0] for entry in self.entered])
+            rounds.append([entry[0] for entry in self.entries])
             monkeypatch.setattr(
                 planner,
-                "in_turns",
+                "time_in_turns",
                 lambda found, queries: [
                     np.full(3, milliseconds.get(design, 5.0) / 1000) for design in rounds[-1]
                 ],
@@ -73,8 +75,8 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
-    monkeypatch.setattr(planner, "ROUNDS", (500,))
-    monkeypatch.setattr(planner, "TUNING", 40)
+    monkeypatch.setattr(planner, "ROUND_ROWS", (500,))
+    monkeypatch.setattr(planner, "TUNING_QUERIES", 40)
     clustered, tuned = planner.cluster, planner.tune
     learned, counts = [], []
 
@@ -97,7 +99,7 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
     assert made.spec.kind == "ivf"
     assert set(learned) == {200}
     assert counts[-4:] == [40, 40, 10, 10]
-    assert [t.queries for t in made.kept] == [100, 100, 20, 20]
+    assert [t.queries for t in made.measured] == [100, 100, 20, 20]
 
 
 def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +127,7 @@ def test_the_memory_that_is_called_enough_is_enough(
         tried.append(designs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmalign.index.plan._rounds", rounds)
+    monkeypatch.setattr("mmalign.index.plan._run_rounds", rounds)
     with pytest.raises(KeyboardInterrupt):
         plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=enough * share, share=share)
     assert tried[0]
@@ -135,13 +137,13 @@ def test_the_memory_that_is_called_enough_is_enough(
 def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of four dims at once need a width that four divides; others take their place."""
     monkeypatch.setattr("mmalign.index.plan.EXACT_ROWS", 10)
-    monkeypatch.setattr("mmalign.index.plan.ROUNDS", (300,))
+    monkeypatch.setattr("mmalign.index.plan.ROUND_ROWS", (300,))
     stored = np.random.default_rng(0).standard_normal((400, dim)).astype(np.float32)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     asked = {"text": Queries(stored[:20], stored[20:40])}
     made = plan(VectorReader([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
     assert {t.design for t in made.tried}
-    assert made.spec.divides(dim)
+    assert made.spec.fits_dim(dim)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -151,7 +153,7 @@ def test_a_few_queries_are_enough_to_choose(count: int, monkeypatch: pytest.Monk
     made = plan(VectorReader([vectors(2_000)]), asked, 0.5, memory=1e6)
     assert made.tried
     assert made.index is not None
-    assert {t.queries for t in made.kept} == {1}
+    assert {t.queries for t in made.measured} == {1}
 
 
 def test_a_design_that_falls_short_over_all_rows_is_followed_by_the_next(
@@ -186,7 +188,7 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
 ) -> None:
     """Though the queries that tune are easy, those that measure are answered as promised."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
-    monkeypatch.setattr(planner, "ROUNDS", (500,))
+    monkeypatch.setattr(planner, "ROUND_ROWS", (500,))
     monkeypatch.setattr(planner, "SPECS", SPECS[:1])
     starts: list[OperatingPoint] = []
     tuned = planner.tune
@@ -204,8 +206,8 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
         asked["image"] = Queries(texts(100), rows[:200].astype(np.float32), True)
     made = plan(VectorReader([rows]), asked, 0.9, memory=1e7)
     assert made.spec.kind == "ivf"
-    assert len(made.kept) == (4 if stored else 2)
-    assert all(trial.low >= 0.9 for trial in made.kept)
+    assert len(made.measured) == (4 if stored else 2)
+    assert all(trial.low >= 0.9 for trial in made.measured)
     # What is fastest at the start is found by a clock: the breadth, or the candidates, may be the
     # one that has room to grow.
     wider = [
@@ -220,9 +222,9 @@ def test_a_promise_that_held_out_queries_miss_is_not_given(
 ) -> None:
     """With all lists searched, codes of 4 bits for four dimensions tell too little of them."""
     monkeypatch.setattr(planner, "EXACT_ROWS", 500)
-    monkeypatch.setattr(planner, "ROUNDS", (500,))
+    monkeypatch.setattr(planner, "ROUND_ROWS", (500,))
     monkeypatch.setattr(planner, "SPECS", SPECS[1:2])
-    monkeypatch.setattr("mmalign.index.measure.DEEPEST", 2)
+    monkeypatch.setattr("mmalign.index.measure.MAX_CANDIDATES_PER_K", 2)
     asked = {"text": Queries(vectors(200, 3).astype(np.float32), hard(300))}
     made = plan(VectorReader([vectors(4_000)]), asked, 0.5, memory=1e7)
     assert made.spec.kind == "exact"
@@ -237,16 +239,16 @@ def test_captions_of_an_image_tune_or_measure() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(40, size=300)
     queries = build._split(rng.normal(size=(300, 4)).astype(np.float32), images)
-    assert queries.groups_M is not None
-    held = set(queries.groups_M.tolist())
-    assert 100 < len(queries.held_MD) <= 150
-    assert len(queries.tune_MD) + len(queries.held_MD) == 300
-    assert len(queries.groups_M) == len(queries.held_MD) == np.isin(images, list(held)).sum()
+    assert queries.image_ids_M is not None
+    held = set(queries.image_ids_M.tolist())
+    assert 100 < len(queries.held_out_MD) <= 150
+    assert len(queries.tune_MD) + len(queries.held_out_MD) == 300
+    assert len(queries.image_ids_M) == len(queries.held_out_MD) == np.isin(images, list(held)).sum()
     for count in (0, 1, 2):
         few = build._split(np.eye(4, dtype=np.float32)[:count], np.arange(count))
-        assert (len(few.tune_MD), len(few.held_MD)) == (count - count // 2, count // 2)
+        assert (len(few.tune_MD), len(few.held_out_MD)) == (count - count // 2, count // 2)
     same = build._split(np.ones((5, 4), np.float32), np.arange(5))
-    assert (len(same.tune_MD), len(same.held_MD)) == (1, 0)
+    assert (len(same.tune_MD), len(same.held_out_MD)) == (1, 0)
 
 
 def test_too_few_queries_to_be_sure_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +270,7 @@ def test_a_build_leaves_threads_and_random_numbers_of_the_process_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planner, "EXACT_ROWS", 10)
-    monkeypatch.setattr(planner, "ROUNDS", (300,))
+    monkeypatch.setattr(planner, "ROUND_ROWS", (300,))
 
     def state() -> tuple[Any, ...]:
         drawn = (np.random.get_state(), random.getstate(), torch.get_rng_state())  # noqa: NPY002

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmalign import kernels
 from mmalign.errors import VectorError
-from mmalign.kernels.groups import sharing, useful_ids
+from mmalign.kernels.pair_ids import masking_ids, share_an_id
 
 IMPLS = ["reference", "blocked", "triton"]
 ROWS = [1, 2, 63, 65, 257]
@@ -68,13 +68,15 @@ def evaluate(
     return loss.detach(), {name: grad for name, grad in grads.items() if grad is not None}
 
 
-def plain_infonce(image: Tensor, text: Tensor, scale: float, groups: list[int]) -> float:
+def plain_infonce(image: Tensor, text: Tensor, scale: float, pair_ids: list[int]) -> float:
     """The definition, one pair at a time."""
     rows, total = len(image), 0.0
     for a, b in ((image, text), (text, image)):
         for i in range(rows):
             logits = [
-                scale * float(a[i] @ b[j]) for j in range(rows) if j == i or groups[j] != groups[i]
+                scale * float(a[i] @ b[j])
+                for j in range(rows)
+                if j == i or pair_ids[j] != pair_ids[i]
             ]
             top = max(logits)
             log_sum = top + math.log(sum(math.exp(x - top) for x in logits))
@@ -83,13 +85,13 @@ def plain_infonce(image: Tensor, text: Tensor, scale: float, groups: list[int]) 
 
 
 def plain_sigmoid(
-    image: Tensor, text: Tensor, scale: float, bias: float, groups: list[int]
+    image: Tensor, text: Tensor, scale: float, bias: float, pair_ids: list[int]
 ) -> float:
     """The definition, one pair at a time."""
     total = 0.0
     for i in range(len(image)):
         for j in range(len(image)):
-            if i == j or groups[i] != groups[j]:
+            if i == j or pair_ids[i] != pair_ids[j]:
                 logit = scale * float(image[i] @ text[j]) + bias
                 total += math.log1p(math.exp(-logit if i == j else logit))
     return total / len(image)
@@ -101,11 +103,11 @@ def plain_sigmoid(
 def test_the_reference_is_the_definition(rows: int, scale: float, grouped: bool) -> None:
     image, text = pairs(rows, 16)
     given = some_groups(rows) if grouped else None
-    groups = given.tolist() if given is not None else list(range(rows))
-    loss, _ = evaluate("infonce", (image, text), scale, 0.0, groups=given, impl="reference")
-    assert float(loss) == pytest.approx(plain_infonce(image, text, scale, groups), rel=1e-9)
-    loss, _ = evaluate("sigmoid", (image, text), scale, -10.0, groups=given, impl="reference")
-    assert float(loss) == pytest.approx(plain_sigmoid(image, text, scale, -10, groups), rel=1e-9)
+    pair_ids = given.tolist() if given is not None else list(range(rows))
+    loss, _ = evaluate("infonce", (image, text), scale, 0.0, pair_ids=given, impl="reference")
+    assert float(loss) == pytest.approx(plain_infonce(image, text, scale, pair_ids), rel=1e-9)
+    loss, _ = evaluate("sigmoid", (image, text), scale, -10.0, pair_ids=given, impl="reference")
+    assert float(loss) == pytest.approx(plain_sigmoid(image, text, scale, -10, pair_ids), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
@@ -114,10 +116,12 @@ def test_the_reference_is_the_definition(rows: int, scale: float, grouped: bool)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_blocked_is_the_reference(kind: str, rows: int, scale: float, grouped: bool) -> None:
     """In float64, to rounding: the loss and every gradient."""
-    groups = some_groups(rows) if grouped else None
+    pair_ids = some_groups(rows) if grouped else None
     inputs = pairs(rows, 16)
-    truth, true_grads = evaluate(kind, inputs, scale, -scale / 3, groups=groups, impl="reference")
-    loss, grads = evaluate(kind, inputs, scale, -scale / 3, groups=groups, impl="blocked")
+    truth, true_grads = evaluate(
+        kind, inputs, scale, -scale / 3, pair_ids=pair_ids, impl="reference"
+    )
+    loss, grads = evaluate(kind, inputs, scale, -scale / 3, pair_ids=pair_ids, impl="blocked")
     assert torch.allclose(loss, truth, rtol=1e-11, atol=1e-12)
     assert grads.keys() == true_grads.keys()
     for name, grad in grads.items():
@@ -148,7 +152,9 @@ def error(given: tuple[Tensor, Grads], truth: tuple[Tensor, Grads]) -> dict[str,
     }
 
 
-def plain(kind: str, inputs: tuple[Tensor, Tensor], scale: float, bias: float, groups: Any) -> Any:
+def plain(
+    kind: str, inputs: tuple[Tensor, Tensor], scale: float, bias: float, pair_ids: Any
+) -> Any:
     """What plain torch makes of inputs of a type, logits and all in that type."""
     dtype = inputs[0].dtype
     names = ["image", "text", "scale", "bias"][: 3 if kind == "infonce" else 4]
@@ -157,9 +163,9 @@ def plain(kind: str, inputs: tuple[Tensor, Tensor], scale: float, bias: float, g
     logits = leaves[2] * (leaves[0] @ leaves[1].T)
     own = torch.arange(len(logits), device=logits.device)
     same = torch.zeros_like(logits, dtype=torch.bool)
-    if groups is not None:
-        groups = groups.to(logits.device)
-        same = (groups[:, None] == groups).fill_diagonal_(False)
+    if pair_ids is not None:
+        pair_ids = pair_ids.to(logits.device)
+        same = (pair_ids[:, None] == pair_ids).fill_diagonal_(False)
     if kind == "infonce":
         logits = logits.masked_fill(same, -torch.inf)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -180,7 +186,7 @@ def test_error_is_that_of_honest_arithmetic(
     kind: str, impl: str, dtype: torch.dtype, rows: int, dim: int, grouped: bool
 ) -> None:
     """Against float64, no worse than plain torch with logits in the type of the inputs."""
-    groups = some_groups(rows) if grouped else None
+    pair_ids = some_groups(rows) if grouped else None
     image, text = (t.to(DEVICE, dtype) for t in pairs(rows, dim))
     scale, bias = 20.0, -8.0
     truth = evaluate(
@@ -188,7 +194,7 @@ def test_error_is_that_of_honest_arithmetic(
         (image.double(), text.double()),
         scale,
         bias,
-        groups=groups.to(DEVICE) if groups is not None else None,
+        pair_ids=pair_ids.to(DEVICE) if pair_ids is not None else None,
         impl="reference",
     )
     ours = error(
@@ -197,12 +203,12 @@ def test_error_is_that_of_honest_arithmetic(
             (image, text),
             scale,
             bias,
-            groups=groups.to(DEVICE) if groups is not None else None,
+            pair_ids=pair_ids.to(DEVICE) if pair_ids is not None else None,
             impl=impl,
         ),
         truth,
     )
-    theirs = error(plain(kind, (image, text), scale, bias, groups), truth)
+    theirs = error(plain(kind, (image, text), scale, bias, pair_ids), truth)
     # Rounding a result to its type is never an error, and float32 sums may differ in their order. A
     # loss near zero is a difference of logits near the scale.
     floor = (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
@@ -219,17 +225,17 @@ def test_triton_over_many_tiles(kind: str, scale: float, grouped: bool, monkeypa
     triton_loss = pytest.importorskip("mmalign.kernels.triton_loss")
     monkeypatch.setattr(triton_loss, "SLAB_BYTES", 1000 * 4 * 300)
     monkeypatch.setattr(triton_loss, "PARTS", 3)
-    groups = some_groups(1000).to(DEVICE) if grouped else None
+    pair_ids = some_groups(1000).to(DEVICE) if grouped else None
     inputs = tuple(t.float().to(DEVICE) for t in pairs(1000, 16))
     truth = evaluate(
         kind,
         (inputs[0].double(), inputs[1].double()),
         scale,
         -5.0,
-        groups=groups,
+        pair_ids=pair_ids,
         impl="reference",
     )
-    found = error(evaluate(kind, inputs, scale, -5.0, groups=groups, impl="triton"), truth)
+    found = error(evaluate(kind, inputs, scale, -5.0, pair_ids=pair_ids, impl="triton"), truth)
     assert max(found.values()) < 3e-5, found
 
 
@@ -261,13 +267,13 @@ def test_gradcheck(impl: Any, grouped: bool) -> None:
     image, text = (t.requires_grad_() for t in pairs(7, 5))
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
-    groups = torch.tensor([0, 0, 1, 2, 3, 3, 3]) if grouped else None
+    pair_ids = torch.tensor([0, 0, 1, 2, 3, 3, 3]) if grouped else None
 
     def infonce(*inputs: Tensor) -> Tensor:
-        return kernels.contrastive_loss(*inputs, groups=groups, impl=impl)
+        return kernels.contrastive_loss(*inputs, pair_ids=pair_ids, impl=impl)
 
     def sigmoid(*inputs: Tensor) -> Tensor:
-        return kernels.sigmoid_loss(*inputs, groups=groups, impl=impl)
+        return kernels.sigmoid_loss(*inputs, pair_ids=pair_ids, impl=impl)
 
     assert torch.autograd.gradcheck(infonce, (image, text, scale))
     assert torch.autograd.gradcheck(sigmoid, (image, text, scale, bias))
@@ -279,10 +285,12 @@ def test_equal_captions_are_no_negatives(impl: Any) -> None:
     image, text = (t.float().to(DEVICE) for t in pairs(4, 16))
     text = torch.cat([text[:1], text[:1], text[2:]])
     scale = torch.tensor(20.0, device=DEVICE)
-    groups = torch.tensor([0, 0, 1, 2], device=DEVICE)
+    pair_ids = torch.tensor([0, 0, 1, 2], device=DEVICE)
     plain_loss = kernels.contrastive_loss(image, text, scale, impl=impl)
-    masked = kernels.contrastive_loss(image, text, scale, groups=groups, impl=impl)
-    swapped = kernels.contrastive_loss(image[[1, 0, 2, 3]], text, scale, groups=groups, impl=impl)
+    masked = kernels.contrastive_loss(image, text, scale, pair_ids=pair_ids, impl=impl)
+    swapped = kernels.contrastive_loss(
+        image[[1, 0, 2, 3]], text, scale, pair_ids=pair_ids, impl=impl
+    )
     assert masked < plain_loss
     assert torch.isclose(masked, swapped)
 
@@ -338,8 +346,8 @@ ONE = torch.ones(())
         ),
         ((ONES, ONES, 14.3), {}, "logit_scale must be a floating-point tensor with one element"),
         ((ONES, ONES, torch.ones(2)), {}, "logit_scale"),
-        ((ONES, ONES, ONE), {"groups": torch.ones(2)}, "groups must be integers"),
-        ((ONES, ONES, ONE), {"groups": torch.ones(3).long()}, "groups must be integers"),
+        ((ONES, ONES, ONE), {"pair_ids": torch.ones(2)}, "pair_ids must be integers"),
+        ((ONES, ONES, ONE), {"pair_ids": torch.ones(3).long()}, "pair_ids must be integers"),
         ((ONES, ONES, ONE), {"impl": "bloked"}, "did you mean 'blocked'"),
         ((ONES, ONES, ONE), {"impl": "triton"}, "impl='triton' does not work here: image_ND has 4"),
         ((ONES.double(), ONES.double(), ONE), {"impl": "triton"}, "image_ND is torch.float64"),
@@ -374,9 +382,9 @@ def test_the_call_that_tunes_a_kernel_is_right(name: str, monkeypatch: Any) -> N
     monkeypatch.setitem(vars(kernel), "do_bench", bench)
     loss = "sigmoid" if name == "_sigmoid_kernel" else "infonce"
     inputs = tuple(m.float().to(DEVICE) for m in pairs(300, 16))
-    groups = some_groups(300).to(DEVICE)
-    truth = evaluate(loss, inputs, 10.0, -5.0, groups=groups, impl="reference")
-    found = evaluate(loss, inputs, 10.0, -5.0, groups=groups, impl="triton")
+    pair_ids = some_groups(300).to(DEVICE)
+    truth = evaluate(loss, inputs, 10.0, -5.0, pair_ids=pair_ids, impl="reference")
+    found = evaluate(loss, inputs, 10.0, -5.0, pair_ids=pair_ids, impl="triton")
     assert len(tried) == 2
     assert kernel.best_config.kwargs["WIDE"] == 256
     assert torch.allclose(found[0], truth[0], rtol=1e-5)
@@ -407,17 +415,17 @@ def test_a_caption_is_no_negative_of_an_image_that_has_it(kind: str, impl: str) 
     else:
         signs = 2 * torch.eye(90, device=DEVICE) - 1
         truth = -F.logsigmoid(signs * logits).masked_fill(struck, 0).sum() / 90
-    groups = (owned.to(DEVICE), drawn.to(DEVICE))
-    loss, grads = evaluate(kind, (image, text), 10.0, -5.0, groups=groups, impl=impl)
+    pair_ids = (owned.to(DEVICE), drawn.to(DEVICE))
+    loss, grads = evaluate(kind, (image, text), 10.0, -5.0, pair_ids=pair_ids, impl=impl)
     assert torch.allclose(loss, truth, rtol=1e-5)
-    wanted = evaluate(kind, (image, text), 10.0, -5.0, groups=groups, impl="reference")[1]
+    wanted = evaluate(kind, (image, text), 10.0, -5.0, pair_ids=pair_ids, impl="reference")[1]
     assert all(torch.allclose(grads[k], wanted[k], rtol=1e-3, atol=1e-6) for k in wanted)
 
 
 def test_ids_that_strike_nothing_out_are_dropped() -> None:
     owned = torch.tensor([[1, 2, -1], [2, 3, 4], [5, -1, -1]])
-    found = useful_ids(owned, torch.tensor([[1], [2], [5]]), 0)
+    found = masking_ids(owned, torch.tensor([[1], [2], [5]]), 0)
     assert found is not None
     assert [ids.shape[1] for ids in found] == [1, 1]
-    assert sharing(*found).nonzero().tolist() == [[0, 1]]
-    assert useful_ids(owned, torch.tensor([[1], [3], [5]]), 0) is None
+    assert share_an_id(*found).nonzero().tolist() == [[0, 1]]
+    assert masking_ids(owned, torch.tensor([[1], [3], [5]]), 0) is None

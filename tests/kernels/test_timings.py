@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign import kernels, measured
 from mmalign.kernels import exact, processor, timings
-from mmalign.kernels.timings import COUNTS, Timings
+from mmalign.kernels.timings import QUERY_COUNTS, Timings
 
 SCREENS = ["single", "half", "bfloat16", "int8"]
 
@@ -23,8 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every corpus is worth measuring, and every screen can be had; small samples."""
     monkeypatch.setenv("MMALIGN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(timings, "_unsettled", set())
-    monkeypatch.setattr(timings, "_quiet", lambda: True)
+    monkeypatch.setattr(timings, "_busy_keys", set())
+    monkeypatch.setattr(timings, "_is_quiet", lambda: True)
     monkeypatch.setattr(timings, "ROWS", 64)
     monkeypatch.setattr(timings, "MORE_ROWS", 128)
     monkeypatch.setattr(exact, "MEASURED_NUMBERS", 1)
@@ -60,7 +60,7 @@ def test_the_fastest_screen_is_taken_and_gives_equal_digits(
     vectors, asked = unit(300).half(), unit(queries, seed=1)
     corpus = kernels.prepare(vectors, with_codes=processor.has_int8())
     chosen = kernels.choose_topk(asked, corpus)
-    assert (chosen == fastest) == (queries >= timings.LEAST.get(fastest, 1))
+    assert (chosen == fastest) == (queries >= timings.MIN_QUERIES.get(fastest, 1))
     wanted = kernels.topk(asked, vectors, 7, impl="reference")
     for found, right in zip(kernels.topk(asked, corpus, 7), wanted, strict=True):
         assert torch.equal(found, right)
@@ -97,7 +97,7 @@ def test_a_measurement_runs_every_screen_that_may_win(folder: Path) -> None:
         figures = kernels.prepare(unit(300).half()).timings
     assert figures is not None
     assert set(searched) == {(n.split()[0], int(n.split()[1])) for n in figures.ms}
-    assert {f"single {count}" for count in COUNTS} <= figures.ms.keys()
+    assert {f"single {count}" for count in QUERY_COUNTS} <= figures.ms.keys()
     assert "half 256" not in figures.ms
     assert "bfloat16 1" not in figures.ms
 
@@ -114,7 +114,7 @@ def test_a_busy_moment_is_not_recorded(
     noticed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Figures that do not come back are not taken; one process does not try again."""
-    monkeypatch.setattr(timings, "_quiet", lambda: noticed == "meanwhile")
+    monkeypatch.setattr(timings, "_is_quiet", lambda: noticed == "meanwhile")
     ticks = itertools.accumulate(1.1**i / 1e3 for i in itertools.count())
     monkeypatch.setattr(timings.time, "perf_counter", lambda: next(ticks))
     vectors = unit(300).half()
@@ -134,7 +134,7 @@ def test_equal_times_of_one_product_say_that_nothing_else_runs(
 ) -> None:
     ticks = itertools.accumulate((1 + growth) ** i for i in itertools.count())
     monkeypatch.setattr(timings.time, "perf_counter", lambda: next(ticks))
-    assert timings._quiet() == quiet
+    assert timings._is_quiet() == quiet
 
 
 def test_a_measurement_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def test_no_error_exceeds_its_bound(
     if prepared or screen == "int8":
         corpus = kernels.prepare(vectors, with_codes=screen == "int8")
     else:
-        corpus = screens.plain(vectors)
+        corpus = screens.as_corpus(vectors)
     make = exact._SCREENS[screen]
     seen = 0
     for block in make(queries, corpus, None):
@@ -225,7 +225,7 @@ def test_auto_says_what_it_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, query = unit(3000, 16).half(), unit(1, 16).float()
     many, allow = unit(20, 16).float(), torch.arange(3000) < 90
     coded, plain = (kernels.prepare(vectors, with_codes=codes) for codes in (True, False))
-    monkeypatch.setattr(exact, "has_tiles", lambda: False)
+    monkeypatch.setattr(exact, "has_amx", lambda: False)
     assert kernels.choose_topk(query, plain) == "half"
     assert kernels.choose_topk(query, coded) == "int8"
     assert kernels.choose_topk(many, plain) == "single"
@@ -237,7 +237,7 @@ def test_auto_says_what_it_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     few = kernels.prepare(vectors[:300], with_codes=True)
     assert kernels.choose_topk(query, few) == "reference"
     assert kernels.choose_topk(unit(200, 16).float(), few) == "int8"
-    monkeypatch.setattr(exact, "has_tiles", lambda: True)
+    monkeypatch.setattr(exact, "has_amx", lambda: True)
     assert kernels.choose_topk(query, plain) == "single"
     assert kernels.choose_topk(unit(64, 16).float(), plain) == brief
 

@@ -457,9 +457,9 @@ def test_an_open_reader_outlives_a_compaction(tmp_path: Path) -> None:
 def test_masks_come_back_as_they_went_in() -> None:
     shard = manifests.Shard("x.arrow", 21, 0, "")
     assert shard.live.all()
-    assert shard.without([]) is shard
-    some = shard.without([0, 20]).without([7, 20])
+    assert shard.with_rows_deleted([]) is shard
+    some = shard.with_rows_deleted([0, 20]).with_rows_deleted([7, 20])
     assert some.deleted_rows == 3
     assert np.flatnonzero(~some.live).tolist() == [0, 7, 20]
-    assert some.keeping(np.ones(21, bool)) == shard
+    assert some.with_live(np.ones(21, bool)) == shard
     assert replace(some, deleted="", deleted_rows=0) == shard

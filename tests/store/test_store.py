@@ -265,7 +265,7 @@ def test_a_generation_made_meanwhile_is_built_upon(
         return read
 
     def change(base: manifests.Manifest) -> manifests.Manifest:
-        return replace(base, shards=(base.shards[0].without([0]), *base.shards[1:]))
+        return replace(base, shards=(base.shards[0].with_rows_deleted([0]), *base.shards[1:]))
 
     monkeypatch.setattr(manifests, "parse", slow_parse)
     manifests.commit(tmp_path, change, CARD)

@@ -99,8 +99,8 @@ def test_drawn_scenes_are_told_apart(scenes: Path) -> None:
             every.decode,
             None if every.cache_NSS3 is None else every.cache_NSS3[half],
             every.workers,
-            every.contents_N[half],
-            every.looks_N[half],
+            every.content_hashes_N[half],
+            every.perceptual_hashes_N[half],
         )
         for half in (slice(0, 48), slice(48, 96))
     ]
@@ -109,4 +109,4 @@ def test_drawn_scenes_are_told_apart(scenes: Path) -> None:
 
 def test_pairs_are_written(tmp_path: Path) -> None:
     """The helper of other tests writes pictures that are no copies either."""
-    assert len(set(pixels(write_pairs(tmp_path / "p", 6)).contents_N.tolist())) == 6
+    assert len(set(pixels(write_pairs(tmp_path / "p", 6)).content_hashes_N.tolist())) == 6

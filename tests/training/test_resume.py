@@ -143,7 +143,7 @@ def steps_of(run: Path) -> list[int]:
         (Average, "update", 5),  # the weights have moved, their average has not
         (Trainer, "validate", 2),
         (Trainer, "save", 2),  # better weights are the model already
-        (files, "_put", 9),  # something is written and has no name yet
+        (files, "move", 9),  # something is written and has no name yet
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
@@ -337,11 +337,11 @@ def test_the_arithmetic_is_measured_once(
 ) -> None:
     run, config = tmp_path / "run", replace(CONFIG, arithmetic="auto")
     chosen = Arithmetic(channels_last=True)
-    monkeypatch.setattr("mmalign.training.learner.fastest", lambda *_, **__: chosen)
+    monkeypatch.setattr("mmalign.training.learner.fastest_arithmetic", lambda *_, **__: chosen)
     with killed_in(run, Learner, "step", 4):
         begin(data, run, config)
     begin(data, tmp_path / "whole", config)
-    monkeypatch.setattr("mmalign.training.learner.fastest", None)
+    monkeypatch.setattr("mmalign.training.learner.fastest_arithmetic", None)
     go_on(run, config)
     assert torch.load(run / "state.pt")["arithmetic"]["image"]["channels_last"]
     assert same_run(run, tmp_path / "whole")

@@ -22,7 +22,7 @@ from mmalign.cli.main import main
 from mmalign.data import Augment, Record, scan
 from mmalign.errors import ConfigError, DataError, ModelError, TrainingError, UsageError
 from mmalign.evaluation.evaluate import evaluate
-from mmalign.kernels.groups import sharing
+from mmalign.kernels.pair_ids import share_an_id
 from mmalign.model import (
     drop_weights,
     keep_weights,
@@ -30,7 +30,7 @@ from mmalign.model import (
     save_description,
     save_model,
 )
-from mmalign.training.optimization import Arithmetic, Average, fastest, learning_rate
+from mmalign.training.optimization import Arithmetic, Average, fastest_arithmetic, learning_rate
 from mmalign.training.pairs import can_mirror, load_pairs
 from mmalign.training.token_prediction import TokenHead
 from mmalign.training.train import _new_encoder, configure, held_out_images, train
@@ -331,10 +331,12 @@ def test_arithmetic_is_tried_on_as_much_as_is_encoded_at_once(
 ) -> None:
     sizes: list[int] = []
 
-    def fastest(_: object, run: Callable[[], torch.Tensor], *__: object, **___: object) -> None:
+    def fastest_arithmetic(
+        _: object, run: Callable[[], torch.Tensor], *__: object, **___: object
+    ) -> None:
         sizes.append(len(run()))
 
-    monkeypatch.setattr("mmalign.training.learner.fastest", fastest)
+    monkeypatch.setattr("mmalign.training.learner.fastest_arithmetic", fastest_arithmetic)
     trainer.learner.choose_arithmetic(trainer.pairs, next(trainer.sampler.draws(0)))
     assert sizes == [2, 2]
 
@@ -347,8 +349,8 @@ def test_no_caption_of_an_image_is_its_negative(
     batch = pairs.batch(draw)
     seen: list[torch.Tensor] = []
 
-    def spy(one: torch.Tensor, *_: object, groups: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        seen.append(sharing(*groups))
+    def spy(one: torch.Tensor, *_: object, pair_ids: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        seen.append(share_an_id(*pair_ids))
         return one.sum()
 
     monkeypatch.setattr("mmalign.kernels.contrastive_loss", spy)
@@ -356,8 +358,8 @@ def test_no_caption_of_an_image_is_its_negative(
     monkeypatch.setattr(objective, "config", replace(trainer.config, caption_loss=1.0))
     vectors = torch.zeros(8, 2, 16)
     objective(vectors[:, 0], vectors, batch)
-    sets = [set(pairs.groups_P[pairs.starts[r] : pairs.starts[r + 1]]) for r in draw.rows_B]
-    drawn = batch.groups_BC.numpy()
+    sets = [set(pairs.caption_ids_P[pairs.starts[r] : pairs.starts[r + 1]]) for r in draw.rows_B]
+    drawn = batch.caption_ids_BC.numpy()
     for c in range(2):
         of_image = [[drawn[j, c] in sets[i] for j in range(8)] for i in range(8)]
         assert seen[c].tolist() == of_image
@@ -413,7 +415,7 @@ def test_equal_captions_share_a_group(tmp_path: Path) -> None:
     records = scan([str(folder)]).records
     encoder = new_model("nano", ["the same"])
     pairs, _ = load_pairs(encoder, records, tmp_path / "c.npy", crops=False, label="decode")
-    assert pairs.groups_P.tolist() == [0, 1, 2, 0]  # the same in every process
+    assert pairs.caption_ids_P.tolist() == [0, 1, 2, 0]  # the same in every process
 
 
 def test_the_average_lends_and_returns(run: Path) -> None:
@@ -438,7 +440,7 @@ def test_choosing_an_arithmetic_changes_no_weights(run: Path) -> None:
     encoder.towers.train()
     before = {k: v.clone() for k, v in encoder.towers.state_dict().items()}
     pixels = torch.randint(0, 255, (8, 3, 64, 64), dtype=torch.uint8)
-    chosen = fastest(
+    chosen = fastest_arithmetic(
         encoder.towers, lambda: encoder.image_vectors(pixels), torch.device("cpu"), is_image=True
     )
     assert isinstance(chosen, Arithmetic)

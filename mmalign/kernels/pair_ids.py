@@ -12,32 +12,32 @@ import torch
 from torch import Tensor
 
 # One id per pair, (N,); or ids of the images (N, L) and of the texts (N, M).
-Groups: TypeAlias = Tensor | tuple[Tensor, Tensor]
+PairIds: TypeAlias = Tensor | tuple[Tensor, Tensor]
 # Padding for the ids of images and of texts: never equal.
-NO_IMAGE, NO_TEXT = -1, -2
+NO_IMAGE_ID, NO_TEXT_ID = -1, -2
 
 
-def id_sets(groups: Groups) -> tuple[Tensor, Tensor]:
+def image_and_text_ids(pair_ids: PairIds) -> tuple[Tensor, Tensor]:
     """Return ids of the images (N, L) and of the texts (N, M); negative means no id."""
-    if isinstance(groups, tuple):
-        return groups
-    ids_N1 = groups.unique(return_inverse=True)[1][:, None]
+    if isinstance(pair_ids, tuple):
+        return pair_ids
+    ids_N1 = pair_ids.unique(return_inverse=True)[1][:, None]
     return ids_N1, ids_N1
 
 
-def sharing(image_ids_RL: Tensor, text_ids_CM: Tensor) -> Tensor:
+def share_an_id(image_ids_RL: Tensor, text_ids_CM: Tensor) -> Tensor:
     """Return whether each image and each text share an id, (R, C)."""
     same_RC = torch.zeros(
         (len(image_ids_RL), len(text_ids_CM)), dtype=torch.bool, device=image_ids_RL.device
     )
     for image_id_R in image_ids_RL.unbind(1):
-        there_R1 = (image_id_R >= 0)[:, None]
+        has_id_R1 = (image_id_R >= 0)[:, None]
         for text_id_C in text_ids_CM.unbind(1):
-            same_RC |= (image_id_R[:, None] == text_id_C) & there_R1
+            same_RC |= (image_id_R[:, None] == text_id_C) & has_id_R1
     return same_RC
 
 
-def useful_ids(
+def masking_ids(
     image_ids_BL: Tensor, text_ids_NM: Tensor, first: int
 ) -> tuple[Tensor, Tensor] | None:
     """Keep only ids that mask a pair, as int32 in few columns; None if there are none.
@@ -50,25 +50,30 @@ def useful_ids(
     ids, numbers = torch.cat([image_ids_BL.flatten(), text_ids_NM.flatten()]).unique(
         return_inverse=True
     )
-    known = ids >= 0
-    images_BL = numbers[: image_ids_BL.numel()].view_as(image_ids_BL)
-    texts_NM = numbers[image_ids_BL.numel() :].view_as(text_ids_NM)
-    own = slice(first, first + len(images_BL))
+    valid = ids >= 0
+    image_numbers_BL = numbers[: image_ids_BL.numel()].view_as(image_ids_BL)
+    text_numbers_NM = numbers[image_ids_BL.numel() :].view_as(text_ids_NM)
+    positives = slice(first, first + len(image_numbers_BL))
     # Ids shared only within a positive pair mask nothing.
-    met_BL = (images_BL[:, :, None] == texts_NM[own, None, :]).sum(2)
-    image_counts = torch.bincount(images_BL.flatten(), minlength=len(ids))
-    text_counts = torch.bincount(texts_NM.flatten(), minlength=len(ids))
-    wanted_BL = known[images_BL] & (text_counts[images_BL] > met_BL)
-    met_NM = torch.zeros_like(texts_NM)
-    met_NM[own] = (texts_NM[own, :, None] == images_BL[:, None, :]).sum(2)
-    wanted_NM = known[texts_NM] & (image_counts[texts_NM] > met_NM)
-    images, texts = _packed(images_BL, wanted_BL, NO_IMAGE), _packed(texts_NM, wanted_NM, NO_TEXT)
+    in_positive_BL = (image_numbers_BL[:, :, None] == text_numbers_NM[positives, None, :]).sum(2)
+    image_counts = torch.bincount(image_numbers_BL.flatten(), minlength=len(ids))
+    text_counts = torch.bincount(text_numbers_NM.flatten(), minlength=len(ids))
+    masks_BL = valid[image_numbers_BL] & (text_counts[image_numbers_BL] > in_positive_BL)
+    in_positive_NM = torch.zeros_like(text_numbers_NM)
+    in_positive_NM[positives] = (
+        text_numbers_NM[positives, :, None] == image_numbers_BL[:, None, :]
+    ).sum(2)
+    masks_NM = valid[text_numbers_NM] & (image_counts[text_numbers_NM] > in_positive_NM)
+    images, texts = (
+        _pack(image_numbers_BL, masks_BL, NO_IMAGE_ID),
+        _pack(text_numbers_NM, masks_NM, NO_TEXT_ID),
+    )
     return (images, texts) if images.shape[1] and texts.shape[1] else None
 
 
-def _packed(ids_NL: Tensor, wanted_NL: Tensor, nothing: int) -> Tensor:
+def _pack(ids_NL: Tensor, masks_NL: Tensor, padding: int) -> Tensor:
     """Move wanted ids to the left, and drop the columns without any."""
-    order_NL = wanted_NL.int().argsort(dim=1, descending=True, stable=True)
-    width = int(wanted_NL.sum(1).max())
-    ids_NL = ids_NL.masked_fill(~wanted_NL, nothing).gather(1, order_NL)
+    order_NL = masks_NL.int().argsort(dim=1, descending=True, stable=True)
+    width = int(masks_NL.sum(1).max())
+    ids_NL = ids_NL.masked_fill(~masks_NL, padding).gather(1, order_NL)
     return ids_NL[:, :width].int().contiguous()
