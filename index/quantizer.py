@@ -6,7 +6,7 @@ A query q looks for vectors x with a large inner product q·x, and ranks lists b
 so its error is q·(x - c). The mean squared error over all queries is (x - c)' S (x - c), where S is
 the covariance of the queries. Text queries vary in other directions than images do, so the nearest
 centroid in this metric differs from the Euclidean one. The square root of S works better than S,
-whose small eigenvalues are unreliable with a few thousand queries (docs/log.md).
+whose small eigenvalues are unreliable with a few thousand queries (docs/history.md).
 
 Source: the loss that takes the queries into account is that of Guo et al. 2020, "Accelerating
 Large-Scale Inference with Anisotropic Vector Quantization"; learning it from queries, Tepper et al.

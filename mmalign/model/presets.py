@@ -4,7 +4,7 @@
                    picture, so that left and above carry meaning
     tiny    7.3M   photos at 96 px: twenty minutes to some hours on a few cores. Its text tower is a
                    bag of words, which learns faster than a transformer in such a short time
-                   (docs/log.md)
+                   (docs/history.md)
     small  24.3M   photos at 112 px, hundreds of thousands of pairs: a GPU, or a long CPU run
 
 The convolutions are plain 3x3 and their widths multiples of 32 on purpose: on a CPU they train
