@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from mmalign import files
 from mmalign.arrays import Floats, Ints
 from mmalign.errors import IdentityError, StoreError, UsageError
+from mmalign.exchange.layouts import write_dataset, write_parquet
+from mmalign.exchange.parts import Part, find_parts, read_part, read_records, write_parts
 from mmalign.progress import bar, say
 from mmalign.store import ModelCard, Row, Store, Writer, add_failures, meta_json, open_store
 from mmalign.store.ids import hashes
-from mmalign.store.layouts import write_dataset, write_parquet
-from mmalign.store.parts import Part, find_parts, read_part, read_records, write_parts
 from mmalign.values import json_value
 
 NAMES = ("key", "image_path", "url")

@@ -7,8 +7,6 @@ ids.py        ids -> rows, without a Python object per row
 writer.py     rows -> shards -> manifest
 reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
-layouts.py    rows as parquet, and as a Hugging Face dataset
-parts.py      export and import of clip-retrieval's layout
 failures.py   every sample without an embedding, and why
 changes.py    delete, compact
 garbage.py    removal of files that are no longer needed

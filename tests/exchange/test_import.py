@@ -16,9 +16,9 @@ import pytest
 from small_store import CARD, DIM, fill, row
 
 from mmalign.errors import DataError, IdentityError
-from mmalign.exchange import transfer
+from mmalign.exchange import parts, transfer
 from mmalign.exchange.transfer import export, import_parts
-from mmalign.store import Store, open_store, parts, verify
+from mmalign.store import Store, open_store, verify
 
 COUNT = 25
 

@@ -13,9 +13,9 @@ import pytest
 from small_store import CARD, DIM, fill, row, thumbnail
 
 from mmalign.errors import StoreError, UsageError
-from mmalign.exchange import transfer
+from mmalign.exchange import parts, transfer
 from mmalign.exchange.transfer import export, import_parts
-from mmalign.store import delete, open_store, parts
+from mmalign.store import delete, open_store
 
 COUNT = 25
 

@@ -22,8 +22,8 @@ from mmalign import files
 from mmalign.arrays import Halves, Ints
 from mmalign.arrow_values import python_rows
 from mmalign.errors import DataError
+from mmalign.exchange.layouts import Tick, open_parquet
 from mmalign.progress import say
-from mmalign.store.layouts import Tick, open_parquet
 from mmalign.store.reader import Store
 
 KINDS = ("img_emb", "metadata", "text_emb")
