@@ -15,7 +15,7 @@ from conftest import write_pairs
 from mmalign import files
 from mmalign.data import scan
 from mmalign.data.gone import is_gone
-from mmalign.exchange.transfer import export
+from mmalign.exchange.export import export
 from mmalign.index import approximate
 from mmalign.index.spec import IndexSpec
 from mmalign.store import compact, delete, open_store, verify

@@ -33,7 +33,9 @@ DOORS = {
     "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},
     "tokenizers": {"mmalign.model.tokenizer"},
     "safetensors": {"mmalign.model.checkpoint"},
-    "pyarrow": {"mmalign.store", "mmalign.arrow_values", "mmalign.data.arrow_tables"},
+    "pyarrow": {
+        "mmalign.store", "mmalign.exchange", "mmalign.arrow_values", "mmalign.data.arrow_tables",
+    },
     "webdataset": {"mmalign.data.scenes"},
     "braceexpand": {"mmalign.data.catalog"},
     "fsspec": {"mmalign.data"},

@@ -221,7 +221,7 @@ def export(
               mmalign export photos.store --to dresses --format hf --where "label = 'dress'"
               mmalign export photos.store --to embeddings --format npy
     """
-    from mmalign.exchange.transfer import export as run
+    from mmalign.exchange.export import export as run
 
     report = run(store, out, kind, where=where, thumbnails=thumbnails)
     if as_json:
@@ -248,7 +248,7 @@ def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
     \b
     Example:  mmalign import embeddings --out photos.store --model ViT-B-32:openai
     """
-    from mmalign.exchange.transfer import import_parts
+    from mmalign.exchange.imports import import_parts
 
     report = import_parts(folder, out, model)
     if as_json:

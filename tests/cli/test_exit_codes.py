@@ -29,8 +29,8 @@ CALLS = {
     "repair": ("repair {tmp}/s", "mmalign.store.repair"),
     "compact": ("compact {tmp}/s", "mmalign.store.compact"),
     "delete": ("delete {tmp}/s an-id", "mmalign.store.open_store"),
-    "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.transfer.export"),
-    "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.transfer.import_parts"),
+    "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.export.export"),
+    "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.imports.import_parts"),
 }
 
 

@@ -12,7 +12,7 @@ from data_samples import captions, jpeg, listed
 
 from mmalign.data import read_image, stream
 from mmalign.errors import DataError
-from mmalign.exchange.transfer import export
+from mmalign.exchange.export import export
 
 
 def test_a_folder_of_spark_is_a_table(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import pytest
 from small_store import CARD, DIM, fill, row
 
 from mmalign.errors import DataError, IdentityError
-from mmalign.exchange import parts, transfer
-from mmalign.exchange.transfer import export, import_parts
+from mmalign.exchange import imports, parts
+from mmalign.exchange.export import export
+from mmalign.exchange.imports import import_parts
 from mmalign.store import Store, open_store, verify
 
 COUNT = 25
@@ -209,7 +210,7 @@ def test_an_import_that_was_stopped_goes_on(
     monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 4)
     table = {"image_path": [f"/p/{i}.jpg" for i in range(20)], "key": ["k", "k"] * 10}
     write_part(tmp_path, 0, vectors(20), table)
-    take, calls = transfer._Importer.add_rows, []
+    take, calls = imports._Importer.add_rows, []
 
     def stopped(*words: Any) -> None:
         calls.append(1)
@@ -218,7 +219,7 @@ def test_an_import_that_was_stopped_goes_on(
         take(*words)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer._Importer, "add_rows", stopped)
+        patch.setattr(imports._Importer, "add_rows", stopped)
         import_parts(tmp_path, tmp_path / "s.store", "any")
     assert len(open_store(tmp_path / "s.store")) == 8
     report = import_parts(tmp_path, tmp_path / "s.store", "any")

@@ -13,8 +13,10 @@ import pytest
 from small_store import CARD, DIM, fill, row, thumbnail
 
 from mmalign.errors import StoreError, UsageError
-from mmalign.exchange import parts, transfer
-from mmalign.exchange.transfer import export, import_parts
+from mmalign.exchange import export as exporting
+from mmalign.exchange import parts
+from mmalign.exchange.export import export
+from mmalign.exchange.imports import import_parts
 from mmalign.store import delete, open_store
 
 COUNT = 25
@@ -23,7 +25,7 @@ COUNT = 25
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """25 rows in three shards, of which three rows are deleted."""
-    path = tmp_path_factory.mktemp("transfer") / "s.store"
+    path = tmp_path_factory.mktemp("export") / "s.store"
     fill(path, (row(n, label=("dress", "shoe")[n % 2], 名=n) for n in range(COUNT)))
     delete(path, ["id0", "id11", "id24"])
     return path
@@ -219,7 +221,7 @@ def test_an_export_that_breaks_leaves_nothing(
         def update(self, rows: int) -> None:
             raise error
 
-    monkeypatch.setattr(transfer, "bar", lambda *_: Broken())
+    monkeypatch.setattr(exporting, "bar", lambda *_: Broken())
     with pytest.raises(type(error)):
         export(small, tmp_path / "out", kind)
     assert list(tmp_path.iterdir()) == []
@@ -228,13 +230,13 @@ def test_an_export_that_breaks_leaves_nothing(
 def test_a_place_taken_meanwhile_is_not_written_over(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = transfer.write_parquet
+    written = exporting.write_parquet
 
     def slow(*words: Any, **named: Any) -> None:
         written(*words, **named)
         (tmp_path / "out").write_text("mine")
 
-    monkeypatch.setattr(transfer, "write_parquet", slow)
+    monkeypatch.setattr(exporting, "write_parquet", slow)
     with pytest.raises(UsageError, match="out: already exists"):
         export(small, tmp_path / "out", "parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -243,7 +245,7 @@ def test_a_place_taken_meanwhile_is_not_written_over(
 
 def test_export_needs_no_torch(small: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from mmalign.exchange.transfer import export\n"
+        "import sys; from mmalign.exchange.export import export\n"
         "export(sys.argv[1], sys.argv[2], 'npy')\n"
         "assert 'torch' not in sys.modules and 'faiss' not in sys.modules"
     )
