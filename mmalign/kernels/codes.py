@@ -10,12 +10,15 @@ are exact everywhere. The quantization error is measured, not estimated: the dis
 vector and its code bounds the error of every score.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from mmalign.kernels.int8 import PackedRows, quantize_rows
 
 GROUP = 16
 LEVELS, QUERY_LEVELS = 63, 127
@@ -85,40 +88,47 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Rotated queries in eight bits, whose products with codes are integers."""
+class Queries(ABC):
+    """Rotated and rounded queries, whose products with codes have a known error; abstract."""
 
     norm_M: Tensor
     query_error_M: Tensor
-    """Distance of a rotated query from its quantized form."""
-    packed: Tensor
+    """Distance of a rotated query from its rounded form."""
     scale_M: Tensor
 
+    @abstractmethod
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return products (B, M) in units of the code step, and the error of each query."""
-        zero_M = torch.zeros(len(self.scale_M), dtype=torch.int32)
-        products_BM: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes_BD, 1.0, ZERO, self.packed, self.scale_M, zero_M,
-            None, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return products_BM, torch.zeros_like(self.scale_M)
+
+
+@dataclass(frozen=True)
+class ManyQueries(Queries):
+    """Queries in eight bits: the products are sums of integers, without an error."""
+
+    rows: PackedRows
+
+    def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Queries.products`."""
+        return self.rows.products(codes_BD, ZERO), torch.zeros_like(self.scale_M)
 
 
 @dataclass(frozen=True)
 class FewQueries(Queries):
-    """Rotated queries in bfloat16: faster than int8 for one or two, slower for many."""
+    """Queries in bfloat16: faster than int8 for one or two, slower for many."""
+
+    rows_MD: Tensor
 
     def products(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
         """See `Queries.products`."""
         ones_B = torch.ones(len(codes_BD), dtype=torch.bfloat16)
-        rounded_MB = torch._weight_int8pack_mm(self.packed, codes_BD.view(torch.int8), ones_B)
+        rounded_MB = torch._weight_int8pack_mm(self.rows_MD, codes_BD.view(torch.int8), ones_B)
         rounded_BM = rounded_MB.float().T.contiguous()
         # The sums are float32, of codes up to 127; each is then rounded to bfloat16.
         dim = codes_BD.shape[1]
         sums = sum_error(dim, 2.0**-24) * 127 * dim**0.5
         error_M = 2.0**-8 * rounded_BM.abs().amax(dim=0) + sums * self.scale_M
         # The products include the offset of 64 that is added to all codes.
-        return rounded_BM - ZERO * self.packed.double().sum(dim=1).float(), error_M
+        return rounded_BM - ZERO * self.rows_MD.double().sum(dim=1).float(), error_M
 
 
 def quantize(shard_ND: Tensor, tick: Callable[[], None] = lambda: None) -> Codes:
@@ -162,19 +172,19 @@ def quantize_queries(queries_MD: Tensor) -> Queries:
     rotate = rotation(queries_MD.shape[1])
     rotated_MD, norm_M = rotate(queries_MD), torch.linalg.vector_norm(queries_MD, dim=1)
     fits = queries_MD.shape[1] % FEW_QUERIES_DIMS == 0 and hasattr(torch, "_weight_int8pack_mm")
-    if len(queries_MD) <= FEW_QUERIES and fits:
-        packed = rotated_MD.bfloat16()
-        rounded_MD, scale_M = packed.float(), 1.01 * norm_M
+    few = len(queries_MD) <= FEW_QUERIES and fits
+    if few:
+        rows_MD, scale_M = rotated_MD.bfloat16(), 1.01 * norm_M
+        rounded_MD = rows_MD.float()
     else:
-        scale_M = (rotated_MD.abs().amax(dim=1) / QUERY_LEVELS).clamp(min=1e-30)
-        steps_MD = (rotated_MD / scale_M[:, None]).round_().clamp_(-QUERY_LEVELS, QUERY_LEVELS)
-        packed = torch.ops.onednn.qlinear_prepack(steps_MD.to(torch.int8), None)
+        steps_MD, scale_M = quantize_rows(rotated_MD, QUERY_LEVELS)
+        rows = PackedRows(steps_MD, scale_M)
         rounded_MD = steps_MD.mul_(scale_M[:, None])
-    query_error_M = (
-        torch.linalg.vector_norm(rotated_MD - rounded_MD, dim=1) + rotate.rounding * norm_M
-    )
-    kind = FewQueries if packed.dtype == torch.bfloat16 else Queries
-    return kind(norm_M, 1.01 * query_error_M, packed, scale_M)
+    distance_M = torch.linalg.vector_norm(rotated_MD - rounded_MD, dim=1)
+    query_error_M = 1.01 * (distance_M + rotate.rounding * norm_M)
+    if few:
+        return FewQueries(norm_M, query_error_M, scale_M, rows_MD)
+    return ManyQueries(norm_M, query_error_M, scale_M, rows)
 
 
 def sum_error(terms: int, roundoff: float) -> float:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mmalign.kernels.int8 import PackedRows, quantize_rows
 from mmalign.kernels.processor import has_vnni
 
 LEVELS, NARROW_LEVELS, ZERO = 127, 63, 128
@@ -98,11 +99,8 @@ class Linear8(nn.Module):
         super().__init__()
         weight_OW = layer.weight.detach().float()
         self.width = len(weight_OW)
-        step_O = (weight_OW.abs().amax(dim=1) / weight_levels()).clamp(min=1e-30)
-        steps_OW = (weight_OW / step_O[:, None]).round_().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(steps_OW, None)
-        self.step_O = step_O
-        self.zero_O = torch.zeros(self.width, dtype=torch.int32)
+        steps_OW, step_O = quantize_rows(weight_OW, weight_levels())
+        self.rows = PackedRows(steps_OW, step_O)
         # Inputs are shifted by ZERO to be unsigned; this subtracts what that adds to every sum.
         self.moved_O = -ZERO * step_O * steps_OW.sum(dim=1)
         self.bias_O = torch.zeros(self.width) if layer.bias is None else layer.bias.detach().float()
@@ -116,17 +114,12 @@ class Linear8(nn.Module):
         # torch converts floats to signed bytes nine times as fast as to unsigned ones; flipping the
         # highest bit then adds 128.
         signed_RW = (states_RW * step_R1.reciprocal()).round_().to(torch.int8)
-        sums_RO = self._sums(signed_RW.view(torch.uint8).bitwise_xor_(ZERO))
+        sums_RO = self.rows.products(
+            signed_RW.view(torch.uint8).bitwise_xor_(ZERO), bias_O=self.moved_O
+        )
         torch.addcmul(self.bias_O, sums_RO, step_R1, out=sums_RO)
         return sums_RO.view(*states.shape[:-1], self.width)
 
     def of_bytes(self, bytes_RW: Tensor) -> Tensor:
         """Map bytes, each standing for its value minus 128, to (R, O) float32; inputs are exact."""
-        return self._sums(bytes_RW).add_(self.bias_O)
-
-    def _sums(self, bytes_RW: Tensor) -> Tensor:
-        sums_RO: Tensor = torch.ops.onednn.qlinear_pointwise(
-            bytes_RW, 1.0, 0, self.packed, self.step_O, self.zero_O,
-            self.moved_O, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return sums_RO
+        return self.rows.products(bytes_RW, bias_O=self.moved_O).add_(self.bias_O)
