@@ -37,14 +37,15 @@ class Origin:
         Raises:
             ValueError: They are not names.
         """
-        found = recorded if isinstance(recorded, dict) else {}
+        found: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
         space, towers = found.get("space"), found.get("towers")
         if space is None and towers is None:
             return None
-        names = [space, *towers.values()] if isinstance(towers, dict) else [None]
-        if not all(isinstance(name, str) and PRINTABLE.fullmatch(name) for name in names):
-            raise ValueError(f"not the names of a space and its towers: {space!r}, {towers!r}")
-        return cls(space, towers)
+        if isinstance(space, str) and isinstance(towers, dict):
+            names = [space, *towers.values()]
+            if all(isinstance(name, str) and PRINTABLE.fullmatch(name) for name in names):
+                return cls(space, towers)
+        raise ValueError(f"not the names of a space and its towers: {space!r}, {towers!r}")
 
 
 def raw(tensor: Tensor) -> memoryview:
