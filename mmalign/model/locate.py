@@ -157,9 +157,7 @@ def _read(wanted: str) -> str:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return ""
-    if not isinstance(content, dict) or content.get("model") != wanted:
-        return ""
-    source = content.get("source")
+    source = content.get("source") if isinstance(content, dict) else None
     return source if isinstance(source, str) else ""
 
 

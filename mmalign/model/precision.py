@@ -143,9 +143,8 @@ def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
 def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
     other = replace(encoder, towers=towers)
     other.__dict__.update(
-        identity=encoder.identity, space=encoder.space, dim=encoder.dim,
-        _towers=encoder.tower_identities,
-    )  # fmt: skip
+        identity=encoder.identity, dim=encoder.dim, _towers=encoder.tower_identities
+    )
     return other
 
 

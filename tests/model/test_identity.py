@@ -342,13 +342,18 @@ def test_a_run_records_what_its_weights_are(
     assert recorded["towers"] == encoder.tower_identities
 
 
-def frozen(run: Path, out: Path, *trained: str) -> Path:
-    """A run from another run, in which only these towers were trained."""
-    encoder = load_model(run)
+def train_towers(encoder: Encoder, *trained: str) -> None:
+    """Change the weights of these towers only."""
     with torch.no_grad():
         for modality in trained:
             for weight in getattr(encoder.towers, modality).parameters():
                 weight += 0.1
+
+
+def frozen(run: Path, out: Path, *trained: str) -> Path:
+    """A run from another run, in which only these towers were trained."""
+    encoder = load_model(run)
+    train_towers(encoder, *trained)
     out.mkdir()
     save_model(encoder, out)
     return out
@@ -380,9 +385,7 @@ def test_weights_that_were_changed_are_not_in_the_recorded_space(
 ) -> None:
     save_model(preset(monkeypatch), tmp_path)
     encoder = load_model(tmp_path)
-    with torch.no_grad():
-        for weight in encoder.towers.parameters():
-            weight += 0.1
+    train_towers(encoder, "image", "text")
     assert encoder.space != described(tmp_path)["space"]
 
 
@@ -412,14 +415,28 @@ def test_earlier_weights_are_found_by_their_space(
     save_model(preset(monkeypatch), tmp_path)
     first = load_model(tmp_path)
     keep_weights(first)
-    shutil.move(frozen(tmp_path, tmp_path / "later", "image", "text"), tmp_path.parent / "later")
-    later = tmp_path.parent / "later"
+    later = frozen(tmp_path, tmp_path / "later", "image", "text")
     for file in tmp_path.glob("model-*"):
         shutil.copy(file, later)
     assert load_model(later).space != first.space
     again = load_model(later, first.space)
     assert (again.space, again.identity) == (first.space, first.identity)
     assert load_model(later, "no-space").space == load_model(later).space
+
+
+def test_earlier_weights_with_a_frozen_tower_stay_in_the_space_that_they_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(preset(monkeypatch), tmp_path)
+    encoder, run = load_model(tmp_path), tmp_path / "run"
+    run.mkdir()
+    for trained in (["text"], ["image", "text"]):
+        train_towers(encoder, *trained)
+        save_model(encoder, run)
+        keep_weights(load_model(run))
+    started = described(tmp_path)["space"]
+    assert load_model(run).space != started
+    assert load_model(run, started).space == started
 
 
 @pytest.mark.parametrize("space", [["x"], "two words", 7])

@@ -142,10 +142,24 @@ def test_another_model_in_the_recorded_place_is_passed_over(
     assert find_model(str(run), space).source == str(moved)
 
 
-def test_a_run_that_recorded_no_space_is_found_in_its_place(run: Path, space: str) -> None:
-    old = {k: v for k, v in described(run).items() if k not in ("identity", "space", "towers")}
+def forget_space(run: Path) -> None:
+    """Describe a run as versions without spaces did."""
+    new = ("identity", "space", "towers", "origin")
+    old = {k: v for k, v in described(run).items() if k not in new}
     (run / "model.json").write_text(json.dumps(old))
+
+
+def test_a_run_that_recorded_no_space_is_found_in_its_place(run: Path, space: str) -> None:
+    forget_space(run)
     assert find_model(str(run), space).space == space
+
+
+def test_a_run_that_recorded_no_space_and_was_moved_with_its_store_is_found(
+    run: Path, store: Path, space: str, tmp_path: Path
+) -> None:
+    forget_space(run)
+    there = Path(shutil.move(tmp_path / "here", tmp_path / "there"))
+    assert find_model(str(run), space, near=there / store.name).space == space
 
 
 def test_a_damaged_run_in_the_recorded_place_is_passed_over(
@@ -232,9 +246,7 @@ def test_the_fault_of_an_earlier_version_is_named(
         find_model(weights, "small-clip-0000")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff", b"[]", b"{}", b'{"model": "other", "source": "x"}', b"7"]
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"{}", b'{"source": "x"}', b"7"])
 def test_a_damaged_memory_is_passed_over_and_mended(
     content: bytes, run: Path, space: str, home: Path, tmp_path: Path
 ) -> None:
