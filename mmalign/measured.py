@@ -75,6 +75,11 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE, "")
     if chosen:
         return None if chosen == OFF else Path(chosen)
+    return user_folder()
+
+
+def user_folder() -> Path | None:
+    """Return mmalign's folder in the system's cache folder; None if no home folder is known."""
     if sys.platform == "win32":
         return _inside("LOCALAPPDATA", "AppData/Local", "mmalign/Cache")
     if sys.platform == "darwin":

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,22 @@ places.PAUSE_S = 0.001
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on the CPU; they read this when they are imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what fixtures of the session remember, and of the homes of all tests."""
+    folder = tmp_path_factory.mktemp("homes")
+    os.environ["MMALIGN_HOME"] = str(folder / "session")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(homes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of each test's own: models that others remembered are not found."""
+    folder = homes / secrets.token_hex(8)
+    monkeypatch.setenv("MMALIGN_HOME", str(folder))
+    return folder
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:

@@ -1,16 +1,18 @@
 """Run folders: how a model is created, saved and loaded. Nothing is ever unpickled.
 
-RUN/model.json                name, architecture, preprocessing; which weights are the run's
+RUN/model.json                name, architecture, preprocessing; which weights are the run's, the
+                              identity and space they give the model
 RUN/model-HASH.safetensors    weights; HASH is the end of the identity they give the model
+RUN/model-HASH.kept           a store was made with these weights, in the space that is named inside
 RUN/tokenizer.json            tokenizer
 
-Weights are never overwritten: a store made with earlier ones finds them by identity.
+Weights are never overwritten: a store made with earlier ones finds them by identity or space.
 """
 
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from mmalign import files
 from mmalign.errors import ModelError, nearest, same, shell_command
 from mmalign.model import openclip, tokenizer
 from mmalign.model.encoder import Encoder, Preprocess
+from mmalign.model.identity import Origin
 from mmalign.model.presets import PRESETS, Preset
 from mmalign.model.towers import OwnTowers
 from mmalign.model.weights import reason, require_numbers
@@ -60,22 +63,22 @@ UNFIT = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)
 WEIGHTS, ONLY_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors"), "model.safetensors"
 
 
-def load_model(name: str | Path, identity: str | None = None) -> Encoder:
+def load_model(name: str | Path, wanted: str | None = None) -> Encoder:
     """Load a run folder, or an open_clip model.
 
     The latter are written `NAME:TAG`, `NAME:FILE`, `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
 
     Args:
         name: The model's name or folder.
-        identity: For a run that has been trained further since: load the weights that give the
-            model this identity, if the run has them, else the newest.
+        wanted: An identity or space. For a run that has been trained further since: load the
+            weights that give it to the model, if the run has them, else the newest.
 
     Raises:
         ModelError: The model does not exist, has no trained weights yet, or its files are damaged.
     """
     run = Path(name)
     if run.is_dir():
-        return _load_run(run, identity)
+        return _load_run(run, wanted)
     architecture, _, pretrained = str(name).partition(":")
     if architecture in (openclip.HUB, openclip.FOLDER):
         return openclip.load(architecture, pretrained)
@@ -137,16 +140,31 @@ def save_model(encoder: Encoder, run: Path, *, steps: int | None = None) -> str:
     state = {
         k: v.detach().cpu().contiguous().clone() for k, v in encoder.towers.state_dict().items()
     }
-    name = _weights_name(encoder.identity_with(state))
+    identity = encoder.identity_with(state)
+    name = _weights_name(identity)
     files.write_through(run / name, lambda path: save_file(state, files.utf8_name(path)))
-    save_description(encoder, run, weights=name, steps=steps)
+    made = {"identity": identity, **asdict(encoder.described(state))}
+    save_description(encoder, run, weights=name, steps=steps, made=made)
     return name
 
 
 def save_description(
-    encoder: Encoder, run: Path, *, weights: str | None = None, steps: int | None = None
+    encoder: Encoder,
+    run: Path,
+    *,
+    weights: str | None = None,
+    steps: int | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model's description, without weights as long as none are worth saving."""
+    """Write a model's description, without weights as long as none are worth saving.
+
+    Args:
+        encoder: The encoder to describe.
+        run: An existing folder.
+        weights: The name of the weight file.
+        steps: Training steps that led to these weights.
+        made: The identity, space and towers that the weights give the model.
+    """
     files.write_text(run / "tokenizer.json", encoder.tokenizer.to_json())
     description = {
         "name": encoder.name,
@@ -154,6 +172,11 @@ def save_description(
         "preprocess": asdict(encoder.preprocess),
         "weights": weights,
         "trained_steps": steps,
+        "identity": None,
+        "space": None,
+        "towers": None,
+        **(made or {}),
+        "origin": asdict(encoder.origin) if encoder.origin else None,
     }
     files.write_json(run / "model.json", description)
 
@@ -171,13 +194,13 @@ def has_weights(run: Path) -> bool:
 def keep_weights(encoder: Encoder) -> None:
     """Make the run an encoder was loaded from keep its weights, even after finding better ones.
 
-    Anything that records the encoder's identity (a store) calls this: training removes only those
-    of its own weights that nothing needs.
+    Anything that records the encoder's identity or space (a store) calls this: training removes
+    only those of its own weights that nothing needs.
     """
     file = Path(encoder.source or ".") / _weights_name(encoder.identity)
     if file.exists():
         with contextlib.suppress(OSError):  # a run folder that is not writable is not being trained
-            _keeper(file).touch()
+            files.write_text(_keeper(file), encoder.space)
 
 
 def drop_weights(run: Path, name: str) -> None:
@@ -195,6 +218,7 @@ def blank_model(run: Path) -> Encoder:
     description = _description(run)
     try:
         encoder = _build(run, description)
+        encoder.origin = Origin.from_json(description.get("origin"))
     except UNFIT as error:
         _damaged(run, error)
     with torch.no_grad():
@@ -207,12 +231,44 @@ def blank_model(run: Path) -> Encoder:
     return encoder
 
 
-def _load_run(run: Path, identity: str | None) -> Encoder:
+def describes(run: Path, wanted: str) -> bool | None:
+    """Return whether a run has weights of an identity or space; reads only names and descriptions.
+
+    None if that cannot be told: the run has no description that can be read, or is from a version
+    that recorded neither.
+    """
+    try:
+        description = _description(run)
+        named = _weights(run, description)
+    except (ModelError, OSError):
+        return None
+    if _kept_as(run, wanted) or (named and wanted in _recorded(description)):
+        return True
+    return False if description.get("space") else None
+
+
+def _recorded(description: Mapping[str, Any]) -> tuple[Any, Any]:
+    return description.get("identity"), description.get("space")
+
+
+def _kept_as(run: Path, wanted: str) -> Path | None:
+    """Find weights of an identity or space that are not, or may not be, the newest."""
+    named = run / _weights_name(wanted)
+    if named.exists():
+        return named
+    with contextlib.suppress(OSError, ValueError):
+        for keeper in sorted(run.glob("model-*.kept")):
+            weights = keeper.with_suffix(".safetensors")
+            if keeper.read_text(encoding="utf-8") == wanted and weights.exists():
+                return weights
+    return None
+
+
+def _load_run(run: Path, wanted: str | None) -> Encoder:
     description = _description(run)
-    weights = _weights(run, description)
-    earlier = run / _weights_name(identity) if identity else None
-    if earlier is not None and earlier.exists():
-        weights = earlier
+    named = weights = _weights(run, description)
+    if wanted and wanted not in _recorded(description):
+        weights = _kept_as(run, wanted) or weights
     if weights is None:
         raise ModelError(
             f"{run}: no trained weights yet: its first validation saves some; "
@@ -223,6 +279,9 @@ def _load_run(run: Path, identity: str | None) -> Encoder:
     try:
         encoder = _build(run, description)
         encoder.towers.load_state_dict(load_file(files.utf8_name(weights)))
+        # Earlier weights have the space that follows from where the run started.
+        recorded = description if weights == named else description.get("origin")
+        encoder.origin = Origin.from_json(recorded)
     except UNFIT as error:
         _damaged(run, error)
     require_numbers(encoder.towers, str(weights))

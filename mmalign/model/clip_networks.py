@@ -33,6 +33,16 @@ TORCH_MISMATCH = (
 )
 FOLDER, CONFIG = "local-dir", "open_clip_config.json"
 REACH_SECONDS = 5
+# Settings of open_clip that change no vector of a built network.
+TRAINING_ONLY = (
+    "timm_drop", "timm_drop_path", "patch_dropout", "timm_model_pretrained", "hf_model_pretrained",
+    "output_tokens",
+)  # fmt: skip
+# Those that belong to one tower, to heads, or to the class that holds both towers.
+NOT_SHARED = (
+    "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "init_logit_scale",
+    "init_logit_bias", "nonscalar_logit_scale",
+)  # fmt: skip
 
 
 def module() -> Any:
@@ -117,15 +127,39 @@ class OpenClipTokenizer(Tokenizer):
         """Return the name, which is enough: open_clip holds the vocabulary."""
         return json.dumps({"open_clip": self.name or self.text}, sort_keys=True)
 
+    def decisive(self) -> str:
+        """Return the settings that an architecture's name stands for: other names share them."""
+        return json.dumps({"open_clip": self.text}, sort_keys=True)
+
 
 def _text_config(architecture: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine the tokens of a text."""
-    config = architecture.get("config") or module().get_model_config(architecture["name"]) or {}
-    text = config.get("text_cfg", {})
+    text = _config(architecture).get("text_cfg", {})
     keys = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
     return {
         "context_length": text.get("context_length", 77),
         **{key: text[key] for key in keys if text.get(key)},
+    }
+
+
+def _config(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return open_clip's model_cfg of an architecture."""
+    return architecture.get("config") or module().get_model_config(architecture["name"]) or {}
+
+
+def tower_config(modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the vectors of one tower, with its activation."""
+    config = _config(architecture)
+    tower = config["vision_cfg" if modality == "image" else "text_cfg"]
+    # Networks of other libraries and ResNets have an activation of their own.
+    others = tower.get("timm_model_name") or tower.get("hf_model_name")
+    takes_activation = not others and not isinstance(tower.get("layers"), list)
+    quick = architecture.get("quick_gelu") or config.get("quick_gelu")
+    return {
+        "kind": architecture["kind"],
+        "tower": {k: v for k, v in tower.items() if k not in TRAINING_ONLY},
+        "quick_gelu": bool(takes_activation and quick),
+        **{k: v for k, v in config.items() if k not in NOT_SHARED},
     }
 
 

@@ -6,7 +6,7 @@ B items of a batch, D dimensions, S side of an image in pixels, T tokens.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmalign.arrays import Floats
 from mmalign.errors import ModelError
+from mmalign.model.identity import MODALITIES, Origin, raw, space_after, tower_identity
 
 MAX_LOGIT_SCALE = 100.0
 TEXTS_AT_ONCE = 64
@@ -69,6 +70,23 @@ class Towers(nn.Module, ABC):
     def text_features(self, tokens_BT: Tensor) -> Tensor:
         """Map token ids, padded with 0, to features (B, D), not normalised to unit length."""
 
+    @abstractmethod
+    def architecture_of(self, modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of `Encoder.architecture` that decides the vectors of one tower."""
+
+    @abstractmethod
+    def weights_of(self, modality: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights and buffers on the embedding path of one tower.
+
+        Args:
+            modality: "image" or "text".
+            weights: In the form of `state_dict`.
+
+        Returns:
+            Those from which the tower's vectors are computed, by their names inside the tower. A
+            weight that both towers use is in both.
+        """
+
     @property
     def logit_scale(self) -> Tensor:
         """Return the multiplier of the cosines, at most 100."""
@@ -89,6 +107,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def to_json(self) -> str:
         """Return everything needed to rebuild it, as JSON."""
+
+    def decisive(self) -> str:
+        """Return what decides the tokens, as JSON; part of the text tower's identity."""
+        return self.to_json()
 
 
 def fastest_device() -> torch.device:
@@ -121,6 +143,9 @@ class Encoder:
     source: str = ""
     """The run folder or name it was loaded from; empty for a new encoder."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    origin: Origin | None = None
+    """The model that the weights came from, before any training; None for random weights."""
+    _towers: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.towers.eval()
@@ -161,7 +186,7 @@ class Encoder:
     def identity(self) -> str:
         """Return the name and a hash of architecture, weights, preprocessing and tokenizer.
 
-        Embeddings can be compared only if they have the same identity.
+        Stores of format 2 name it; `space` decides which embeddings can be compared.
         """
         return self.identity_with(self.towers.state_dict())
 
@@ -172,10 +197,42 @@ class Encoder:
         digest.update(self.tokenizer.to_json().encode())
         for name, tensor in sorted(weights.items()):
             digest.update(name.encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            digest.update(raw(tensor))
         return f"{self.name}-{digest.hexdigest()[:16]}"
+
+    @property
+    def tower_identities(self) -> dict[str, str]:
+        """Return the identity of each tower, by modality."""
+        return {modality: self.tower_identity(modality) for modality in MODALITIES}
+
+    def tower_identity(self, modality: str) -> str:
+        """Return the name of one tower: a hash over whatever decides its vectors, computed once."""
+        if modality not in self._towers:
+            self._towers[modality] = self.tower_identity_with(modality, self.towers.state_dict())
+        return self._towers[modality]
+
+    def tower_identity_with(self, modality: str, weights: Mapping[str, Tensor]) -> str:
+        """Return the identity that a tower would have with other weights of the whole model."""
+        image = json.dumps(asdict(self.preprocess), sort_keys=True)
+        return tower_identity(
+            modality,
+            self.towers.architecture_of(modality, self.architecture),
+            image if modality == "image" else self.tokenizer.decisive(),
+            self.towers.weights_of(modality, weights),
+        )
+
+    @cached_property
+    def space(self) -> str:
+        """Return the name of the space that the towers share.
+
+        Embeddings can be compared only if they have the same space.
+        """
+        return space_after(self.origin, self.tower_identity, self.name)
+
+    def described(self, weights: Mapping[str, Tensor]) -> Origin:
+        """Return space and towers that this encoder would have with other weights."""
+        towers = {m: self.tower_identity_with(m, weights) for m in MODALITIES}
+        return Origin(space_after(self.origin, towers.__getitem__, self.name), towers)
 
     def former_fault(self, identity: str) -> str:
         """Return what earlier versions got wrong with these weights, if that led to an identity."""

@@ -6,13 +6,14 @@ The shortcuts read open_clip internals, which are not its public API and are ren
 versions. `compare_with_public` runs both once; a shortcut that fails or differs is not used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmalign.model.clip_networks import tower_config
 from mmalign.model.encoder import Encoder, Preprocess, Towers
 from mmalign.model.fused import Patches
 from mmalign.progress import say
@@ -79,6 +80,19 @@ class OpenClipTowers(Towers):
         if isinstance(projection, nn.Linear):
             return projection(pooled_BW)  # type: ignore[no-any-return]
         return pooled_BW if projection is None else pooled_BW @ projection  # type: ignore[no-any-return]
+
+    def architecture_of(self, modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
+        """See `Towers`."""
+        return tower_config(modality, architecture)
+
+    def weights_of(self, modality: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Towers`."""
+        if modality == "text" and not hasattr(self.clip, "text"):
+            # open_clip's class CLIP holds the parts of its text tower directly.
+            rest = {k.removeprefix("clip."): v for k, v in weights.items() if k != "_bias"}
+            return {k: v for k, v in rest.items() if not k.startswith(("visual.", "logit_"))}
+        start = "clip.visual." if modality == "image" else "clip.text."
+        return {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
 
 
 def compare_with_public(encoder: Encoder) -> None:

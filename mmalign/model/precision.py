@@ -12,8 +12,9 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ class CastTowers(Towers):
     def text_features(self, tokens_BT: Tensor) -> Tensor:
         """See `Towers`."""
         return self.towers.text_features(tokens_BT)
+
+    def architecture_of(self, modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
+        """See `Towers`."""
+        return self.towers.architecture_of(modality, architecture)
+
+    def weights_of(self, modality: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Towers`."""
+        inner = {k.removeprefix("towers."): v for k, v in weights.items()}
+        return self.towers.weights_of(modality, inner)
 
 
 def in_precision(encoder: Encoder, precision: Precision) -> tuple[Encoder, str]:
@@ -132,7 +142,9 @@ def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
 
 def _same_model(encoder: Encoder, towers: Towers) -> Encoder:
     other = replace(encoder, towers=towers)
-    other.__dict__.update(identity=encoder.identity, dim=encoder.dim)
+    other.__dict__.update(
+        identity=encoder.identity, dim=encoder.dim, _towers=encoder.tower_identities
+    )
     return other
 
 

@@ -7,7 +7,8 @@ and a text tower that is cut to the longest caption of the batch.
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from mmalign.model.presets import Preset
 
 FIRST_TEMPERATURE = 0.07
+# The fields of a preset that decide the vectors of each tower; dropout decides none.
+FIELDS = {
+    "image": ("image_size", "image_widths", "image_blocks", "stem_strides", "image_grid", "dim"),
+    "text": (
+        "text_width", "text_layers", "text_heads", "text_hidden", "vocabulary", "context", "dim",
+    ),
+}  # fmt: skip
 
 
 class OwnTowers(Towers):
@@ -40,6 +48,18 @@ class OwnTowers(Towers):
     def text_features(self, tokens_BT: Tensor) -> Tensor:
         """See `Towers`."""
         return self.text(tokens_BT)  # type: ignore[no-any-return]
+
+    def architecture_of(self, modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
+        """See `Towers`."""
+        return {k: v for k, v in architecture.items() if k in ("kind", *FIELDS[modality])}
+
+    def weights_of(self, modality: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Towers`."""
+        start = f"{modality}."
+        own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        if modality == "text" and not len(self.text.layers):
+            del own["places"]  # a bag of words has no order
+        return own
 
 
 class ConvTower(nn.Module):

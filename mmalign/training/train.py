@@ -277,6 +277,8 @@ def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
             from mmalign.model import openclip
 
             encoder = openclip.load(config.model, config.pretrained)
+            if encoder.source:  # it has trained weights
+                encoder.origin = encoder.described(encoder.towers.state_dict())
         else:
             encoder = new_model(config.preset, [c for r in records for c in r.captions])
     if config.loss == "siglip" and float(encoder.towers.logit_bias.detach()) == 0:

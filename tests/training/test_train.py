@@ -24,6 +24,7 @@ from mmalign.errors import ConfigError, DataError, ModelError, TrainingError, Us
 from mmalign.evaluation.evaluate import evaluate
 from mmalign.kernels.pair_ids import share_an_id
 from mmalign.model import (
+    Origin,
     drop_weights,
     keep_weights,
     new_model,
@@ -100,6 +101,21 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path, small_clip: s
     tuned = load_model(tmp_path / "run").encode_texts(["a dog"])
     given = load_model(f"{small_clip}:{tmp_path / 'clip.pt'}").encode_texts(["a dog"])
     assert np.allclose(tuned, given, atol=1e-3)
+
+
+def test_fine_tuning_knows_the_model_that_it_started_from(tmp_path: Path, small_clip: str) -> None:
+    from mmalign.model import openclip
+
+    clip = openclip.module().create_model(small_clip, pretrained=None)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    given = load_model(f"{small_clip}:{tmp_path / 'clip.pt'}")
+    config = replace(QUICK, preset="tiny", model=small_clip, pretrained=str(tmp_path / "clip.pt"))
+    assert _new_encoder(config, []).origin == Origin(given.space, given.tower_identities)
+
+
+def test_a_training_from_scratch_started_from_no_model(small_clip: str) -> None:
+    config = replace(QUICK, preset="tiny", model=small_clip)
+    assert _new_encoder(config, []).origin is None
 
 
 def test_a_nan_loss_stops_and_keeps_good_weights(tmp_path: Path, scenes: Path) -> None:
