@@ -1,6 +1,6 @@
 """FAISS finds candidates, the stored vectors score them; the only file that imports faiss.
 
-N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
+Shapes: N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
 """
 
 # The type stubs of FAISS are out of date.
@@ -47,7 +47,7 @@ CANDIDATE_COST = 20
 
 
 class Approximate(Index):
-    """A FAISS index with the vectors it was built from; final.
+    """A FAISS index with the vectors it was built from.
 
     Safe to use from several threads: search parameters are passed with each call.
     """

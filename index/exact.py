@@ -1,6 +1,6 @@
 """Exact search, and exact search over the rows that came after an index was built.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MIN_SHARE_TO_COUNT = 0.25
 
 
 class Exact(Index):
-    """Compares every row; final. The ground truth for all other indexes."""
+    """Compares every row. The ground truth for all other indexes."""
 
     def __init__(
         self, shards: Shards, first_row: int = 0, coded_bytes: float = CODED_BYTES
@@ -112,7 +112,7 @@ class Exact(Index):
 
 
 class Extended(Index):
-    """An index combined with exact search over the rows added since it was built; final."""
+    """An index combined with exact search over the rows added since it was built."""
 
     def __init__(self, index: Index, vectors: VectorReader) -> None:
         """Combine an index over the first rows with the vectors of the whole store."""

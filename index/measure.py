@@ -1,6 +1,6 @@
 """Recall and latency of an index, and the fastest search parameters that reach a recall.
 
-M queries, K neighbours, R candidates.
+Shapes: M queries, K neighbours, R candidates.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Choose the fastest index that reaches a recall target, by measurement: on samples, then on all.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 
 Every index spec that fits the memory is built over a sample of the rows, tuned to the recall target
 on real queries, and timed. The fastest advance to a larger sample, and the best is built over all
@@ -69,7 +69,7 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries of one modality: some tune, the others are held out to measure; final."""
+    """Queries of one modality: some tune, the others are held out to measure."""
 
     tune_MD: Floats
     held_out_MD: Floats
@@ -93,7 +93,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Plan:
-    """An index spec, built and tuned; final."""
+    """An index spec, built and tuned."""
 
     spec: IndexSpec
     index: Any = None
@@ -218,7 +218,7 @@ def _run_rounds(
 
 
 class _Tournament:
-    """One round: specs are built over the same sample and searched with the same queries; final."""
+    """One round: specs are built over the same sample and searched with the same queries."""
 
     def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
         self.sample = sample

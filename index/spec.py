@@ -1,6 +1,6 @@
 """What an index is, and the index specs to choose from.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 """
 
 import re

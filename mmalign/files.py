@@ -51,7 +51,7 @@ fcntl, msvcrt = _if_there("fcntl"), _if_there("msvcrt")
 
 
 class Disk:
-    """The disk operations that mmalign uses, one method each; final.
+    """The disk operations that mmalign uses, one method each.
 
     Everything in this module goes through `disk`, so that tests can substitute a failing disk.
     """
@@ -138,7 +138,7 @@ def _reach_the_disk(handle: int) -> None:
 
 
 class Draft(io.BufferedIOBase):
-    """A file that is being written sequentially; final.
+    """A file that is being written sequentially.
 
     It hashes the bytes as they are passed in, so a byte corrupted on its way to the disk does not
     match the hash. Hashing the file after reading it back would miss that.

@@ -34,7 +34,10 @@ DOORS = {
     "tokenizers": {"mmalign.model.tokenizer"},
     "safetensors": {"mmalign.model.checkpoint"},
     "pyarrow": {
-        "mmalign.store", "mmalign.exchange", "mmalign.arrow_values", "mmalign.data.arrow_tables",
+        "mmalign.store",
+        "mmalign.exchange",
+        "mmalign.arrow_values",
+        "mmalign.data.arrow_tables",
     },
     "webdataset": {"mmalign.data.scenes"},
     "braceexpand": {"mmalign.data.catalog"},

@@ -209,7 +209,7 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file at a URL; failed reads are retried; final."""
+    """A file at a URL; failed reads are retried."""
 
     def __init__(self, remote: Any) -> None:
         self._remote = remote

@@ -87,7 +87,7 @@ class JoinedSkips:
 
 
 class Stamps:
-    """Detects changed samples without reading them; final. Thread-safe."""
+    """Detects changed samples without reading them. Thread-safe."""
 
     def __init__(self) -> None:
         """Start without cached data: the properties of a tar or a table are read only once."""

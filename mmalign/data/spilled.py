@@ -11,7 +11,7 @@ from mmalign.data.samples import Record, Skip
 
 
 class UniqueIds:
-    """Makes record ids unique, and detects skips that two sources share; final.
+    """Makes record ids unique, and detects skips that two sources share.
 
     Two files with one id are distinguished by their uri. SQLite keeps the names in its own
     temporary file, which disappears with the process.
@@ -85,7 +85,7 @@ def is_derived_id(name: str, uri: str) -> bool:
 
 
 class SpilledRecords:
-    """A list of records in a temporary file; final. As a context manager, it closes itself."""
+    """A list of records in a temporary file. As a context manager, it closes itself."""
 
     def __init__(self) -> None:
         self._folder = files.scratch_folder()

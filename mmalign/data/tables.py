@@ -159,7 +159,7 @@ def column_names(path: str, options: ReadOptions) -> list[str]:
 
 @dataclass
 class _ReadState:
-    """The state of reading one table; final."""
+    """The state of reading one table."""
 
     path: str
     options: ReadOptions
@@ -370,7 +370,7 @@ def _group_by_path(
 
 
 class _RowsByImage:
-    """Values grouped by image, in the order of each image's first row; final.
+    """Values grouped by image, in the order of each image's first row.
 
     SQLite stores and sorts them in its own temporary file, which disappears with the process.
     """

@@ -1,6 +1,6 @@
 """Compare a store with its sources: samples it lacks, and rows whose samples are gone.
 
-N rows of the store, deleted ones included.
+Shapes: N rows of the store, deleted ones included.
 """
 
 import zlib
@@ -57,7 +57,7 @@ class ScanOptions:
 
 @dataclass
 class ChangeSet:
-    """The result of a scan; `records` are to be read; final."""
+    """The result of a scan; `records` are to be read."""
 
     records: SpilledRecords
     stored: StoredRows
@@ -167,7 +167,7 @@ class Match:
 
 
 class RowMatcher:
-    """Decides which row each sample that was read belongs to, one by one; final."""
+    """Decides which row each sample that was read belongs to, one by one."""
 
     def __init__(self, changes: ChangeSet) -> None:
         """Take the result of a scan."""

@@ -173,7 +173,7 @@ def _open(path: Path, card: ModelCard, float32_encoder: Encoder) -> Store:
 
 
 class _EmbedRun:
-    """Reads the samples that a scan found, and writes their rows; final."""
+    """Reads the samples that a scan found, and writes their rows."""
 
     def __init__(
         self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool

@@ -4,7 +4,7 @@ A row follows its content. The sample at a row's location belongs to that row, w
 now; if a source itself names its samples, the name decides. A new file may be one that was moved:
 then some row has its checksum, and the location of that row is gone.
 
-N rows of the store, deleted ones included; D dimensions.
+Shapes: N rows of the store, deleted ones included; D dimensions.
 """
 
 import threading
@@ -32,7 +32,7 @@ CHANGE_COLUMNS = ("id", "uri", "stamp")
 
 
 class _Lookup:
-    """Rows indexed by one of their values, about 16 bytes per row; final."""
+    """Rows indexed by one of their values, about 16 bytes per row."""
 
     def __init__(
         self, store: Store, column: str, hashed: Callable[[Any], NDArray[np.uint64]]
@@ -52,7 +52,7 @@ class _Lookup:
 
 
 class StoredRows:
-    """The rows of one generation, found by their samples; final. Safe to use from threads."""
+    """The rows of one generation, found by their samples. Safe to use from threads."""
 
     def __init__(self, store: Store) -> None:
         """Take a store; its columns are read when they are first needed."""

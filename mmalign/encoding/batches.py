@@ -1,6 +1,6 @@
 """Tools for loops over an encoder: a cache of texts, and batches that fit the memory.
 
-B items of a batch, C captions of one item, D dimensions.
+Shapes: B items of a batch, C captions of one item, D dimensions.
 """
 
 import sys
@@ -22,7 +22,7 @@ CACHED_TEXTS = 20_000
 
 
 class TextCache:
-    """Encodes captions, with a cache of the last 20,000; final.
+    """Encodes captions, with a cache of the last 20,000.
 
     Safe to use from several threads.
     """
@@ -58,7 +58,7 @@ class TextCache:
 
 
 class BatchSplitter(Generic[T]):
-    """Encodes batches; one that does not fit the memory is split, as are all later ones; final.
+    """Encodes batches; one that does not fit the memory is split, as are all later ones.
 
     Safe to use from several threads.
     """

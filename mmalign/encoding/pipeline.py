@@ -7,7 +7,7 @@ batch wait for each other at every layer, and for every image that is decoded at
 GPU two threads take turns, so that one copies while the other computes. On other devices (Apple's)
 one thread encodes.
 
-B items of a batch, S side of an image in pixels, D dimensions.
+Shapes: B items of a batch, S side of an image in pixels, D dimensions.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class Encoded:
 
 @dataclass
 class Stage:
-    """How busy one stage of the pipeline is; final."""
+    """How busy one stage of the pipeline is."""
 
     name: str
     workers: int
@@ -110,7 +110,7 @@ class Stage:
 
 
 class Pipeline:
-    """Decodes and encodes records, several at a time; final.
+    """Decodes and encodes records, several at a time.
 
     With a GPU, plain JPEGs are decoded there. The CPU then decodes them at reduced scale only: for
     the thumbnail, and because a GPU decoder may not report that an image is damaged.

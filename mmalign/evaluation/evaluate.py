@@ -1,6 +1,8 @@
 """`mmalign evaluate`: retrieval recall in both directions, and zero-shot classification.
 
-N images, P captions, D dimensions, C classes. Names and rules follow CLIP_benchmark: a
+Shapes: N images, P captions, D dimensions, C classes.
+
+Names and rules follow CLIP_benchmark: a
 text->image hit is the caption's own image, an image->text hit is any of the image's captions.
 """
 

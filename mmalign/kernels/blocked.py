@@ -1,7 +1,7 @@
 """Contrastive losses tile by tile: the N x N logits are never materialized, on any device.
 
-B local image rows, N text columns, D dimensions, R x C one tile of logits, L and M ids of an image
-and a text.
+Shapes: B local image rows, N text columns, D dimensions, R x C one tile of logits, L and M ids of
+an image and a text.
 
 InfoNCE costs 8 N^2 D FLOPs. The forward pass takes 2 of the 8: it computes each tile of logits once
 and sums the exponentials along both rows and columns. The backward pass recomputes the tile (2) and

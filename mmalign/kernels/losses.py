@@ -1,6 +1,6 @@
 """The contrastive losses as differentiable torch functions, on one process or many.
 
-B pairs of this process, W processes (ranks), N = W * B pairs in total, D dimensions.
+Shapes: B pairs of this process, W processes (ranks), N = W * B pairs in total, D dimensions.
 
 Each rank compares its B images with all N texts. So only texts are communicated: gathered in the
 forward pass, their gradients reduce-scattered in the backward pass, plus N column sums. Averaging

@@ -1,6 +1,6 @@
 """Contrastive losses on a GPU: the three passes of `blocked.py`, with every tile fused.
 
-B local image rows, N text columns, D dimensions, R rows of a slab.
+Shapes: B local image rows, N text columns, D dimensions, R rows of a slab.
 
 The logits of a tile stay in registers from the product to their exponentials. The backward pass
 writes the weights of one slab of rows at a time, in the dtype of the inputs; both gradients are
@@ -313,7 +313,7 @@ def sigmoid_pass(
 
 
 class _Products:
-    """Sums of weights @ texts (B, D) and of weights.T @ images (N, D); final."""
+    """Sums of weights @ texts (B, D) and of weights.T @ images (N, D)."""
 
     def __init__(self, images: Tensor, texts: Tensor, wants_image: bool, wants_text: bool) -> None:
         self.images, self.texts = images, texts

@@ -1,6 +1,6 @@
 """Fused transformer layers for encoding on a CPU; their results are the same.
 
-B items, T tokens, W width, H heads, S side of an image in pixels, P side of a patch, R rows
+Shapes: B items, T tokens, W width, H heads, S side of an image in pixels, P side of a patch, R rows
 (patches of all images), O width of the output.
 """
 
@@ -48,7 +48,7 @@ def pack(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are laid out for oneDNN's product; final.
+    """A linear layer whose weights are laid out for oneDNN's product.
 
     `nn.Linear` reorders them at each call. For bfloat16 on a CPU that supports it natively.
     """
@@ -69,7 +69,7 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
 
 
 class Attention(nn.Module):
-    """`nn.MultiheadAttention` as self-attention, with its layers as separate modules; final."""
+    """`nn.MultiheadAttention` as self-attention, with its layers as separate modules."""
 
     def __init__(self, attention: nn.MultiheadAttention, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def _mix(q_BHTW: Tensor, k_BHTW: Tensor, v_BHTW: Tensor, mask: Tensor | None) ->
 
 
 class Patches(nn.Module):
-    """A convolution with non-overlapping patches, as one product over raw pixels; final.
+    """A convolution with non-overlapping patches, as one product over raw pixels.
 
     Pixel normalisation is folded into its weights: w (p / 255 - mean) / std is linear in p.
     """

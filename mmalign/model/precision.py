@@ -4,7 +4,7 @@ The model stays the same: its identity is that of its float32 weights, and vecto
 share one space. The difference between them is measured, not assumed. The same measurement compares
 the replacement layers (fused.py, int8.py) with the network's own layers.
 
-B items, S side of an image in pixels, D dimensions.
+Shapes: B items, S side of an image in pixels, D dimensions.
 """
 
 import copy
@@ -46,7 +46,7 @@ OTHERWISE = (
 
 
 class CastTowers(Towers):
-    """Towers with their weights cast to another dtype; final."""
+    """Towers with their weights cast to another dtype."""
 
     def __init__(self, towers: Towers, dtype: torch.dtype) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
     query -> encoder -> index finds rows -> store reads the rows
 
-M queries, D dimensions, K neighbours.
+Shapes: M queries, D dimensions, K neighbours.
 """
 
 import threading
@@ -48,7 +48,7 @@ class Hits(Sequence[Hit]):
 
 
 class Searcher:
-    """A store and the model it was made with, ready for queries from many threads; final.
+    """A store and the model it was made with, ready for queries from many threads.
 
     It searches the newest generation of the store at the time it was opened, until `refresh` is
     called.

@@ -1,6 +1,6 @@
 """One training step: augment, encode, loss, gradients, optimizer, average.
 
-B images of a batch, C captions drawn for each, D dimensions, T tokens of a caption.
+Shapes: B images of a batch, C captions drawn for each, D dimensions, T tokens of a caption.
 """
 
 import math
@@ -49,7 +49,7 @@ def image_side(full: int, start: float, progress: float) -> int:
 
 
 class Learner:
-    """The trained weights and their optimizer; final."""
+    """The trained weights and their optimizer."""
 
     def __init__(self, config: TrainConfig, encoder: Encoder, pairs: Pairs) -> None:
         self.config, self.encoder = config, encoder

@@ -1,7 +1,7 @@
 """Training and validation pairs in memory: pixels by row, tokens by caption, linked by number.
 
-N images, P captions, B images of a batch, C captions drawn for each, L maximum captions per image,
-S side in pixels, T tokens of a caption, X tokens of all captions.
+Shapes: N images, P captions, B images of a batch, C captions drawn for each, L maximum captions per
+image, S side in pixels, T tokens of a caption, X tokens of all captions.
 """
 
 import json

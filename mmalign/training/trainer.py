@@ -1,6 +1,6 @@
 """The training loop: runs all batches, measures recall and saves the run.
 
-N images, P captions, D dimensions.
+Shapes: N images, P captions, D dimensions.
 """
 
 import math
@@ -45,7 +45,7 @@ class State:
 
 
 class Trainer:
-    """One training: runs what `train` assembled, step by step to the end; final."""
+    """One training: runs what `train` assembled, step by step to the end."""
 
     def __init__(
         self,
