@@ -21,7 +21,7 @@ from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
 from mmalign.index.exact import Exact
-from mmalign.index.quantizer import CoarseQuantizer, query_metric
+from mmalign.index.quantizer import CoarseQuantizer, query_metric_and_root
 from mmalign.index.spec import KS, Index, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
 from mmalign.progress import bar
@@ -72,7 +72,7 @@ class Approximate(Index):
         self.points = points
         self.rows = rows
         self.indexed = int(faiss_index.ntotal)
-        self.exact = Exact(vectors.first_rows(rows), coded_bytes=0)
+        self.exact = Exact(vectors.first_rows(rows), max_code_bytes=0)
 
     def search(
         self,
@@ -301,7 +301,7 @@ def _fill_lists(
                 len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(list_numbers[part]),
                 faiss.swig_ptr(coded),
             )  # fmt: skip
-            with files.naming(files.scratch_folder()):
+            with files.name_in_errors(files.scratch_folder()):
                 file.write(coded.data)
             first = part.stop
             progress.update(len(numbers_B))
@@ -346,7 +346,7 @@ def cluster(
     kmeans.niter, kmeans.seed, kmeans.spherical = KMEANS_ITERATIONS, seed, True
     nearest = faiss.IndexFlatIP(vectors.dim)
     if spec.metric == "queries" and queries_MD is not None:
-        metric, root = query_metric(queries_MD)
+        metric, root = query_metric_and_root(queries_MD)
         sample = sample @ root
         kmeans.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
     # FAISS warns on stderr if it considers the rows too few; here recall is measured instead.

@@ -39,7 +39,7 @@ from mmalign.index.measure import (
 from mmalign.index.quantizer import CoarseQuantizer
 from mmalign.index.spec import KS, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
-from mmalign.memory import return_freed, return_large_blocks
+from mmalign.memory import release_free_memory, release_large_blocks
 from mmalign.progress import over, say
 
 EXACT_ROWS = 50_000
@@ -140,7 +140,7 @@ def plan(
     if not by_modality:
         say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
-    return_large_blocks()
+    release_large_blocks()
     main = next(iter(by_modality))
     specs, tried = _run_rounds(
         fitting, vectors, main, by_modality[main], recall=recall, memory=memory
@@ -152,9 +152,9 @@ def plan(
             f"will be exact; the best was {near.design} with {near.recall:.1%}"
         )
         return Plan(IndexSpec("exact"), tried=tried)
-    return_freed()
+    release_free_memory()
     true_rows = _true_by_modality(vectors, _reduced(by_modality))
-    return_freed()
+    release_free_memory()
     for spec in specs:
         built = _build_and_tune(spec, vectors, by_modality, true_rows, recall)
         if built is not None:
@@ -346,5 +346,5 @@ def _common_fields(
 def true_neighbours(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
     """Return the true neighbours among the live rows, shape (M, K)."""
     # A single search: coding the rows would take longer than it saves.
-    exact = Exact(vectors.shards, coded_bytes=0)
+    exact = Exact(vectors.shards, max_code_bytes=0)
     return exact.search(queries_MD, k, vectors.live_N)[1]

@@ -48,7 +48,7 @@ class CoarseQuantizer:
         return torch.cat(parts).numpy()
 
 
-def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
+def query_metric_and_root(queries_MD: Floats) -> tuple[Floats, Floats]:
     """Return the query metric, shape (D, D), and its square root, which maps vectors into it."""
     covariance_DD = np.cov(queries_MD, rowvar=False, bias=True)
     eigenvalues_D, eigenvectors_DD = np.linalg.eigh(covariance_DD)

@@ -2,8 +2,8 @@
 
 Shapes: B rows of a batch.
 
-The order of an epoch is a function of (seed, epoch) alone, so that
-training resumes at any step with the same batches as without interruption.
+The order of an epoch is a function of (seed, epoch) alone, so that training resumes at any step
+with the same batches as without interruption.
 """
 
 import queue

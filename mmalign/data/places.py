@@ -101,8 +101,8 @@ def file_system(url: str) -> tuple[Any, str]:
         raise
 
 
-def spelled(place: str) -> str:
-    """Return a place as the prefix of the uris below it: `memory://a` is `memory:///a`."""
+def canonical_place(place: str) -> str:
+    """Return a place as it is written in the uris below it: `memory://a` is `memory:///a`."""
     if not is_url(place):
         return local_path(place)
     fs, path = file_system(place)

@@ -197,7 +197,7 @@ class _ReadState:
             return columns.captions_of(row, self.options), []
         except SampleProblem as problem:
             hint = ": save the table as UTF-8" if "not UTF-8" in str(problem) else ""
-            return (), [Skip(id, uri, f"{problem}{hint}", lost="captions")]
+            return (), [Skip(id, uri, f"{problem}{hint}", affects="captions")]
 
     def meta(self, row: Row, cell: Convert = lambda name, value: value) -> Row:
         """Return metadata as JSON; values that are too large are counted."""

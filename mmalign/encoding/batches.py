@@ -32,8 +32,8 @@ class TextCache:
         self._encode = BatchSplitter(encoder.encode_texts)
         self._known: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
-        self.cut = 0
-        """Captions so far that were truncated."""
+        self.truncated = 0
+        """Number of captions that were truncated so far."""
 
     def __call__(self, captions: Sequence[Sequence[str]]) -> list[Floats]:
         """Return, for each item, the unit vectors (C, D) of its captions, in order."""
@@ -44,10 +44,10 @@ class TextCache:
         for first in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[first : first + TEXTS_AT_ONCE]
             found |= zip(part, self._encode(part), strict=True)
-        cut = self.encoder.tokenizer.cut(missing)
+        truncated = self.encoder.tokenizer.cut(missing)
         with self._lock:
             # Another thread may have encoded the same texts at the same time.
-            self.cut += sum(c not in self._known for c in cut)
+            self.truncated += sum(c not in self._known for c in truncated)
             for caption in asked:
                 self._known[caption] = found[caption]
                 self._known.move_to_end(caption)
@@ -89,7 +89,7 @@ class BatchSplitter(Generic[T]):
         return self(items)
 
 
-def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
+def report_truncated(encoder: Encoder, count: int, what: str = "captions") -> None:
     """Report how many texts are longer than a model reads, if any are."""
     if count:
         say(f"warning: {count} {what} are longer than {encoder.name} can read: they were truncated")

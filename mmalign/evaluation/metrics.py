@@ -2,8 +2,7 @@
 
 Shapes: M queries, N candidates, K ranks, C classes.
 
-Scores are computed elsewhere; ties are broken
-by row.
+Scores are computed elsewhere; ties are broken by row.
 """
 
 from collections.abc import Sequence

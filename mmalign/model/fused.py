@@ -20,7 +20,7 @@ ROWS = 800
 MIDDLE = 128
 
 
-def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
+def replace_attention(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace PyTorch's attention, in place, by one whose layers are separate modules.
 
     Args:
@@ -31,7 +31,7 @@ def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(child, nn.MultiheadAttention) and _is_plain(child):
             setattr(module, name, Attention(child, dtype))
         else:
-            expose_attention(child, dtype)
+            replace_attention(child, dtype)
 
 
 def pack(module: nn.Module) -> None:

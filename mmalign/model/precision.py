@@ -126,7 +126,7 @@ def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
     towers = copy.deepcopy(encoder.towers).eval()
     if encoder.device.type == "cpu":
         towers.take_pixels(encoder.preprocess)
-        fused.expose_attention(towers, dtype)
+        fused.replace_attention(towers, dtype)
     return towers
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.encoding.batches import report_cut
+from mmalign.encoding.batches import report_truncated
 from mmalign.errors import (
     DataError,
     IdentityError,
@@ -221,6 +221,6 @@ def _read_query_file(store: Store, queries: str | Path, model: str | Path | None
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "
             f"the model is {encoder.identity}: give the model that made the store, or embed again"
         )
-    report_cut(encoder, len(encoder.tokenizer.cut(lines)), "queries")
+    report_truncated(encoder, len(encoder.tokenizer.cut(lines)), "queries")
     parts = [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
     return _split(np.concatenate(parts), np.arange(len(lines)))

@@ -199,9 +199,9 @@ class Searcher:
         ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
         vectors = encode_items(self.encoder, items)
-        cut = len(self.encoder.tokenizer.cut(texts)) if texts else 0
-        if cut:
-            what = "the query is" if len(queries) == 1 else f"{cut} queries are"
+        truncated = len(self.encoder.tokenizer.cut(texts)) if texts else 0
+        if truncated:
+            what = "the query is" if len(queries) == 1 else f"{truncated} queries are"
             it = "it was" if len(queries) == 1 else "they were"
             say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)

@@ -29,7 +29,7 @@ from mmalign.data import (
     fit_image,
     report_skips,
 )
-from mmalign.encoding.batches import report_cut
+from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.modalities import decode_workers
 from mmalign.errors import TrainingError
 from mmalign.model import Encoder
@@ -194,7 +194,7 @@ def _tokenize(encoder: Encoder, captions: Sequence[str]) -> tuple[NDArray[Any], 
         fits_uint16 = int(tokens_X.max()) <= np.iinfo(np.uint16).max
         token_arrays.append(tokens_X.astype(np.uint16 if fits_uint16 else np.int32))
         lengths.append(lengths_P.numpy())
-    report_cut(encoder, cut_count)
+    report_truncated(encoder, cut_count)
     starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     return np.concatenate(token_arrays), starts
 
@@ -227,7 +227,7 @@ def _row_batches(count: int, size: int) -> list[Ints]:
     return np.array_split(np.arange(count), -(-count // size))
 
 
-def report_skipped(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
+def write_skipped(run: Path, skips: Sequence[Skip], *, found: int, used: int) -> None:
     """List samples not used for training in the run's skipped.jsonl, and report their number."""
     where = run / "skipped.jsonl"
     if skips:

@@ -21,7 +21,7 @@ from mmalign.model import Encoder, drop_weights, save_model
 from mmalign.progress import bar, say
 from mmalign.training.interrupts import stop_requests
 from mmalign.training.learner import Learner
-from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, report_skipped
+from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, write_skipped
 from mmalign.training.resume import write_state
 from mmalign.training.runlog import RunLog
 from mmalign.training.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
@@ -226,7 +226,7 @@ class Trainer:
         if len(self.skips_by_uri) > self.reported_count:
             self.reported_count = len(self.skips_by_uri)
             found, skips = len(self.pairs), list(self.skips_by_uri.values())
-            report_skipped(self.run, skips, found=found, used=found - len(skips))
+            write_skipped(self.run, skips, found=found, used=found - len(skips))
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote.
