@@ -56,7 +56,7 @@ class Learner:
         self.device = fastest_device()
         self.towers = encoder.on(self.device).towers
         with _seeded(config.seed, self.device):
-            head = TokenHead(encoder.dim, pairs.token_counts(), pairs.captions)
+            head = TokenHead(encoder.dim, pairs.token_counts(), pairs.caption_count)
         self.head = head.to(self.device)
         self.towers.train()
         self.trained = torch.nn.ModuleList([self.towers, self.head])

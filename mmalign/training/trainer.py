@@ -158,7 +158,7 @@ class Trainer:
         vectors = torch.empty(self.config.batch_size, self.encoder.dim, device=learner.device)
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
-            f"{self.pairs.captions} captions; images in {learner.arithmetic['image']}, "
+            f"{self.pairs.caption_count} captions; images in {learner.arithmetic['image']}, "
             f"texts in {learner.arithmetic['text']}, "
             f"loss kernel {kernels.choose_loss(vectors, vectors)}"
         )
