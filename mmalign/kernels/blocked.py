@@ -214,10 +214,10 @@ def _positives(problem: Problem, tile_RC: Tensor, rows: slice, columns: slice) -
 def _shift(problem: Problem) -> float | None:
     """Return a number to subtract from every logit before exp, or None if none is safe.
 
-    No shift is safe if the maxima of rows and columns differ so much that the largest exponential of
-    some row or column underflows. Each maximum is at least the logit of the positive pair, and no
-    logit exceeds scale * |image| * |text|. If these two bounds are close enough, one shift serves
-    all. On a GPU the result is always None: reading the bounds on the host would stall the queue.
+    No shift is safe if the maxima of rows and columns differ so much that the largest exponential
+    of some row or column underflows. Each maximum is at least the logit of the positive pair, and
+    no logit exceeds scale * |image| * |text|. If these two bounds are close enough, one shift
+    serves all. On a GPU the result is always None: the host would have to wait for the bounds.
     """
     if problem.image_BD.device.type != "cpu":
         return None

@@ -27,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = range(16, 2049, 16)
 # Memory of one slab of weights, whatever the batch size.
 SLAB_BYTES = 128 << 20
-# Each direction of the log-sum-exps is split into PARTS parts of whole tiles: enough programs to fill
-# a GPU, few enough partial sums to combine cheaply.
+# Each direction of the log-sum-exps is split into PARTS parts of whole tiles: enough programs to
+# fill a GPU, few enough partial sums to combine cheaply.
 PARTS, TALLEST = 32, 128
 # float16 loses precision below 6e-5, where the weights of a large batch lie.
 GAIN = {torch.float16: 4096.0}
@@ -285,7 +285,8 @@ def infonce_gradients(
             _infonce_kernel[_grid(count, columns)](
                 images[rows], texts, problem.scale, ids[0][rows], ids[1],
                 row_lse_B[rows].contiguous(), column_lse_N, weights,
-                count, columns, problem.first_column + rows.start, gradients.gain, _size_class(columns),
+                count, columns, problem.first_column + rows.start, gradients.gain,
+                _size_class(columns),
                 **_constants(problem, ids),
             )  # fmt: skip
             gradients.add(rows, weights)
@@ -309,7 +310,8 @@ def sigmoid_pass(
             _sigmoid_kernel[_grid(count, columns)](
                 images[rows], texts, problem.scale, ids[0][rows], ids[1], bias,
                 sums[0], sums[1], weights,
-                count, columns, problem.first_column + rows.start, gradients.gain, _size_class(columns),
+                count, columns, problem.first_column + rows.start, gradients.gain,
+                _size_class(columns),
                 **_constants(problem, ids),
             )  # fmt: skip
             loss += sums[0].sum(dtype=torch.float64)

@@ -142,7 +142,7 @@ def _build_all(
         share = counts[name] / sum(counts.values())
         modalities[name] = write_index(
             folder, name, store.vectors(name), queries_by_modality=queries_by_modality,
-            recall=recall, memory=memory * share, share=share, live_N=live[name],
+            recall=recall, memory=memory * share, memory_share=share, live_N=live[name],
         )  # fmt: skip
     return modalities
 
@@ -178,7 +178,9 @@ def _split(queries_MD: NDArray[np.float32], image_ids_M: NDArray[np.int64]) -> Q
         cumulative_counts, min(HELD_OUT, len(queries_MD) // 2), side="right"
     )
     return Queries(
-        queries_MD[~held_out_M], queries_MD[held_out_M], image_ids_M=image_ids_M[held_out_M]
+        queries_MD[~held_out_M],
+        queries_MD[held_out_M],
+        held_out_image_ids_M=image_ids_M[held_out_M],
     )
 
 

@@ -33,11 +33,11 @@ from mmalign.index.plan import SPECS
 from mmalign.index.quantizer import CoarseQuantizer, query_metric_and_root
 from mmalign.index.spec import IndexSpec, OperatingPoint
 
-IVF = IndexSpec("ivf", "PQ/2x4fsr", density=1)
+IVF = IndexSpec("ivf", "PQ/2x4fsr", lists_factor=1)
 EVERY = (
     *SPECS,
-    IndexSpec("ivf", "PQ/2x4fsr", density=1, metric="queries"),
-    IndexSpec("ivf", "PQ/4x4fsr", density=1, metric="queries"),
+    IndexSpec("ivf", "PQ/2x4fsr", lists_factor=1, metric="queries"),
+    IndexSpec("ivf", "PQ/4x4fsr", lists_factor=1, metric="queries"),
     IndexSpec("hnsw", "SQfp16", links=32),
 )
 
