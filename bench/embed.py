@@ -53,7 +53,7 @@ from mmalign.data import Record, in_threads, read_image, scan
 from mmalign.embedding.embed import embed
 from mmalign.encoding.modalities import modalities_of
 from mmalign.encoding.pipeline import CPU_BATCH
-from mmalign.memory import reuse_freed
+from mmalign.memory import keep_free_memory
 from mmalign.model import Precision, in_precision, load_model, openclip
 from mmalign.store import open_store
 
@@ -188,7 +188,7 @@ def encoder_alone(task: Task, precision: Precision = "auto") -> Made:
         firsts = range(0, len(items), CPU_BATCH)
         batches = [way.batch(items[first : first + CPU_BATCH]) for first in firsts]
         encoders, threads = torch.get_num_threads(), 1
-        reuse_freed()
+        keep_free_memory()
     way.encode(batches[0][:CPU_BATCH])
     started = time.perf_counter()
     alone = partial(torch.set_num_threads, threads)

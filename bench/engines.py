@@ -26,7 +26,7 @@ import torch
 from bench import measure
 from mmalign.arrays import Floats
 from mmalign.data import in_threads
-from mmalign.memory import reuse_freed
+from mmalign.memory import keep_free_memory
 from mmalign.model import Encoder, Precision, in_precision, load_model
 
 Encode = Callable[[int], Floats]
@@ -116,7 +116,7 @@ def main(words: list[str]) -> None:
     options = parser.parse_args(words)
     threads = options.threads
     torch.set_num_threads(threads)
-    reuse_freed()
+    keep_free_memory()
     encoder = load_model(f"{options.model}:{options.weights}")
     encoder.towers.eval()
     shape, side = encoder.preprocess, encoder.preprocess.size

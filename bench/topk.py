@@ -130,7 +130,7 @@ class OnCpu:
         self.vectors, self.whole = vectors, vectors.float()
         self.flat = faiss.IndexFlatIP(vectors.shape[1])
         self.flat.add(self.whole.numpy())
-        self.uncoded = Exact([vectors.numpy()], coded_bytes=0)
+        self.uncoded = Exact([vectors.numpy()], max_code_bytes=0)
         self.with_codes = kernels.prepare(vectors, with_codes=True)
 
     def ways(self, queries: Tensor) -> dict[str, Way]:

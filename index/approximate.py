@@ -1,6 +1,7 @@
 """FAISS finds candidates, the stored vectors score them; the only file that imports faiss.
 
-N rows, M queries, D dimensions, K neighbours, R candidates, L lists.
+Shapes: N rows, M queries, Q queries without a result yet, D dimensions, K neighbours, R candidates,
+P gathered vectors, L lists, B rows of a block.
 """
 
 # The type stubs of FAISS are out of date.
@@ -21,33 +22,35 @@ from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, VectorError
 from mmalign.index import mapped
 from mmalign.index.exact import Exact
-from mmalign.index.quantizer import CoarseQuantizer, query_metric
-from mmalign.index.spec import KS, Index, IndexSpec, OperatingPoint
+from mmalign.index.quantizer import CoarseQuantizer, query_metric_and_root
+from mmalign.index.spec import TUNED_KS, Index, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
 from mmalign.progress import bar
 
-# K-means for the lists: maximum training rows, rows per list, iterations. Codes are trained with as
-# many iterations, on fewer rows, as they have only 16 centroids.
+# K-means for the lists: maximum training rows, rows per list, iterations. Codes are trained on
+# CODE_ROWS rows, with the same number of iterations: they have only 16 centroids.
 KMEANS_ROWS, ROWS_PER_LIST, KMEANS_ITERATIONS = 131_072, 32, 8
 CODE_ROWS = 16_384
-EF_CONSTRUCTION, MAX_BREADTH = 40, 2_000
+# Of a graph: efConstruction, and the largest efSearch.
+EF_CONSTRUCTION, MAX_EF_SEARCH = 40, 2_000
 # Candidates gathered at once, counted in float16 values.
 GATHERED_VALUES = 1 << 21
 # Candidates requested from FAISS at once: it allocates several times that much memory.
 CANDIDATES_PER_CALL = 1 << 18
 # Filtered search is exact where the allowed vectors hold at most this many values in total.
 EXACT_VALUES = 1 << 23
-# The unfiltered operating point is tried first if the filter is expected to remove fewer than
-# FEW_MISSING of its neighbours. Then so many neighbours are searched that the nearer half of them
-# holds SPARE * k allowed ones on average. Each retry searches DEPTH_FACTOR times as many
-# neighbours, up to MAX_DEPTH times the largest tuned k.
-FEW_MISSING, SPARE, DEPTH_FACTOR, MAX_DEPTH = 0.5, 1.3, 4, 10
+# Other filtered searches try several numbers of neighbours. First k, if the filter is expected to
+# remove fewer than MAX_EXPECTED_REMOVED of them (a count, not a share). Then as many as are needed
+# for ALLOWED_MARGIN * k allowed ones, on average, among the nearer neighbours (see `search`). Then
+# NEIGHBOURS_GROWTH times as many, and so on, up to MAX_NEIGHBOURS_FACTOR times the largest tuned k.
+MAX_EXPECTED_REMOVED, ALLOWED_MARGIN = 0.5, 1.3
+NEIGHBOURS_GROWTH, MAX_NEIGHBOURS_FACTOR = 4, 10
 # One candidate of the index, or one step in a graph, costs as much as this many exact comparisons.
 CANDIDATE_COST = 20
 
 
 class Approximate(Index):
-    """A FAISS index with the vectors it was built from; final.
+    """A FAISS index with the vectors it was built from.
 
     Safe to use from several threads: search parameters are passed with each call.
     """
@@ -72,7 +75,7 @@ class Approximate(Index):
         self.points = points
         self.rows = rows
         self.indexed = int(faiss_index.ntotal)
-        self.exact = Exact(vectors.first_rows(rows), coded_bytes=0)
+        self.exact = Exact(vectors.first_rows(rows), max_code_bytes=0)
 
     def search(
         self,
@@ -85,9 +88,9 @@ class Approximate(Index):
         """See `Index.search`.
 
         Filtered search keeps the recall of the operating points or is exact. FAISS is queried
-        without the filter, for no more neighbours than the operating points are valid for; if k of
-        them are allowed, they are the answer. A query that finds too few is far from the allowed
-        rows, and is compared with all of them.
+        without the filter, for k neighbours or more. The first k that are allowed are the result if
+        they are among the nearer neighbours: the first k and half of the others. If they never are,
+        the query is far from the allowed rows, and is compared with all of them.
 
         Raises:
             StoreError: The index is damaged.
@@ -101,22 +104,22 @@ class Approximate(Index):
             return self.exact.search(queries_MD, k, allow_N)
         scores_MK = np.full((len(queries_MD), k), -np.inf, np.float32)
         rows_MK = np.full((len(queries_MD), k), -1, np.int64)
-        remaining_P = np.arange(len(queries_MD))
+        remaining_Q = np.arange(len(queries_MD))
         for point in self._attempts(k, allowed, query_modality):
-            scores, rows = self.search_at(queries_MD[remaining_P], point)
+            scores, rows = self.search_at(queries_MD[remaining_Q], point)
             found = rows >= 0 if allow_N is None else (rows >= 0) & allow_N[rows]
-            # With as many neighbours as results, this is unfiltered search. Otherwise the results
-            # must lie in the nearer half, where recall is above average.
-            enough_P = found[:, : (k + point.k) // 2].sum(axis=1) >= min(k, allowed)
+            # The nearer neighbours: the first k and half of the others. Their recall is higher than
+            # that of all neighbours, which was tuned. If point.k == k, they are all neighbours.
+            is_done_Q = found[:, : (k + point.k) // 2].sum(axis=1) >= min(k, allowed)
             order = np.argsort(~found, axis=1, kind="stable")[:, :k]
-            scores_MK[remaining_P] = np.take_along_axis(scores, order, axis=1)
-            rows_MK[remaining_P] = np.take_along_axis(rows, order, axis=1)
-            remaining_P = remaining_P[~enough_P]
-            if not len(remaining_P) or (allow_N is None and self.indexed < self.rows):
+            scores_MK[remaining_Q] = np.take_along_axis(scores, order, axis=1)
+            rows_MK[remaining_Q] = np.take_along_axis(rows, order, axis=1)
+            remaining_Q = remaining_Q[~is_done_Q]
+            if not len(remaining_Q) or (allow_N is None and self.indexed < self.rows):
                 # Without `allow_N`, exact search cannot know which rows are deleted.
                 return scores_MK, rows_MK
-        scores_MK[remaining_P], rows_MK[remaining_P] = self.exact.search(
-            queries_MD[remaining_P], k, allow_N
+        scores_MK[remaining_Q], rows_MK[remaining_Q] = self.exact.search(
+            queries_MD[remaining_Q], k, allow_N
         )
         return scores_MK, rows_MK
 
@@ -125,19 +128,19 @@ class Approximate(Index):
 
         They retrieve unfiltered neighbours: the fewer rows are allowed, the more are needed.
         """
-        share = allowed / max(self.indexed, 1)
-        if (1 - share) * k < FEW_MISSING:
+        allowed_share = allowed / max(self.indexed, 1)
+        if (1 - allowed_share) * k < MAX_EXPECTED_REMOVED:
             yield self.point(k, query_modality)
-        max_depth = MAX_DEPTH * max(KS)
-        depth = math.ceil(2 * SPARE * k / max(share, 1e-9)) - k
-        while share < 1 and depth <= max_depth:
-            point = self.interpolated_point(depth, query_modality)
+        max_neighbours = MAX_NEIGHBOURS_FACTOR * max(TUNED_KS)
+        neighbours = math.ceil(2 * ALLOWED_MARGIN * k / max(allowed_share, 1e-9)) - k
+        while allowed_share < 1 and neighbours <= max_neighbours:
+            point = self.interpolated_point(neighbours, query_modality)
             graph = not isinstance(_ivf_or_graph(self.faiss), faiss.IndexIVF)
-            visited = max(point.candidates, point.breadth) if graph else point.candidates
+            visited = max(point.candidates, point.nprobe_or_ef) if graph else point.candidates
             if visited * CANDIDATE_COST > allowed:
                 return
             yield point
-            depth *= DEPTH_FACTOR
+            neighbours *= NEIGHBOURS_GROWTH
 
     def search_at(self, queries_MD: Floats, point: OperatingPoint) -> tuple[Floats, Ints]:
         """Search with given parameters, without a filter."""
@@ -146,10 +149,12 @@ class Approximate(Index):
         return self.rescore(queries_MD, rows_MR, point.k)
 
     @property
-    def largest_breadth(self) -> int:
-        """Breadth that searches the whole index (IVF), or nearly all of it (graph)."""
+    def max_nprobe_or_ef(self) -> int:
+        """Return the nprobe of all lists, or an efSearch that visits nearly all of a graph."""
         ivf = _ivf_or_graph(self.faiss)
-        return int(ivf.nlist) if isinstance(ivf, faiss.IndexIVF) else min(self.indexed, MAX_BREADTH)
+        return (
+            int(ivf.nlist) if isinstance(ivf, faiss.IndexIVF) else min(self.indexed, MAX_EF_SEARCH)
+        )
 
     def point(self, k: int, query_modality: str) -> OperatingPoint:
         """Return parameters tuned for at least k neighbours, or scaled up to k."""
@@ -170,16 +175,20 @@ class Approximate(Index):
             return math.ceil(low * (high / low) ** fraction)
 
         candidates = interpolate(lower.candidates, upper.candidates)
-        return OperatingPoint(k, interpolate(lower.breadth, upper.breadth), max(k, candidates))
+        return OperatingPoint(
+            k, interpolate(lower.nprobe_or_ef, upper.nprobe_or_ef), max(k, candidates)
+        )
 
     def candidates(self, queries_MD: Floats, point: OperatingPoint) -> Ints:
-        """Return the rows to score exactly, (M, R), by approximate score; -1 if there are fewer.
+        """Return the rows that FAISS scores best, (M, R); they are to be scored exactly.
+
+        If it finds fewer than R for a query, the others are -1.
 
         Raises:
             StoreError: The index is damaged.
         """
         self._check(queries_MD)
-        parameters = _parameters(self.faiss, point.breadth)
+        parameters = _parameters(self.faiss, point.nprobe_or_ef)
         count = min(point.candidates, self.indexed)
         at_once = max(1, CANDIDATES_PER_CALL // max(1, count))
         try:
@@ -266,9 +275,9 @@ def build(
         _fill_lists(index, vectors, quantizer, shown)
         return index
     with bar("index", vectors.live, "vectors", shown=shown) as progress:
-        for numbers_B, block_BD in vectors.blocks():
-            index.add_with_ids(block_BD, numbers_B)
-            progress.update(len(numbers_B))
+        for rows_B, block_BD in vectors.blocks():
+            index.add_with_ids(block_BD, rows_B)
+            progress.update(len(rows_B))
     return index
 
 
@@ -277,45 +286,45 @@ def _fill_lists(
 ) -> None:
     """Assign every vector to its list and encode it.
 
-    FAISS cannot assign by the query metric, and takes twice as long, as torch rotates and compares
-    faster. Codes are kept in a file until each list is complete, as fast-scan packs 32 rows into a
-    block.
+    FAISS cannot assign by the query metric. It also takes twice as long as this function, which
+    rotates and compares vectors in torch. Codes are kept in a temporary file until all vectors are
+    assigned, as fast-scan packs 32 rows of a list into a block.
     """
     ivf = _ivf_or_graph(index)
-    width = ivf.code_size
+    code_bytes = ivf.code_size
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
     rotation_DD = torch.from_numpy(faiss.vector_to_array(rotation.A)).view(rotation.d_out, -1).T
-    numbers = np.zeros(vectors.live, np.int64)
+    row_numbers = np.zeros(vectors.live, np.int64)
     list_numbers = np.zeros(vectors.live, np.int64)
     with (
         files.scratch_file() as file,
         bar("index", vectors.live, "vectors", shown=shown) as progress,
     ):
         first = 0
-        for numbers_B, block_BD in vectors.blocks():
-            part = slice(first, first + len(numbers_B))
-            numbers[part], list_numbers[part] = numbers_B, quantizer.assign(block_BD)
-            coded = np.empty((len(numbers_B), width), np.uint8)
+        for rows_B, block_BD in vectors.blocks():
+            part = slice(first, first + len(rows_B))
+            row_numbers[part], list_numbers[part] = rows_B, quantizer.assign(block_BD)
+            coded = np.empty((len(rows_B), code_bytes), np.uint8)
             rotated = (torch.from_numpy(block_BD) @ rotation_DD).numpy()
             ivf.encode_vectors(
-                len(numbers_B), faiss.swig_ptr(rotated), faiss.swig_ptr(list_numbers[part]),
+                len(rows_B), faiss.swig_ptr(rotated), faiss.swig_ptr(list_numbers[part]),
                 faiss.swig_ptr(coded),
             )  # fmt: skip
-            with files.naming(files.scratch_folder()):
+            with files.name_in_errors(files.scratch_folder()):
                 file.write(coded.data)
             first = part.stop
-            progress.update(len(numbers_B))
+            progress.update(len(rows_B))
         file.flush()
-        codes = np.memmap(file, np.uint8, "r", shape=(vectors.live, width))
+        codes = np.memmap(file, np.uint8, "r", shape=(vectors.live, code_bytes))
         order = np.argsort(list_numbers, kind="stable")
         ends = np.cumsum(np.bincount(list_numbers, minlength=ivf.nlist))
-        for number, rows in enumerate(np.split(order, ends[:-1])):
-            if len(rows):
-                _append_packed(ivf, number, numbers[rows], codes[rows])
-    ivf.ntotal = index.ntotal = len(numbers)
+        for list_number, positions in enumerate(np.split(order, ends[:-1])):
+            if len(positions):
+                _append_packed(ivf, list_number, row_numbers[positions], codes[positions])
+    ivf.ntotal = index.ntotal = len(row_numbers)
 
 
-def _append_packed(ivf: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
+def _append_packed(ivf: Any, list_number: int, ids: Ints, codes: NDArray[np.uint8]) -> None:
     """Add rows to an empty list."""
     packer = faiss.downcast_InvertedLists(ivf.invlists).packer
     blocks = -(-len(ids) // packer.nvec)
@@ -324,7 +333,7 @@ def _append_packed(ivf: Any, number: int, ids: Ints, codes: NDArray[np.uint8]) -
     packed = np.zeros((blocks, packer.block_size), np.uint8)
     for i in range(blocks):
         packer.pack_all(faiss.swig_ptr(flat[i * packer.nvec :]), faiss.swig_ptr(packed[i]))
-    ivf.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
+    ivf.invlists.add_entries(list_number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
 
 
 def cluster(
@@ -341,21 +350,21 @@ def cluster(
     count = spec.lists(vectors.live)
     rows = vectors.sample_rows(min(KMEANS_ROWS, ROWS_PER_LIST * count), seed)
     sample = vectors.gather(rows).astype(np.float32)
-    metric = None
+    metric_DD = None
     kmeans = faiss.Clustering(vectors.dim, count)
     kmeans.niter, kmeans.seed, kmeans.spherical = KMEANS_ITERATIONS, seed, True
     nearest = faiss.IndexFlatIP(vectors.dim)
     if spec.metric == "queries" and queries_MD is not None:
-        metric, root = query_metric(queries_MD)
-        sample = sample @ root
+        metric_DD, root_DD = query_metric_and_root(queries_MD)
+        sample = sample @ root_DD
         kmeans.spherical, nearest = False, faiss.IndexFlatL2(vectors.dim)
     # FAISS warns on stderr if it considers the rows too few; here recall is measured instead.
     kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, ROWS_PER_LIST
     kmeans.train(sample, nearest)
     centroids = faiss.vector_to_array(kmeans.centroids).reshape(count, vectors.dim)
-    if metric is not None:
-        centroids = np.linalg.solve(root, centroids.T).T.astype(np.float32)
-    return CoarseQuantizer(np.ascontiguousarray(centroids), metric)
+    if metric_DD is not None:
+        centroids = np.linalg.solve(root_DD, centroids.T).T.astype(np.float32)
+    return CoarseQuantizer(np.ascontiguousarray(centroids), metric_DD)
 
 
 def serialized_bytes(index: Any) -> int:
@@ -398,14 +407,14 @@ def lists_path(path: Path) -> Path:
 def _write_lists(lists: Any, name: str) -> Iterator[tuple[int, int]]:
     """Write packed codes and ids, list by list; yield the rows and the capacity of each."""
     with open(name, "wb") as file:
-        for number in range(lists.nlist):
-            rows = lists.list_size(number)
+        for list_number in range(lists.nlist):
+            rows = lists.list_size(list_number)
             blocks = -(-rows // lists.n_per_block)
             capacity = blocks * lists.n_per_block
             ids = np.full(capacity, -1, np.int64)
             if rows:
-                codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size)
-                ids[:rows] = faiss.rev_swig_ptr(lists.get_ids(number), rows)
+                codes = faiss.rev_swig_ptr(lists.get_codes(list_number), blocks * lists.block_size)
+                ids[:rows] = faiss.rev_swig_ptr(lists.get_ids(list_number), rows)
                 file.write(codes.tobytes())
                 file.write(ids.tobytes())
             yield rows, capacity
@@ -426,15 +435,18 @@ def load(path: Path, indexed: int, dim: int) -> Any:
             index = faiss.deserialize_index(
                 np.frombuffer(content, np.uint8), faiss.IO_FLAG_READ_ONLY
             )
-            # FAISS would start 32 threads per query to prefetch its lists: slower if they are in
-            # memory (2.5 ms a query instead of 1), and a query reads few pages from a disk.
+            # By default FAISS starts 32 threads for each query, to read its lists ahead. A query
+            # whose lists are in memory then takes 2.5 ms instead of 1, and there is little to gain
+            # with lists on a disk, as a query reads few pages.
             faiss.downcast_InvertedLists(_ivf_or_graph(index).invlists).prefetch_nthread = 0
         else:
             index = faiss.read_index(files.utf8_name(path), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{path}: index cannot be read: {_reason(error)}") from None
-    if index.ntotal != indexed or index.d != dim:
+    if index.ntotal != indexed:
         raise StoreError(f"{path}: holds {index.ntotal} vectors, but index.json says {indexed}")
+    if index.d != dim:
+        raise StoreError(f"{path}: holds vectors of {index.d} dims, but the store's have {dim}")
     return index
 
 
@@ -455,13 +467,13 @@ def _ivf_or_graph(index: Any) -> Any:
     return index
 
 
-def _parameters(index: Any, breadth: int) -> Any:
+def _parameters(index: Any, nprobe_or_ef: int) -> Any:
     """Return search parameters of the type that the index needs."""
     ivf = _ivf_or_graph(index)
     if isinstance(ivf, faiss.IndexIVF):
-        inner = faiss.SearchParametersIVF(nprobe=min(breadth, ivf.nlist))
+        inner = faiss.SearchParametersIVF(nprobe=min(nprobe_or_ef, ivf.nlist))
     else:
-        inner = faiss.SearchParametersHNSW(efSearch=breadth)
+        inner = faiss.SearchParametersHNSW(efSearch=nprobe_or_ef)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=inner)
     return inner

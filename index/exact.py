@@ -1,6 +1,6 @@
 """Exact search, and exact search over the rows that came after an index was built.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ from mmalign.index.vectors import VectorReader, shared_tensor
 
 # The first search computes bounds on the norms, while other searches wait; above PREPARED_BYTES the
 # second search does, as reading so many vectors twice for a single answer takes long.
-# After CODED_AFTER queries, codes of one byte per value are kept in memory, up to CODED_BYTES, if
-# measured to be faster. Coding takes as long as a few hundred searches, so it runs in a thread.
+# After CODED_AFTER queries, codes of one byte per value are kept in memory, at most MAX_CODE_BYTES,
+# if measured to be faster. Coding takes as long as a few hundred searches, so it runs in a thread.
 PREPARED_BYTES = 4 << 30
-CODED_AFTER, CODED_BYTES = 256, 1 << 30
+CODED_AFTER, MAX_CODE_BYTES = 256, 1 << 30
 # Only queries that are compared with at least this share of the rows are counted.
 MIN_SHARE_TO_COUNT = 0.25
 
 
 class Exact(Index):
-    """Compares every row; final. The ground truth for all other indexes."""
+    """Compares every row. The ground truth for all other indexes."""
 
     def __init__(
-        self, shards: Shards, first_row: int = 0, coded_bytes: float = CODED_BYTES
+        self, shards: Shards, first_row: int = 0, max_code_bytes: float = MAX_CODE_BYTES
     ) -> None:
         """Prepare to search the shards, each (rows, D) float16, from row `first_row` on.
 
-        Up to `coded_bytes` of memory may be used to answer many queries faster.
+        Up to `max_code_bytes` of memory may be used to answer many queries faster.
         """
         self.first_row = first_row
-        self.coded_bytes = coded_bytes
+        self.max_code_bytes = max_code_bytes
         self.shards = []
         for shard in shards:
             remaining = shard[max(0, first_row) :]
@@ -94,7 +94,7 @@ class Exact(Index):
                     self.coding_thread.start()
 
     def _can_code(self, queries: int) -> bool:
-        if self.corpus is None or self.rows * self.corpus.dim > self.coded_bytes:
+        if self.corpus is None or self.rows * self.corpus.dim > self.max_code_bytes:
             return False
         return kernels.codes_are_faster(self.corpus, queries)
 
@@ -112,7 +112,7 @@ class Exact(Index):
 
 
 class Extended(Index):
-    """An index combined with exact search over the rows added since it was built; final."""
+    """An index combined with exact search over the rows added since it was built."""
 
     def __init__(self, index: Index, vectors: VectorReader) -> None:
         """Combine an index over the first rows with the vectors of the whole store."""

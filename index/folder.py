@@ -18,8 +18,9 @@ from mmalign.arrays import Bools
 from mmalign.errors import StoreError, shell_command
 from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
+from mmalign.index.measure import Trial
 from mmalign.index.plan import Queries, plan
-from mmalign.index.spec import Index, OperatingPoint, Shards
+from mmalign.index.spec import JSON_NAMES, Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
 
 FORMAT = 3
@@ -37,7 +38,7 @@ def write_index(
     queries_by_modality: Mapping[str, Queries],
     recall: float,
     memory: float,
-    share: float = 1.0,
+    memory_share: float = 1.0,
     live_N: Bools | None = None,
 ) -> dict[str, Any]:
     """Choose, build and write the index of one modality; return its part of index.json.
@@ -49,11 +50,11 @@ def write_index(
         queries_by_modality: Those of the first modality decide the choice.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
-        share: This index's share of the memory for all indexes of a store.
+        memory_share: `memory` as a share of the memory for all indexes of a store.
         live_N: Which rows are not deleted; None if all are live.
     """
     vectors = VectorReader(shards, live_N)
-    chosen = plan(vectors, queries_by_modality, recall, memory, share)
+    chosen = plan(vectors, queries_by_modality, recall, memory, memory_share)
     if chosen.index is not None:
         approximate.save(chosen.index, folder / f"{modality}.faiss")
     promised = chosen.measured[0] if chosen.measured else None
@@ -67,10 +68,14 @@ def write_index(
         "memory": memory,
         "recall": promised.recall if promised else 1.0,
         "queries": promised.queries if promised else 0,
-        "points": {name: [asdict(p) for p in points] for name, points in chosen.points.items()},
-        "measured": [asdict(t) for t in chosen.measured],
-        "tried": [asdict(t) for t in chosen.tried],
+        "points": {name: [_to_json(p) for p in points] for name, points in chosen.points.items()},
+        "measured": [_to_json(t) for t in chosen.measured],
+        "tried": [_to_json(t) for t in chosen.tried],
     }
+
+
+def _to_json(values: Trial | OperatingPoint) -> dict[str, Any]:
+    return asdict(values, dict_factory=lambda fields: {JSON_NAMES.get(n, n): v for n, v in fields})
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -122,7 +127,8 @@ def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards:
     if vectors.total < part["rows"]:
         raise StoreError(f"{file}: covers {part['rows']} rows, but the store has {vectors.total}")
     points = {
-        name: [OperatingPoint(**p) for p in points] for name, points in part["points"].items()
+        name: [OperatingPoint(p["k"], p["breadth"], p["candidates"]) for p in points]
+        for name, points in part["points"].items()
     }
     faiss_index = approximate.load(file, part["held"], vectors.dim)
     return Extended(approximate.Approximate(faiss_index, vectors, points, part["rows"]), vectors)

@@ -1,6 +1,6 @@
 """Recall and latency of an index, and the fastest search parameters that reach a recall.
 
-M queries, K neighbours, R candidates.
+Shapes: M queries, K neighbours, R candidates.
 """
 
 import math
@@ -19,8 +19,9 @@ from mmalign.index.spec import OperatingPoint
 # Maximum candidates of a sweep: as a multiple of the neighbours wanted, and in total.
 MAX_CANDIDATES_PER_K, MAX_CANDIDATES = 40, 2_000
 CANDIDATES_STEP = 1.3
-# Breadths are doubled until one suffices; the sweep starts at half of it and grows by BREADTH_STEP.
-MIN_BREADTH, BREADTH_STEP = 4, 2**0.25
+# nprobe or efSearch is doubled until it suffices; the sweep starts at half of that, and grows by
+# NPROBE_OR_EF_STEP.
+MIN_NPROBE_OR_EF, NPROBE_OR_EF_STEP = 4, 2**0.25
 # A sweep ends after this many consecutive steps that were slower than the best.
 MAX_WORSE_STEPS = 2
 # Queries that are timed one by one: while tuning, and at the end.
@@ -44,11 +45,10 @@ class HeldOut:
 class Trial:
     """One measured way to search."""
 
-    design: str
-    """Its FAISS factory string."""
+    spec_name: str
+    """See `IndexSpec.name`."""
     rows: int
-    asked: str
-    """Modality of the queries."""
+    query_modality: str
     point: OperatingPoint
     queries: int
     recall: float
@@ -118,8 +118,8 @@ def tune(
 ) -> tuple[OperatingPoint, bool]:
     """Find the fastest parameters that reach the wanted recall of the k nearest neighbours.
 
-    For each breadth, one search shows how many candidates the recall requires. The resulting
-    parameters are timed, one query at a time.
+    For each nprobe or efSearch, one search shows how many candidates the recall requires. The
+    resulting parameters are timed, one query at a time.
 
     Returns:
         The parameters, and True; or those with the highest recall, and False, if even the whole
@@ -128,25 +128,28 @@ def tune(
     max_candidates = _max_candidates(index, k)
 
     @cache
-    def sufficient(breadth: int) -> OperatingPoint | None:
+    def sufficient(nprobe_or_ef: int) -> OperatingPoint | None:
         """Return the point with the fewest candidates that reach the wanted recall."""
-        rows_MR = index.candidates(queries_MD, OperatingPoint(k, breadth, max_candidates))
+        rows_MR = index.candidates(queries_MD, OperatingPoint(k, nprobe_or_ef, max_candidates))
         ranks_MK = candidate_ranks(rows_MR, true_MK[:, :k])
         enough = (
             c for c in candidate_counts(k, max_candidates) if (ranks_MK < c).mean() >= target_recall
         )
-        return next((OperatingPoint(k, breadth, c) for c in enough), None)
+        return next((OperatingPoint(k, nprobe_or_ef, c) for c in enough), None)
 
-    max_breadth = index.largest_breadth
-    sufficient_breadth = next(
-        (b for b in breadths(MIN_BREADTH, max_breadth, 2) if sufficient(b)), None
+    max_nprobe_or_ef = index.max_nprobe_or_ef
+    first_sufficient = next(
+        (n for n in geometric_steps(MIN_NPROBE_OR_EF, max_nprobe_or_ef, 2) if sufficient(n)),
+        None,
     )
-    if sufficient_breadth is None:
-        return OperatingPoint(k, max_breadth, max_candidates), False
+    if first_sufficient is None:
+        return OperatingPoint(k, max_nprobe_or_ef, max_candidates), False
     best: OperatingPoint | None = None
     fastest, slower_steps = np.inf, 0
-    for breadth in breadths(max(MIN_BREADTH, sufficient_breadth // 2), max_breadth, BREADTH_STEP):
-        point = sufficient(breadth)
+    for nprobe_or_ef in geometric_steps(
+        max(MIN_NPROBE_OR_EF, first_sufficient // 2), max_nprobe_or_ef, NPROBE_OR_EF_STEP
+    ):
+        point = sufficient(nprobe_or_ef)
         if point is None:
             continue
         seconds = float(np.median(time_queries(index, queries_MD[:TIMED_IN_TUNING], point)))
@@ -201,7 +204,10 @@ def widen_to_recall(
             return point
         wider = OperatingPoint(
             point.k,
-            min(math.ceil(point.breadth * BREADTH_STEP), max(point.breadth, index.largest_breadth)),
+            min(
+                math.ceil(point.nprobe_or_ef * NPROBE_OR_EF_STEP),
+                max(point.nprobe_or_ef, index.max_nprobe_or_ef),
+            ),
             min(math.ceil(point.candidates * CANDIDATES_STEP), max_candidates),
         )
         if wider == point:
@@ -209,15 +215,15 @@ def widen_to_recall(
         point = wider
 
 
-def breadths(min_breadth: int, max_breadth: int, step: float) -> list[int]:
-    """List the breadths to try, each `step` times the one before.
+def geometric_steps(first: int, last: int, step: float) -> list[int]:
+    """List the values of nprobe or efSearch to try, each `step` times the one before.
 
-    >>> breadths(4, 20, 1.3), breadths(4, 3, 2)
+    >>> geometric_steps(4, 20, 1.3), geometric_steps(4, 3, 2)
     ([4, 5, 7, 9, 11, 15, 19, 20], [3])
     """
-    count = 1 + max(0, math.ceil(math.log(max_breadth / min_breadth, step)))
-    steps = dict.fromkeys(round(min_breadth * step**i) for i in range(count))
-    return [s for s in steps if s < max_breadth] + [max_breadth]
+    count = 1 + max(0, math.ceil(math.log(last / first, step)))
+    steps = dict.fromkeys(round(first * step**i) for i in range(count))
+    return [s for s in steps if s < last] + [last]
 
 
 def _max_candidates(index: Approximate, k: int) -> int:

@@ -1,6 +1,6 @@
 """Choose the fastest index that reaches a recall target, by measurement: on samples, then on all.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 
 Every index spec that fits the memory is built over a sample of the rows, tuned to the recall target
 on real queries, and timed. The fastest advance to a larger sample, and the best is built over all
@@ -37,30 +37,32 @@ from mmalign.index.measure import (
     widen_to_recall,
 )
 from mmalign.index.quantizer import CoarseQuantizer
-from mmalign.index.spec import KS, IndexSpec, OperatingPoint
+from mmalign.index.spec import TUNED_KS, IndexSpec, OperatingPoint
 from mmalign.index.vectors import VectorReader
-from mmalign.memory import return_freed, return_large_blocks
+from mmalign.memory import release_free_memory, release_large_blocks
 from mmalign.progress import over, say
 
 EXACT_ROWS = 50_000
 """Below this, comparing every row takes milliseconds and misses nothing."""
 SPECS = (
-    IndexSpec("ivf", "PQ/2x4fsr", density=1),
-    IndexSpec("ivf", "PQ/4x4fsr", density=1),
-    IndexSpec("ivf", "RaBitQfs1", density=1),
-    IndexSpec("ivf", "RaBitQfs2", density=1),
+    IndexSpec("ivf", "PQ/2x4fsr", lists_factor=1),
+    IndexSpec("ivf", "PQ/4x4fsr", lists_factor=1),
+    IndexSpec("ivf", "RaBitQfs1", lists_factor=1),
+    IndexSpec("ivf", "RaBitQfs2", lists_factor=1),
     IndexSpec("hnsw", "SQ8", links=32),
 )
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "ivf": ({"density": 2}, {"metric": "queries"}),
+    "ivf": ({"lists_factor": 2}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
 """By kind: variants of the best spec of the first round, added to the second."""
-# Rows of each round, tuning queries per round (and as many to measure), the share of specs that
-# advance to the next round, and how many times slower than the best a spec may be to advance.
-ROUND_ROWS, ROUND_QUERIES, ADVANCING_SHARE, MAX_SLOWDOWN = (1 << 14, 1 << 16), 300, 0.3, 1.5
-# Tuning queries over all rows. Modalities that do not decide the choice are tuned and measured with
-# a quarter of their queries, as computing the exact neighbours takes longest.
+# Rows of each round. Queries to tune in a round; as many others measure.
+ROUND_ROWS, ROUND_QUERIES = (1 << 14, 1 << 16), 300
+# At most this share of the specs advances to the next round. None does that is more than
+# MAX_SLOWDOWN times slower than the best.
+ADVANCING_SHARE, MAX_SLOWDOWN = 0.3, 1.5
+# Queries to tune over all rows. Computing exact neighbours takes longest, so a modality that does
+# not decide the choice uses only a quarter of its tuning and of its held-out queries.
 TUNING_QUERIES, SECONDARY_DIVISOR = 1_000, 4
 # Tuning targets a recall this far above the promised one, as recall on other queries is slightly
 # lower.
@@ -69,31 +71,35 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries of one modality: some tune, the others are held out to measure; final."""
+    """Queries of one modality: some tune, the others are held out to measure."""
 
     tune_MD: Floats
     held_out_MD: Floats
     stored: bool = False
     """Whether they are vectors of the index: each then finds itself, which does not count."""
-    image_ids_M: Ints | None = None
-    """Image number of each held-out query; None if each is a group of its own."""
+    held_out_image_ids_M: Ints | None = None
+    """The image that each held-out query belongs to; None if no two belong to the same."""
 
     @property
     def held_out(self) -> HeldOut:
         """The held-out queries."""
-        return HeldOut(self.held_out_MD, self.image_ids_M)
+        return HeldOut(self.held_out_MD, self.held_out_image_ids_M)
 
     def subset(self, divisor: int) -> "Queries":
         """Return at most TUNING_QUERIES / divisor tuning queries, 1 / divisor of held-out ones."""
         count = -(-len(self.held_out_MD) // divisor)
-        image_ids_M = None if self.image_ids_M is None else self.image_ids_M[:count]
-        tune_MD, held_out_MD = self.tune_MD[: TUNING_QUERIES // divisor], self.held_out_MD[:count]
-        return replace(self, tune_MD=tune_MD, held_out_MD=held_out_MD, image_ids_M=image_ids_M)
+        ids_M = self.held_out_image_ids_M
+        return replace(
+            self,
+            tune_MD=self.tune_MD[: TUNING_QUERIES // divisor],
+            held_out_MD=self.held_out_MD[:count],
+            held_out_image_ids_M=None if ids_M is None else ids_M[:count],
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An index spec, built and tuned; final."""
+    """An index spec, built and tuned."""
 
     spec: IndexSpec
     index: Any = None
@@ -111,7 +117,7 @@ def plan(
     by_modality: Mapping[str, Queries],
     recall: float,
     memory: float,
-    share: float = 1.0,
+    memory_share: float = 1.0,
 ) -> Plan:
     """Choose, build and tune an index.
 
@@ -120,18 +126,19 @@ def plan(
         by_modality: Queries by modality; those of the first one decide which spec is chosen.
         recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
-        share: This index's share of the memory for all indexes of a store.
+        memory_share: `memory` as a share of the memory for all indexes of a store.
     """
     if vectors.live < EXACT_ROWS or recall == 1:
         return Plan(IndexSpec("exact"))
-    possible = [d for d in SPECS if d.fits_dim(vectors.dim)]
-    fitting = [d for d in possible if _bytes(d, vectors) <= memory]
+    possible = [spec for spec in SPECS if spec.fits_dim(vectors.dim)]
+    fitting = [spec for spec in possible if _bytes(spec, vectors) <= memory]
     if not fitting:
-        enough = math.ceil(min(_bytes(d, vectors) for d in possible) / share / 1e6)
-        part = f" ({share:.0%} of --memory)" if share < 1 else ""
+        smallest = min(_bytes(spec, vectors) for spec in possible)
+        needed_mb = math.ceil(smallest / memory_share / 1e6)
+        part = f" ({memory_share:.0%} of --memory)" if memory_share < 1 else ""
         say(
             f"no index of {vectors.live:,} vectors fits in {memory / 1e6:,.1f} MB{part}, so search "
-            f"will be exact; --memory {enough}MB is enough for an index"
+            f"will be exact; --memory {needed_mb}MB is enough for an index"
         )
         return Plan(IndexSpec("exact"))
     by_modality = {
@@ -140,7 +147,7 @@ def plan(
     if not by_modality:
         say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
-    return_large_blocks()
+    release_large_blocks()
     main = next(iter(by_modality))
     specs, tried = _run_rounds(
         fitting, vectors, main, by_modality[main], recall=recall, memory=memory
@@ -149,19 +156,19 @@ def plan(
         near = max(tried, key=attrgetter("recall"))
         say(
             f"no index within {memory / 1e6:,.1f} MB reaches a recall of {recall:.1%}, so search "
-            f"will be exact; the best was {near.design} with {near.recall:.1%}"
+            f"will be exact; the best was {near.spec_name} with {near.recall:.1%}"
         )
         return Plan(IndexSpec("exact"), tried=tried)
-    return_freed()
+    release_free_memory()
     true_rows = _true_by_modality(vectors, _reduced(by_modality))
-    return_freed()
+    release_free_memory()
     for spec in specs:
         built = _build_and_tune(spec, vectors, by_modality, true_rows, recall)
         if built is not None:
             return replace(built, tried=tried)
         name = spec.name(vectors.live, vectors.dim)
         missed = f"{name} does not reach a recall of {recall:.1%} over all rows"
-        say(f"{missed} on both tuning and held-out queries")
+        say(f"{missed}: tuning queries or held-out queries fall short")
     say(f"no index reaches a recall of {recall:.1%} over all rows, so search will be exact")
     return Plan(IndexSpec("exact"), tried=tried)
 
@@ -188,28 +195,28 @@ def _run_rounds(
     recall: float,
     memory: float,
 ) -> tuple[list[IndexSpec], list[Trial]]:
-    """Compare index specs on samples, the best of each round in the next.
+    """Compare index specs on samples; the best of each round are compared again in the next.
 
     Returns:
-        All specs that reached the recall, as the best on a sample may fall short over all rows:
-        best first, those of the last round before the others. And all trials.
+        The specs that reached the recall, best first: those of the last round, then the others. All
+        are needed, as the best on a sample may fall short over all rows. And all trials.
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
     for number, rows in enumerate(ROUND_ROWS):
         sample = VectorReader([vectors.gather(vectors.sample_rows(rows, seed=rows))])
         tournament = _Tournament(sample, main, queries, recall)
-        for spec in over(f"try {rows:,}", specs, len(specs), "designs"):
+        for spec in over(f"try {rows:,}", specs, len(specs), "specs"):
             tournament.enter(spec)
         results = tournament.results()
         tried += [trial for _, trial, _ in results]
-        reached = [(trial.p50_ms, spec) for spec, trial, enough in results if enough]
-        reached.sort(key=itemgetter(0))
-        winners = [spec for _, spec in reached]
+        fastest = [(trial.p50_ms, spec) for spec, trial, reached in results if reached]
+        fastest.sort(key=itemgetter(0))
+        winners = [spec for _, spec in fastest]
         ranked = winners + [spec for spec in ranked if spec not in winners]
         if not winners or rows >= vectors.live:
             break
-        fast_enough = [spec for ms, spec in reached if ms <= MAX_SLOWDOWN * reached[0][0]]
+        fast_enough = [spec for ms, spec in fastest if ms <= MAX_SLOWDOWN * fastest[0][0]]
         specs = fast_enough[: math.ceil(ADVANCING_SHARE * len(results))]
         if number == 0:
             variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
@@ -218,7 +225,7 @@ def _run_rounds(
 
 
 class _Tournament:
-    """One round: specs are built over the same sample and searched with the same queries; final."""
+    """One round: specs are built over the same sample and searched with the same queries."""
 
     def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
         self.sample = sample
@@ -228,7 +235,7 @@ class _Tournament:
         count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
         self.tuning_MD, self.measuring_MD = self.queries[:count], self.queries[-count:]
         both_MD = np.concatenate([self.tuning_MD, self.measuring_MD])
-        true_MK = true_neighbours(self.sample, both_MD, KS[0])
+        true_MK = true_neighbours(self.sample, both_MD, TUNED_KS[0])
         self.tuning_MK, self.measuring_MK = np.split(true_MK, [count])
         self.quantizers: dict[tuple[int, str], CoarseQuantizer] = {}
         self.entries: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
@@ -236,14 +243,14 @@ class _Tournament:
     def enter(self, spec: IndexSpec) -> None:
         """Build and tune an index."""
         started = time.perf_counter()
-        key = (spec.density, spec.metric)
+        key = (spec.lists_factor, spec.metric)
         if spec.kind == "ivf" and key not in self.quantizers:
             self.quantizers[key] = cluster(self.sample, spec, self.queries)
         built = approximate.build(self.sample, spec, self.quantizers.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
-        point, reached = tune(index, self.tuning_MD, self.tuning_MK, KS[0], self.recall)
-        common = _common_fields(spec, self.sample, built, build_s) | {"asked": self.main}
+        point, reached = tune(index, self.tuning_MD, self.tuning_MK, TUNED_KS[0], self.recall)
+        common = _common_fields(spec, self.sample, built, build_s) | {"query_modality": self.main}
         self.entries.append((spec, index, point, reached, common))
 
     def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
@@ -269,7 +276,8 @@ def _build_and_tune(
 ) -> Plan | None:
     """Build over all rows and tune for every modality; None if held-out recall falls short.
 
-    The coarse quantizer is trained with all queries; fewer are used to tune and to measure.
+    The coarse quantizer is trained with all tuning queries of the first modality, also those that
+    `_reduced` leaves out.
     """
     started = time.perf_counter()
     quantizer = None
@@ -284,9 +292,10 @@ def _build_and_tune(
     for name, queries in _reduced(by_modality).items():
         tuning_MK, held_out_MK = np.split(true_rows[name], [len(queries.tune_MD)])
         points[name] = []
-        for k in KS:
-            # With more neighbours for each query, fewer queries are as informative.
-            tuning_MD = queries.tune_MD[: TUNING_QUERIES if k == KS[0] else ROUND_QUERIES]
+        for k in TUNED_KS:
+            # For a larger k, each query gives more neighbours to estimate recall from, so fewer
+            # queries are enough.
+            tuning_MD = queries.tune_MD[: TUNING_QUERIES if k == TUNED_KS[0] else ROUND_QUERIES]
             self_matches = int(queries.stored)
             target = tuning_target(recall)
             start, reached = tune(index, tuning_MD, tuning_MK[: len(tuning_MD)], k, target)
@@ -301,7 +310,7 @@ def _build_and_tune(
                 return None
             points[name].append(point)
             seconds_M = time_queries(index, queries.held_out_MD[:TIMED_HELD_OUT], point)
-            fields = common | {"asked": name, "self_matches": self_matches}
+            fields = common | {"query_modality": name, "self_matches": self_matches}
             measured.append(
                 measure(index, queries.held_out, held_out_MK, point, seconds_M, **fields)
             )
@@ -322,10 +331,10 @@ def _true_by_modality(vectors: VectorReader, by_modality: Mapping[str, Queries])
         q_MD for queries in by_modality.values() for q_MD in (queries.tune_MD, queries.held_out_MD)
     ]
     # The nearest neighbour of a stored vector is itself.
-    true_MK = true_neighbours(vectors, np.concatenate(all_MD), KS[-1] + 1)
+    true_MK = true_neighbours(vectors, np.concatenate(all_MD), TUNED_KS[-1] + 1)
     ends = np.cumsum([len(q.tune_MD) + len(q.held_out_MD) for q in by_modality.values()])
     return {
-        name: part_MK[:, int(queries.stored) :][:, : KS[-1]]
+        name: part_MK[:, int(queries.stored) :][:, : TUNED_KS[-1]]
         for (name, queries), part_MK in zip(
             by_modality.items(), np.split(true_MK, ends), strict=False
         )
@@ -336,7 +345,7 @@ def _common_fields(
     spec: IndexSpec, vectors: VectorReader, built: Any, build_s: float
 ) -> dict[str, Any]:
     return {
-        "design": spec.name(vectors.live, vectors.dim),
+        "spec_name": spec.name(vectors.live, vectors.dim),
         "rows": vectors.live,
         "bytes_per_vector": approximate.serialized_bytes(built) / vectors.live,
         "build_s": build_s,
@@ -345,6 +354,6 @@ def _common_fields(
 
 def true_neighbours(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
     """Return the true neighbours among the live rows, shape (M, K)."""
-    # A single search: coding the rows would take longer than it saves.
-    exact = Exact(vectors.shards, coded_bytes=0)
+    # No codes: they make searches faster, but take longer to compute than this one search.
+    exact = Exact(vectors.shards, max_code_bytes=0)
     return exact.search(queries_MD, k, vectors.live_N)[1]

@@ -1,6 +1,6 @@
 """The coarse quantizer of an IVF: which list a vector is assigned to, in the metric of the queries.
 
-N rows, M queries, D dimensions, L lists, B rows of a block.
+Shapes: N rows, M queries, D dimensions, L lists, B rows of a block.
 
 A query q looks for vectors x with a large inner product q·x, and ranks lists by their centroids c,
 so its error is q·(x - c). The mean squared error over all queries is (x - c)' S (x - c), where S is
@@ -27,7 +27,7 @@ AT_ONCE = 2_048
 
 @dataclass(frozen=True)
 class CoarseQuantizer:
-    """Centroids of the lists, and the metric they were trained in; final."""
+    """Centroids of the lists, and the metric they were trained in."""
 
     centroids_LD: Floats
     metric_DD: Floats | None = None
@@ -48,7 +48,7 @@ class CoarseQuantizer:
         return torch.cat(parts).numpy()
 
 
-def query_metric(queries_MD: Floats) -> tuple[Floats, Floats]:
+def query_metric_and_root(queries_MD: Floats) -> tuple[Floats, Floats]:
     """Return the query metric, shape (D, D), and its square root, which maps vectors into it."""
     covariance_DD = np.cov(queries_MD, rowvar=False, bias=True)
     eigenvalues_D, eigenvectors_DD = np.linalg.eigh(covariance_DD)

@@ -1,6 +1,6 @@
 """What an index is, and the index specs to choose from.
 
-N rows, M queries, D dimensions, K neighbours.
+Shapes: N rows, M queries, D dimensions, K neighbours.
 """
 
 import re
@@ -15,8 +15,10 @@ from mmalign.arrays import Bools, Floats, Halves, Ints
 
 Shards = Sequence[Halves]
 
-KS = (10, 100)
+TUNED_KS = (10, 100)
 """Numbers of neighbours that search parameters are tuned for."""
+JSON_NAMES = {"nprobe_or_ef": "breadth", "spec_name": "design", "query_modality": "asked"}
+"""Fields that have another name in index.json."""
 
 
 class Index(ABC):
@@ -48,15 +50,17 @@ class OperatingPoint:
     """Search parameters for k neighbours."""
 
     k: int
-    breadth: int
-    """How much of the index is searched: nprobe of an IVF, efSearch of a graph."""
+    nprobe_or_ef: int
+    """nprobe of an IVF, efSearch of a graph: how much of the index is searched."""
     candidates: int
     """Rows that FAISS returns, to be scored exactly."""
 
     def scaled_to(self, k: int) -> "OperatingPoint":
         """Return parameters for more neighbours than these were tuned for."""
         factor = max(1.0, k / self.k)
-        return OperatingPoint(k, round(self.breadth * factor**0.5), round(self.candidates * factor))
+        return OperatingPoint(
+            k, round(self.nprobe_or_ef * factor**0.5), round(self.candidates * factor)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class IndexSpec:
     kind: Literal["exact", "ivf", "hnsw"]
     code: str = ""
     """How FAISS encodes a vector, as in its factory string."""
-    density: int = 0
+    lists_factor: int = 0
     """Lists of an IVF, as a multiple of the square root of the number of rows."""
     metric: Literal["vectors", "queries"] = "vectors"
     """The distance to centroids: Euclidean, or by the covariance of queries, see `quantizer.py`."""
@@ -75,7 +79,7 @@ class IndexSpec:
 
     def lists(self, rows: int) -> int:
         """Return the number of inverted lists, a power of two."""
-        return 1 << max(2, round(float(np.log2(max(1.0, self.density * np.sqrt(rows))))))
+        return 1 << max(2, round(float(np.log2(max(1.0, self.lists_factor * np.sqrt(rows))))))
 
     def fits_dim(self, dim: int) -> bool:
         """Return whether `dim` fits the code: some codes combine two or four dimensions."""

@@ -1,6 +1,6 @@
 """The vectors that an index is built over and scored with, in any number of shards.
 
-N rows, P row numbers, D dimensions.
+Shapes: N rows, P row numbers, D dimensions.
 """
 
 import math
@@ -35,7 +35,7 @@ def shared_tensor(array: Any) -> torch.Tensor:
 
 
 class VectorReader:
-    """Shards of float16 vectors, numbered consecutively across shards; final.
+    """Shards of float16 vectors, numbered consecutively across shards.
 
     Deleted vectors keep their numbers and are skipped.
     """

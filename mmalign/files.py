@@ -51,7 +51,7 @@ fcntl, msvcrt = _if_there("fcntl"), _if_there("msvcrt")
 
 
 class Disk:
-    """The disk operations that mmalign uses, one method each; final.
+    """The disk operations that mmalign uses, one method each.
 
     Everything in this module goes through `disk`, so that tests can substitute a failing disk.
     """
@@ -138,7 +138,7 @@ def _reach_the_disk(handle: int) -> None:
 
 
 class Draft(io.BufferedIOBase):
-    """A file that is being written sequentially; final.
+    """A file that is being written sequentially.
 
     It hashes the bytes as they are passed in, so a byte corrupted on its way to the disk does not
     match the hash. Hashing the file after reading it back would miss that.
@@ -170,7 +170,7 @@ class Draft(io.BufferedIOBase):
 
 def sync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder survive a power cut."""
-    with naming(folder):
+    with name_in_errors(folder):
         try:
             disk.sync_folder(folder)
         except OSError as error:
@@ -191,8 +191,8 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the file name to an error; the system names it on open but not on write."""
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Add the file name to an error of the block: the system gives it on open but not on write."""
     try:
         yield
     except OSError as error:
@@ -206,7 +206,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     """Provide a unique temporary name beside `path`; remove what has it afterwards."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with naming(path):
+        with name_in_errors(path):
             yield temporary
     except OSError as error:
         # The temporary name means nothing to the user.
@@ -449,7 +449,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """Open a file at its end; True if it is locked for us alone (some file systems lack locks)."""
     while True:
-        with naming(path), disk.append(path) as file:
+        with name_in_errors(path), disk.append(path) as file:
             alone = _lock(file)
             # The process that held the lock may have replaced the file.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -578,7 +578,7 @@ def scratch_folder() -> Path:
 def scratch_file() -> BinaryIO:
     """Open an unnamed file that disappears when it is closed or the process ends."""
     folder = scratch_folder()
-    with naming(folder):
+    with name_in_errors(folder):
         return tempfile.TemporaryFile(dir=folder)
 
 

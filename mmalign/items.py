@@ -7,7 +7,7 @@
     float (D,)                  a vector
     Row(id)                     a row of the store that is searched
 
-D dimensions, H and W sides of a picture in pixels.
+Shapes: D dimensions, H and W sides of a picture in pixels.
 """
 
 import sys

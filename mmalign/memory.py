@@ -12,7 +12,7 @@ from typing import Any
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def reuse_freed() -> None:
+def keep_free_memory() -> None:
     """Keep freed memory for reuse: clearing pages took a fifth of the time of int8 encoding."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = _library().mallopt
@@ -20,7 +20,7 @@ def reuse_freed() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def return_large_blocks() -> None:
+def release_large_blocks() -> None:
     """Return blocks of a megabyte and more to the system when they are freed: no fragmentation.
 
     For work with a memory limit. By default malloc raises this threshold after the first such block
@@ -30,7 +30,7 @@ def return_large_blocks() -> None:
         _library().mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
-def return_freed() -> None:
+def release_free_memory() -> None:
     """Return all free memory to the system, between stages with different needs."""
     with contextlib.suppress(OSError, AttributeError):
         _library().malloc_trim(0)

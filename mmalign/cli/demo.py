@@ -16,7 +16,7 @@ from mmalign.data import Augment
 from mmalign.data.scenes import write_scenes
 from mmalign.embedding.embed import embed
 from mmalign.errors import UsageError
-from mmalign.evaluation.evaluate import KS, evaluate
+from mmalign.evaluation.evaluate import RECALL_KS, evaluate
 from mmalign.progress import bar, say
 from mmalign.search.build import build_index
 from mmalign.search.searcher import Searcher
@@ -138,7 +138,9 @@ def _summary(folder: Path, report: dict[str, Any]) -> None:
     say(f"\n{unseen:,} scenes never seen in training, in two languages ({took:.1f} min):")
     for language, recalls in report["recall"].items():
         for name, kind in (("text->image", "image"), ("image->text", "text")):
-            values = " / ".join(f"{recalls[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in KS)
+            values = " / ".join(
+                f"{recalls[f'{kind}_retrieval_recall@{k}']:6.1%}" for k in RECALL_KS
+            )
             say(f"  {language:8} {name}  recall@1/5/10  {values}")
     minutes, passes = report["minutes"], report["passes"]
     if passes < FEW_PASSES:

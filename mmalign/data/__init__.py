@@ -4,7 +4,7 @@ samples.py   what a sample is before it is decoded
 catalog.py   `scan`: sources in, records and skips out
 spilled.py   samples on disk while a source is scanned
 places.py    local paths and URLs: opened and listed in the same way
-kinds.py     which files are images, by ending and by content
+kinds.py     which files are images, by extension and by content
 gone.py      whether something no longer exists
 folders.py   images in a folder
 tars.py      WebDataset tars, local or remote
@@ -36,7 +36,7 @@ from mmalign.data.catalog import Sources as Sources
 from mmalign.data.catalog import as_sources as as_sources
 from mmalign.data.catalog import count_found as count_found
 from mmalign.data.catalog import count_skipped as count_skipped
-from mmalign.data.catalog import expand as expand
+from mmalign.data.catalog import expand_sources as expand_sources
 from mmalign.data.catalog import nothing_usable as nothing_usable
 from mmalign.data.catalog import read_image as read_image
 from mmalign.data.catalog import refuse_own_sources as refuse_own_sources
@@ -59,13 +59,13 @@ from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
 from mmalign.data.pixels import read_and_decode as read_and_decode
-from mmalign.data.places import spelled as spelled
+from mmalign.data.places import canonical_place as canonical_place
 from mmalign.data.samples import Record as Record
 from mmalign.data.samples import SampleProblem as SampleProblem
 from mmalign.data.samples import Skip as Skip
 from mmalign.data.samples import Stamps as Stamps
 from mmalign.data.spilled import SpilledRecords as SpilledRecords
-from mmalign.data.spilled import alternative_id as alternative_id
+from mmalign.data.spilled import fallback_id as fallback_id
 from mmalign.data.spilled import is_derived_id as is_derived_id
 
 __all__ = [
@@ -81,14 +81,15 @@ __all__ = [
     "Skip",
     "SpilledRecords",
     "Stamps",
-    "alternative_id",
+    "canonical_place",
     "count_found",
     "count_skipped",
     "decode_all",
     "decode_on",
     "decode_stream",
     "decoded",
-    "expand",
+    "expand_sources",
+    "fallback_id",
     "fit_image",
     "image_meta",
     "in_threads",
@@ -103,7 +104,6 @@ __all__ = [
     "refuse_own_sources",
     "report_skips",
     "scan",
-    "spelled",
     "stream",
     "suits_device",
     "thumbnail",

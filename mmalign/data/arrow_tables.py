@@ -64,7 +64,7 @@ def open_table(path: str, metadata: Any = None) -> Iterator[Table]:
 
 
 class ParquetTable:
-    """A parquet file whose columns are read as streams; final."""
+    """A parquet file whose columns are read as streams."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.schema, self.metadata = file, file.schema_arrow, file.metadata
@@ -104,7 +104,7 @@ class ParquetTable:
 
 
 class IpcTable:
-    """An Arrow file or stream; final."""
+    """An Arrow file or stream."""
 
     def __init__(self, source: Any, ends: list[int] | None) -> None:
         import pyarrow as pa

@@ -1,7 +1,9 @@
 """Random crops, flips and colour changes, each image by its own numbers, a whole batch at once.
 
-B images, S side of the input. A batch takes one resampling and one affine map of the colours. The
-transforms of torchvision draw one set of numbers for a batch, so they would run image by image.
+Shapes: B images, S side of the input.
+
+A batch takes one resampling and one affine map of the colours. The transforms of torchvision draw
+one set of numbers for a batch, so they would run image by image.
 
 Random numbers are drawn on the host and applied on the device of the images: a run sees the same
 crops on any device, and however its batches are divided.

@@ -1,7 +1,9 @@
 """Choose the rows of the next batch, and prefetch in threads.
 
-B rows of a batch. The order of an epoch is a function of (seed, epoch) alone, so that training
-resumes at any step with the same batches as without interruption.
+Shapes: B rows of a batch.
+
+The order of an epoch is a function of (seed, epoch) alone, so that training resumes at any step
+with the same batches as without interruption.
 """
 
 import queue

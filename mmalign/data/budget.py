@@ -27,7 +27,7 @@ _CGROUP_LIMITS = (
 
 
 class ByteBudget:
-    """A byte budget shared by threads; first come, first served, so none starves; final."""
+    """A byte budget shared by threads; first come, first served, so none starves."""
 
     def __init__(self, total_bytes: int, each_bytes: int) -> None:
         """Set the total, and the maximum `each_bytes` for one image."""

@@ -15,7 +15,7 @@ from mmalign.data.columns import ReadOptions, listed
 from mmalign.data.kinds import PICTURE_SUFFIXES, SOURCE_SUFFIXES, suffix
 from mmalign.data.samples import (
     DEFAULT_CAPTION_KEY,
-    Lost,
+    Affected,
     Record,
     SampleProblem,
     ScanResults,
@@ -97,7 +97,7 @@ def scan(
         # A caption problem explains the missing caption; one line per sample is enough.
         without_caption_uris = {s.uri for s in skips if s.reason == "no caption"}
         explained = {
-            s.uri: replace(s, lost="sample")
+            s.uri: replace(s, affects="sample")
             for s in skips
             if s.sample_is_used and s.uri in without_caption_uris
         }
@@ -135,7 +135,7 @@ def stream(
                 with_captions += found.sample_is_used
                 if (
                     not with_captions
-                    and found.lost == "ending"
+                    and found.affects == "extension"
                     and len(other_files) < MAX_DESCRIBED
                 ):
                     other_files.append(found)
@@ -146,7 +146,7 @@ def stream(
 
 def _stream(sources: Sequence[str], options: ReadOptions) -> Generator[Record | Skip, None, None]:
     with closing(UniqueIds()) as names, bar("scan", unit="samples") as progress:
-        for number, place in enumerate(expand(sources)):
+        for number, place in enumerate(expand_sources(sources)):
             for found in map(_printable, _scan_one(place, options)):
                 progress.update()
                 if isinstance(found, Skip):
@@ -160,16 +160,16 @@ def _looked_for(
 ) -> str:
     """Say where captions were searched for; list available columns, metadata, other files."""
     told = f"looked for under {', '.join(options.caption_keys)} (see --caption-key)"
-    found = [place for place in expand(sources) if tables.is_table(place)]
+    found = [place for place in expand_sources(sources) if tables.is_table(place)]
     for place in found[:MAX_TABLES]:
         with suppress(DataError):
             told += f"; {place} has the columns {listed(tables.column_names(place, options))}"
     if fields and not found:
         told += f"; the metadata of the images has the fields {listed(fields)}"
-    return told + (f"; other files: {_endings(others)}" if others else "")
+    return told + (f"; other files: {_by_extension(others)}" if others else "")
 
 
-def expand(sources: Sequence[str]) -> list[str]:
+def expand_sources(sources: Sequence[str]) -> list[str]:
     """Expand braces and globs to existing paths; a URL without a glob is returned unchanged."""
     from braceexpand import braceexpand
 
@@ -201,7 +201,7 @@ def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
         DataError: A source does not exist.
     """
     folder = os.path.realpath(out)
-    for place in expand(sources):
+    for place in expand_sources(sources):
         if places.is_url(place):
             continue
         source = os.path.realpath(place)
@@ -265,14 +265,14 @@ def read_image(record: Record) -> bytes:
         raise SampleProblem(f"cannot be read: {places.reason(error)}") from None
 
 
-def count_skipped(skips: Iterable[Skip], *kinds: Lost) -> int:
+def count_skipped(skips: Iterable[Skip], *kinds: Affected) -> int:
     """Count the samples or files that skips of some kinds represent."""
-    return sum(s.count for s in skips if s.lost in kinds)
+    return sum(s.count for s in skips if s.affects in kinds)
 
 
 def count_found(records: int, skips: Iterable[Skip]) -> int:
     """Count the samples and files that a scan found, given its number of records."""
-    return records + count_skipped(skips, "sample", "ending")
+    return records + count_skipped(skips, "sample", "extension")
 
 
 def report_skips(
@@ -281,7 +281,7 @@ def report_skips(
     """Report what was left out and why: a warning above 1 %, an error if nothing is used.
 
     Args:
-        skips: Each is counted by what it loses: a sample, captions, a place, or an ending.
+        skips: Each is counted by what it affects.
         found: How many samples and files the scan found, see `count_found`.
         used: How many samples are used.
         where: The file that lists the skips.
@@ -290,8 +290,8 @@ def report_skips(
         DataError: Not one sample is used.
         AssertionError: A sample was counted twice or not at all, which is a bug in mmalign.
     """
-    of = {lost: [s for s in skips if s.lost == lost] for lost in get_args(Lost)}
-    failed, passed_over = count_skipped(skips, "sample"), count_skipped(skips, "ending")
+    of = {kind: [s for s in skips if s.affects == kind] for kind in get_args(Affected)}
+    failed, passed_over = count_skipped(skips, "sample"), count_skipped(skips, "extension")
     if found != used + failed + passed_over:
         ends = f"{used} used, {failed} failed, {passed_over} passed over"
         raise AssertionError(f"{found} samples were found, and became {ends}: a bug in mmalign")
@@ -316,7 +316,7 @@ def report_skips(
         listed = f"; listed in {where}" if where else ""
         say(f"{'warning: ' if loud else ''}{'; '.join(told)}{listed}")
     if passed_over:
-        say(f"{passed_over} other files passed over ({_endings(of['ending'])})")
+        say(f"{passed_over} other files passed over ({_by_extension(of['extension'])})")
     if of["nothing"]:
         say(f"{len(of['nothing'])} samples given twice, used once")
 
@@ -363,11 +363,11 @@ def _reasons(skips: Sequence[Skip]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.most_common(6))
 
 
-def _endings(skips: Sequence[Skip]) -> str:
+def _by_extension(skips: Sequence[Skip]) -> str:
     counts: Counter[str] = Counter()
     for s in skips:
         counts[s.reason.rpartition(": ")[2]] += s.count
-    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common(10))
+    return ", ".join(f"{n} {extension}" for extension, n in counts.most_common(10))
 
 
 def nothing_usable(
@@ -387,15 +387,15 @@ def nothing_usable(
         fields: The metadata fields of the samples.
     """
     where = ", ".join(sources)
-    if len(skips) == 1 and skips[0].count == 1 and skips[0].lost != "ending":
+    if len(skips) == 1 and skips[0].count == 1 and skips[0].affects != "extension":
         return DataError(f"{skips[0].uri}: {skips[0].reason}")
-    others = [s for s in skips if s.lost == "ending"]
-    samples = [s for s in skips if s.lost != "ending"]
+    others = [s for s in skips if s.affects == "extension"]
+    samples = [s for s in skips if s.affects != "extension"]
     if not samples:
-        among = f" among {_endings(others)}{_give(sources, others)}" if others else ""
+        among = f" among {_by_extension(others)}{_give(sources, others)}" if others else ""
         return DataError(f"{where}: no images found{among}")
     message = f"{where}: no usable sample: {_reasons(samples)}"
-    unread = [s for s in samples if s.lost == "place"]
+    unread = [s for s in samples if s.affects == "place"]
     if unread:
         message += f"; {unread[0].uri}: {unread[0].reason}"
     if any(s.reason == "no caption" for s in samples):
@@ -406,7 +406,7 @@ def nothing_usable(
 
 def _give(sources: Sequence[str], others: Sequence[Skip]) -> str:
     """Describe how to pass files found in a folder that are sources of their own."""
-    for place in expand(sources):
+    for place in expand_sources(sources):
         ends = {suffix(s.uri) for s in others} & SOURCE_SUFFIXES
         for end in sorted(ends, key=lambda end: (end != ".tar", end)):
             if not places.is_url(place) and glob.glob(f"{glob.escape(place)}/*{end}"):

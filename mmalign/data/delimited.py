@@ -175,7 +175,7 @@ def open_bytes(path: str) -> Iterator[Any]:
 
 @dataclass
 class NumberColumns:
-    """Finds the columns in which every text is a number; final.
+    """Finds the columns in which every text is a number.
 
     A column is numeric if each number can be written back unchanged: `7`, `0.5`, or all with the
     same number of decimals (`12.50`, `3.00`). Codes such as 007, and versions such as 1.9 beside

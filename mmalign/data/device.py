@@ -1,6 +1,6 @@
 """Decode and resize JPEGs on a GPU where decoding on the CPU's cores could not keep it busy.
 
-B images, H height, W width, S side of the result in pixels.
+Shapes: B images, H height, W width, S side of the result in pixels.
 
 torchvision decodes with nvJPEG on a CUDA device and with libjpeg on a CPU; torch does the resizing,
 antialiased, which differs by a grey level from `decode.fit_image`. Anything but a plain JPEG is

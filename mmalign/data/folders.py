@@ -8,7 +8,7 @@ from functools import partial
 from mmalign.data import places, sidecars, tables
 from mmalign.data.columns import ReadOptions
 from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, reason_to_skip, suffix
-from mmalign.data.samples import JoinedSkips, Lost, Record, ScanResults, Skip
+from mmalign.data.samples import Affected, JoinedSkips, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
 # Tables with the captions of many images, as used by Hugging Face image folders.
@@ -19,7 +19,7 @@ def scan(folder: str, caption_keys: Sequence[str]) -> ScanResults:
     """Yield one record per image, folder by folder, sorted by name.
 
     Hidden files are skipped silently. Links to folders are followed, each folder once. A folder
-    that cannot be listed is a skip that loses a place; the others are still scanned.
+    that cannot be listed is a skip of a place; the others are still scanned.
 
     Raises:
         DataError: The folder does not exist.
@@ -95,7 +95,7 @@ class _Folders:
         for entry in entries:
             path = _join(parent, entry.name)
             if suffix(entry.name) in sidecars.SUFFIXES:
-                sidecar_files[sidecars.lookup_name(entry.name)] = entry.name
+                sidecar_files[sidecars.with_lower_suffix(entry.name)] = entry.name
             elif entry.kind == "file" and entry.name.lower() in TABLES_BESIDE:
                 yield from self._read_table(path)
             elif skip := self._skip_if_no_image(path, entry):
@@ -105,34 +105,34 @@ class _Folders:
         claimed: set[str] = set()
         for image in images:
             names = [n for n in sidecars.sidecar_names(image) if n in sidecar_files]
-            named = sidecars.caption_files(image, self.keys)
-            named = {key: n for key, n in named.items() if n in sidecar_files}
-            claimed.update(names, named.values())
+            caption_files = sidecars.caption_files(image, self.keys)
+            caption_files = {k: n for k, n in caption_files.items() if n in sidecar_files}
+            claimed.update(names, caption_files.values())
             path = _join(parent, image)
             yield from self._image(
                 path,
                 [sidecar_files[n] for n in names],
-                {k: sidecar_files[n] for k, n in named.items()},
+                {k: sidecar_files[n] for k, n in caption_files.items()},
             )
-        for lookup_name, name in sidecar_files.items():
-            if lookup_name not in claimed:
+        for lower_name, name in sidecar_files.items():
+            if lower_name not in claimed:
                 skips.add(self._orphan(_join(parent, name)))
         yield from skips
 
-    def _image(self, path: str, names: list[str], named: dict[str, str]) -> ScanResults:
+    def _image(self, path: str, names: list[str], caption_files: dict[str, str]) -> ScanResults:
         contents: dict[str, bytes] = {}
-        for name in dict.fromkeys((*names, *named.values())):
+        for name in dict.fromkeys((*names, *caption_files.values())):
             try:
-                sidecar_files = _join(path.rpartition("/")[0], name)
+                sidecar_path = _join(path.rpartition("/")[0], name)
                 most = places.MOST_SIDECAR_BYTES
-                contents[name] = places.read(self.uri(sidecar_files), most=most)
+                contents[name] = places.read(self.uri(sidecar_path), most=most)
             except OSError as error:
                 reason = f"captions cannot be read: {places.reason(error)}"
                 yield self._skip(path, reason, "captions")
         sidecar = sidecars.read_sidecars(
             [(name, contents[name]) for name in names if name in contents],
             self.keys,
-            {key: contents[name] for key, name in named.items() if name in contents},
+            {key: contents[name] for key, name in caption_files.items() if name in contents},
         )
         if sidecar.problem:
             yield self._skip(path, sidecar.problem, "captions")
@@ -172,14 +172,14 @@ class _Folders:
     def _orphan(self, path: str) -> Skip:
         if suffix(path) in sidecars.TEXT_SUFFIXES:
             return self._skip(path, "caption without an image")
-        return self._skip(path, f"not an image by its extension: {suffix(path)}", "ending")
+        return self._skip(path, f"not an image by its extension: {suffix(path)}", "extension")
 
     def _key(self, path: str) -> str:
         relative_path = path[len(self.root) :].strip("/")
         return f"{os.path.basename(self.root.rstrip('/'))}/{relative_path}".rstrip("/")
 
-    def _skip(self, path: str, reason: str, lost: Lost = "sample") -> Skip:
-        return Skip(self._key(path), self.uri(path), reason, lost)
+    def _skip(self, path: str, reason: str, affects: Affected = "sample") -> Skip:
+        return Skip(self._key(path), self.uri(path), reason, affects)
 
 
 def _join(parent: str, name: str) -> str:

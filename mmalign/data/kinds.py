@@ -118,8 +118,8 @@ def has_heif() -> bool:
 
 def reason_to_skip(
     name: str, head: Callable[[], bytes]
-) -> tuple[str, Literal["sample", "ending"]] | None:
-    """Say why a file is not treated as an image, and what that loses; None if it is one.
+) -> tuple[str, Literal["sample", "extension"]] | None:
+    """Say why a file is not treated as an image, and what that affects; None if it is one.
 
     Args:
         name: Its name.
@@ -127,13 +127,13 @@ def reason_to_skip(
     """
     end = suffix(name)
     if end in SOURCE_SUFFIXES:
-        return f"a source, not an image: {end}", "ending"
+        return f"a source, not an image: {end}", "extension"
     if end in OTHER_SUFFIXES:
-        return f"not an image by its extension: {end}", "ending"
+        return f"not an image by its extension: {end}", "extension"
     if end not in PICTURE_SUFFIXES:
         kind = content_kind(head())
         if not kind:
-            return f"not an image by its content: {end or 'no extension'}", "ending"
+            return f"not an image by its content: {end or 'no extension'}", "extension"
         end = f".{kind}"
     why = why_not_decoded(end)
     return (why, "sample") if why else None

@@ -1,6 +1,6 @@
 """Decoded images by row: from a memory-mapped cache if they fit, else decoded on request.
 
-B rows of a batch, S side of an image in pixels.
+Shapes: B rows of a batch, S side of an image in pixels.
 
 Decoding once and then reading bytes keeps a small model supplied with data: a 64-pixel image costs
 12 KB of disk and a microsecond, its JPEG a millisecond each time.

@@ -101,8 +101,8 @@ def file_system(url: str) -> tuple[Any, str]:
         raise
 
 
-def spelled(place: str) -> str:
-    """Return a place as the prefix of the uris below it: `memory://a` is `memory:///a`."""
+def canonical_place(place: str) -> str:
+    """Return a place as it is written in the uris below it: `memory://a` is `memory:///a`."""
     if not is_url(place):
         return local_path(place)
     fs, path = file_system(place)
@@ -209,7 +209,7 @@ def list_remote(fs: Any, folder: str) -> list[Entry]:
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file at a URL; failed reads are retried; final."""
+    """A file at a URL; failed reads are retried."""
 
     def __init__(self, remote: Any) -> None:
         self._remote = remote

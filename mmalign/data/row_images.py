@@ -56,7 +56,7 @@ def _metadata_and_ends(path: str) -> tuple[Any, list[int]]:
 
 
 class _Group:
-    """The images of one group of rows, in an unnamed file; final."""
+    """The images of one group of rows, in an unnamed file."""
 
     def __init__(self, images: Iterable[bytes | str | None]) -> None:
         self._file = files.scratch_file()
@@ -91,7 +91,7 @@ class _Group:
 
 
 class _GroupCache:
-    """The most recently used groups on disk; final."""
+    """The most recently used groups on disk."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[str, str, int], _Group] = OrderedDict()

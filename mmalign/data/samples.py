@@ -14,11 +14,11 @@ DEFAULT_CAPTION_KEY = "captions"
 CAPTION_ALIASES = ("captions", "caption", "text", "txt", "title")
 
 
-# What a skip loses: one sample; only the captions of a sample, which is used without them; an
-# unknown number of samples of a place that cannot be listed completely (a folder, a tar, a table),
-# none of which may be treated as removed; a file skipped because its extension is on no list; or
+# What a skip affects: a sample, which is not used; only the captions of a sample, which is used
+# without them; a place (a folder, a tar, a table) that cannot be listed completely, so that none of
+# its samples may be treated as removed; a file that is skipped because of its extension; or
 # nothing, because the sample was found before.
-Lost = Literal["sample", "captions", "place", "ending", "nothing"]
+Affected = Literal["sample", "captions", "place", "extension", "nothing"]
 
 
 class SampleProblem(DataError):
@@ -57,7 +57,7 @@ class Skip:
     id: str
     uri: str
     reason: str
-    lost: Lost = "sample"
+    affects: Affected = "sample"
     count: int = 1
     """The number of files it represents: files of one folder or tar that are skipped by extension
     form one skip per extension, with the first file as its uri."""
@@ -65,11 +65,11 @@ class Skip:
     @property
     def sample_is_used(self) -> bool:
         """Whether the sample is still used, without its captions."""
-        return self.lost == "captions"
+        return self.affects == "captions"
 
 
 class JoinedSkips:
-    """The skips of one folder or tar; those that lose an ending are merged by reason."""
+    """The skips of one folder or tar; files skipped by extension are merged by reason."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -77,7 +77,7 @@ class JoinedSkips:
 
     def add(self, skip: Skip) -> None:
         """Add a skip."""
-        key = skip.reason if skip.lost == "ending" else f"{len(self._skips)} {skip.uri}"
+        key = skip.reason if skip.affects == "extension" else f"{len(self._skips)} {skip.uri}"
         first = self._skips.get(key)
         self._skips[key] = replace(first, count=first.count + skip.count) if first else skip
 
@@ -87,7 +87,7 @@ class JoinedSkips:
 
 
 class Stamps:
-    """Detects changed samples without reading them; final. Thread-safe."""
+    """Detects changed samples without reading them. Thread-safe."""
 
     def __init__(self) -> None:
         """Start without cached data: the properties of a tar or a table are read only once."""

@@ -1,6 +1,6 @@
 """Read files beside an image that describe it: captions, and metadata of other programs.
 
-These are searched for beside `a.jpg`, with their own extension in any case:
+These are searched for beside `a.jpg`. Their own extension may be in upper case (`a.TXT`):
     a.txt, a.caption, a.jpg.txt, a.jpg.caption    one caption per line
     a.json, a.jpg.json                            captions under keys, the rest is metadata
     a.jpg.supplemental-metadata.json, a.jpg.json  as Google Takeout writes them
@@ -26,8 +26,8 @@ from mmalign.data.samples import (
 from mmalign.values import json_value
 
 TEXT_SUFFIXES = (".txt", ".caption")
-_ORDER = (*TEXT_SUFFIXES, ".json", ".xmp")
-SUFFIXES = frozenset(_ORDER)
+_SUFFIX_ORDER = (*TEXT_SUFFIXES, ".json", ".xmp")
+SUFFIXES = frozenset(_SUFFIX_ORDER)
 # Takeout cuts names to this many characters before `.json`.
 _TAKEOUT_LENGTH = 46
 # IMG.jpg(1).json describes IMG(1).jpg.
@@ -52,39 +52,44 @@ class SidecarContent:
     problem: str = ""
 
 
-def lookup_name(name: str) -> str:
-    """Return a file name with its extension in lower case, as sidecars are looked up."""
+def with_lower_suffix(name: str) -> str:
+    """Return a file name with its extension in lower case; sidecars are looked up by this name."""
     stem, dot, end = name.rpartition(".")
     return f"{stem}{dot}{end.lower()}"
 
 
-def key_of(image: str) -> str:
-    """Return the path up to the first dot of its file name, as WebDataset does."""
-    folder, slash, file = image.rpartition("/")
+def webdataset_key(path: str) -> str:
+    """Return a path up to the first dot of its file name: the key that WebDataset groups by."""
+    folder, slash, file = path.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 
 
-def names_of_key(image: str) -> list[str]:
-    """List the folded names of files that describe all images of one key."""
-    return [f"{key_of(image)}{end}" for end in _ORDER]
+def shared_sidecar_names(image: str) -> list[str]:
+    """List the names of possible sidecars of all images that have the WebDataset key of this one.
+
+    As all names that this module returns, they have their extension in lower case.
+    """
+    return [f"{webdataset_key(image)}{end}" for end in _SUFFIX_ORDER]
 
 
-def caption_files(image: str, keys: Sequence[str]) -> dict[str, str]:
-    """Map caption keys such as `outputs.txt` to the folded names of their files.
+def caption_files(image: str, caption_keys: Sequence[str]) -> dict[str, str]:
+    """Map caption keys that are file extensions, such as `outputs.txt`, to names of files.
 
     >>> caption_files("k.input.jpg", ["captions", "outputs.txt"])
     {'outputs.txt': 'k.outputs.txt'}
     """
     return {
-        k: lookup_name(f"{key_of(image)}.{k}") for k in keys if k.lower().endswith(TEXT_SUFFIXES)
+        key: with_lower_suffix(f"{webdataset_key(image)}.{key}")
+        for key in caption_keys
+        if key.lower().endswith(TEXT_SUFFIXES)
     }
 
 
 def sidecar_names(image: str) -> list[str]:
-    """List the folded names of possible sidecars of one image, highest priority first."""
+    """List the names of possible sidecars of one image, highest priority first."""
     folder, slash, file = image.rpartition("/")
     stem = file.rpartition(".")[0] or file
-    names = [f"{name}{end}" for end in _ORDER for name in (stem, file)]
+    names = [f"{name}{end}" for end in _SUFFIX_ORDER for name in (stem, file)]
     unnumbered, number = file, ""
     if numbered := _NUMBERED.fullmatch(file):
         unnumbered, number = f"{numbered['stem']}{numbered['end']}", numbered["number"]
@@ -95,26 +100,32 @@ def sidecar_names(image: str) -> list[str]:
 
 
 def read_sidecars(
-    files: Sequence[tuple[str, bytes]], keys: Sequence[str], named: Mapping[str, bytes]
+    files: Sequence[tuple[str, bytes]],
+    caption_keys: Sequence[str],
+    text_by_key: Mapping[str, bytes],
 ) -> SidecarContent:
     """Read the sidecars of one image.
 
-    A .json takes precedence if it has a wanted key; the text file replaces the default key, then
-    the description of Takeout or XMP. A file that cannot be read affects only itself.
+    The captions of a key are taken from its file in `text_by_key` if there is one, else from the
+    .json, else (the default key only) from the text file, else from Takeout or XMP: there the
+    default key stands for the description or, without one, the title.
+
+    A file that cannot be read affects only itself.
 
     Args:
         files: Name and content of the sidecars, highest priority first.
-        keys: The keys that hold captions.
-        named: Text files for caption keys, see `caption_files`.
+        caption_keys: The keys that hold captions.
+        text_by_key: The content of the files that `caption_files` names.
     """
-    own_values, other_values, caption_lines, problems = _parse_sidecars(files)
+    json_values, other_values, caption_lines, problems = _parse_sidecars(files)
     captions: list[str] = []
-    caption_field = ""
-    for key in keys:
+    # The field of Takeout or XMP that is used as caption, so it is not metadata.
+    used_field = ""
+    for key in caption_keys:
         try:
-            if key in named:
-                captions += to_text(named[key]).splitlines()
-            elif found := captions_in(own_values, (key,)):
+            if key in text_by_key:
+                captions += to_text(text_by_key[key]).splitlines()
+            elif found := captions_in(json_values, (key,)):
                 captions += found
             elif key == DEFAULT_CAPTION_KEY and caption_lines:
                 captions += caption_lines
@@ -122,19 +133,23 @@ def read_sidecars(
                 names = ("description", "title") if key == DEFAULT_CAPTION_KEY else (key,)
                 present = [name for name in names if other_values.get(name)]
                 captions += captions_in(other_values, present[:1])
-                caption_field = next(iter(present), caption_field)
+                used_field = next(iter(present), used_field)
         except SampleProblem as problem:
             problems.append(str(problem))
-    has_text = any(lookup_name(name).endswith(TEXT_SUFFIXES) for name, _ in files)
-    if has_text and not (captions or own_values or problems) and DEFAULT_CAPTION_KEY in keys:
+    has_text = any(with_lower_suffix(name).endswith(TEXT_SUFFIXES) for name, _ in files)
+    if (
+        has_text
+        and not (captions or json_values or problems)
+        and DEFAULT_CAPTION_KEY in caption_keys
+    ):
         problems.append("caption file is empty")
-    left_out = {*keys, *CAPTION_ALIASES}
-    meta = {k: v for k, v in own_values.items() if k not in left_out}
-    _add_missing(meta, {k: v for k, v in other_values.items() if k != caption_field})
+    left_out = {*caption_keys, *CAPTION_ALIASES}
+    meta = {k: v for k, v in json_values.items() if k not in left_out}
+    _add_missing(meta, {k: v for k, v in other_values.items() if k != used_field})
     try:
         meta = json_value(meta)
     except ValueError as error:
-        problems.append(f".json is {error}")
+        problems.append(f"metadata cannot be used: {error}")
         meta = {}
     return SidecarContent(clean_captions(captions), meta, "; ".join(problems))
 
@@ -142,8 +157,8 @@ def read_sidecars(
 def _parse_sidecars(
     files: Sequence[tuple[str, bytes]],
 ) -> tuple[Values, Values, tuple[str, ...], list[str]]:
-    """Read sidecars: our own .json, other programs' metadata, lines of text, and problems."""
-    own_values: Values = {}
+    """Return the values of .json files, those of Takeout and XMP, lines of text, and problems."""
+    json_values: Values = {}
     other_values: Values = {}
     caption_lines: tuple[str, ...] = ()
     problems: list[str] = []
@@ -157,10 +172,10 @@ def _parse_sidecars(
             elif _is_takeout(values := _json(content)):
                 _add_missing(other_values, _takeout(values))
             else:
-                _add_missing(own_values, values)
+                _add_missing(json_values, values)
         except SampleProblem as problem:
             problems.append(str(problem))
-    return own_values, other_values, caption_lines, problems
+    return json_values, other_values, caption_lines, problems
 
 
 def _add_missing(values: Values, more: Values) -> None:
@@ -183,7 +198,7 @@ def _is_takeout(values: Values) -> bool:
 
 
 def _takeout(values: Values) -> Values:
-    """Extract Google Photos' metadata of an image; its `title` is the file name."""
+    """Extract Google Photos' metadata of an image, without `title`, which is the file name."""
     found: Values = {}
     if isinstance(values.get("description"), str) and values["description"].strip():
         found["description"] = values["description"].strip()

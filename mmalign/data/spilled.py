@@ -11,7 +11,7 @@ from mmalign.data.samples import Record, Skip
 
 
 class UniqueIds:
-    """Makes record ids unique, and detects skips that two sources share; final.
+    """Makes record ids unique, and detects skips that two sources share.
 
     Two files with one id are distinguished by their uri. SQLite keeps the names in its own
     temporary file, which disappears with the process.
@@ -28,17 +28,17 @@ class UniqueIds:
         """Return the record under a free id, or a skip if it was seen before."""
         known_uri = self._uri(record.id)
         if known_uri is not None and known_uri != record.uri:
-            record = replace(record, id=alternative_id(record))
+            record = replace(record, id=fallback_id(record))
             known_uri = self._uri(record.id)
         if known_uri is not None or (
             is_derived_id(record.id, record.uri) and not self._is_new(record.uri)
         ):
-            return Skip(record.id, record.uri, "given twice", lost="nothing")
+            return Skip(record.id, record.uri, "given twice", affects="nothing")
         self._db.execute("INSERT INTO name VALUES (?, ?)", (record.id, record.uri))
         return record
 
     def without_repeats(self, skip: Skip, source: int) -> Skip:
-        """Return a skip, or one that loses nothing if an earlier source had the same.
+        """Return a skip, or one that affects nothing if an earlier source had the same.
 
         Args:
             skip: An unusable item of a source.
@@ -49,7 +49,7 @@ class UniqueIds:
         )
         query = "SELECT source FROM skip WHERE uri = ? AND reason = ?"
         (first,) = self._db.execute(query, (skip.uri, skip.reason)).fetchone()
-        return skip if first == source else replace(skip, reason="given twice", lost="nothing")
+        return skip if first == source else replace(skip, reason="given twice", affects="nothing")
 
     def _is_new(self, uri: str) -> bool:
         """Register a file known only by its place: a folder and a source inside it share it."""
@@ -64,7 +64,7 @@ class UniqueIds:
         return None if row is None else row[0]
 
 
-def alternative_id(record: Record) -> str:
+def fallback_id(record: Record) -> str:
     """Return a record's alternative id if its own is taken: that of its row, or its uri.
 
     Called with that id in the record, it returns the original one if that can be determined.
@@ -85,7 +85,7 @@ def is_derived_id(name: str, uri: str) -> bool:
 
 
 class SpilledRecords:
-    """A list of records in a temporary file; final. As a context manager, it closes itself."""
+    """A list of records in a temporary file. As a context manager, it closes itself."""
 
     def __init__(self) -> None:
         self._folder = files.scratch_folder()
@@ -103,7 +103,7 @@ class SpilledRecords:
 
     def add(self, record: Record) -> None:
         """Append a record."""
-        with files.naming(self._folder):
+        with files.name_in_errors(self._folder):
             pickle.dump(record, self._file)
         self._count += 1
 

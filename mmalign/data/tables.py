@@ -159,7 +159,7 @@ def column_names(path: str, options: ReadOptions) -> list[str]:
 
 @dataclass
 class _ReadState:
-    """The state of reading one table; final."""
+    """The state of reading one table."""
 
     path: str
     options: ReadOptions
@@ -197,7 +197,7 @@ class _ReadState:
             return columns.captions_of(row, self.options), []
         except SampleProblem as problem:
             hint = ": save the table as UTF-8" if "not UTF-8" in str(problem) else ""
-            return (), [Skip(id, uri, f"{problem}{hint}", lost="captions")]
+            return (), [Skip(id, uri, f"{problem}{hint}", affects="captions")]
 
     def meta(self, row: Row, cell: Convert = lambda name, value: value) -> Row:
         """Return metadata as JSON; values that are too large are counted."""
@@ -370,7 +370,7 @@ def _group_by_path(
 
 
 class _RowsByImage:
-    """Values grouped by image, in the order of each image's first row; final.
+    """Values grouped by image, in the order of each image's first row.
 
     SQLite stores and sorts them in its own temporary file, which disappears with the process.
     """

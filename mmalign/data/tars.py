@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from mmalign.data import places, sidecars
 from mmalign.data.kinds import HEAD_BYTES, reason_to_skip, suffix
-from mmalign.data.samples import JoinedSkips, Lost, Record, ScanResults, Skip
+from mmalign.data.samples import Affected, JoinedSkips, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
 # The number of bytes checked after the end mark: tars are padded to whole records.
@@ -46,7 +46,7 @@ def scan(path: str, caption_keys: Sequence[str]) -> ScanResults:
             if found.images or found.sidecar_files
             else "cannot be read as a tar"
         )
-        found.skips.add(Skip(path, path, f"{start}: {places.reason(error)}", lost="place"))
+        found.skips.add(Skip(path, path, f"{start}: {places.reason(error)}", affects="place"))
     yield from found.samples()
 
 
@@ -68,7 +68,7 @@ class _Tar:
     images: dict[str, _Image] = field(default_factory=dict)
     """Keyed by the member's name without its last extension."""
     sidecar_files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    """Sidecars by folded name: the name in the tar, and the content."""
+    """Sidecars by name, its extension in lower case: the name in the tar, and the content."""
 
     def read(self, file: BinaryIO) -> None:
         """Collect images and sidecars.
@@ -88,29 +88,31 @@ class _Tar:
         """Yield a record for each image, and a skip for each sidecar without an image."""
         claimed: set[str] = set()
         for base, image in self.images.items():
-            key, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
+            id_, uri = f"{self.name}/{base}", f"{self.path}#{image.member}"
             names = [n for n in sidecars.sidecar_names(image.member) if n in self.sidecar_files]
             kinds = {suffix(n) for n in names}
-            shared = [n for n in sidecars.names_of_key(image.member) if n in self.sidecar_files]
-            named = sidecars.caption_files(image.member, self.caption_keys)
-            named = {k: n for k, n in named.items() if n in self.sidecar_files}
-            claimed.update(names, shared, named.values())
+            shared = [
+                n for n in sidecars.shared_sidecar_names(image.member) if n in self.sidecar_files
+            ]
+            caption_files = sidecars.caption_files(image.member, self.caption_keys)
+            caption_files = {k: n for k, n in caption_files.items() if n in self.sidecar_files}
+            claimed.update(names, shared, caption_files.values())
             # `a.txt` describes `a.left.jpg`, unless `a.left.txt` does.
             names += [n for n in shared if suffix(n) not in kinds]
             sidecar = sidecars.read_sidecars(
                 [self.sidecar_files[n] for n in names],
                 self.caption_keys,
-                {k: self.sidecar_files[n][1] for k, n in named.items()},
+                {k: self.sidecar_files[n][1] for k, n in caption_files.items()},
             )
             if sidecar.problem:
-                yield Skip(key, uri, sidecar.problem, lost="captions")
+                yield Skip(id_, uri, sidecar.problem, affects="captions")
             yield Record(
-                key, uri, self.path, image.offset, image.length,
+                id_, uri, self.path, image.offset, image.length,
                 captions=sidecar.captions, meta=sidecar.meta,
             )  # fmt: skip
-        keys = {sidecars.key_of(image.member) for image in self.images.values()}
-        for lookup_name, (name, _) in self.sidecar_files.items():
-            if lookup_name not in claimed:
+        keys = {sidecars.webdataset_key(image.member) for image in self.images.values()}
+        for lower_name, (name, _) in self.sidecar_files.items():
+            if lower_name not in claimed:
                 self.skips.add(self._orphan(name, keys))
         yield from self.skips
 
@@ -121,14 +123,14 @@ class _Tar:
         elif member.offset_data + member.size > size:
             self.skips.add(self._skip(name, "tar ends in the middle of this file"))
         elif suffix(name) in sidecars.SUFFIXES:
-            lookup_name = sidecars.lookup_name(name)
-            if lookup_name in self.sidecar_files:
+            lower_name = sidecars.with_lower_suffix(name)
+            if lower_name in self.sidecar_files:
                 self.skips.add(self._skip(name, "duplicate key"))
             elif member.size > places.MOST_SIDECAR_BYTES:
                 reason = f"captions cannot be read: too large: {member.size / 1e6:,.0f} MB"
                 self.skips.add(self._skip(name, reason, "captions"))
             else:
-                self.sidecar_files[lookup_name] = name, _content(tar, member)
+                self.sidecar_files[lower_name] = name, _content(tar, member)
         elif why := reason_to_skip(name, lambda: _content(tar, member, HEAD_BYTES)):
             self.skips.add(self._skip(name, *why))
         elif _without_extension(name) in self.images:
@@ -138,15 +140,17 @@ class _Tar:
 
     def _orphan(self, name: str, keys: Container[str]) -> Skip:
         if suffix(name) not in sidecars.TEXT_SUFFIXES:
-            return self._skip(name, f"not an image by its extension: {suffix(name)}", "ending")
-        key = sidecars.key_of(name)
+            return self._skip(name, f"not an image by its extension: {suffix(name)}", "extension")
+        key = sidecars.webdataset_key(name)
         if key in keys:
             reason = f"caption file of another key: add --caption-key {name[len(key) + 1 :]}"
             return self._skip(name, reason)
         return self._skip(name, "caption without an image")
 
-    def _skip(self, name: str, reason: str, lost: Lost = "sample") -> Skip:
-        return Skip(f"{self.name}/{_without_extension(name)}", f"{self.path}#{name}", reason, lost)
+    def _skip(self, name: str, reason: str, affects: Affected = "sample") -> Skip:
+        return Skip(
+            f"{self.name}/{_without_extension(name)}", f"{self.path}#{name}", reason, affects
+        )
 
 
 def _without_extension(name: str) -> str:

@@ -1,6 +1,6 @@
 """Compare a store with its sources: samples it lacks, and rows whose samples are gone.
 
-N rows of the store, deleted ones included.
+Shapes: N rows of the store, deleted ones included.
 """
 
 import zlib
@@ -18,13 +18,13 @@ from mmalign.data import (
     Skip,
     SpilledRecords,
     Stamps,
-    alternative_id,
+    canonical_place,
     count_found,
-    expand,
+    expand_sources,
+    fallback_id,
     in_batches,
     in_threads,
     nothing_usable,
-    spelled,
     stream,
 )
 from mmalign.embedding.stored import Row, ScannedLocations, StoredRows, uri_prefixes
@@ -44,8 +44,8 @@ class ScanOptions:
     sources: Sequence[str]
     caption_keys: Sequence[str] = ("captions",)
     image_column: str | None = None
-    checksum: bool = False
-    """Compare the content of every image that the store holds."""
+    compare_checksums: bool = False
+    """Read every image that the store holds, and compare its content."""
     part: tuple[int, int] = (1, 1)
     """(i, n): only the i-th of n equal parts of the samples."""
 
@@ -57,9 +57,10 @@ class ScanOptions:
 
 @dataclass
 class ChangeSet:
-    """The result of a scan; `records` are to be read; final."""
+    """The result of a scan."""
 
     records: SpilledRecords
+    """Samples that must be read: new ones, and those that may have changed."""
     stored: StoredRows
     seen_N: NDArray[np.bool_]
     """Rows of the store that the sources still have, or may have."""
@@ -87,9 +88,10 @@ class ChangeSet:
 
 
 def find_changes(store: Store, options: ScanOptions, spilled: SpilledRecords) -> ChangeSet:
-    """Scan sources for samples that a store lacks or may hold outdated; they are spilled to disk.
+    """Scan sources for samples that are missing from a store, or may have changed since.
 
-    A sample is unchanged if its location, size, modification time, captions and metadata are.
+    They are written to a temporary file. A sample counts as unchanged if its location, size,
+    modification time, captions and metadata are the same as before.
 
     Raises:
         DataError: A source does not exist, or none holds a usable sample.
@@ -105,7 +107,7 @@ def find_changes(store: Store, options: ScanOptions, spilled: SpilledRecords) ->
             for found in scanned:
                 if isinstance(found, Record):
                     yield found
-                elif found.lost == "place" or options.includes(found):
+                elif found.affects == "place" or options.includes(found):
                     changes.skips.append(found)
 
     with closing(records()) as scanned:
@@ -114,10 +116,10 @@ def find_changes(store: Store, options: ScanOptions, spilled: SpilledRecords) ->
     changes.found_count = count_found(changes.samples, changes.skips)
     if not changes.samples and options.part[1] == 1:
         raise nothing_usable(options.sources, changes.skips, options.caption_keys)
-    _mark_unusable_as_seen(changes)
-    locations = expand(options.sources)
-    scanned_locations = [*locations, *(spelled(p) for p in locations)]
-    unread = [s.uri for s in changes.skips if s.lost == "place"]
+    _keep_rows_of_unusable(changes)
+    locations = expand_sources(options.sources)
+    scanned_locations = [*locations, *(canonical_place(p) for p in locations)]
+    unread = [s.uri for s in changes.skips if s.affects == "place"]
     changes.locations = ScannedLocations(uri_prefixes(scanned_locations), uri_prefixes(unread))
     return changes
 
@@ -131,23 +133,23 @@ def _collect_changed(changes: ChangeSet, records: Sequence[Record], options: Sca
     stamps = in_threads(
         changes.stamp_of, [record for record, _ in in_part], workers, ahead=4 * workers
     )
-    for (record, row), seen in zip(in_part, stamps, strict=True):
+    for (record, row), stamp in zip(in_part, stamps, strict=True):
         changes.captioned += bool(record.captions)
-        unchanged = row and row["uri"] == record.uri and row["stamp"] == seen
-        if unchanged and not options.checksum:
+        unchanged = row and row["uri"] == record.uri and row["stamp"] == stamp
+        if unchanged and not options.compare_checksums:
             changes.present += 1
         else:
-            changes.records.add(replace(record, stamp=seen))
+            changes.records.add(replace(record, stamp=stamp))
 
 
-def _mark_unusable_as_seen(changes: ChangeSet) -> None:
-    """Mark samples that can no longer be used as seen: they are not gone, so their rows stay."""
+def _keep_rows_of_unusable(changes: ChangeSet) -> None:
+    """Mark the rows of samples that can no longer be used as seen: the samples are not gone."""
     store = changes.stored.store
-    lost = [s for s in changes.skips if s.lost != "place"]
-    if len(store) and lost:
-        rows = store.find([s.id for s in lost])
+    unusable = [s for s in changes.skips if s.affects != "place"]
+    if len(store) and unusable:
+        rows = store.find([s.id for s in unusable])
         changes.seen_N[rows[rows >= 0]] = True
-        for found in changes.stored.rows_at([s.uri for s in lost]):
+        for found in changes.stored.rows_at([s.uri for s in unusable]):
             changes.seen_N[[row["number"] for row in found]] = True
 
 
@@ -159,22 +161,23 @@ class Match:
     id: str
     """The id of its row in the store."""
     replaces: tuple[str, ...] = ()
-    """Ids of other rows, which are deleted."""
+    """Ids of other rows, which this one replaces: they are deleted."""
     moved: bool = False
-    """It had another location or name when it was last embedded."""
+    """Whether its file had another location or name when it was last embedded."""
     up_to_date: bool = False
-    """The row in the store is already up to date."""
+    """Whether the row in the store is already up to date."""
 
 
 class RowMatcher:
-    """Decides which row each sample that was read belongs to, one by one; final."""
+    """Decides for each sample, once it has been read, which row of the store it belongs to."""
 
     def __init__(self, changes: ChangeSet) -> None:
         """Take the result of a scan."""
         self.changes, self.stored = changes, changes.stored
         self.moved_rows: set[int] = set()
         """Rows that followed their content to another place."""
-        self._moved: dict[bytes, Iterator[int]] = {}
+        self._unclaimed: dict[bytes, Iterator[int]] = {}
+        """By checksum: the rows with this content whose location is gone, in ascending order."""
 
     def match(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Match]:
         """Return the outcome for some samples, given the checksums of their images."""
@@ -185,42 +188,43 @@ class RowMatcher:
         if row is None:
             return self._match_new(record, checksum)
         (stored_row,) = self.stored.store.rows([row["number"]], ("captions", "meta", "checksum"))
-        name, old = self._choose_id(record, row), row["id"]
+        row_id, old_id = self._choose_id(record, row), row["id"]
         same_text = stored_row["captions"] == list(record.captions) and stored_row[
             "meta"
         ] == meta_json(record.meta)
         moved = _container(record.uri, record) != _container(row["uri"], record)
         if stored_row["checksum"] == checksum:
-            same = same_text and name == old and not moved
+            same = same_text and row_id == old_id and not moved
             up_to_date = same and row["uri"] == record.uri and row["stamp"] == record.stamp
             outcome: Outcome = "present" if same else "changed"
-            return Match(outcome, name, _other_ids(name, old), moved, up_to_date)
+            return Match(outcome, row_id, _other_ids(row_id, old_id), moved, up_to_date)
         moved_ids = self._claim_moved(checksum)
-        return Match("changed", name, _other_ids(name, old, *moved_ids), bool(moved_ids))
+        replaced = _other_ids(row_id, old_id, *moved_ids)
+        return Match("changed", row_id, replaced, bool(moved_ids))
 
     def _match_new(self, record: Record, checksum: bytes) -> Match:
         moved_ids = self._claim_moved(checksum)
-        name = record.id if self._is_free(record.id) else alternative_id(record)
+        row_id = record.id if self._is_free(record.id) else fallback_id(record)
         outcome: Outcome = "changed" if moved_ids else "added"
-        return Match(outcome, name, _other_ids(name, *moved_ids), bool(moved_ids))
+        return Match(outcome, row_id, _other_ids(row_id, *moved_ids), bool(moved_ids))
 
     def _choose_id(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
-        old: str = row["id"]
-        if not record.id_from_source or old in (record.id, alternative_id(record)):
-            return old
-        return record.id if self._is_free(record.id) else old
+        old_id: str = row["id"]
+        if not record.id_from_source or old_id in (record.id, fallback_id(record)):
+            return old_id
+        return record.id if self._is_free(record.id) else old_id
 
-    def _is_free(self, name: str) -> bool:
-        holder = self.stored.row_with_id(name)
-        return holder < 0 or holder in self.moved_rows
+    def _is_free(self, row_id: str) -> bool:
+        row = self.stored.row_with_id(row_id)
+        return row < 0 or row in self.moved_rows
 
     def _claim_moved(self, checksum: bytes) -> list[str]:
         """Claim a row with this content whose location is gone; return its id, if there is one."""
-        if checksum not in self._moved:
+        if checksum not in self._unclaimed:
             rows = self.stored.rows_with_content(checksum)
-            self._moved[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
-        number = next(self._moved[checksum], None)
+            self._unclaimed[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
+        number = next(self._unclaimed[checksum], None)
         if number is None:
             return []
         self.moved_rows.add(number)
@@ -234,32 +238,35 @@ class RowMatcher:
 
 
 def find_removed(matcher: RowMatcher) -> list[int]:
-    """List the rows whose images were in the sources but were not found there.
+    """List the rows to delete: embedded from these sources, which no longer have their images.
 
-    Places that could not be listed completely, or read, may still hold missing samples: nothing
-    below such a place counts as removed, nor does a row that has the name of such a file.
+    If a folder, tar or table could not be listed completely, no row below it is listed. If a file
+    could not be read, and the store has no row at its location, no row with its file name is
+    listed: the file may have been moved there.
     """
     changes, store = matcher.changes, matcher.stored.store
     for skip in changes.skips:
-        if skip.lost == "place":
+        if skip.affects == "place":
             say(f"warning: {skip.uri}: {skip.reason}; its rows are kept")
     unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
     rows = matcher.stored.rows_at(unread)
-    names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
+    unread_names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
     gone_N = ~changes.seen_N if store.live is None else ~changes.seen_N & store.live
     gone_N[list(matcher.moved_rows)] = False
     gone = []
     for numbers in in_batches(np.flatnonzero(gone_N).tolist(), LOOKUP_BATCH):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
             uri = row["uri"]
-            inside = uri.startswith(changes.locations.scanned) and _file_name(uri) not in names
+            inside = (
+                uri.startswith(changes.locations.scanned) and _file_name(uri) not in unread_names
+            )
             if inside and changes.locations.is_gone(uri):
                 gone.append(number)
     return gone
 
 
-def _other_ids(name: str, *ids: str) -> tuple[str, ...]:
-    return tuple(i for i in dict.fromkeys(ids) if i != name)
+def _other_ids(row_id: str, *ids: str) -> tuple[str, ...]:
+    return tuple(i for i in dict.fromkeys(ids) if i != row_id)
 
 
 def _file_name(uri: str) -> str:

@@ -24,7 +24,7 @@ from mmalign.data import (
     report_skips,
 )
 from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
-from mmalign.encoding.batches import report_cut
+from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluation.evaluate import compare
@@ -144,7 +144,7 @@ def embed(
     dropped = _drop(store, find_removed(embed_run.matcher), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
-        cut_captions=embed_run.pipeline.texts.cut,
+        cut_captions=embed_run.pipeline.texts.truncated,
         moved=embed_run.moved,
         read=embed_run.read,
         encoded=embed_run.pipeline.encoded,
@@ -173,7 +173,7 @@ def _open(path: Path, card: ModelCard, float32_encoder: Encoder) -> Store:
 
 
 class _EmbedRun:
-    """Reads the samples that a scan found, and writes their rows; final."""
+    """Reads the samples that a scan found, and writes their rows."""
 
     def __init__(
         self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
@@ -199,7 +199,7 @@ class _EmbedRun:
                 self.read += len(good) + len(skips)
                 progress.update(len(good) + len(skips))
                 progress.set_postfix_str(self.pipeline.describe(), refresh=False)
-        report_cut(self.pipeline.encoder, self.pipeline.texts.cut)
+        report_truncated(self.pipeline.encoder, self.pipeline.texts.truncated)
         self.seconds = time.monotonic() - started
 
     def _write(self, good: Sequence[Encoded]) -> None:
@@ -220,7 +220,7 @@ class _EmbedRun:
             "changed": self.outcomes["changed"],
             "present": self.outcomes["present"] + self.changes.present,
             "failed": count_skipped(self.changes.skips, "sample"),
-            "passed_over": count_skipped(self.changes.skips, "ending"),
+            "passed_over": count_skipped(self.changes.skips, "extension"),
         }
 
 
@@ -246,10 +246,10 @@ def _report_int8_loss(float32_encoder: Encoder, encoder: Encoder, sample: list[R
         say(f"int8 cannot be compared with float32: {error}")
 
 
-def _row(encoded: Encoded, name: str) -> Row:
+def _row(encoded: Encoded, row_id: str) -> Row:
     record = encoded.record
     return Row(
-        id=name,
+        id=row_id,
         uri=record.uri,
         captions=record.captions,
         image_embedding=encoded.image_D,
@@ -263,7 +263,7 @@ def _row(encoded: Encoded, name: str) -> Row:
 
 def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:
     """List failed samples and report their number; mark earlier failures that were resolved."""
-    skips_by_uri = {s.uri: s for s in changes.skips if s.lost != "nothing"}
+    skips_by_uri = {s.uri: s for s in changes.skips if s.affects != "nothing"}
     rows: list[dict[str, Any]] = [
         {"id": s.id, "uri": s.uri, "reason": s.reason, "embedded": s.sample_is_used}
         for s in skips_by_uri.values()

@@ -4,7 +4,7 @@ A row follows its content. The sample at a row's location belongs to that row, w
 now; if a source itself names its samples, the name decides. A new file may be one that was moved:
 then some row has its checksum, and the location of that row is gone.
 
-N rows of the store, deleted ones included; D dimensions.
+Shapes: N rows of the store, deleted ones included; D dimensions.
 """
 
 import threading
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmalign import files
 from mmalign.arrays import Ints
-from mmalign.data import Record, alternative_id, is_derived_id, is_gone
+from mmalign.data import Record, fallback_id, is_derived_id, is_gone
 from mmalign.encoding.pipeline import Known
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
@@ -32,7 +32,7 @@ CHANGE_COLUMNS = ("id", "uri", "stamp")
 
 
 class _Lookup:
-    """Rows indexed by one of their values, about 16 bytes per row; final."""
+    """Rows indexed by one of their values, about 16 bytes per row."""
 
     def __init__(
         self, store: Store, column: str, hashed: Callable[[Any], NDArray[np.uint64]]
@@ -52,7 +52,7 @@ class _Lookup:
 
 
 class StoredRows:
-    """The rows of one generation, found by their samples; final. Safe to use from threads."""
+    """The rows of one generation, found by their samples. Safe to use from threads."""
 
     def __init__(self, store: Store) -> None:
         """Take a store; its columns are read when they are first needed."""
@@ -104,8 +104,8 @@ class StoredRows:
             if r.row < 0 and any(_source_name(row["id"]) == _source_name(r.id) for row in rows)
         )
         found: dict[str, Row] = {}
-        for name in (lambda r: r.id, alternative_id):
-            numbers = self.store.find([name(r) for r, _ in pairs])
+        for id_of in (lambda r: r.id, fallback_id):
+            numbers = self.store.find([id_of(r) for r, _ in pairs])
             positions = np.flatnonzero(numbers >= 0)
             for i, row in zip(positions.tolist(), self._rows(numbers[positions]), strict=True):
                 record, prefix = pairs[i][0], _source_name(pairs[i][0].id)
@@ -114,9 +114,9 @@ class StoredRows:
                     found.setdefault(record.id, row)
         return found
 
-    def row_with_id(self, name: str) -> int:
+    def row_with_id(self, row_id: str) -> int:
         """Return the number of the row with an id, or -1."""
-        return int(self.store.find([name])[0]) if len(self.store) else -1
+        return int(self.store.find([row_id])[0]) if len(self.store) else -1
 
     def rows_with_content(self, checksum: bytes) -> Ints:
         """Return the rows whose image has this checksum."""
@@ -186,7 +186,7 @@ def _matching_row(record: Record, rows: Sequence[Row]) -> Row | None:
             return row
     derived = is_derived_id(record.id, record.uri)
     for row in rows:
-        named = row["id"] in (record.uri, *([] if derived else [alternative_id(record)]))
+        named = row["id"] in (record.uri, *([] if derived else [fallback_id(record)]))
         same_table = not derived and _source_name(row["id"]) == _source_name(record.id)
         if named or same_table or (derived and is_derived_id(row["id"], record.uri)):
             return row
@@ -199,8 +199,8 @@ def _is_same_location(record: Record, row: Row) -> bool:
     return bool(row["uri"] == record.uri)
 
 
-def _source_name(name: str) -> str:
-    return PurePosixPath(name).parts[0] if name.startswith("/") else name.partition("/")[0]
+def _source_name(row_id: str) -> str:
+    return PurePosixPath(row_id).parts[0] if row_id.startswith("/") else row_id.partition("/")[0]
 
 
 def _first_bytes(column: Any) -> NDArray[np.uint64]:

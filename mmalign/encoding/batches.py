@@ -1,6 +1,6 @@
 """Tools for loops over an encoder: a cache of texts, and batches that fit the memory.
 
-B items of a batch, C captions of one item, D dimensions.
+Shapes: B items of a batch, C captions of one item, D dimensions.
 """
 
 import sys
@@ -22,7 +22,7 @@ CACHED_TEXTS = 20_000
 
 
 class TextCache:
-    """Encodes captions, with a cache of the last 20,000; final.
+    """Encodes captions, with a cache of the last 20,000.
 
     Safe to use from several threads.
     """
@@ -32,8 +32,8 @@ class TextCache:
         self._encode = BatchSplitter(encoder.encode_texts)
         self._known: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
-        self.cut = 0
-        """Captions so far that were truncated."""
+        self.truncated = 0
+        """Number of captions that were truncated so far."""
 
     def __call__(self, captions: Sequence[Sequence[str]]) -> list[Floats]:
         """Return, for each item, the unit vectors (C, D) of its captions, in order."""
@@ -44,10 +44,10 @@ class TextCache:
         for first in range(0, len(missing), TEXTS_AT_ONCE):
             part = missing[first : first + TEXTS_AT_ONCE]
             found |= zip(part, self._encode(part), strict=True)
-        cut = self.encoder.tokenizer.cut(missing)
+        truncated = self.encoder.tokenizer.cut(missing)
         with self._lock:
             # Another thread may have encoded the same texts at the same time.
-            self.cut += sum(c not in self._known for c in cut)
+            self.truncated += sum(c not in self._known for c in truncated)
             for caption in asked:
                 self._known[caption] = found[caption]
                 self._known.move_to_end(caption)
@@ -58,7 +58,7 @@ class TextCache:
 
 
 class BatchSplitter(Generic[T]):
-    """Encodes batches; one that does not fit the memory is split, as are all later ones; final.
+    """Encodes batches; one that does not fit the memory is split, as are all later ones.
 
     Safe to use from several threads.
     """
@@ -89,7 +89,7 @@ class BatchSplitter(Generic[T]):
         return self(items)
 
 
-def report_cut(encoder: Encoder, count: int, what: str = "captions") -> None:
+def report_truncated(encoder: Encoder, count: int, what: str = "captions") -> None:
     """Report how many texts are longer than a model reads, if any are."""
     if count:
         say(f"warning: {count} {what} are longer than {encoder.name} can read: they were truncated")

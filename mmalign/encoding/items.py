@@ -1,6 +1,6 @@
 """Mixed lists of texts and images into vectors: the implementation of `Encoder.encode`.
 
-N items, B items of a batch, D dimensions.
+Shapes: N items, B items of a batch, D dimensions.
 """
 
 import contextlib

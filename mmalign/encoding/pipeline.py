@@ -7,7 +7,7 @@ batch wait for each other at every layer, and for every image that is decoded at
 GPU two threads take turns, so that one copies while the other computes. On other devices (Apple's)
 one thread encodes.
 
-B items of a batch, S side of an image in pixels, D dimensions.
+Shapes: B items of a batch, S side of an image in pixels, D dimensions.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from mmalign.data import (
 )
 from mmalign.encoding.batches import BatchSplitter, TextCache, is_out_of_memory
 from mmalign.encoding.modalities import decode_workers, modalities_of
-from mmalign.memory import reuse_freed
+from mmalign.memory import keep_free_memory
 from mmalign.model import Encoder
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Encoded:
 
 @dataclass
 class Stage:
-    """How busy one stage of the pipeline is; final."""
+    """How busy one stage of the pipeline is."""
 
     name: str
     workers: int
@@ -110,7 +110,7 @@ class Stage:
 
 
 class Pipeline:
-    """Decodes and encodes records, several at a time; final.
+    """Decodes and encodes records, several at a time.
 
     With a GPU, plain JPEGs are decoded there. The CPU then decodes them at reduced scale only: for
     the thumbnail, and because a GPU decoder may not report that an image is damaged.
@@ -140,7 +140,7 @@ class Pipeline:
         on_cuda = encoder.device.type == "cuda"
         self.decodes_on_device = on_cuda
         if on_cpu:
-            reuse_freed()
+            keep_free_memory()
         self.threads = torch.get_num_threads()
         self.batch = CPU_BATCH if on_cpu else GPU_BATCH
         self.decoding = Stage("decode", decode_workers())
@@ -236,15 +236,15 @@ class Pipeline:
     def _encode(
         self, batch: Sequence[tuple[Record, Item | Skip]]
     ) -> tuple[list[Encoded], list[Skip]]:
-        lost = [item for _, item in batch if isinstance(item, Skip)]
+        skips = [item for _, item in batch if isinstance(item, Skip)]
         good = [(record, item) for record, item in batch if not isinstance(item, Skip)]
         if not good:
-            return [], lost
+            return [], skips
         with self.encoding.working():
             images_BD = self._images([item for _, item in good])
             texts = self._texts(good)
         rows = zip(good, images_BD, texts, strict=True)
-        return [Encoded(record, item, image, text) for (record, item), image, text in rows], lost
+        return [Encoded(record, item, image, text) for (record, item), image, text in rows], skips
 
     def _images(self, items: Sequence[Item]) -> Floats:
         """Embed images, decoded or still to be decoded."""

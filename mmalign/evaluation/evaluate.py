@@ -1,7 +1,9 @@
 """`mmalign evaluate`: retrieval recall in both directions, and zero-shot classification.
 
-N images, P captions, D dimensions, C classes. Names and rules follow CLIP_benchmark: a
-text->image hit is the caption's own image, an image->text hit is any of the image's captions.
+Shapes: N images, P captions, D dimensions, C classes.
+
+Names and rules follow CLIP_benchmark: a text->image hit is the caption's own image, an image->text
+hit is any of the image's captions.
 """
 
 from collections import Counter
@@ -17,14 +19,14 @@ from mmalign import kernels
 from mmalign.arrays import Floats
 from mmalign.data import Record, Skip, Sources, count_found, count_skipped, report_skips, scan
 from mmalign.data.columns import normalised
-from mmalign.encoding.batches import TextCache, report_cut
+from mmalign.encoding.batches import TextCache, report_truncated
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError, nearest
 from mmalign.evaluation.metrics import accuracy, mean_reciprocal_rank, recall_at
 from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.progress import bar, say
 
-KS = (1, 5, 10)
+RECALL_KS = (1, 5, 10)
 # Warn if captions fit at least this share of the other images.
 MOST_SHARED = 0.5
 # Equal images get vectors that are equal up to bfloat16 rounding.
@@ -61,8 +63,8 @@ def evaluate(
     catalog = scan(
         sources, caption_keys=caption_keys, image_column=image_column, need_captions=True
     )
-    records, images_ND, texts, lost = encode_records(encoder, catalog.records)
-    skips = [*catalog.skips, *lost]
+    records, images_ND, texts, unreadable = encode_records(encoder, catalog.records)
+    skips = [*catalog.skips, *unreadable]
     found = count_found(len(catalog.records), catalog.skips)
     report_skips(skips, found=found, used=len(records))
     texts_PD = np.concatenate(texts)
@@ -94,18 +96,18 @@ def retrieval(images_ND: Floats, texts_PD: Floats, owners_P: NDArray[np.int64]) 
         ("image_retrieval", texts, images, numbers_N, owners_P),
         ("text_retrieval", images, texts, owners_P, numbers_N),
     ):
-        depth = min(max(KS), len(candidates))
+        depth = min(max(RECALL_KS), len(candidates))
         ranked = kernels.topk(queries, candidates, depth)[1]
-        recalls = recall_at(ranked.numpy(), owners, wanted, KS)
+        recalls = recall_at(ranked.numpy(), owners, wanted, RECALL_KS)
         report |= {f"{name}_recall@{k}": value for k, value in recalls.items()}
         mrr = mean_reciprocal_rank(ranked.numpy(), owners, wanted)
-        report[f"{name}_mrr@{max(KS)}"] = mrr
+        report[f"{name}_mrr@{max(RECALL_KS)}"] = mrr
     return report
 
 
 def too_few(images: int) -> str | None:
     """Describe which recalls are always 1, as there are too few images; None if none is."""
-    free = [k for k in KS if k >= images]
+    free = [k for k in RECALL_KS if k >= images]
     if not free:
         return None
     names = ", ".join(f"recall@{k}" for k in free)
@@ -155,11 +157,11 @@ def encode_records(
     skips: list[Skip] = []
     with bar("encode", len(records)) as progress:
         pipeline = Pipeline(encoder, thumbnails=False)
-        for good, lost in pipeline.run(records):
+        for good, bad in pipeline.run(records):
             done += [(e.record, e.image_D, e.texts_CD) for e in good]
-            skips += lost
-            progress.update(len(good) + len(lost))
-    report_cut(encoder, pipeline.texts.cut)
+            skips += bad
+            progress.update(len(good) + len(bad))
+    report_truncated(encoder, pipeline.texts.truncated)
     if not done:
         raise DataError(f"none of {len(records)} images can be decoded: {skips[0].reason}")
     kept, images, texts = zip(*done, strict=True)

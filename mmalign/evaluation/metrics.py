@@ -1,6 +1,8 @@
 """Retrieval and classification metrics: NumPy in, numbers out.
 
-M queries, N candidates, K ranks, C classes. Scores are computed elsewhere; ties are broken by row.
+Shapes: M queries, N candidates, K ranks, C classes.
+
+Scores are computed elsewhere; ties are broken by row.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """`mmalign export`: rows of a store, all or chosen by SQL, as files of other programs.
 
-N rows.
+Shapes: N rows.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """`mmalign import`: vectors made by clip-retrieval, checked, normalised and named, into a store.
 
-N rows, D dimensions.
+Shapes: N rows, D dimensions.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 class _UniqueIds:
-    """Gives each row an id that is unique in the folder; final.
+    """Gives each row an id that is unique in the folder.
 
     The first row with an id keeps it. Ids are kept as hashes: 8 bytes per row.
     """
@@ -159,7 +159,7 @@ class _UniqueIds:
 
 
 class _Importer:
-    """Adds rows to a store, each under a unique id, and counts them; final."""
+    """Adds rows to a store, each under a unique id, and counts them."""
 
     def __init__(self, out: Path, card: ModelCard, parts: Sequence[Part]) -> None:
         self.names = _UniqueIds(parts)

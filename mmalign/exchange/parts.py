@@ -2,7 +2,7 @@
 
     img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
 
-N rows, P captions, D dimensions.
+Shapes: N rows, P captions, D dimensions.
 """
 
 import os

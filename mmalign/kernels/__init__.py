@@ -1,6 +1,6 @@
 """The similarity core: contrastive losses and exact top-k over embedding matrices.
 
-N rows (pairs or stored vectors), M queries, D dimensions, K neighbours.
+Shapes: N rows (pairs or stored vectors), M queries, D dimensions, K neighbours.
 
 Both uses of a dual encoder are one product of two matrices: training compares every image of a
 batch with every text, search compares every query with every stored vector. This package works on

@@ -1,6 +1,6 @@
 """Exact scores of a few candidates: the second half of an approximate search.
 
-M queries, R candidates per query, D dimensions, K neighbours.
+Shapes: M queries, R candidates per query, D dimensions, K neighbours.
 """
 
 import torch

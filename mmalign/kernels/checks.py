@@ -1,6 +1,6 @@
 """Input validation: errors name the argument, before anything is computed.
 
-N rows, M queries, D dimensions.
+Shapes: N rows, M queries, D dimensions.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Exact top-k in two steps: a screen bounds every score, and the candidates are scored exactly.
 
-M queries, N stored vectors, D dimensions, K neighbours, B vectors of a block, X groups of
+Shapes: M queries, N stored vectors, D dimensions, K neighbours, B vectors of a block, X groups of
 neighbouring vectors, G vectors of a group, P (query, vector) pairs, H groups that hold candidates.
 
 A screen is a fast low-precision product with a proven error bound. A vector whose upper bound lies
@@ -256,7 +256,7 @@ def _why_not_half(corpus: Corpus) -> str | None:
 
 
 class _TopCandidates:
-    """Candidates for the k best of some queries; final."""
+    """Candidates for the k best of some queries."""
 
     def __init__(self, queries_MD: Tensor, corpus: Corpus, k: int) -> None:
         self.queries_MD, self.corpus, self.k = queries_MD.double(), corpus, k

@@ -1,6 +1,6 @@
 """The contrastive losses as differentiable torch functions, on one process or many.
 
-B pairs of this process, W processes (ranks), N = W * B pairs in total, D dimensions.
+Shapes: B pairs of this process, W processes (ranks), N = W * B pairs in total, D dimensions.
 
 Each rank compares its B images with all N texts. So only texts are communicated: gathered in the
 forward pass, their gradients reduce-scattered in the backward pass, plus N column sums. Averaging
@@ -71,11 +71,11 @@ class _InfoNCE(torch.autograd.Function):
     ) -> Tensor:
         problem = _gather_problem(image_BD, text_BD, logit_scale, pair_ids, ranks)
         with torch.autocast(image_BD.device.type, enabled=False):
-            rows_B, columns_N, positive_B = passes.statistics(problem)
-            columns_N = _all_reduce_log_sum_exp(columns_N, ranks)
-            terms_B = (rows_B + columns_N[problem.local_columns]) / 2 - positive_B
+            row_lse_B, column_lse_N, positive_B = passes.log_sum_exps(problem)
+            column_lse_N = _all_reduce_log_sum_exp(column_lse_N, ranks)
+            terms_B = (row_lse_B + column_lse_N[problem.local_columns]) / 2 - positive_B
         ctx.problem, ctx.passes, ctx.ranks = problem, passes, ranks
-        ctx.save_for_backward(image_BD, text_BD, logit_scale, rows_B, columns_N)
+        ctx.save_for_backward(image_BD, text_BD, logit_scale, row_lse_B, column_lse_N)
         return (_all_reduce_sum(terms_B.sum(), ranks) / len(problem.text_ND)).to(
             accumulation_dtype(image_BD)
         )
@@ -83,13 +83,13 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        image_BD, _, _, rows_B, columns_N = ctx.saved_tensors
+        image_BD, _, _, row_lse_B, column_lse_N = ctx.saved_tensors
         wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
         with torch.autocast(image_BD.device.type, enabled=False):
             grad_image_BD, grad_text_ND = ctx.passes.infonce_gradients(
                 ctx.problem,
-                rows_B,
-                columns_N,
+                row_lse_B,
+                column_lse_N,
                 # The scale's gradient is the inner product of either matrix with its own gradient.
                 wants_image=wants_image or (wants_scale and not wants_text),
                 wants_text=wants_text,
@@ -241,10 +241,10 @@ def _all_reduce_sum(value: Tensor, ranks: Ranks) -> Tensor:
     return value
 
 
-def _all_reduce_log_sum_exp(columns_N: Tensor, ranks: Ranks) -> Tensor:
+def _all_reduce_log_sum_exp(column_lse_N: Tensor, ranks: Ranks) -> Tensor:
     """Combine log-sum-exp values over ranks."""
     if ranks is None:
-        return columns_N
-    max_N = columns_N.clone()
+        return column_lse_N
+    max_N = column_lse_N.clone()
     dist.all_reduce(max_N, dist.ReduceOp.MAX, ranks)
-    return _all_reduce_sum((columns_N - max_N).exp(), ranks).log() + max_N
+    return _all_reduce_sum((column_lse_N - max_N).exp(), ranks).log() + max_N

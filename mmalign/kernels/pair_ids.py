@@ -1,6 +1,6 @@
 """Which pairs are not negatives of each other: an image and a text that share an id.
 
-N pairs, B of them local, at most L ids per image and M ids per text.
+Shapes: N pairs, B of them local, at most L ids per image and M ids per text.
 
 One caption may fit several images, and an image may have several captions. So each side has a set
 of ids, and a pair whose two sets intersect is masked. Negative ids mean no id.

@@ -1,6 +1,6 @@
 """Reference implementation of the similarity core, in plain torch.
 
-N rows, M queries, D dimensions, K neighbours, B rows of a block.
+Shapes: N rows, M queries, D dimensions, K neighbours, B rows of a block.
 
 The slow counterpart of every kernel: the fallback, the ground truth of the tests and the baseline
 of the benchmarks. Logits are computed in at least float32, also under autocast: at a logit scale of

@@ -1,6 +1,6 @@
 """The second step of exact search: candidates are scored in float64 and sorted.
 
-M queries, D dimensions, K neighbours, P (query, stored vector) pairs.
+Shapes: M queries, D dimensions, K neighbours, P (query, stored vector) pairs.
 """
 
 from functools import reduce

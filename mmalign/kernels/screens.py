@@ -1,6 +1,7 @@
 """Fast scores with a bounded error, which decide which vectors need an exact score.
 
-M queries, N stored vectors, D dimensions, B vectors of a block, X groups of neighbouring vectors.
+Shapes: M queries, N stored vectors, D dimensions, B vectors of a block, X groups of neighbouring
+vectors.
 
 Every bound follows from the Cauchy-Schwarz inequality. With q' and v' in place of q and v,
 |q v - q' v'| <= |q| |v - v'| + |q - q'| |v'|, and summing D products in a type with unit roundoff u

@@ -1,6 +1,7 @@
 """Contrastive losses on a GPU: the three passes of `blocked.py`, with every tile fused.
 
-B local image rows, N text columns, D dimensions, R rows of a slab.
+Shapes: B images of this process (rows), N texts of all processes (columns), D dimensions, R rows
+of a slab.
 
 The logits of a tile stay in registers from the product to their exponentials. The backward pass
 writes the weights of one slab of rows at a time, in the dtype of the inputs; both gradients are
@@ -26,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = range(16, 2049, 16)
 # Memory of one slab of weights, whatever the batch size.
 SLAB_BYTES = 128 << 20
-# Each direction of the statistics is split into PARTS parts of whole tiles: enough programs to fill
-# a GPU, few enough partial sums to combine cheaply.
+# Each direction of the log-sum-exps is split into PARTS parts of whole tiles: enough programs to
+# fill a GPU, few enough partial sums to combine cheaply.
 PARTS, TALLEST = 32, 128
 # float16 loses precision below 6e-5, where the weights of a large batch lie.
 GAIN = {torch.float16: 4096.0}
@@ -132,7 +133,7 @@ def _log_add(a, b):
 
 @triton.autotune(configs=_configs(), key=_KEY, prune_configs_by=_PRUNE)
 @triton.jit
-def _statistics_kernel(
+def _log_sum_exps_kernel(
     images, texts, scale, row_ids, column_ids, row_sums, column_sums, positive_logits,
     row_count, column_count, first, rows_each, columns_each, size_class,
     D: tl.constexpr, ROW_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -246,8 +247,8 @@ def _sigmoid_kernel(
     tl.store(pointers, (weight * gain).to(weights.dtype.element_ty), mask=inside)
 
 
-def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """See `blocked.statistics`."""
+def log_sum_exps(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """See `blocked.log_sum_exps`."""
     rows, columns = len(problem.image_BD), len(problem.text_ND)
     rows_each, columns_each = (
         TALLEST * -(-count // (PARTS * TALLEST)) for count in (rows, columns)
@@ -258,32 +259,38 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     positive_logits = problem.scale.new_empty(rows, dtype=torch.float32)
     images, texts, ids = _operands(problem)
     with torch.cuda.device_of(images):
-        _statistics_kernel[parts](
+        _log_sum_exps_kernel[parts](
             images, texts, problem.scale, *ids, row_sums, column_sums, positive_logits,
-            rows, columns, problem.first, rows_each, columns_each, _size_class(columns),
+            rows, columns, problem.first_column, rows_each, columns_each, _size_class(columns),
             **_constants(problem, ids),
         )  # fmt: skip
     return row_sums.logsumexp(0), column_sums.logsumexp(0), positive_logits
 
 
 def infonce_gradients(
-    problem: Problem, rows_B: Tensor, columns_N: Tensor, *, wants_image: bool, wants_text: bool
+    problem: Problem,
+    row_lse_B: Tensor,
+    column_lse_N: Tensor,
+    *,
+    wants_image: bool,
+    wants_text: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `blocked.infonce_gradients`."""
     images, texts, ids = _operands(problem)
     columns = len(texts)
-    products = _Products(images, texts, wants_image, wants_text)
+    gradients = _Gradients(images, texts, wants_image, wants_text)
     with torch.cuda.device_of(images):
         for rows, weights in _slabs(images, columns):
             count = rows.stop - rows.start
             _infonce_kernel[_grid(count, columns)](
                 images[rows], texts, problem.scale, ids[0][rows], ids[1],
-                rows_B[rows].contiguous(), columns_N, weights,
-                count, columns, problem.first + rows.start, products.gain, _size_class(columns),
+                row_lse_B[rows].contiguous(), column_lse_N, weights,
+                count, columns, problem.first_column + rows.start, gradients.gain,
+                _size_class(columns),
                 **_constants(problem, ids),
             )  # fmt: skip
-            products.add(rows, weights)
-    return products.result()
+            gradients.add(rows, weights)
+    return gradients.result()
 
 
 def sigmoid_pass(
@@ -292,7 +299,7 @@ def sigmoid_pass(
     """See `blocked.sigmoid_pass`."""
     images, texts, ids = _operands(problem)
     columns = len(texts)
-    products = _Products(images, texts, wants_image, wants_text)
+    gradients = _Gradients(images, texts, wants_image, wants_text)
     loss, grad_bias = (torch.zeros((), dtype=torch.float64, device=images.device) for _ in range(2))
     narrowest = min(c.kwargs["WIDE"] for c in _configs())
     with torch.cuda.device_of(images):
@@ -303,35 +310,36 @@ def sigmoid_pass(
             _sigmoid_kernel[_grid(count, columns)](
                 images[rows], texts, problem.scale, ids[0][rows], ids[1], bias,
                 sums[0], sums[1], weights,
-                count, columns, problem.first + rows.start, products.gain, _size_class(columns),
+                count, columns, problem.first_column + rows.start, gradients.gain,
+                _size_class(columns),
                 **_constants(problem, ids),
             )  # fmt: skip
             loss += sums[0].sum(dtype=torch.float64)
             grad_bias += sums[1].sum(dtype=torch.float64)
-            products.add(rows, weights)
-    return loss, grad_bias, *products.result()
+            gradients.add(rows, weights)
+    return loss, grad_bias, *gradients.result()
 
 
-class _Products:
-    """Sums of weights @ texts (B, D) and of weights.T @ images (N, D); final."""
+class _Gradients:
+    """Gradients of images, weights @ texts (B, D), and of texts, weights.T @ images (N, D)."""
 
     def __init__(self, images: Tensor, texts: Tensor, wants_image: bool, wants_text: bool) -> None:
         self.images, self.texts = images, texts
         self.gain = GAIN.get(images.dtype, 1.0)
-        self.image_BD = torch.empty_like(images, dtype=torch.float32) if wants_image else None
-        self.text_ND = torch.zeros_like(texts, dtype=torch.float32) if wants_text else None
+        self.grad_image_BD = torch.empty_like(images, dtype=torch.float32) if wants_image else None
+        self.grad_text_ND = torch.zeros_like(texts, dtype=torch.float32) if wants_text else None
 
     def add(self, rows: slice, weights_RN: Tensor) -> None:
-        if self.image_BD is not None:
-            _add_product(self.image_BD[rows].zero_(), weights_RN, self.texts)
-        if self.text_ND is not None:
-            _add_product(self.text_ND, weights_RN.T, self.images[rows])
+        if self.grad_image_BD is not None:
+            _add_product(self.grad_image_BD[rows].zero_(), weights_RN, self.texts)
+        if self.grad_text_ND is not None:
+            _add_product(self.grad_text_ND, weights_RN.T, self.images[rows])
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
-        for matrix in (self.image_BD, self.text_ND):
+        for matrix in (self.grad_image_BD, self.grad_text_ND):
             if matrix is not None and self.gain != 1:
                 matrix.div_(self.gain)
-        return self.image_BD, self.text_ND
+        return self.grad_image_BD, self.grad_text_ND
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Exact top-k on a GPU: one fused product that keeps the best score of each group of rows.
 
-M queries, N stored vectors, D dimensions, K neighbours, X groups of neighbouring rows.
+Shapes: M queries, N stored vectors, D dimensions, K neighbours, X groups of neighbouring rows.
 
 The kernel reads each vector once and writes one number per 64 of them. The k best rows lie within
 the groups whose best scores reach the k-th best (minus the error of the screen), so only these are

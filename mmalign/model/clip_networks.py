@@ -67,7 +67,7 @@ def tags(name: str) -> list[str]:
 
 
 class OpenClipTokenizer(Tokenizer):
-    """The tokenizer that belongs to an open_clip model; final."""
+    """The tokenizer that belongs to an open_clip model."""
 
     def __init__(self, architecture: dict[str, Any], folder: str | None = None) -> None:
         """Take an architecture as in `build`, and the folder of its vocabulary files.

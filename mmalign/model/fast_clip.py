@@ -1,6 +1,6 @@
 """open_clip's networks with shortcuts, each of which is compared with open_clip's own functions.
 
-B items, T tokens, W width of a tower, S side of an image.
+Shapes: B items, T tokens, W width of a tower, S side of an image.
 
 The shortcuts read open_clip internals, which are not its public API and are renamed between
 versions. `compare_with_public` runs both once; a shortcut that fails or differs is not used.
@@ -24,7 +24,7 @@ PROBE_TEXTS = ("a", "a photo of a brown dog that runs on the beach beside the se
 
 
 class OpenClipTowers(Towers):
-    """Any CLIP-like open_clip model; final."""
+    """Any CLIP-like open_clip model."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()

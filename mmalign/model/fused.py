@@ -1,7 +1,7 @@
-"""Fused transformer layers for encoding on a CPU; their results are the same.
+"""Fused transformer layers for encoding on a CPU, with the results of the layers they replace.
 
-B items, T tokens, W width, H heads, S side of an image in pixels, P side of a patch, R rows
-(patches of all images), O width of the output.
+Shapes: B items, T tokens, W width of the states, H heads, K width of a head, S side of an image in
+pixels, P side of a patch, R patches of all images, F values of a patch, O width of the output.
 """
 
 import torch
@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from mmalign.model.int8 import Linear8
 
-# Up to SHORT tokens, all attention weights of a head fit a core's cache, and plain bfloat16
-# products are faster than the kernel that never stores them: 0.15 ms per image and layer (50
-# tokens, 12 heads) instead of 0.27. In float32 they are not (0.29 and 0.21).
-SHORT = 128
+# Up to this many tokens, the attention weights of a head fit into the cache of a core, and in
+# bfloat16 it is faster to compute them by a plain matrix product than to call the fused kernel of
+# torch, which never stores them. For 50 tokens and 12 heads, in ms per image and layer: bfloat16
+# 0.15 plain, 0.27 fused; float32 0.29 plain, 0.21 fused.
+MAX_MATERIALIZED_TOKENS = 128
 # A typical number of rows, for which the layout of packed weights is chosen; any number works.
-ROWS = 800
-# Middle of the pixel range: after subtracting it, pixels are exact in bfloat16 and int8.
+TYPICAL_ROWS = 800
+# Subtracted from pixels (0 to 255): they then lie in -128 to 127, which bfloat16 and int8 represent
+# exactly.
 MIDDLE = 128
 
 
-def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
+def replace_attention(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace PyTorch's attention, in place, by one whose layers are separate modules.
 
     Args:
@@ -31,14 +33,14 @@ def expose_attention(module: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(child, nn.MultiheadAttention) and _is_plain(child):
             setattr(module, name, Attention(child, dtype))
         else:
-            expose_attention(child, dtype)
+            replace_attention(child, dtype)
 
 
 def pack(module: nn.Module) -> None:
     """Lay out bfloat16 weights for oneDNN, in place, in a network that is only used to encode.
 
-    Only layers whose owner is known just to call them: some attentions of timm pass on the weights
-    of their layers, and packed weights cannot be read by other code.
+    Only oneDNN can read packed weights. So a layer is packed only if the module that contains it is
+    known to call it; some attentions of timm read the weights of their layers instead.
     """
     for owner in list(module.modules()):
         if isinstance(owner, (nn.Sequential, Attention, Patches)):
@@ -48,20 +50,20 @@ def pack(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are laid out for oneDNN's product; final.
+    """A linear layer whose weights are laid out for the matrix product of oneDNN.
 
     `nn.Linear` reorders them at each call. For bfloat16 on a CPU that supports it natively.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TYPICAL_ROWS)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(self, states: Tensor) -> Tensor:
         """Map (..., W) to (..., O)."""
-        product = torch.ops.mkldnn._linear_pointwise
-        return product(states, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(states, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
@@ -69,14 +71,14 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
 
 
 class Attention(nn.Module):
-    """`nn.MultiheadAttention` as self-attention, with its layers as separate modules; final."""
+    """`nn.MultiheadAttention` with its layers as separate modules; `value` must be `key`."""
 
     def __init__(self, attention: nn.MultiheadAttention, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.batch_first = attention.num_heads, attention.batch_first
         self.dtype = dtype
         width = attention.embed_dim
-        # The scale of the attention products is folded into the query weights.
+        # The query weights include the scale of the products of queries and keys.
         scale = torch.ones(3 * width, 1)
         scale[:width] = (width // self.heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width)
@@ -88,56 +90,56 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None, need_weights: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Take the arguments of `nn.MultiheadAttention`; the value must be the key.
+        """Take the arguments of `nn.MultiheadAttention`.
 
         Args:
             query: States that attend.
             key: States attended to.
-            value: The same as key.
-            attn_mask: Added to every product, (T, T).
+            value: Must be the same tensor as `key`.
+            attn_mask: Added to the products of queries and keys, (T, T).
             key_padding_mask: True for keys to ignore, (B, T).
-            need_weights: Must not be requested.
+            need_weights: Must be False.
         """
         if value is not key or need_weights:
             raise ValueError(
-                "unsupported attention: values must be the keys, and no weights be returned"
+                "unsupported attention: value must be key, and need_weights must be False"
             )
-        alike = query is key
+        is_self_attention = query is key
         if not self.batch_first:
             query, key = query.transpose(0, 1), key.transpose(0, 1)
-        q, k, v = self._heads(key)
-        if not alike:
-            q = self._heads(query)[0]
+        q, k, v = self._qkv_by_head(key)
+        if not is_self_attention:
+            q = self._qkv_by_head(query)[0]
         mask = None if attn_mask is None else attn_mask.to(self.dtype)
         if key_padding_mask is not None:
-            shut = torch.zeros(key_padding_mask.shape, dtype=self.dtype)
-            mask = shut.masked_fill_(key_padding_mask, -torch.inf)[:, None, None, :]
-        mixed = _mix(q, k, v, mask).transpose(1, 2).reshape(query.shape)
-        out = self.out(mixed.to(query.dtype))
+            zeros = torch.zeros(key_padding_mask.shape, dtype=self.dtype)
+            mask = zeros.masked_fill_(key_padding_mask, -torch.inf)[:, None, None, :]
+        attended = _attend(q, k, v, mask).transpose(1, 2).reshape(query.shape)
+        out = self.out(attended.to(query.dtype))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
-    def _heads(self, states_BTW: Tensor) -> Tensor:
+    def _qkv_by_head(self, states_BTW: Tensor) -> Tensor:
         items, tokens, width = states_BTW.shape
         qkv: Tensor = self.qkv(states_BTW).to(self.dtype)
-        each = qkv.view(items, tokens, 3, self.heads, width // self.heads)
-        return each.permute(2, 0, 3, 1, 4)
+        by_head = qkv.view(items, tokens, 3, self.heads, width // self.heads)
+        return by_head.permute(2, 0, 3, 1, 4)
 
 
-def _mix(q_BHTW: Tensor, k_BHTW: Tensor, v_BHTW: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
     """Compute attention with queries that are already scaled."""
-    if k_BHTW.shape[2] > SHORT or k_BHTW.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHTW, k_BHTW, v_BHTW, attn_mask=mask, scale=1.0)
-    products_BHTT = q_BHTW @ k_BHTW.transpose(-1, -2)
+    if k_BHTK.shape[2] > MAX_MATERIALIZED_TOKENS or k_BHTK.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, scale=1.0)
+    logits_BHTT = q_BHTK @ k_BHTK.transpose(-1, -2)
     if mask is not None:
-        products_BHTT = products_BHTT + mask
-    # Summed in float32, which torch also does faster than a softmax in bfloat16.
-    return products_BHTT.softmax(-1, dtype=torch.float32).to(v_BHTW.dtype) @ v_BHTW
+        logits_BHTT = logits_BHTT + mask
+    # A softmax in float32 is more accurate than one in bfloat16, and torch computes it faster.
+    return logits_BHTT.softmax(-1, dtype=torch.float32).to(v_BHTK.dtype) @ v_BHTK
 
 
 class Patches(nn.Module):
-    """A convolution with non-overlapping patches, as one product over raw pixels; final.
+    """A convolution with non-overlapping patches, as one linear layer over raw pixels.
 
-    Pixel normalisation is folded into its weights: w (p / 255 - mean) / std is linear in p.
+    Pixel normalisation is part of its weights: w (p / 255 - mean) / std is linear in p.
     """
 
     def __init__(
@@ -150,10 +152,10 @@ class Patches(nn.Module):
         bias_O = (weight_OPP3 * ((MIDDLE / 255 - mean_3) / spread_3)).sum(dim=(1, 2, 3))
         if convolution.bias is not None:
             bias_O += convolution.bias.detach()
-        product = nn.Linear(3 * self.side**2, len(bias_O))
-        product.weight = nn.Parameter((weight_OPP3 / (255 * spread_3)).flatten(1))
-        product.bias = nn.Parameter(bias_O)
-        self.product: nn.Linear | PackedLinear | Linear8 = product
+        linear = nn.Linear(3 * self.side**2, len(bias_O))
+        linear.weight = nn.Parameter((weight_OPP3 / (255 * spread_3)).flatten(1))
+        linear.bias = nn.Parameter(bias_O)
+        self.linear: nn.Linear | PackedLinear | Linear8 = linear
 
     @staticmethod
     def fits(layer: object) -> bool:
@@ -174,9 +176,9 @@ class Patches(nn.Module):
         whole = across * self.side
         bytes_BSS3 = pixels_B3SS.permute(0, 2, 3, 1)[:, :whole, :whole]
         grid = bytes_BSS3.unflatten(2, (across, self.side)).unflatten(1, (across, self.side))
-        rows_RW = grid.transpose(2, 3).reshape(-1, 3 * self.side**2)
-        if isinstance(self.product, Linear8):
-            maps_RO = self.product.of_bytes(rows_RW)
+        patches_RF = grid.transpose(2, 3).reshape(-1, 3 * self.side**2)
+        if isinstance(self.linear, Linear8):
+            maps_RO = self.linear.of_bytes(patches_RF)
         else:
-            maps_RO = self.product(rows_RW.to(self.product.bias.dtype).sub_(MIDDLE))
+            maps_RO = self.linear(patches_RF.to(self.linear.bias.dtype).sub_(MIDDLE))
         return maps_RO.view(-1, across, across, maps_RO.shape[1]).permute(0, 3, 1, 2)

@@ -75,7 +75,7 @@ INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {
 
 @dataclass
 class Plan:
-    """What to build, and with which weights; final."""
+    """What to build, and with which weights."""
 
     shown: str
     """The name as the user wrote it."""

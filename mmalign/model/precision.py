@@ -4,7 +4,7 @@ The model stays the same: its identity is that of its float32 weights, and vecto
 share one space. The difference between them is measured, not assumed. The same measurement compares
 the replacement layers (fused.py, int8.py) with the network's own layers.
 
-B items, S side of an image in pixels, D dimensions.
+Shapes: B items, S side of an image in pixels, D dimensions.
 """
 
 import copy
@@ -47,7 +47,7 @@ OTHERWISE = (
 
 
 class CastTowers(Towers):
-    """Towers with their weights cast to another dtype; final."""
+    """Towers with their weights cast to another dtype."""
 
     def __init__(self, towers: Towers, dtype: torch.dtype) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def _fused(encoder: Encoder, dtype: torch.dtype) -> Towers:
     towers = copy.deepcopy(encoder.towers).eval()
     if encoder.device.type == "cpu":
         towers.take_pixels(encoder.preprocess)
-        fused.expose_attention(towers, dtype)
+        fused.replace_attention(towers, dtype)
     return towers
 
 

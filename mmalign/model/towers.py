@@ -1,6 +1,7 @@
 """The networks of our own presets: a residual convolution tower and a small text transformer.
 
-B items, C channels, S side of an image, T tokens, W width of the text tower, D shared dimensions.
+Shapes: B items, C channels, S side of an image, T tokens, W width of the text tower, D shared
+dimensions.
 
 Both are designed for what a CPU does well: few, wide 3x3 convolutions that use its fast kernels,
 and a text tower that is cut to the longest caption of the batch.
@@ -30,7 +31,7 @@ FIELDS = {
 
 
 class OwnTowers(Towers):
-    """The towers of a preset; final."""
+    """The towers of a preset."""
 
     any_size = True
 
@@ -63,7 +64,7 @@ class OwnTowers(Towers):
 
 
 class ConvTower(nn.Module):
-    """A small residual network: a strided stem, then one stage per width; final."""
+    """A small residual network: a strided stem, then one stage per width."""
 
     def __init__(self, preset: "Preset") -> None:
         super().__init__()
@@ -126,7 +127,7 @@ def _conv(inside: int, outside: int, *, side: int = 3, stride: int = 1) -> list[
 
 
 class TextTower(nn.Module):
-    """Token embeddings, pre-norm transformer layers, mean over the tokens, a head; final.
+    """Token embeddings, pre-norm transformer layers, mean over the tokens, a head.
 
     Without layers it is a bag of words, which is the best choice for a short CPU budget on captions
     whose word order carries little information.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.encoding.batches import report_cut
+from mmalign.encoding.batches import report_truncated
 from mmalign.errors import (
     DataError,
     IdentityError,
@@ -142,7 +142,7 @@ def _build_all(
         share = counts[name] / sum(counts.values())
         modalities[name] = write_index(
             folder, name, store.vectors(name), queries_by_modality=queries_by_modality,
-            recall=recall, memory=memory * share, share=share, live_N=live[name],
+            recall=recall, memory=memory * share, memory_share=share, live_N=live[name],
         )  # fmt: skip
     return modalities
 
@@ -178,7 +178,9 @@ def _split(queries_MD: NDArray[np.float32], image_ids_M: NDArray[np.int64]) -> Q
         cumulative_counts, min(HELD_OUT, len(queries_MD) // 2), side="right"
     )
     return Queries(
-        queries_MD[~held_out_M], queries_MD[held_out_M], image_ids_M=image_ids_M[held_out_M]
+        queries_MD[~held_out_M],
+        queries_MD[held_out_M],
+        held_out_image_ids_M=image_ids_M[held_out_M],
     )
 
 
@@ -221,6 +223,6 @@ def _read_query_file(store: Store, queries: str | Path, model: str | Path | None
             f"{store.path} holds embeddings of {store.manifest.model.identity}, "
             f"the model is {encoder.identity}: give the model that made the store, or embed again"
         )
-    report_cut(encoder, len(encoder.tokenizer.cut(lines)), "queries")
+    report_truncated(encoder, len(encoder.tokenizer.cut(lines)), "queries")
     parts = [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
     return _split(np.concatenate(parts), np.arange(len(lines)))

@@ -2,7 +2,7 @@
 
     query -> encoder -> index finds rows -> store reads the rows
 
-M queries, D dimensions, K neighbours.
+Shapes: M queries, D dimensions, K neighbours.
 """
 
 import threading
@@ -48,7 +48,7 @@ class Hits(Sequence[Hit]):
 
 
 class Searcher:
-    """A store and the model it was made with, ready for queries from many threads; final.
+    """A store and the model it was made with, ready for queries from many threads.
 
     It searches the newest generation of the store at the time it was opened, until `refresh` is
     called.
@@ -199,9 +199,9 @@ class Searcher:
         ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
         vectors = encode_items(self.encoder, items)
-        cut = len(self.encoder.tokenizer.cut(texts)) if texts else 0
-        if cut:
-            what = "the query is" if len(queries) == 1 else f"{cut} queries are"
+        truncated = len(self.encoder.tokenizer.cut(texts)) if texts else 0
+        if truncated:
+            what = "the query is" if len(queries) == 1 else f"{truncated} queries are"
             it = "it was" if len(queries) == 1 else "they were"
             say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)

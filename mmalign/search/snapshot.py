@@ -1,6 +1,6 @@
 """One generation of a store with its indexes, open for search; it never changes.
 
-N vectors of one modality, M queries, D dimensions, K neighbours.
+Shapes: N vectors of one modality, M queries, D dimensions, K neighbours.
 """
 
 import json
@@ -43,7 +43,7 @@ class Hit:
 
 
 class Snapshot:
-    """Store and indexes of one generation; final. Safe to use from many threads.
+    """Store and indexes of one generation. Safe to use from many threads.
 
     All shards are opened immediately, so that a later generation may remove their files.
     """

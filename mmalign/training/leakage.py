@@ -1,6 +1,6 @@
 """Find validation samples that are also in the training data.
 
-N training samples, V validation samples.
+Shapes: N training samples, V validation samples.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """One training step: augment, encode, loss, gradients, optimizer, average.
 
-B images of a batch, C captions drawn for each, D dimensions, T tokens of a caption.
+Shapes: B images of a batch, C captions drawn for each, D dimensions, T tokens of a caption.
 """
 
 import math
@@ -49,14 +49,14 @@ def image_side(full: int, start: float, progress: float) -> int:
 
 
 class Learner:
-    """The trained weights and their optimizer; final."""
+    """The trained weights and their optimizer."""
 
     def __init__(self, config: TrainConfig, encoder: Encoder, pairs: Pairs) -> None:
         self.config, self.encoder = config, encoder
         self.device = fastest_device()
         self.towers = encoder.on(self.device).towers
         with _seeded(config.seed, self.device):
-            head = TokenHead(encoder.dim, pairs.token_counts(), pairs.captions)
+            head = TokenHead(encoder.dim, pairs.token_counts(), pairs.caption_count)
         self.head = head.to(self.device)
         self.towers.train()
         self.trained = torch.nn.ModuleList([self.towers, self.head])

@@ -1,6 +1,6 @@
 """The training objective: a weighted sum of contrastive losses and token prediction.
 
-B images of a batch, C captions drawn for each, L maximum captions per image, D dimensions,
+Shapes: B images of a batch, C captions drawn for each, L maximum captions per image, D dimensions,
 T tokens of a caption.
 """
 
@@ -14,7 +14,7 @@ from mmalign.training.token_prediction import TokenHead
 
 
 class Objective:
-    """The loss of a batch; final.
+    """The loss of a batch.
 
     Images are contrasted with captions, captions of an image with each other (`caption_loss`), and
     images predict the tokens of their captions (`word_loss`).

@@ -38,7 +38,7 @@ def adamw(towers: nn.Module, rate: float, weight_decay: float) -> torch.optim.Ad
 
 
 class Average:
-    """Exponential moving average of weights; its decay warms up with the number of steps; final."""
+    """Exponential moving average of weights; its decay warms up with the number of steps."""
 
     def __init__(self, towers: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -3,7 +3,7 @@
 A resumed training equals an uninterrupted one bit for bit, or is refused with the reason. So the
 state records not only weights and optimizer, but also the training data and the arithmetic.
 
-N samples.
+Shapes: N samples.
 """
 
 import hashlib

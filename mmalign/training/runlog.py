@@ -14,7 +14,7 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The log of a run; final."""
+    """The log of a run."""
 
     def __init__(self, run: Path, step: int = 0) -> None:
         """Continue at a step: entries beyond it, logged by a killed training, are removed."""
@@ -38,7 +38,7 @@ class RunLog:
 
 
 class _Events:
-    """A file of TensorBoard events; final.
+    """A file of TensorBoard events.
 
     TensorBoard's own writer has a thread that prints a traceback on a full disk, and the caller
     learns of it only later, without the file name.

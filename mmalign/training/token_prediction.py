@@ -1,7 +1,7 @@
 """A second objective for the image tower: predict which tokens occur in an image's captions.
 
-B images, C captions, D dimensions, T tokens of a caption, U tokens of the tokenizer, V tokens that
-occur in the captions.
+Shapes: B images, C captions, D dimensions, T tokens of a caption, U tokens of the tokenizer, V
+tokens that occur in the captions.
 
 A contrastive loss teaches an image tower only what distinguishes an image from the rest of its
 batch. Token prediction compares it with the whole vocabulary at once, which helps with few images
@@ -18,7 +18,7 @@ LOGIT_SCALE = 10.0
 
 
 class TokenHead(nn.Module):
-    """A linear classifier from image vectors to the tokens of the captions; final."""
+    """A linear classifier from image vectors to the tokens of the captions."""
 
     idf_V: Tensor
     class_U: Tensor

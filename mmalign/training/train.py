@@ -33,7 +33,7 @@ from mmalign.model import (
 )
 from mmalign.progress import say
 from mmalign.training.leakage import describe_leakage
-from mmalign.training.pairs import Pairs, can_mirror, load_pairs, report_skipped
+from mmalign.training.pairs import Pairs, can_mirror, load_pairs, write_skipped
 from mmalign.training.resume import (
     check_contents,
     check_listing,
@@ -143,7 +143,7 @@ def _train(config: TrainConfig, run: Path, state: dict[str, Any] | None) -> dict
             else (None, [])
         )
         used = len(pairs) + (len(held_out) if held_out else 0)
-        report_skipped(run, [*skips, *train_skips, *val_skips], found=found, used=used)
+        write_skipped(run, [*skips, *train_skips, *val_skips], found=found, used=used)
         _warn_about_data(pairs, held_out)
         trainer = Trainer(config, encoder, pairs=pairs, held_out=held_out, run=run)
         if state is not None:

@@ -1,6 +1,6 @@
 """The training loop: runs all batches, measures recall and saves the run.
 
-N images, P captions, D dimensions.
+Shapes: N images, P captions, D dimensions.
 """
 
 import math
@@ -21,7 +21,7 @@ from mmalign.model import Encoder, drop_weights, save_model
 from mmalign.progress import bar, say
 from mmalign.training.interrupts import stop_requests
 from mmalign.training.learner import Learner
-from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, report_skipped
+from mmalign.training.pairs import ENCODED_AT_ONCE, Pairs, encode_pairs, write_skipped
 from mmalign.training.resume import write_state
 from mmalign.training.runlog import RunLog
 from mmalign.training.settings import TrainConfig, epochs_of, limits_reached, refuse_complete
@@ -45,7 +45,7 @@ class State:
 
 
 class Trainer:
-    """One training: runs what `train` assembled, step by step to the end; final."""
+    """One training: runs what `train` assembled, step by step to the end."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Trainer:
         vectors = torch.empty(self.config.batch_size, self.encoder.dim, device=learner.device)
         say(
             f"{self.encoder.name}: {size:.1f}M parameters; {len(self.pairs)} images, "
-            f"{self.pairs.captions} captions; images in {learner.arithmetic['image']}, "
+            f"{self.pairs.caption_count} captions; images in {learner.arithmetic['image']}, "
             f"texts in {learner.arithmetic['text']}, "
             f"loss kernel {kernels.choose_loss(vectors, vectors)}"
         )
@@ -226,7 +226,7 @@ class Trainer:
         if len(self.skips_by_uri) > self.reported_count:
             self.reported_count = len(self.skips_by_uri)
             found, skips = len(self.pairs), list(self.skips_by_uri.values())
-            report_skipped(self.run, skips, found=found, used=found - len(skips))
+            write_skipped(self.run, skips, found=found, used=found - len(skips))
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote.

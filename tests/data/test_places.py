@@ -34,7 +34,7 @@ def soon(run: Callable[[], T]) -> T:
 
 
 def lost_places(skips: list[Skip]) -> list[str]:
-    return [s.uri for s in skips if s.lost == "place"]
+    return [s.uri for s in skips if s.affects == "place"]
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_a_metadata_table_beside_images_is_used(tmp_path: Path, table: str) -> N
 def test_a_metadata_table_without_images_costs_captions_only(tmp_path: Path) -> None:
     catalog = listed(write_folder(tmp_path / "f", {"a.jpg": jpeg(), "metadata.csv": "x,y\n1,2\n"}))
     (skip,) = catalog.skips
-    assert (len(catalog.records), skip.lost) == (1, "captions")
+    assert (len(catalog.records), skip.affects) == (1, "captions")
     assert "no image column" in skip.reason
 
 
@@ -195,7 +195,7 @@ def test_files_are_taken_by_ending_then_by_content_and_nothing_is_silent(tmp_pat
         assert [len(read_image(r)) for r in catalog.records] == [
             len(members[n]) for n in ("a.JFIF", "b", "c.pic", "d.1")
         ]
-        counted = {s.reason: s.count for s in catalog.skips if s.lost == "ending"}
+        counted = {s.reason: s.count for s in catalog.skips if s.affects == "extension"}
         assert counted == {
             "not an image by its extension: .mp4": 2,
             "not an image by its extension: .md": 1,
@@ -204,7 +204,7 @@ def test_files_are_taken_by_ending_then_by_content_and_nothing_is_silent(tmp_pat
             "not an image by its content: .xyz": 1,
             "a source, not an image: .tar": 1,
         }
-        assert [s.reason for s in catalog.skips if s.lost == "sample"] == [
+        assert [s.reason for s in catalog.skips if s.affects == "sample"] == [
             "image type not supported: .svg"
         ]
 

@@ -25,7 +25,7 @@ from data_samples import (
 )
 
 from mmalign.data import Catalog, Skip, decode_stream, read_image, report_skips, scan
-from mmalign.data.samples import Lost
+from mmalign.data.samples import Affected
 from mmalign.errors import DataError
 
 
@@ -55,9 +55,9 @@ def test_folder_is_read_with_captions_beside_the_images(photos: Path) -> None:
         "photos/deep/er/b.PNG": ("x", "y"),
     }
     (passed_over,) = catalog.skips
-    assert (passed_over.reason, passed_over.lost) == (
+    assert (passed_over.reason, passed_over.affects) == (
         "not an image by its extension: .md",
-        "ending",
+        "extension",
     )
     deepest = catalog.records[-1]
     assert deepest.uri == str(photos / "deep/er/b.PNG")
@@ -68,7 +68,7 @@ def test_folder_is_read_with_captions_beside_the_images(photos: Path) -> None:
 def test_caption_keys_pick_and_join(photos: Path) -> None:
     other = listed(photos, caption_keys=("zh",), need_captions=True)
     assert captions(other) == {"photos/deep/er/b.PNG": ("图",)}
-    assert {s.reason for s in other.skips if s.lost == "sample"} == {"no caption"}
+    assert {s.reason for s in other.skips if s.affects == "sample"} == {"no caption"}
     joined = listed(photos, caption_keys=("captions", "zh"))
     assert captions(joined)["photos/deep/er/b.PNG"] == ("x", "y", "图")
     assert captions(joined)["photos/a.jpg"] == ("one", "two")
@@ -328,8 +328,10 @@ def test_without_captions_wanted_their_images_stay(tmp_path: Path) -> None:
     assert read_image(twice) == jpeg(31)
 
 
-def skips_of(count: int, lost: Lost = "sample") -> list[Skip]:
-    return [Skip(f"s/{i}", f"/s/{i}", f"not an image: starts with {i}", lost) for i in range(count)]
+def skips_of(count: int, affects: Affected = "sample") -> list[Skip]:
+    return [
+        Skip(f"s/{i}", f"/s/{i}", f"not an image: starts with {i}", affects) for i in range(count)
+    ]
 
 
 def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,10 +349,10 @@ def test_more_than_one_percent_is_a_warning(capsys: pytest.CaptureFixture[str]) 
 def test_captions_places_and_repeats_are_told_apart_from_samples(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report_skips(skips_of(5, lost="captions"), found=5, used=5)
+    report_skips(skips_of(5, affects="captions"), found=5, used=5)
     assert capsys.readouterr().err == "warning: captions of 5 samples not used (5 not an image)\n"
     skips = [
-        *skips_of(3, lost="captions"),
+        *skips_of(3, affects="captions"),
         Skip("t", "/t.tar", "tar cannot be read to its end", "place"),
     ]
     report_skips(skips, found=900, used=900)
@@ -359,7 +361,7 @@ def test_captions_places_and_repeats_are_told_apart_from_samples(
         "1 files or folders not read completely (1 tar cannot be read to its end)"
     )
     assert capsys.readouterr().err == f"warning: {told}\n"
-    report_skips(skips_of(2, lost="nothing"), found=7, used=7)
+    report_skips(skips_of(2, affects="nothing"), found=7, used=7)
     assert capsys.readouterr().err == "2 samples given twice, used once\n"
 
 
@@ -372,4 +374,4 @@ def test_a_sample_that_is_counted_twice_or_never_is_a_bug(found: int, used: int)
 def test_all_skipped_is_an_error_with_an_example() -> None:
     with pytest.raises(DataError, match="none of the 3 samples .*3 not an image; .*/s/0: not an"):
         report_skips(skips_of(3), found=3, used=0)
-    report_skips(skips_of(3, lost="captions"), found=3, used=3)
+    report_skips(skips_of(3, affects="captions"), found=3, used=3)

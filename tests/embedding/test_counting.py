@@ -175,4 +175,4 @@ def test_a_caption_that_two_threads_meet_is_counted_once() -> None:
     nested: list[bool] = []
     counting = TextCache(Waiting())  # type: ignore[arg-type]
     counting([["x" * (LONGEST + 1), "short"]])
-    assert counting.cut == 1
+    assert counting.truncated == 1

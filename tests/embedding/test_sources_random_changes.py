@@ -307,7 +307,7 @@ def check_step(world: World, store: Path) -> EmbedReport:
         assert_equal(now[uri], row)
     # What cannot be used now stays as it was, and the report says why. So does what lay where no
     # source is any more, but for what has moved from there. All else is gone.
-    unread = uri_prefixes(s.uri for s in catalog.skips if s.lost == "place")
+    unread = uri_prefixes(s.uri for s in catalog.skips if s.affects == "place")
     failed = expected.keys() - good
     others = before.keys() - good
     stays = {uri for uri in others if uri in failed or uri.startswith(unread)}
@@ -316,9 +316,9 @@ def check_step(world: World, store: Path) -> EmbedReport:
     for uri in now.keys() - good.keys():
         assert same(now[uri], before[uri])
     listed = {f["uri"] for f in open_store(store).failures()}
-    places = {s.uri for s in catalog.skips if s.lost == "place"}
+    places = {s.uri for s in catalog.skips if s.affects == "place"}
     assert {*failed, *places} <= listed
-    bad = sum(s.count for s in catalog.skips if s.lost == "sample")
+    bad = sum(s.count for s in catalog.skips if s.affects == "sample")
     assert report.added + report.changed + report.present == len(good)
     assert report.failed == len(failed) + bad
     return report

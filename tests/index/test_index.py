@@ -30,14 +30,14 @@ from mmalign.index import (
 from mmalign.index.approximate import Approximate
 from mmalign.index.measure import candidate_ranks, interval, neighbour_recall, tune
 from mmalign.index.plan import SPECS
-from mmalign.index.quantizer import CoarseQuantizer, query_metric
+from mmalign.index.quantizer import CoarseQuantizer, query_metric_and_root
 from mmalign.index.spec import IndexSpec, OperatingPoint
 
-IVF = IndexSpec("ivf", "PQ/2x4fsr", density=1)
+IVF = IndexSpec("ivf", "PQ/2x4fsr", lists_factor=1)
 EVERY = (
     *SPECS,
-    IndexSpec("ivf", "PQ/2x4fsr", density=1, metric="queries"),
-    IndexSpec("ivf", "PQ/4x4fsr", density=1, metric="queries"),
+    IndexSpec("ivf", "PQ/2x4fsr", lists_factor=1, metric="queries"),
+    IndexSpec("ivf", "PQ/4x4fsr", lists_factor=1, metric="queries"),
     IndexSpec("hnsw", "SQfp16", links=32),
 )
 
@@ -275,7 +275,7 @@ def test_lists_by_queries_hold_each_row_once_under_its_nearest_centre() -> None:
 
 def test_the_metric_of_queries_weighs_their_directions() -> None:
     queries = np.random.default_rng(0).normal(size=(4_000, 3)) * [3, 1, 0]
-    metric, root = query_metric(queries.astype(np.float32))
+    metric, root = query_metric_and_root(queries.astype(np.float32))
     assert metric[0, 0] > 2 * metric[1, 1] > 2 * metric[2, 2] > 0
     assert np.allclose(root @ root, metric, atol=1e-4)
     plain = CoarseQuantizer(np.eye(3, dtype=np.float32))

@@ -67,7 +67,7 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     best = SPECS[2]
     assert rounds[0] == list(SPECS)
     assert rounds[1][:2] == [best, SPECS[1]]
-    assert [(d.density, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
+    assert [(d.lists_factor, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
     assert made.spec == best
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
 
@@ -116,7 +116,7 @@ def test_the_memory_that_is_called_enough_is_enough(
 ) -> None:
     """It is what the user writes, of which an index of one modality gets a share."""
     asked = {"text": Queries(texts(100), texts(100))}
-    plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=1e3 * share, share=share)
+    plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=1e3 * share, memory_share=share)
     said = capsys.readouterr().err
     enough = float(said.split("--memory ")[-1].split("MB is enough")[0]) * 1e6
     tried: list[list[IndexSpec]] = []
@@ -129,7 +129,7 @@ def test_the_memory_that_is_called_enough_is_enough(
 
     monkeypatch.setattr("mmalign.index.plan._run_rounds", rounds)
     with pytest.raises(KeyboardInterrupt):
-        plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=enough * share, share=share)
+        plan(VectorReader([vectors(60_000)]), asked, 0.9, memory=enough * share, memory_share=share)
     assert tried[0]
 
 
@@ -142,7 +142,7 @@ def test_vectors_of_any_width_get_an_index(dim: int, monkeypatch: pytest.MonkeyP
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     asked = {"text": Queries(stored[:20], stored[20:40])}
     made = plan(VectorReader([stored.astype(np.float16)]), asked, 0.1, memory=1e7)
-    assert {t.design for t in made.tried}
+    assert {t.spec_name for t in made.tried}
     assert made.spec.fits_dim(dim)
 
 
@@ -208,10 +208,10 @@ def test_what_held_out_queries_miss_is_looked_for_wider(
     assert made.spec.kind == "ivf"
     assert len(made.measured) == (4 if stored else 2)
     assert all(trial.low >= 0.9 for trial in made.measured)
-    # What is fastest at the start is found by a clock: the breadth, or the candidates, may be the
+    # What is fastest at the start is found by a clock: nprobe, or the candidates, may be the
     # one that has room to grow.
     wider = [
-        made.breadth > start.breadth or made.candidates > start.candidates
+        made.nprobe_or_ef > start.nprobe_or_ef or made.candidates > start.candidates
         for made, start in zip(made.points["text"], starts, strict=False)
     ]
     assert any(wider)
@@ -229,9 +229,7 @@ def test_a_promise_that_held_out_queries_miss_is_not_given(
     made = plan(VectorReader([vectors(4_000)]), asked, 0.5, memory=1e7)
     assert made.spec.kind == "exact"
     said = capsys.readouterr().err
-    assert (
-        "does not reach a recall of 50.0% over all rows on both tuning and held-out queries" in said
-    )
+    assert "over all rows: tuning queries or held-out queries fall short" in said
     assert "so search will be exact" in said
 
 
@@ -239,11 +237,15 @@ def test_captions_of_an_image_tune_or_measure() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(40, size=300)
     queries = build._split(rng.normal(size=(300, 4)).astype(np.float32), images)
-    assert queries.image_ids_M is not None
-    held = set(queries.image_ids_M.tolist())
+    assert queries.held_out_image_ids_M is not None
+    held = set(queries.held_out_image_ids_M.tolist())
     assert 100 < len(queries.held_out_MD) <= 150
     assert len(queries.tune_MD) + len(queries.held_out_MD) == 300
-    assert len(queries.image_ids_M) == len(queries.held_out_MD) == np.isin(images, list(held)).sum()
+    assert (
+        len(queries.held_out_image_ids_M)
+        == len(queries.held_out_MD)
+        == np.isin(images, list(held)).sum()
+    )
     for count in (0, 1, 2):
         few = build._split(np.eye(4, dtype=np.float32)[:count], np.arange(count))
         assert (len(few.tune_MD), len(few.held_out_MD)) == (count - count // 2, count // 2)

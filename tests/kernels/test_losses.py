@@ -32,7 +32,7 @@ def untuned() -> None:
     if DEVICE == "cuda":
         from mmalign.kernels import triton_loss
 
-        for name in ("_statistics_kernel", "_infonce_kernel", "_sigmoid_kernel"):
+        for name in ("_log_sum_exps_kernel", "_infonce_kernel", "_sigmoid_kernel"):
             kernel = getattr(triton_loss, name)
             kernel.configs = kernel.configs[:1]
 
@@ -221,7 +221,7 @@ def test_error_is_that_of_honest_arithmetic(
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
 @pytest.mark.parametrize(("scale", "grouped"), [(1.0, True), (100.0, False)])
 def test_triton_over_many_tiles(kind: str, scale: float, grouped: bool, monkeypatch: Any) -> None:
-    """1,000 rows: several slabs, several parts of the statistics, edges that fit nothing."""
+    """1,000 rows: several slabs, several parts of the log-sum-exps, edges that fit nothing."""
     triton_loss = pytest.importorskip("mmalign.kernels.triton_loss")
     monkeypatch.setattr(triton_loss, "SLAB_BYTES", 1000 * 4 * 300)
     monkeypatch.setattr(triton_loss, "PARTS", 3)
@@ -363,7 +363,7 @@ def test_bad_input_names_the_argument(
         kernels.sigmoid_loss(*moved, torch.zeros((), device=DEVICE), **options)
 
 
-@pytest.mark.parametrize("name", ["_statistics_kernel", "_infonce_kernel", "_sigmoid_kernel"])
+@pytest.mark.parametrize("name", ["_log_sum_exps_kernel", "_infonce_kernel", "_sigmoid_kernel"])
 def test_the_call_that_tunes_a_kernel_is_right(name: str, monkeypatch: Any) -> None:
     """Every configuration runs on the buffers of the first call; the widest then wins."""
     triton_loss = pytest.importorskip("mmalign.kernels.triton_loss")

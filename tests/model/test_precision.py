@@ -372,14 +372,18 @@ def test_the_last_block_for_one_token_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "short", "off"),
+    ("dtype", "max_tokens", "off"),
     [(torch.float32, 100, 1e-5), (torch.bfloat16, 100, 0.02), (torch.bfloat16, 0, 0.02)],
 )
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_attention_in_the_open_is_the_same(
-    batch_first: bool, dtype: torch.dtype, short: int, off: float, monkeypatch: pytest.MonkeyPatch
+    batch_first: bool,
+    dtype: torch.dtype,
+    max_tokens: int,
+    off: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused, "SHORT", short)
+    monkeypatch.setattr(fused, "MAX_MATERIALIZED_TOKENS", max_tokens)
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
     nn.init.normal_(plain.in_proj_bias)
@@ -398,7 +402,7 @@ def test_attention_in_the_open_is_the_same(
             wanted, _ = plain(first, states, states, need_weights=False, **masks)
             found, _ = ours(first, states, states, **masks)
             assert torch.allclose(found, wanted, atol=off)
-    with pytest.raises(ValueError, match="values must be the keys"):
+    with pytest.raises(ValueError, match="value must be key"):
         ours(states, states, query)
 
 
@@ -417,8 +421,8 @@ def test_patches_are_the_convolution_of_normalised_pixels(bias: bool) -> None:
         wanted = convolution(images)
         assert torch.allclose(patches(pixels_B3SS), wanted, atol=1e-5)
         int8.quantize(patches, lambda: patches(pixels_B3SS))
-        assert isinstance(patches.product, nn.Linear), "too small to pay"
-        patches.product = int8.Linear8(patches.product)  # type: ignore[assignment]
+        assert isinstance(patches.linear, nn.Linear), "too small to pay"
+        patches.linear = int8.Linear8(patches.linear)  # type: ignore[assignment]
         assert (patches(pixels_B3SS) - wanted).abs().max() < 0.02
 
 

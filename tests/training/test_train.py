@@ -374,7 +374,10 @@ def test_no_caption_of_an_image_is_its_negative(
     monkeypatch.setattr(objective, "config", replace(trainer.config, caption_loss=1.0))
     vectors = torch.zeros(8, 2, 16)
     objective(vectors[:, 0], vectors, batch)
-    sets = [set(pairs.caption_ids_P[pairs.starts[r] : pairs.starts[r + 1]]) for r in draw.rows_B]
+    sets = [
+        set(pairs.caption_ids_P[pairs.caption_starts[r] : pairs.caption_starts[r + 1]])
+        for r in draw.rows_B
+    ]
     drawn = batch.caption_ids_BC.numpy()
     for c in range(2):
         of_image = [[drawn[j, c] in sets[i] for j in range(8)] for i in range(8)]
