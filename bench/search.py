@@ -28,7 +28,7 @@ from bench import measure
 from bench.store import name_of, unit_vectors
 from mmalign import Searcher, open_store
 from mmalign.index import Index
-from mmalign.store import ModelCard, Row, Writer, delete
+from mmalign.store import ModelCard, Row, Writer, delete, pair_vectors
 
 ROUNDS = 5
 
@@ -58,7 +58,9 @@ def written(folder: Path, rows: int, dim: int, shards: int, deleted: float) -> P
     with Writer(path, ModelCard("bench", "bench", dim), rows_per_shard=-(-rows // shards)) as out:
         for number, vector in enumerate(vectors):
             words = (f"caption of {number}",)
-            out.add(Row(name_of(number), f"{number}.jpg", words, vector, vector[None]))
+            out.add(
+                Row(name_of(number), f"{number}.jpg", words, pair_vectors(vector, vector[None]))
+            )
     if deleted:
         step = round(1 / deleted)
         delete(path, [name_of(number) for number in range(0, rows, step)])

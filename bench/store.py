@@ -60,11 +60,11 @@ def name_of(row: int) -> str:
 
 def write_store(vectors: Floats, path: Path, rows_per_shard: int = CHUNK) -> None:
     """Row by row through the writer, as embedding does."""
-    card, no_text = ModelCard("bench-0000000000000000", "bench", vectors.shape[1]), vectors[:0]
+    card = ModelCard("bench-0000000000000000", "bench", vectors.shape[1])
     with Writer(path, card, rows_per_shard) as writer:
         for number, vector in enumerate(vectors):
             name = name_of(number)
-            writer.add(Row(name, f"/data/{name}.jpg", (), vector, no_text))
+            writer.add(Row(name, f"/data/{name}.jpg", (), {"image": vector[None]}))
 
 
 def write_npy(vectors: Floats, path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import mmalign
 from mmalign import open_store
 from mmalign.cli.main import main
-from mmalign.store import delete
-from mmalign.store.schema import schema
+from mmalign.store import ModelCard, delete
+from mmalign.store.schema import ROW_SCHEMA, THUMBNAIL_SCHEMA, vector_schema
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_the_format_page_can_be_followed(
     exec(compile(reader_of_the_format_page(), "docs/format.md", "exec"), {})
     key, *shape, norm = capsys.readouterr().out.split()
     assert key == "scenes/000000"
-    assert " ".join(shape) == "(96, 128)"
+    assert " ".join(shape) == "96 (1, 128)"
     assert float(norm) == pytest.approx(1, abs=1e-3)
 
 
@@ -46,13 +46,15 @@ def test_the_reader_of_the_format_page_leaves_deleted_rows_out(
     delete(tmp_path / "photos.store", [ids[0], ids[40]])
     monkeypatch.chdir(tmp_path)
     exec(compile(reader_of_the_format_page(), "docs/format.md", "exec"), {})
-    assert capsys.readouterr().out.startswith(f"{ids[1]} (94, 128) ")
+    assert capsys.readouterr().out.startswith(f"{ids[1]} 94 (1, 128) ")
 
 
 def test_every_column_is_described() -> None:
     table = FORMAT.split("### Shard columns")[1].split("Rows are numbered")[0]
     described = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert described == schema(8).names
+    positions = tuple(ModelCard("", "", 8).positions.items())
+    columns = (*ROW_SCHEMA.names, *vector_schema(8, positions).names, *THUMBNAIL_SCHEMA.names)
+    assert described == list(columns)
 
 
 def test_the_tree_of_the_contributors_page_is_the_tree() -> None:

@@ -273,7 +273,7 @@ def test_scores_are_the_cosines_of_the_vectors(store: Path) -> None:
 
 def test_a_foreign_model_is_refused(store: Path, tmp_path: Path) -> None:
     save_model(new_model("nano", ["x"]), tmp_path)
-    theirs = load_model(tmp_path).identity
+    theirs = load_model(tmp_path).space
     ours = open_store(store).manifest.model.identity
     with pytest.raises(IdentityError) as caught:
         Searcher.open(store, tmp_path)

@@ -325,7 +325,7 @@ def test_the_format_page_reads_a_generation_that_is_a_folder(
     code = test_docs.reader_of_the_format_page()
     place = json.dumps(str(tmp_path / "photos.store"))
     exec(compile(code.replace('"photos.store"', place), "docs/format.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("a (1, 8)")
+    assert capsys.readouterr().out.startswith("a 1 (1, 8)")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ ORDER: list[set[str]] = [
         "mmalign.config",
         "mmalign.files",
         "mmalign.items",
+        "mmalign.modality",
         "mmalign.progress",
     },
     {"mmalign.measured"},

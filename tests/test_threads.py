@@ -148,7 +148,7 @@ def test_one_store_serves_many_threads(store: Path, tmp_path: Path) -> None:
         return (
             opened.find(ids).tolist(),
             opened.rows([5, 90], ("captions", "meta")),
-            opened.caption_owners.tolist(),
+            opened.owners("text").tolist(),
             where(opened, half).tolist(),
             [v.tobytes() for kind in kinds for v in opened.vectors(kind)],
             [opened.vectors_of(kind, 90).tobytes() for kind in kinds],

@@ -3,13 +3,13 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import shell_command
 
 if TYPE_CHECKING:
     from mmalign.store import Store
+    from mmalign.store.groups import Shard
 
 # Number of captions, from the start, in which scripts are counted.
 COUNTED = 20_000
@@ -28,12 +28,15 @@ def described(store: "Store") -> dict[str, Any]:
     from mmalign.index import describe
 
     manifest, folder = store.manifest, store.index_folder
-    owners = store.caption_owners
+    owners = store.owners("text")
     return {
         "rows": len(store),
         "deleted": manifest.physical_rows - manifest.rows,
         "generation": manifest.generation,
-        "model": asdict(manifest.model),
+        "format": manifest.format,
+        "model": {k: getattr(manifest.model, k) for k in ("identity", "source", "dim")},
+        "towers": {tower.modality: tower.identity for tower in manifest.model.towers},
+        "precision": _precisions(manifest.shards),
         "dim": manifest.model.dim,
         "captions": len(owners) if store.live is None else int(store.live[owners].sum()),
         "shards": len(manifest.shards),
@@ -41,6 +44,14 @@ def described(store: "Store") -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "index": describe(folder) if folder else None,
     }
+
+
+def _precisions(shards: Iterable["Shard"]) -> dict[str, int]:
+    """Count live rows by the arithmetic that their vectors were computed in."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts[shard.precision or "unknown"] += shard.rows - shard.deleted_rows
+    return dict(counts)
 
 
 def in_words(store: "Store", values: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands that maintain a store: info, verify, repair, delete, compact, export, import."""
+"""Commands for a store: info, verify, repair, delete, compact, upgrade, export, import."""
 
 import sys
 from dataclasses import asdict
@@ -124,6 +124,23 @@ def compact(store: Path, now: bool, as_json: bool) -> None:
     print_values(_as_lists(run(store, now=now)), as_json)
 
 
+@click.command()
+@store_argument
+@json_option
+def upgrade(store: Path, as_json: bool) -> None:
+    """Make a store of an earlier format one of the current format.
+
+    Rows, vectors and the index stay as they are. Until the end the store is as it was; if it is
+    interrupted, run it again.
+
+    \b
+    Example:  mmalign upgrade photos.store
+    """
+    from mmalign.store import upgrade as run
+
+    print_values(asdict(run(store)), as_json)
+
+
 def _as_lists(report: Any) -> dict[str, Any]:
     """Return the fields of a report for JSON; in readable output the lists are separate."""
 
@@ -165,7 +182,7 @@ def delete(
     deleted = 0
     if len(gone) and not dry_run:
         require_few(store, len(gone), len(held), yes)
-        deleted = delete_rows(store, numbers, held.manifest.generation)
+        deleted = delete_rows(held, numbers)
     if as_json:
         answer = {"deleted": deleted, "dry_run": dry_run, "ids": [row["id"] for row in gone]}
         print_values({**answer, "rows": len(open_store(store))}, as_json)
@@ -255,4 +272,4 @@ def import_(*, folder: Path, out: str, model: str, as_json: bool) -> None:
         print_values(asdict(report), as_json)
 
 
-COMMANDS = (info, verify, repair, delete, compact, export, import_)
+COMMANDS = (info, verify, repair, delete, compact, upgrade, export, import_)

@@ -25,13 +25,21 @@ from mmalign.data import (
 )
 from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
 from mmalign.encoding.batches import report_truncated
+from mmalign.encoding.modalities import is_model_of, model_card
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluation.evaluate import compare
-from mmalign.model import Encoder, Precision, in_precision, keep_weights, load_model, to_fastest
+from mmalign.model import (
+    Encoder,
+    Precision,
+    in_precision,
+    keep_weights,
+    load_model,
+    remember,
+    to_fastest,
+)
 from mmalign.progress import bar, say
 from mmalign.store import (
-    ModelCard,
     Row,
     Store,
     Writer,
@@ -40,6 +48,7 @@ from mmalign.store import (
     meta_json,
     open_or_new,
     open_store,
+    pair_vectors,
     require_few,
 )
 
@@ -127,9 +136,10 @@ def embed(
         )
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
-    card = ModelCard(encoder.identity, encoder.source, encoder.dim)
-    store = _open(path, card, float32_encoder)
+    store = _open(path, float32_encoder)
+    card = store.manifest.model
     keep_weights(encoder)
+    remember(float32_encoder)
     with files.scratch_in(path), SpilledRecords() as spilled:
         changes = find_changes(
             store, ScanOptions(sources, caption_keys, image_column, checksum, part), spilled
@@ -137,7 +147,9 @@ def embed(
         if used_precision == "int8" and len(spilled) >= COMPARED:
             _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
         del float32_encoder
-        embed_run = _EmbedRun(Writer(path, card), encoder, changes, thumbnails)
+        embed_run = _EmbedRun(
+            Writer(path, card, precision=used_precision), encoder, changes, thumbnails
+        )
         embed_run.run()
     counts = embed_run.counts()
     _list_failures(path, changes, counts)
@@ -159,17 +171,20 @@ def embed(
 
 def _drop(store: Store, gone: list[int], yes: bool) -> int:
     require_few(store.path, len(gone), len(open_store(store.path)), yes)
-    return delete_rows(store.path, gone, store.manifest.generation) if gone else 0
+    return delete_rows(store, gone) if gone else 0
 
 
-def _open(path: Path, card: ModelCard, float32_encoder: Encoder) -> Store:
-    try:
-        return open_or_new(path, card)
-    except IdentityError as error:
-        fault = float32_encoder.former_fault(open_store(path).manifest.model.identity)
-        if not fault:
-            raise
-        raise IdentityError(f"{path}: {fault}") from error
+def _open(path: Path, encoder: Encoder) -> Store:
+    """Open the store of a model, or an empty one."""
+    card = model_card(encoder)
+    store = open_or_new(path, card)
+    found = store.manifest.model
+    if not is_model_of(encoder, found):
+        why = encoder.former_fault(found.identity) or "embed into a new store"
+        raise IdentityError(
+            f"{path} holds embeddings of {found.identity}, the model is {card.identity}: {why}"
+        )
+    return store
 
 
 class _EmbedRun:
@@ -252,8 +267,7 @@ def _row(encoded: Encoded, row_id: str) -> Row:
         id=row_id,
         uri=record.uri,
         captions=record.captions,
-        image_embedding=encoded.image_D,
-        text_embeddings=encoded.texts_CD,
+        vectors=pair_vectors(encoded.image_D, encoded.texts_CD),
         meta=meta_json(record.meta),
         thumbnail=encoded.item.thumbnail,
         stamp=encoded.item.stamp,

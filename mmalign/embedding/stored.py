@@ -143,8 +143,11 @@ class StoredRows:
         with self._lock:
             if shard not in self._undamaged:
                 card = self.store.manifest.shards[shard]
-                path = self.store.path / "shards" / card.name
-                self._undamaged[shard] = files.sha256(path) == card.sha256
+                folder = self.store.path / "shards"
+                self._undamaged[shard] = all(
+                    files.sha256(folder / file.name) == file.sha256
+                    for file in set(card.files.values())
+                )
             return self._undamaged[shard]
 
     def _rows(self, numbers: Ints) -> list[Row]:

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.data import decoded, fit_image
+from mmalign.modality import IMAGE, TEXT
 from mmalign.model import Encoder, Preprocess
+from mmalign.store import ModelCard, Tower
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,23 @@ def modalities_of(encoder: Encoder) -> dict[str, Modality]:
         "image": Modality("image", lambda b: pixels(b, shape), np.stack, encoder.encode_images),
         "text": Modality("text", lambda b: b.decode(), list, encoder.encode_texts),
     }
+
+
+def model_card(encoder: Encoder) -> ModelCard:
+    """Return what a store records of the model that makes its vectors."""
+    towers = tuple(Tower(m.name, encoder.tower_identity(m.name), m.position) for m in (IMAGE, TEXT))
+    return ModelCard(encoder.space, encoder.source, encoder.dim, towers)
+
+
+def is_model_of(encoder: Encoder, card: ModelCard) -> bool:
+    """Return whether the vectors of an encoder can be compared with those of a store.
+
+    Towers are compared as far as they are recorded, which is quicker than the identity of all.
+    """
+    recorded = {tower.modality: tower.identity for tower in card.towers if tower.identity}
+    if TEXT.name in recorded and encoder.tower_identity(TEXT.name) == recorded[TEXT.name]:
+        return True
+    return card.identity in (encoder.space, encoder.identity)
 
 
 def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:

@@ -60,7 +60,7 @@ def export(
         raise UsageError("--thumbnails: the npy format cannot hold pictures; use parquet or hf")
     _require_free(out_path)
     numbers = _select_rows(opened, where)
-    counts_N = np.bincount(opened.caption_owners, minlength=opened.manifest.physical_rows)[numbers]
+    counts_N = np.bincount(opened.owners("text"), minlength=opened.manifest.physical_rows)[numbers]
     captions = int(counts_N.sum())
     files.make_folder(out_path.parent)
     with files.atomic_path(out_path) as draft, bar("export", len(numbers), "rows") as progress:

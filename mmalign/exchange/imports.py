@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.arrays import Floats
+from mmalign.encoding.modalities import model_card
 from mmalign.errors import IdentityError
 from mmalign.exchange.parts import Part, find_parts, read_part, read_records
 from mmalign.progress import bar, say
-from mmalign.store import ModelCard, Row, Writer, add_failures, meta_json, open_store
+from mmalign.store import ModelCard, Row, Writer, add_failures, meta_json, open_store, pair_vectors
 from mmalign.store.ids import hashes
 from mmalign.values import json_value
 
@@ -80,7 +81,7 @@ def import_parts(folder: str | Path, out: str | Path, model: str | Path) -> Impo
         "the folder does not say which model made them"
     )
     keep_weights(encoder)
-    importer = _Importer(Path(out), ModelCard(encoder.identity, encoder.source, encoder.dim), parts)
+    importer = _Importer(Path(out), model_card(encoder), parts)
     with importer.writer, bar("import", sum(part.rows for part in parts), "rows") as progress:
         for part in parts:
             row = 0
@@ -222,7 +223,9 @@ class _Importer:
             else entry.meta
         )
         meta_text = meta_json(meta)
-        self.writer.add(Row(name, entry.uri, tuple(captions), image_D, text_1D, meta_text))
+        self.writer.add(
+            Row(name, entry.uri, tuple(captions), pair_vectors(image_D, text_1D), meta_text)
+        )
         self.added += 1
         self.renamed += name != entry.id
         self.left_out += len(without_vector)

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from mmalign import files
 from mmalign.arrays import Ints
 from mmalign.store.reader import Store
-from mmalign.store.schema import schema
 
 Tick = Callable[[int], object]
 
@@ -27,11 +26,9 @@ def write_parquet(
     store: Store, numbers: Ints, file: Path, tick: Tick, *, thumbnails: bool = False
 ) -> None:
     """Write all columns as one parquet file, one row group per shard; vectors stay float16."""
-    dim = store.manifest.model.dim
-    names = [name for name in schema(dim).names if thumbnails or name != "thumbnail"]
+    names = [name for name in store.columns if thumbnails or name != "thumbnail"]
     metadata = {"mmalign.model": json.dumps(asdict(store.manifest.model))}
-    fields = pa.schema([schema(dim).field(name) for name in names], metadata=metadata)
-    with open_parquet(file, fields) as out:
+    with open_parquet(file, store.arrow_schema(names).with_metadata(metadata)) as out:
         for batch in store.batches(names, numbers):
             out.write_batch(batch)
             tick(len(batch))
@@ -50,7 +47,7 @@ def open_parquet(file: Path, fields: pa.Schema) -> Iterator[Any]:
 def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None:
     """Write the folder that `datasets.load_from_disk` opens; thumbnails become its images."""
     files.make_folder(folder)
-    names = ["id", "uri", "captions", "meta", "thumbnail", "image_embedding", "text_embedding"]
+    names = [name for name in store.columns if name not in ("stamp", "checksum")]
     thumbnails = (batch["thumbnail"] for batch in store.batches(["thumbnail"], numbers))
     if not any(pc.sum(pc.binary_length(column)).as_py() for column in thumbnails):
         names.remove("thumbnail")
@@ -64,13 +61,12 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
         ):
             out.write_batch(batch)
         tick(len(batch))
-    dim = store.manifest.model.dim
     info = {
         "citation": "",
         "description": f"Embeddings of {store.manifest.model.identity}, exported by mmalign.",
         "features": {
-            "image" if name == "thumbnail" else name: _feature(schema(dim).field(name).type, name)
-            for name in names
+            "image" if name == "thumbnail" else name: _feature(field.type, name)
+            for name, field in zip(names, store.arrow_schema(names), strict=True)
         },
         "homepage": "",
         "license": "",

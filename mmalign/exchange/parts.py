@@ -67,13 +67,13 @@ def _write_part(store: Store, numbers: Ints, paths: dict[str, Path], tick: Tick)
     metadata = paths["metadata"].with_suffix(".parquet")
     with _npy(paths["img_emb"], shape) as write, open_parquet(metadata, PART_FIELDS) as rows:
         for batch in store.batches(["id", "uri", "captions", "meta", "image_embedding"], numbers):
-            write(_flat(batch["image_embedding"], dim))
+            write(_first(batch["image_embedding"], dim))
             rows.write_batch(_metadata_batch(batch))
             tick(len(batch))
     if "text_emb" in paths:
         with _npy(paths["text_emb"], shape) as write:
-            for batch in store.batches(["captions", "text_embedding"], numbers):
-                write(_first_texts(batch, dim))
+            for batch in store.batches(["text_embedding"], numbers):
+                write(_first(batch["text_embedding"], dim))
 
 
 @contextmanager
@@ -95,13 +95,15 @@ def _lengths(column: pa.Array) -> NDArray[np.int32]:
     return lengths
 
 
-def _first_texts(batch: pa.RecordBatch, dim: int) -> Halves:
-    """Return the vector of each row's first caption, or zeros, shape (N, D)."""
-    lengths_N = _lengths(batch["captions"])
-    texts_PD = _flat(batch["text_embedding"].flatten(), dim)
+def _first(column: pa.Array, dim: int) -> Halves:
+    """Return the first vector of each row, or zeros, shape (N, D)."""
+    if not pa.types.is_list(column.type):
+        return _flat(column, dim)
+    lengths_N = _lengths(column)
+    flat_VD = _flat(column.flatten(), dim)
     firsts_N = np.cumsum(lengths_N) - lengths_N
-    vectors_ND = np.zeros((len(batch), dim), np.float16)
-    vectors_ND[lengths_N > 0] = texts_PD[firsts_N[lengths_N > 0]]
+    vectors_ND = np.zeros((len(column), dim), np.float16)
+    vectors_ND[lengths_N > 0] = flat_VD[firsts_N[lengths_N > 0]]
     return vectors_ND
 
 

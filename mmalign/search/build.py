@@ -15,15 +15,13 @@ from mmalign import files
 from mmalign.encoding.batches import report_truncated
 from mmalign.errors import (
     DataError,
-    IdentityError,
-    ModelError,
     StoreError,
     UsageError,
     shell_command,
 )
 from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
-from mmalign.model import load_model
 from mmalign.progress import say
+from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
 
 # Queries drawn from the store: this many are held out to measure, the others tune and provide the
@@ -128,7 +126,7 @@ def _build_all(
 ) -> dict[str, Any]:
     """Build an index for each modality with vectors; memory is split by number of vectors."""
     counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER_MODALITY}
-    live = {"image": store.live, "text": _live_captions(store)}
+    live = {name: _live_vectors(store, name) for name in OTHER_MODALITY}
     sampled = {name: _sample_queries(store, name, live[name]) for name in OTHER_MODALITY}
     modalities: dict[str, Any] = {}
     for name, other in OTHER_MODALITY.items():
@@ -147,8 +145,8 @@ def _build_all(
     return modalities
 
 
-def _live_captions(store: Store) -> NDArray[np.bool_] | None:
-    return None if store.live is None else store.live[store.caption_owners]
+def _live_vectors(store: Store, modality: str) -> NDArray[np.bool_] | None:
+    return None if store.live is None else store.live[store.owners(modality)]
 
 
 def _sample_queries(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
@@ -158,8 +156,7 @@ def _sample_queries(store: Store, modality: str, live_N: NDArray[np.bool_] | Non
         empty = np.zeros((0, store.manifest.model.dim), np.float32)
         return Queries(empty, empty)
     rows = np.random.default_rng(1).permutation(vectors.sample_rows(TUNING + HELD_OUT, seed=0))
-    image_ids = store.caption_owners[rows] if modality == "text" else rows
-    return _split(vectors.gather(rows).astype(np.float32), image_ids)
+    return _split(vectors.gather(rows).astype(np.float32), store.owners(modality)[rows])
 
 
 def _split(queries_MD: NDArray[np.float32], image_ids_M: NDArray[np.int64]) -> Queries:
@@ -210,19 +207,7 @@ def _read_query_file(store: Store, queries: str | Path, model: str | Path | None
     lines = list(dict.fromkeys(q for q in lines if q))
     if len(lines) < 2:
         raise DataError(f"{queries}: {len(lines)} queries; give at least 2, one per line")
-    card = store.manifest.model
-    try:
-        encoder = load_model(model or card.source, card.identity)
-    except ModelError as error:
-        raise type(error)(
-            f"{error}; {store.path} needs the model {card.identity}: if it was moved, "
-            "give its new path with --model (Python: model=)"
-        ) from error
-    if encoder.identity != store.manifest.model.identity:
-        raise IdentityError(
-            f"{store.path} holds embeddings of {store.manifest.model.identity}, "
-            f"the model is {encoder.identity}: give the model that made the store, or embed again"
-        )
+    encoder = model_of(store, model)
     report_truncated(encoder, len(encoder.tokenizer.cut(lines)), "queries")
     parts = [encoder.encode_texts(lines[i : i + 256]) for i in range(0, len(lines), 256)]
     return _split(np.concatenate(parts), np.arange(len(lines)))

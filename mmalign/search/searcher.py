@@ -15,10 +15,11 @@ import numpy as np
 
 from mmalign.arrays import Floats
 from mmalign.encoding.items import encode_items
-from mmalign.errors import IdentityError, ModelError, UsageError
+from mmalign.errors import UsageError
 from mmalign.items import Row, unit_vector
-from mmalign.model import Encoder, load_model
+from mmalign.model import Encoder
 from mmalign.progress import say
+from mmalign.search.model import model_of, require_model_of
 from mmalign.search.query import Query, Target, as_query
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
@@ -64,7 +65,7 @@ class Searcher:
             StoreError: A shard of the store is missing or damaged.
         """
         self.encoder = encoder
-        _require_identity(store, encoder)
+        require_model_of(store, encoder)
         self._snapshot = Snapshot(store)
         self._refreshing = threading.Lock()
 
@@ -72,17 +73,7 @@ class Searcher:
     def open(cls, path: str | Path, model: str | Path | None = None) -> "Searcher":
         """Open a store with the model named in it, or with a given one (if it was moved)."""
         store = open_store(path)
-        source = str(model or store.manifest.model.source)
-        needed = store.manifest.model.identity
-        try:
-            # A run that was trained further keeps the weights that made this store.
-            encoder = load_model(source, needed)
-        except ModelError as error:
-            raise type(error)(
-                f"{error}; {path} needs the model {needed}: if it was moved, give its new path "
-                "with --model (Python: Searcher.open(store, model))"
-            ) from error
-        return cls(store, encoder)
+        return cls(store, model_of(store, model))
 
     @property
     def store(self) -> Store:
@@ -102,7 +93,7 @@ class Searcher:
             newest = open_store(self.store.path)
             if newest.manifest == self.store.manifest:
                 return False
-            _require_identity(newest, self.encoder)
+            require_model_of(newest, self.encoder)
             self._snapshot = Snapshot(newest)
             return True
 
@@ -212,18 +203,6 @@ class Searcher:
             if len(query.items) > 1 or query.items[0][1] != 1:
                 vectors_MD[number] = unit_vector(vectors_MD[number], self.encoder.dim)
         return vectors_MD
-
-
-def _require_identity(store: Store, encoder: Encoder) -> None:
-    stored = store.manifest.model.identity
-    if encoder.identity != stored:
-        why = (
-            encoder.former_fault(stored)
-            or "search with the model that made the store, or embed again"
-        )
-        raise IdentityError(
-            f"{store.path} holds embeddings of {stored}, the model is {encoder.identity}: {why}"
-        )
 
 
 def _vector_of(row: Row, store: Store) -> Floats:

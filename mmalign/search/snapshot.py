@@ -82,15 +82,23 @@ class Snapshot:
     def allowed(self, to: Target, where: str | None) -> Bools | None:
         """Return which vectors may be found: those of live rows selected by `where`."""
         if where is None:
-            return self.store.live if to == "image" else self._live_captions
+            return self._live_vectors(to)
         allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
         allowed_N[rows_where(self.store, where)] = True
-        return allowed_N if to == "image" else allowed_N[self.store.caption_owners]
+        return allowed_N[self.store.owners(to)]
+
+    def _live_vectors(self, to: Target) -> Bools | None:
+        """Return which vectors of a modality are those of live rows; None if all are."""
+        live_N = self.store.live
+        if live_N is None:
+            return None
+        if to not in self._live:
+            self._live[to] = live_N[self.store.owners(to)]
+        return self._live[to]
 
     @cached_property
-    def _live_captions(self) -> Bools | None:
-        live_N = self.store.live
-        return None if live_N is None else live_N[self.store.caption_owners]
+    def _live(self) -> dict[Target, Bools]:
+        return {}
 
     def hits(
         self, scores_K: Floats, numbers_K: Ints, to: Target, *, first: int, extra: Sequence[str]
@@ -106,17 +114,16 @@ class Snapshot:
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
-        owners = self.store.caption_owners[numbers] if to == "text" else numbers
+        owners = self.store.owners(to)[numbers]
         rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
         hits = []
-        for rank, (score, number, owner, row) in enumerate(
-            zip(scores_K[found].tolist(), numbers.tolist(), owners.tolist(), rows, strict=True),
+        positions = self.store.positions("text", numbers)[:, 0] if to == "text" else numbers
+        for rank, (score, position, owner, row) in enumerate(
+            zip(scores_K[found].tolist(), positions, owners.tolist(), rows, strict=True),
             start=first,
         ):
             captions = tuple(row["captions"])
-            caption = None
-            if to == "text":
-                caption = captions[number - int(np.searchsorted(self.store.caption_owners, owner))]
+            caption = captions[int(position)] if to == "text" else None
             more = {name: row[name] for name in extra}
             if "meta" in more:
                 more["meta"] = json.loads(more["meta"])

@@ -2,8 +2,9 @@
 
 schema.py     columns of a shard; what a row is
 manifest.py   one generation of a store: the only commit point
+groups.py     what a generation names: groups of shards, and their deleted rows
 shards.py     one shard: written once, checked before it is read
-ids.py        ids -> rows, without a Python object per row
+ids.py        ids -> rows, by sorted hashes
 writer.py     rows -> shards -> manifest
 reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
@@ -12,6 +13,8 @@ changes.py    delete, compact
 garbage.py    removal of files that are no longer needed
 health.py     verify
 repair.py     a generation without the damaged files
+format2.py    how format 2 wrote shards
+upgrade.py    format 2 -> format 3
 """
 
 from mmalign.store.changes import CompactReport as CompactReport
@@ -22,6 +25,7 @@ from mmalign.store.changes import require_few as require_few
 from mmalign.store.failures import add_failures as add_failures
 from mmalign.store.health import verify as verify
 from mmalign.store.manifest import ModelCard as ModelCard
+from mmalign.store.manifest import Tower as Tower
 from mmalign.store.manifest import commit_index as commit_index
 from mmalign.store.reader import Store as Store
 from mmalign.store.reader import open_or_new as open_or_new
@@ -31,6 +35,9 @@ from mmalign.store.repair import repair as repair
 from mmalign.store.schema import UNKNOWN as UNKNOWN
 from mmalign.store.schema import Row as Row
 from mmalign.store.schema import meta_json as meta_json
+from mmalign.store.schema import pair_vectors as pair_vectors
+from mmalign.store.upgrade import UpgradeReport as UpgradeReport
+from mmalign.store.upgrade import upgrade as upgrade
 from mmalign.store.writer import ROWS_PER_SHARD as ROWS_PER_SHARD
 from mmalign.store.writer import Writer as Writer
 
@@ -42,6 +49,8 @@ __all__ = [
     "RepairReport",
     "Row",
     "Store",
+    "Tower",
+    "UpgradeReport",
     "Writer",
     "add_failures",
     "commit_index",
@@ -51,7 +60,9 @@ __all__ = [
     "meta_json",
     "open_or_new",
     "open_store",
+    "pair_vectors",
     "repair",
     "require_few",
+    "upgrade",
     "verify",
 ]

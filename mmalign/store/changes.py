@@ -17,10 +17,11 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, waiting_bytes
-from mmalign.store.ids import IdCache, with_rows_deleted
-from mmalign.store.manifest import Manifest, Shard
+from mmalign.store.groups import Shard
+from mmalign.store.ids import OpenShards, with_rows_deleted
+from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.reader import Store
-from mmalign.store.shards import open_shard, write_shard
+from mmalign.store.shards import ShardReader, write_tables
 from mmalign.store.writer import ROWS_PER_SHARD
 
 
@@ -42,6 +43,8 @@ class CompactReport:
     """Bytes that can be removed when they are an hour old, or with `now`."""
 
 
+# A small store has shards that are quickly rewritten, a large one few shards to look into.
+MOST_ROWS_PER_SHARD, SHARDS_WANTED = 262_144, 64
 # Deleting a larger fraction of the rows at once must be confirmed.
 MOST_DELETED = 0.1
 
@@ -68,32 +71,25 @@ def delete(path: str | Path, ids: Sequence[str]) -> int:
     return _delete(Path(path), ids, all_known=True)
 
 
-def delete_rows(path: str | Path, numbers: Sequence[int] | Ints, generation: int) -> int:
-    """Delete rows by their numbers in a generation if their ids are still live; return how many.
+def delete_rows(opened: Store, numbers: Sequence[int] | Ints) -> int:
+    """Delete rows by their numbers in an open store if their ids are still live; return how many.
 
-    Raises:
-        StoreError: The generation is gone.
+    The newest generation of the store is changed, which may have other row numbers.
     """
-    store = Path(path)
-    file = manifests.path_of(store, generation)
-    try:
-        manifest = manifests.read(file)
-    except (ValueError, OSError) as error:
-        raise StoreError(f"{file}: cannot be read: {error}; select the rows again") from None
-    opened = Store(store, manifest)
     rows = np.asarray(numbers, np.int64)
     rows = rows if opened.live is None else rows[opened.live[rows]]
-    return _delete(store, [row["id"] for row in opened.rows(rows, ("id",))], all_known=False)
+    ids = [row["id"] for row in opened.rows(rows, ("id",))]
+    return _delete(opened.path, ids, all_known=False)
 
 
 def _delete(store: Path, ids: Sequence[str], all_known: bool) -> int:
     model = manifests.newest(store).model
-    ids_of_shards = IdCache(store, model.dim)
+    open_shards = OpenShards(store, model)
     deleted = 0
 
     def change(base: Manifest) -> Manifest:
         nonlocal deleted
-        found = ids_of_shards.find(base.shards, ids)
+        found = open_shards.find(base.shards, ids)
         deleted = sum(map(len, found))
         if all_known:
             _require_known(store, ids, found)
@@ -112,8 +108,13 @@ def _require_known(store: Path, ids: Sequence[str], found: Sequence[dict[str, in
         raise StoreError(f"{store}: no row has the id {named}{more}; nothing was deleted")
 
 
+def shard_rows(total: int) -> int:
+    """Return how many rows a shard should have in a store of so many, see decision 12."""
+    return min(MOST_ROWS_PER_SHARD, max(ROWS_PER_SHARD, total // SHARDS_WANTED))
+
+
 def compact(
-    path: str | Path, rows_per_shard: int = ROWS_PER_SHARD, *, now: bool = False
+    path: str | Path, rows_per_shard: int | None = None, *, now: bool = False
 ) -> CompactReport:
     """Rewrite shards that have deleted rows or few rows, and remove files no longer needed.
 
@@ -121,7 +122,8 @@ def compact(
 
     Args:
         path: The store.
-        rows_per_shard: Approximate number of rows in a new shard.
+        rows_per_shard: Approximate number of rows in a new shard; by default, it grows with the
+            store.
         now: Immediately remove files that only older generations need, and with them all that is
             left of deleted rows. Otherwise they stay for an hour, for current readers.
 
@@ -130,6 +132,8 @@ def compact(
     """
     store = Path(path)
     before = manifests.newest(store)
+    manifests.require_format(store, before)
+    rows_per_shard = rows_per_shard or shard_rows(before.rows)
     for file in manifests.generations(store):
         # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.read_unless_gone(file)
@@ -138,7 +142,7 @@ def compact(
     try:
         for group in _runs_to_rewrite(before.shards, rows_per_shard):
             first_new = len(new_shards)
-            for shard in _rewrite(store, group, before.model.dim, rows_per_shard):
+            for shard in _rewrite(store, group, before.model, rows_per_shard):
                 new_shards.append(shard)
                 _refresh_times(store, new_shards)
             rewritten.append((group, tuple(new_shards[first_new:])))
@@ -188,7 +192,7 @@ def compact(
 
 def _refresh_times(store: Path, new_shards: Sequence[Shard]) -> None:
     """Keep collectors from treating the new shards of a long compaction as garbage."""
-    paths = [store / "shards" / shard.name for shard in new_shards]
+    paths = [store / "shards" / f.name for shard in new_shards for f in shard.files.values()]
     # If one did so anyway, the commit reports it.
     with contextlib.suppress(FileNotFoundError):
         if time.time() - paths[0].stat().st_mtime > AGE_S / 4:
@@ -197,37 +201,51 @@ def _refresh_times(store: Path, new_shards: Sequence[Shard]) -> None:
 
 
 def _runs_to_rewrite(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
-    """Return the runs of adjacent shards that are worth rewriting."""
+    """Return the runs of adjacent shards of one precision that are worth rewriting."""
 
-    def is_worth_rewriting(shard: Shard) -> bool:
-        return shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
+    def kind(shard: Shard) -> tuple[bool, str, str]:
+        is_worth = shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
+        return is_worth, shard.precision, shard.version
 
-    runs = [tuple(run) for is_worth, run in groupby(shards, is_worth_rewriting) if is_worth]
+    runs = [tuple(run) for (is_worth, *_), run in groupby(shards, kind) if is_worth]
     return [run for run in runs if len(run) > 1 or run[0].deleted_rows]
 
 
-def _rewrite(store: Path, group: Sequence[Shard], dim: int, rows_per_shard: int) -> Iterator[Shard]:
+def _rewrite(
+    store: Path, group: Sequence[Shard], model: ModelCard, rows_per_shard: int
+) -> Iterator[Shard]:
     """Write the live rows of some shards into new ones of about equal size."""
     total = sum(s.rows - s.deleted_rows for s in group)
     bounds = np.linspace(0, total, -(-total // rows_per_shard) + 1).astype(int)
-    buffer = pa.table({})
-    sources = (_live_rows(store, shard, dim) for shard in group)
+    buffer: list[pa.Table] = []
+    sources = (_live_rows(store, shard, model) for shard in group)
     for rows in np.diff(bounds).tolist():
-        while len(buffer) < rows:
-            next_rows = next(sources)
-            buffer = pa.concat_tables([buffer, next_rows]) if len(buffer) else next_rows
-        (batch,) = buffer.slice(0, rows).combine_chunks().to_batches()
-        yield write_shard(store, batch)
-        buffer = buffer.slice(rows)
+        while not buffer or len(buffer[0]) < rows:
+            following = next(sources)
+            pairs = zip(buffer, following, strict=True) if buffer else ((t,) for t in following)
+            buffer = [pa.concat_tables(pair) for pair in pairs]
+        taken = [table.slice(0, rows) for table in buffer]
+        yield write_tables(store, *taken, precision=group[0].precision, version=group[0].version)
+        buffer = [table.slice(rows) for table in buffer]
 
 
-def _live_rows(store: Path, shard: Shard, dim: int) -> pa.Table:
-    # Copied damage would get a matching hash.
-    file = open_shard(store, shard, dim)
-    if files.sha256(file.path) != shard.sha256:
-        raise file.refuse("is damaged")
-    table = pa.Table.from_batches([file.batch])
-    return table.filter(pa.array(shard.live)) if shard.deleted_rows else table
+def _live_rows(store: Path, shard: Shard, model: ModelCard) -> list[pa.Table]:
+    tables = undamaged_tables(store, shard, model)
+    return [t.filter(pa.array(shard.live)) for t in tables] if shard.deleted_rows else tables
+
+
+def undamaged_tables(store: Path, shard: Shard, model: ModelCard) -> list[pa.Table]:
+    """Return all rows of a shard as `ShardReader.tables` does, after comparing the hashes.
+
+    Raises:
+        StoreError: A file is damaged: copied damage would get a matching hash.
+    """
+    reader = ShardReader(store, shard, model)
+    for role, stored in shard.files.items():
+        file = reader.file(role)
+        if files.sha256(file.path) != stored.sha256:
+            raise file.refuse("damaged")
+    return list(reader.tables())
 
 
 def _replace_shards(

@@ -1,8 +1,9 @@
-"""Garbage collection: old generations, and files that no generation names.
+"""Garbage collection: shards and indexes that no generation needs, and what killed writers left.
 
-A reader may have opened a generation that was the newest an hour ago, and a writer may be about to
-commit a young file, so age counts. Age is never the only protection of a file about to be
-committed: removals are announced first, see `manifest.py`.
+A reader may still use the files of a generation that it opened some time ago, so retired files stay
+for an hour. A file that no generation has named may be one that a writer is about to commit, so it
+stays until nothing was written to it for an hour. Age alone protects no file that a commit may
+name: removals are announced in a generation first, see `manifest.py`.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from mmalign import files
 from mmalign.errors import shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
+from mmalign.store.groups import SHA256, SHARD_FILE, Groups
 from mmalign.store.manifest import Manifest
 
 AGE_S = 3600.0
@@ -22,14 +24,11 @@ UNFINISHED_AGE_S = 24 * 3600.0
 
 
 def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
-    """Remove old generations and files that only they need; return the paths and total bytes.
-
-    A generation is old when another one has been the newest for an hour. The newest two stay.
+    """Remove retired files, and the generations that name them; return the paths and total bytes.
 
     Args:
         store: The store.
-        now: Treat every generation but the newest as old. Files that no generation has named yet
-            still stay for an hour, as a writer may be about to commit them.
+        now: Do not wait for an hour. Files that no generation has named yet still stay so long.
 
     Raises:
         StoreError: A generation cannot be read, so the files it needs are unknown.
@@ -41,7 +40,7 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     announced = manifests.commit(store, lambda base: _with_removals(store, base, now), model)
     removed: list[str] = []
     freed = 0
-    named = (manifests.file_of(store, name) for name in announced.removing)
+    named = [path for name in announced.removing for path in manifests.paths_of(store, name)]
     to_remove = [path for path in named if path.parent not in linked]
     old = [path for path in to_remove if path.parent == store]
     # Oldest first, so that a freed number is below all existing ones. Generations before other
@@ -72,38 +71,55 @@ def waiting_bytes(store: Path) -> int:
 
 def _with_removals(store: Path, base: Manifest, now: bool) -> Manifest:
     """Return the newest generation with the planned removals announced in it."""
-    found = [f for f in manifests.generations(store) if manifests.number_of(f) < base.generation]
-    needed, named_by_old = set(base.named_files), set[str]()
-    old: list[str] = []
-    newer = manifests.path_of(store, base.generation)
-    for file in found:
-        manifest = manifests.read_unless_gone(file)
-        if manifest is None:
-            # Another process is collecting.
-            continue
-        if now or old or _is_older(newer, AGE_S):
-            old.append(file.stem)
-            named_by_old |= manifest.named_files
-        else:
-            needed |= manifest.named_files
-        newer = file
-    to_remove = {
-        name
-        for name, path in _files(store).items()
-        if name not in needed and (name in named_by_old or _is_older(path, _min_age_s(path)))
-    }
-    # The announcement itself is one of the newest two. Without it, the one before stays.
-    if not to_remove and old == [f.stem for f in found[:1]]:
+    numbers = [manifests.number_of(file) for file in manifests.generations(store)]
+    earlier = [number for number in numbers if number < base.generation]
+    retired = {r.name: r for r in base.retired}
+    on_disk = _files(store)
+    ripe = [r for n, r in retired.items() if n in on_disk and (now or _is_older(on_disk[n], AGE_S))]
+    # The generations before that still name them.
+    limit = base.generation if now else max((r.generation for r in ripe), default=0)
+    old = [number for number in earlier if number < limit]
+    # The announcement is a generation, too: to remove one by another would have no end.
+    if not ripe and now and old == earlier[:1]:
         old = []
-    return replace(base, removing=tuple(sorted({*base.removing, *to_remove, *old})))
+    unknown = {
+        name
+        for name, path in {**on_disk, **_groups(store)}.items()
+        if name not in retired
+        and name not in base.named_files
+        and name.partition("/")[2] not in base.groups
+        and _is_older(path, _min_age_s(path))
+    }
+    unneeded = unknown - _named_by(store, [n for n in earlier if n not in old])
+    oldest = min([n for n in earlier if n not in old], default=base.generation)
+    groups = {n for n, r in retired.items() if n.startswith("groups/") and r.generation <= oldest}
+    names = {r.name for r in ripe} | {manifests.path_of(store, n).stem for n in old} | unneeded
+    if names - set(base.removing):
+        names |= {name for name in groups if manifests.is_there(store, name)}
+    return replace(base, removing=tuple(sorted({*base.removing, *names})))
+
+
+def _named_by(store: Path, numbers: list[int]) -> set[str]:
+    """Return the files that some generations name."""
+    named: set[str] = set()
+    groups = Groups(store)
+    for number in numbers:
+        manifest = manifests.read_unless_gone(manifests.path_of(store, number), groups)
+        if manifest:
+            named |= manifest.named_files | {f"groups/{name}" for name in manifest.groups}
+    return named
+
+
+def _groups(store: Path) -> dict[str, Path]:
+    """Return the groups on the disk, keyed by their names as in `Manifest.removing`."""
+    found = (p for p in store.glob("groups/*.json") if SHA256.fullmatch(p.stem[:64]))
+    return {f"groups/{path.stem[:64]}": path for path in found}
 
 
 def _files(store: Path) -> dict[str, Path]:
     """Return the existing shards and indexes, keyed by their names as in `Manifest.removing`."""
     shards = {
-        f"shards/{p.stem}": p
-        for p in store.glob("shards/*.arrow")
-        if manifests.SHARD.fullmatch(p.name)
+        f"shards/{p.stem}": p for p in store.glob("shards/*.arrow") if SHARD_FILE.fullmatch(p.name)
     }
     folders = (p for p in store.glob("index/*") if p.is_dir() and manifests.INDEX.fullmatch(p.name))
     found = shards | {f"index/{p.name}": p for p in folders}
@@ -115,7 +131,14 @@ def _leftovers(store: Path) -> list[Path]:
     """List temporary files left by killed writers. Removing them loses no commit."""
     linked = manifests.linked_folders(store)
     indexes = [p for p in store.glob("index/*") if p.is_dir() and not p.is_symlink()]
-    folders = (store, *(p for p in (store / "shards", *indexes) if not {p, p.parent} & {*linked}))
+    folders = (
+        store,
+        *(
+            p
+            for p in (store / "shards", store / "groups", *indexes)
+            if not {p, p.parent} & {*linked}
+        ),
+    )
     found = (path for folder in folders for path in files.leftovers(folder))
     return [path for path in found if _is_older(path, AGE_S)]
 

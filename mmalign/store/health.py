@@ -12,6 +12,7 @@ from mmalign import files
 from mmalign.errors import StoreError, UsageError
 from mmalign.store import failures
 from mmalign.store import manifest as manifests
+from mmalign.store.groups import Groups, both
 from mmalign.store.manifest import Manifest
 
 INDEX_FILE_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+)*")
@@ -66,13 +67,18 @@ def find_damage(store: Path, sample: float = 1.0) -> Findings:
     """Compare files with their hashes; see `verify`."""
     findings = Findings()
     generations = manifests.generations(store)
+    groups = Groups(store)
     for file in generations:
         try:
-            findings.readable.append(manifests.read(file))
+            findings.readable.append(manifests.read(file, groups))
         except (ValueError, OSError) as error:
             findings.damage[file] = f"unreadable: {error}"
-    shards = {s.name: s.sha256 for manifest in findings.readable for s in manifest.shards}
-    hash_by_file = {store / "shards" / name: sha256 for name, sha256 in shards.items()}
+    names = {name for manifest in findings.readable for name in manifest.groups}
+    # A readable group may still have a damaged copy.
+    copies = {path: name for name in names for path in both(groups.folder, name)}
+    findings.damage |= _mismatches(copies)
+    shards = {s for manifest in findings.readable for s in manifest.shards}
+    hash_by_file = {store / "shards" / f.name: f.sha256 for s in shards for f in s.files.values()}
     for card in {manifest.index for manifest in findings.readable if manifest.index}:
         description = store / "index" / card.name / "index.json"
         wrong = _mismatches({description: card.sha256})

@@ -2,41 +2,55 @@
 
 A generation is one file, `manifest-00000007.json`, and the only commit point: what the newest
 readable generation does not name does not exist. A writer claims the next number; if another
-writer has claimed it first, it reads that generation and retries on top of it.
+writer has claimed it first, it reads that generation and retries on top of it. The shards are
+listed in groups, see `groups.py`.
 
-A garbage collector is a writer too: it removes only what its own generation announces as
-`removing`. A commit on top of that generation must not name these files, and a commit on top of an
-older one fails to get the number. So no file that a commit names is removed, however long any
-process pauses.
+What a commit stops naming is recorded as retired. Files are removed only after a generation has
+announced it as `removing`. A commit on top of that generation must not name these files, and a
+commit on top of an older one fails to get the number. So no file that a commit names is removed,
+however long any process pauses. Each commit removes all but the newest generations, and then the
+groups that only these named; shards and indexes are left to `garbage.py`.
 
 N rows of a shard.
 """
 
-import base64
+import contextlib
 import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmalign import files
-from mmalign.arrays import Bools
 from mmalign.errors import IdentityError, StoreError, shell_command
+from mmalign.modality import IMAGE, POSITION_SIZES, TEXT
 from mmalign.progress import say
+from mmalign.store import format2
+from mmalign.store import groups as shard_groups
+from mmalign.store.groups import NAME, SHA256, Groups, Shard, is_count, matches
 
-FORMAT = 2
+FORMAT = 3
 TRIES = 100
-# A manifest may name only files inside its store, as manifests are untrusted input.
-NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
-SHARD, INDEX = re.compile(rf"{NAME}\.arrow"), re.compile(NAME)
-REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index)/{NAME}")
-SHA256 = re.compile("[0-9a-f]{64}")
-MOST_ROWS, MOST_DIM, MOST_BYTES = 2**31 - 1, 2**16, 2**48
+# Generations that are kept: a damaged one is replaced by the one before.
+KEPT = 16
+INDEX = re.compile(NAME)
+REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index|groups)/{NAME}")
+MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
+MOST_DIM, MOST_MODALITIES = 2**16, 64
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The tower of a model that made the vectors of one modality."""
+
+    modality: str
+    identity: str = ""
+    """Name and hash, as `Encoder.tower_identities` gives it; empty if unknown."""
+    position: str = ""
+    """The kind of position of its vectors, see `modality.py`."""
 
 
 @dataclass(frozen=True)
@@ -48,41 +62,12 @@ class ModelCard:
     source: str
     """The run folder or open_clip name it was loaded from."""
     dim: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One immutable Arrow file, and which of its rows are deleted in this generation."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    deleted_rows: int = 0
-    deleted: str = ""
-    """Base64 of one bit per row, highest bit of a byte first; empty if no row is deleted."""
+    towers: tuple[Tower, ...] = (Tower(IMAGE.name), Tower(TEXT.name, position=TEXT.position))
 
     @property
-    def live(self) -> Bools:
-        """Mask of the rows that are not deleted, shape (N,)."""
-        if not self.deleted:
-            return np.ones(self.rows, np.bool_)
-        bits = np.frombuffer(base64.b64decode(self.deleted), np.uint8)
-        return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
-
-    def with_live(self, live_N: Bools) -> "Shard":
-        """Return the shard with only these rows live."""
-        deleted = int(self.rows - live_N.sum())
-        bits = base64.b64encode(np.packbits(~live_N).tobytes()).decode() if deleted else ""
-        return replace(self, deleted_rows=deleted, deleted=bits)
-
-    def with_rows_deleted(self, rows: Sequence[int]) -> "Shard":
-        """Return the shard with these rows deleted too."""
-        if not len(rows):
-            return self
-        live_N = self.live
-        live_N[rows] = False
-        return self.with_live(live_N)
+    def positions(self) -> dict[str, int]:
+        """The modalities, and how many numbers are the position of a vector."""
+        return {tower.modality: POSITION_SIZES[tower.position] for tower in self.towers}
 
 
 @dataclass(frozen=True)
@@ -95,6 +80,16 @@ class IndexCard:
 
 
 @dataclass(frozen=True)
+class Retired:
+    """A file or folder that an earlier generation named."""
+
+    name: str
+    """Its path in the store, without the file extension."""
+    generation: int
+    """The first generation that does not name it. The time of change of the file is no earlier."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a store holds in one generation."""
 
@@ -103,10 +98,16 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     index: IndexCard | None = None
     removing: tuple[str, ...] = ()
-    """What a collector is about to remove: paths in the store without file extensions, so that a
-    search for shard names in a damaged generation does not match them."""
+    """What is about to be removed: paths in the store without file extensions."""
+    retired: tuple[Retired, ...] = ()
+    """What earlier generations named, as long as it is on the disk."""
     previous: str = ""
     """Hash of the generation that this one was made from; empty if mmalign did not write it."""
+    groups: tuple[str, ...] = field(default=(), compare=False)
+    """The names of the files that hold `shards`."""
+    recorded_hash: str = field(default="", compare=False)
+    """The hash in its file, if it was read from one."""
+    format: int = field(default=FORMAT, compare=False)
 
     @property
     def rows(self) -> int:
@@ -120,9 +121,13 @@ class Manifest:
 
     @property
     def named_files(self) -> set[str]:
-        """Files to keep as long as this generation is kept, written as in `removing`."""
-        indexes = {f"index/{self.index.name}"} if self.index else set()
-        return indexes | {f"shards/{Path(shard.name).stem}" for shard in self.shards}
+        """Shards and indexes that this generation needs, written as in `removing`."""
+        return _names_of(self.shards, self.index)
+
+
+def _names_of(shards: Iterable[Shard], index: IndexCard | None) -> set[str]:
+    indexes = {f"index/{index.name}"} if index else set()
+    return indexes | {f"shards/{Path(f.name).stem}" for s in shards for f in s.files.values()}
 
 
 def canonical(values: dict[str, Any]) -> bytes:
@@ -131,30 +136,44 @@ def canonical(values: dict[str, Any]) -> bytes:
 
 
 def render(manifest: Manifest) -> bytes:
-    """Return a manifest as JSON, with its hash."""
+    """Return a manifest as JSON, with its hash; its groups must be written before."""
     values = {**_values(manifest), "sha256": sha256_of(manifest)}
     return json.dumps(values, indent=1).encode() + b"\n"
 
 
 def sha256_of(manifest: Manifest) -> str:
-    """Return the hash that a manifest file holds."""
+    """Return the hash that the file of a manifest holds when it is written."""
     return hashlib.sha256(canonical(_values(manifest))).hexdigest()
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    values = {"format": FORMAT, **asdict(manifest)}
-    for name in ("removing", "previous"):
-        if not values[name]:
-            del values[name]
-    return values
+    model = asdict(manifest.model)
+    model["towers"] = [list(tower.values()) for tower in model["towers"]]
+    values = {
+        "format": FORMAT,
+        "generation": manifest.generation,
+        "model": model,
+        "groups": list(manifest.groups),
+        "index": asdict(manifest.index) if manifest.index else None,
+    }
+    optional: dict[str, Any] = {
+        "removing": list(manifest.removing),
+        "retired": [[r.name, r.generation] for r in manifest.retired],
+        "previous": manifest.previous,
+    }
+    return values | {name: value for name, value in optional.items() if value}
 
 
-def parse(content: bytes) -> Manifest:
+def parse(content: bytes, groups: Groups) -> Manifest:
     """Read a manifest from its JSON.
 
+    Args:
+        content: The content of the file.
+        groups: Reads the groups of its store.
+
     Raises:
-        ValueError: The content is damaged.
-        StoreError: The content is intact, but from another version of mmalign or another program.
+        ValueError, OSError: The content or one of its groups is damaged or missing.
+        StoreError: It is intact, but from another version of mmalign or another program.
     """
     try:
         values = json.loads(content)
@@ -164,77 +183,79 @@ def parse(content: bytes) -> Manifest:
         actual_hash = hashlib.sha256(canonical(values)).hexdigest()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    found = values.get("format")
     if recorded_hash != actual_hash:
         early = "format 1 of an early version of mmalign: embed into a new store"
-        raise ValueError(early if values.get("format") == 1 else "its hash does not match")
-    if values.get("format") != FORMAT:
-        known = f"this version of mmalign reads format {FORMAT}"
-        raise StoreError(f"format {values.get('format')!r}, but {known}")
+        raise ValueError(early if found == 1 else "its hash does not match")
+    if found not in (format2.FORMAT, FORMAT):
+        known = f"this version of mmalign reads formats {format2.FORMAT} and {FORMAT}"
+        raise StoreError(f"format {found!r}, but {known}")
     try:
-        index = values["index"]
-        manifest = Manifest(
-            generation=values["generation"],
-            model=ModelCard(**values["model"]),
-            shards=tuple(Shard(**s) for s in values["shards"]),
-            index=IndexCard(**index) if index else None,
-            removing=tuple(values.get("removing", ())),
-            previous=values.get("previous", ""),
-        )
+        manifest = replace(_manifest(values), recorded_hash=actual_hash, format=found)
         wrong = next(_invalid_values(manifest), None)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         wrong = f"invalid fields: {error}"
     if wrong:
         raise StoreError(f"not made by mmalign: {wrong}")
+    if found == FORMAT:
+        manifest = replace(manifest, shards=groups.read(manifest.groups))
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise StoreError("not made by mmalign: the same shard twice")
     return manifest
 
 
-def _invalid_values(held: Manifest) -> Iterator[str]:
-    """Yield values that mmalign never writes: names outside the store, impossible sizes."""
-    if not _is_count(held.generation, 10**18):
-        yield f"generation {held.generation!r}"
-    if not _is_count(held.model.dim, MOST_DIM) or held.model.dim < 1:
-        yield f"{held.model.dim!r} dimensions"
-    if not {type(held.model.identity), type(held.model.source)} <= {str}:
-        yield f"the model {held.model.identity!r} of {held.model.source!r}"
-    for shard in held.shards:
-        yield from (
-            f"the shard {shard.name!r} with {what}" for what in _invalid_shard_values(shard)
-        )
-    if len({shard.name for shard in held.shards}) < len(held.shards):
-        yield "the same shard twice"
-    if held.index and not (
-        _matches(INDEX, held.index.name) and _matches(SHA256, held.index.sha256)
-    ):
-        yield f"the index {held.index.name!r} with the hash {held.index.sha256!r}"
-    yield from (
-        f"{name!r}, which is not a file of a store"
-        for name in held.removing
-        if not _matches(REMOVING, name)
+def _manifest(values: dict[str, Any]) -> Manifest:
+    model, index = values["model"], values["index"]
+    listed = values["shards"] if values["format"] == format2.FORMAT else None
+    if "towers" in model:
+        model = {**model, "towers": tuple(Tower(*tower) for tower in model["towers"])}
+    return Manifest(
+        generation=values["generation"],
+        model=ModelCard(**model),
+        shards=tuple(format2.shard(shard) for shard in listed or ()),
+        index=IndexCard(**index) if index else None,
+        removing=tuple(values.get("removing", ())),
+        retired=tuple(Retired(*r) for r in values.get("retired", ())),
+        previous=values.get("previous", ""),
+        groups=tuple(values["groups"] if listed is None else ()),
     )
-    if held.previous and not _matches(SHA256, held.previous):
-        yield f"the hash {held.previous!r}"
 
 
-def _invalid_shard_values(shard: Shard) -> Iterator[str]:
-    if not _matches(SHARD, shard.name):
-        yield "an invalid name"
-    if not (_is_count(shard.rows, MOST_ROWS) and _is_count(shard.bytes, MOST_BYTES)):
-        yield f"{shard.rows!r} rows and {shard.bytes!r} bytes"
-    if not _matches(SHA256, shard.sha256):
-        yield f"the hash {shard.sha256!r}"
-    bits = base64.b64decode(shard.deleted, validate=True)
-    if bits and len(bits) != (shard.rows + 7) // 8:
-        yield f"{len(bits)} bytes of deletions for {shard.rows} rows"
-    if not _is_count(shard.deleted_rows, shard.rows) or bool(bits) != bool(shard.deleted_rows):
-        yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"
+def _invalid_values(manifest: Manifest) -> Iterator[str]:
+    """Yield values that mmalign never writes: names outside the store, impossible sizes."""
+    if not is_count(manifest.generation, 10**18):
+        yield f"generation {manifest.generation!r}"
+    yield from _invalid_model_values(manifest.model)
+    for shard in manifest.shards:
+        yield from (f"the shard {shard.name!r} with {w}" for w in shard_groups.invalid(shard))
+    index = manifest.index
+    if index and not (matches(INDEX, index.name) and matches(SHA256, index.sha256)):
+        yield f"the index {index.name!r} with the hash {index.sha256!r}"
+    yield from (f"the group {name!r}" for name in manifest.groups if not matches(SHA256, name))
+    for name in (*manifest.removing, *(r.name for r in manifest.retired)):
+        if not matches(REMOVING, name):
+            yield f"{name!r}, which is not a file of a store"
+    for retired in manifest.retired:
+        if not is_count(retired.generation, 10**18):
+            yield f"{retired.name!r}, retired by {retired.generation!r}"
+    if manifest.previous and not matches(SHA256, manifest.previous):
+        yield f"the hash {manifest.previous!r}"
 
 
-def _matches(pattern: re.Pattern[str], text: Any) -> bool:
-    return isinstance(text, str) and pattern.fullmatch(text) is not None
-
-
-def _is_count(number: Any, most: int) -> bool:
-    return type(number) is int and 0 <= number <= most
+def _invalid_model_values(model: ModelCard) -> Iterator[str]:
+    if not is_count(model.dim, MOST_DIM) or model.dim < 1:
+        yield f"{model.dim!r} dimensions"
+    if not {type(model.identity), type(model.source)} <= {str}:
+        yield f"the model {model.identity!r} of {model.source!r}"
+    for tower in model.towers:
+        if not matches(MODALITY, tower.modality) or type(tower.identity) is not str:
+            yield f"the tower {tower.identity!r} of {tower.modality!r}"
+        if tower.position not in POSITION_SIZES:
+            yield f"positions of the kind {tower.position!r}"
+    if len({tower.modality for tower in model.towers}) < len(model.towers) > 0:
+        yield "two towers of a modality"
+    if len(model.towers) > MOST_MODALITIES:
+        yield f"{len(model.towers)} modalities"
 
 
 def path_of(store: Path, generation: int) -> Path:
@@ -242,10 +263,18 @@ def path_of(store: Path, generation: int) -> Path:
     return store / f"manifest-{generation:08d}.json"
 
 
-def file_of(store: Path, name: str) -> Path:
-    """Return the file or folder that a name in `removing` stands for."""
-    ending = {"shards": ".arrow", "index": ""}.get(name.partition("/")[0], ".json")
-    return store / f"{name}{ending}"
+def paths_of(store: Path, name: str) -> list[Path]:
+    """Return the files or the folder that a name in `removing` stands for."""
+    kind, _, stem = name.partition("/")
+    if kind == shard_groups.FOLDER:
+        return list(shard_groups.both(store / kind, stem))
+    ending = {"shards": ".arrow", "index": ""}.get(kind, ".json")
+    return [store / f"{name}{ending}"]
+
+
+def is_there(store: Path, name: str) -> bool:
+    """Return whether anything of a name in `removing` is on the disk."""
+    return any(path.exists() for path in paths_of(store, name))
 
 
 def linked_folders(store: Path) -> list[Path]:
@@ -253,7 +282,7 @@ def linked_folders(store: Path) -> list[Path]:
 
     The other place may hold any files, under names that an untrusted manifest may contain.
     """
-    folders = (store / name for name in ("shards", "index", "damaged"))
+    folders = (store / name for name in ("shards", "index", "groups", "damaged"))
     return [f for f in folders if f.exists() and f.resolve().parent != store.resolve()]
 
 
@@ -268,15 +297,15 @@ def generations(store: Path) -> list[Path]:
     return sorted(found, key=number_of, reverse=True)
 
 
-def read(file: Path) -> Manifest:
-    """Read the file of a generation.
+def read(file: Path, groups: Groups | None = None) -> Manifest:
+    """Read the file of a generation and its groups.
 
     Raises:
         ValueError, OSError: The file is damaged or missing.
         StoreError: It may be intact: another version of mmalign wrote it, or permission is denied.
     """
     try:
-        return parse(files.claimed(file))
+        return parse(files.claimed(file), groups or Groups(file.parent))
     except StoreError as error:
         raise StoreError(f"{file}: {error}") from None
     except OSError as error:
@@ -297,18 +326,18 @@ def newest(store: Path) -> Manifest:
             known = "is a folder without a manifest" if store.is_dir() else "does not exist"
             made = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", store)
             raise StoreError(f"{store}: not a store: it {known}; create one with {made}")
-        manifest = _newest_of(store, found)
+        manifest = _newest_of(store, found, Groups(store))
         if manifest:
             return manifest
     raise StoreError(f"{store}: {TRIES} other writers committed first; run it again")
 
 
-def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
+def _newest_of(store: Path, found: Sequence[Path], groups: Groups) -> Manifest | None:
     """Read the newest readable generation of a list; return None if the list is outdated."""
     problems = []
     for file in found:
         try:
-            manifest = read(file)
+            manifest = read(file, groups)
         except (ValueError, OSError) as error:
             if isinstance(error, FileNotFoundError) and generations(store) != found:
                 return None
@@ -322,15 +351,18 @@ def _newest_of(store: Path, found: Sequence[Path]) -> Manifest | None:
     raise StoreError(f"{store}: no generation can be read: {'; '.join(problems)}")
 
 
-def read_unless_gone(file: Path) -> Manifest | None:
+def read_unless_gone(file: Path, groups: Groups | None = None) -> Manifest | None:
     """Read the file of a generation that must not be skipped; return None if it is gone.
 
     Raises:
         StoreError: It is damaged, or cannot be read.
     """
     try:
-        return read(file)
+        return read(file, groups)
     except FileNotFoundError:
+        if file.exists():
+            remedy = shell_command("repair", file.parent)
+            raise StoreError(f"{file}: a group is missing; first run {remedy}") from None
         return None
     except (ValueError, OSError) as error:
         remedy = shell_command("repair", file.parent)
@@ -342,25 +374,38 @@ def commit(
     change: Callable[[Manifest], Manifest],
     model: ModelCard,
     *,
+    groups: Groups | None = None,
     over_damage: bool = False,
+    upgrade: bool = False,
 ) -> Manifest:
     """Commit a change to the generation that is the newest when the claim succeeds.
 
     If nothing changes, the newest generation stays the newest. Files that only a damaged generation
     names would be lost after a newer one, so only `repair`, which looks first, commits over damage.
 
+    Args:
+        store: The store; a folder without generations becomes one.
+        change: Returns the new content; it may be called several times.
+        model: The model of a new store.
+        groups: Kept by callers that commit often.
+        over_damage: Build on the newest generation that can be read.
+        upgrade: Make format 3 of a store of format 2.
+
     Raises:
-        StoreError: The newest generation is damaged, or other writers were faster each time.
+        StoreError: The newest generation is damaged or of format 2, or other writers were faster
+            each time.
     """
+    groups = groups or Groups(store)
     for _ in range(TRIES):
         # One listing gives both the base and the number to claim. If the folder were listed again
         # for the number, a generation made in between would be skipped and lost.
         found = generations(store)
-        base: Manifest | None = Manifest(0, model)
-        if found:
-            base = _newest_of(store, found) if over_damage else read_unless_gone(found[0])
+        read = _newest_of if over_damage else _newest_undamaged
+        base = read(store, found, groups) if found else Manifest(0, model)
         if base is None:
             continue
+        if not upgrade:
+            require_format(store, base)
         last_number = number_of(found[0]) if found else 0
         try:
             changed = change(base)
@@ -369,38 +414,108 @@ def commit(
             if found and generations(store)[:1] != found[:1]:
                 continue
             raise
-        if changed == base and found and last_number == base.generation:
+        same = changed == base and base.format == FORMAT
+        if same and found and last_number == base.generation:
             # Its writer may have died before it was durable.
             files.sync_folder(store)
             return base
-        if changed.named_files - base.named_files:
-            _require_shards(store, base, changed)
-        following = replace(
-            changed,
-            generation=last_number + 1,
-            removing=tuple(name for name in changed.removing if file_of(store, name).exists()),
-            previous=sha256_of(base) if found else "",
-        )
-        if not files.claim(path_of(store, last_number + 1), render(following)):
+        try:
+            following, obsolete = _following(store, base, changed, found, groups)
+        except FileNotFoundError:
+            # Nothing was written for so long that the file of a group was taken for garbage.
+            if not store.is_dir():
+                raise
+            continue
+        path = path_of(store, following.generation)
+        if not files.claim(path, render(following)):
             continue
         if not found or _is_in_history(store, found[0], following):
+            _remove(obsolete)
             return following
         # So much time has passed that an old number was free again; this generation would never
         # be read.
-        files.remove(path_of(store, last_number + 1))
+        files.remove(path)
     raise StoreError(
         f"{store}: {TRIES} other writers committed first; nothing was changed; run it again"
     )
 
 
-def _require_shards(store: Path, base: Manifest, changed: Manifest) -> None:
+def _newest_undamaged(store: Path, found: Sequence[Path], groups: Groups) -> Manifest | None:
+    return read_unless_gone(found[0], groups)
+
+
+def _following(
+    store: Path, base: Manifest, changed: Manifest, found: Sequence[Path], groups: Groups
+) -> tuple[Manifest, list[Path]]:
+    """Return the generation to claim, with its groups written, and the files that it removes."""
+    added, dropped = _difference(base, changed)
+    _require_files(store, base, added)
+    leaving = {f"groups/{name}" for name in base.groups}
+    avoid = frozenset(name.partition("/")[2] for name in (*base.removing, *_names(base.retired)))
+    names = groups.write(changed.shards, avoid)
+    leaving -= {f"groups/{name}" for name in names}
+    retired = [r for r in base.retired if r.name not in added and is_there(store, r.name)]
+    number = (number_of(found[0]) if found else 0) + 1
+    retired += [Retired(name, number) for name in sorted(dropped | leaving)]
+    _touch(path for name in dropped for path in paths_of(store, name))
+    oldest = number_of(found[-1]) if found else 0
+    old_groups = [
+        r.name for r in retired if r.name.startswith("groups/") and r.generation <= oldest
+    ]
+    old_generations = found[KEPT - 1 :]
+    removing = {*changed.removing, *old_groups, *(file.stem for file in old_generations)}
+    following = replace(
+        changed,
+        generation=number,
+        removing=tuple(sorted(name for name in removing if is_there(store, name))),
+        retired=tuple(retired),
+        previous=base.recorded_hash,
+        groups=names,
+        format=FORMAT,
+    )
+    # The generations that named these groups are gone, and the claim has made that durable.
+    # Oldest first, so that a freed number is below all existing ones.
+    obsolete = [path for name in old_groups for path in paths_of(store, name)]
+    return replace(following, recorded_hash=sha256_of(following)), [
+        *obsolete,
+        *old_generations[::-1],
+    ]
+
+
+def _names(retired: Iterable[Retired]) -> list[str]:
+    return [r.name for r in retired]
+
+
+def _difference(base: Manifest, changed: Manifest) -> tuple[set[str], set[str]]:
+    """Return the names that only the changed manifest has, and those that only the base has."""
+    before, after = ({id(shard) for shard in m.shards} for m in (base, changed))
+    new = _names_of((s for s in changed.shards if id(s) not in before), changed.index)
+    old = _names_of((s for s in base.shards if id(s) not in after), base.index)
+    return new - old, old - new
+
+
+def _require_files(store: Path, base: Manifest, added: Iterable[str]) -> None:
     """Reject new shards and indexes that are so old that a collector treated them as garbage."""
-    for name in sorted(changed.named_files - base.named_files):
+    for name in sorted(added):
         # Removed files do not come back, so a file that exists and is not announced now stays until
         # a generation announces it, and then this commit fails to get its number.
-        if name in base.removing or not file_of(store, name).exists():
-            file = file_of(store, name).name
+        if name in base.removing or not is_there(store, name):
+            file = paths_of(store, name)[0].name
             raise StoreError(f"{store}: {file} was removed before it was committed; run it again")
+
+
+def _touch(paths: Iterable[Path]) -> None:
+    """Record in files that they are needed until now."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            files.disk.touch(path)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove files that no generation needs; what cannot be removed is tried again later."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            files.remove(path)
 
 
 def _is_in_history(store: Path, base: Path, claimed: Manifest) -> bool:
@@ -420,7 +535,18 @@ def _is_in_history(store: Path, base: Path, claimed: Manifest) -> bool:
     except (ValueError, OSError):
         previous = ""
     # Garbage is removed oldest first, so a number is free again only when its base is gone.
-    return previous == sha256_of(claimed) if previous else base.exists()
+    return previous == claimed.recorded_hash if previous else base.exists()
+
+
+def require_format(store: Path, manifest: Manifest) -> None:
+    """Check that a store may be changed.
+
+    Raises:
+        StoreError: It has a format that is only read.
+    """
+    if manifest.format < FORMAT:
+        remedy = shell_command("upgrade", store)
+        raise StoreError(f"{store}: format {manifest.format}, which is only read; run {remedy}")
 
 
 def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:

@@ -1,7 +1,6 @@
 """A generation of a store, memory-mapped: zero-copy vectors, rows by number or id.
 
-N rows, including deleted ones; M requested numbers or ids; D dimensions; P captions (each with the
-number of its row).
+N rows, including deleted ones; M requested numbers or ids; V vectors of a modality, D dimensions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.arrays import Bools, Halves, Ints
+from mmalign.arrays import Bools, Floats, Halves, Ints
 from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
-from mmalign.store.ids import IdIndex, hashes
+from mmalign.store.ids import candidates
 from mmalign.store.manifest import Manifest, ModelCard
-from mmalign.store.schema import schema
-from mmalign.store.shards import ShardFile, open_shard
+from mmalign.store.schema import FIELDS, embedding_column, fixed_lists, id_hashes
+from mmalign.store.shards import ShardReader
 
 FEW_ROWS = 4
 
@@ -46,14 +45,14 @@ class Store:
         return np.cumsum([s.rows for s in self.manifest.shards], dtype=np.int64)
 
     @cached_property
-    def _opened(self) -> dict[int, ShardFile]:
+    def _opened(self) -> dict[int, ShardReader]:
         return {}
 
-    def _file(self, shard: int) -> ShardFile:
-        if shard not in self._opened:
-            dim = self.manifest.model.dim
-            self._opened[shard] = open_shard(self.path, self.manifest.shards[shard], dim)
-        return self._opened[shard]
+    def _shard(self, number: int) -> ShardReader:
+        if number not in self._opened:
+            shard, model = self.manifest.shards[number], self.manifest.model
+            self._opened[number] = ShardReader(self.path, shard, model)
+        return self._opened[number]
 
     def open_all(self) -> None:
         """Open every shard, so that shards removed by a later generation stay readable here.
@@ -61,35 +60,65 @@ class Store:
         Raises:
             StoreError: A shard is missing or damaged.
         """
-        _ = self._files
+        for shard in self._shards:
+            shard.open_all()
 
     @property
-    def _files(self) -> list[ShardFile]:
-        return [self._file(shard) for shard in range(len(self.manifest.shards))]
+    def _shards(self) -> list[ShardReader]:
+        return [self._shard(number) for number in range(len(self.manifest.shards))]
 
     def vectors(self, modality: str) -> list[Halves]:
-        """Return one zero-copy (rows, D) float16 view per shard of "image" or "text", in row order.
+        """Return one zero-copy (V, D) float16 view per shard, in the order of the rows.
 
-        Deleted rows are included; see `live`. Text vectors are numbered by caption;
-        `caption_owners` has their row numbers.
+        A row may have any number of vectors of a modality; `owners` has the row of each. Those of
+        deleted rows are included; see `live`.
+
+        Raises:
+            StoreError: The store has no vectors of this modality.
         """
-        columns = schema(self.manifest.model.dim).names
-        modalities = [c.removesuffix("_embedding") for c in columns if c.endswith("_embedding")]
-        if modality not in modalities:
-            raise StoreError(
-                f"{self.path}: no {modality!r} vectors: {nearest(modality, modalities)}"
-            )
-        return [file.vectors(modality) for file in self._files]
+        self._require(modality)
+        return [shard.vectors(modality) for shard in self._shards]
+
+    def _require(self, modality: str) -> None:
+        known = self.manifest.model.positions
+        if modality not in known:
+            raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
 
     def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:
-        """Copy the vectors of one row: shape (1, D) for "image", one per caption for "text"."""
-        shard = self.shard_of(number)
-        first = self._ends[shard] - self.manifest.shards[shard].rows
-        column = self._file(shard).column(f"{modality}_embedding").slice(int(number - first), 1)
-        if not pa.types.is_fixed_size_list(column.type):
-            column = column.flatten()
-        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        return flat.reshape(-1, self.manifest.model.dim)  # type: ignore[no-any-return]
+        """Copy the vectors of one row, (V, D)."""
+        self._require(modality)
+        shard = self._shard(self.shard_of(number))
+        row = int(number - self._ends[self.shard_of(number)] + shard.shard.rows)
+        first, end = shard.offsets(modality)[row : row + 2]
+        return shard.vectors(modality)[first:end].astype(np.float32)
+
+    def owners(self, modality: str) -> Ints:
+        """Return the row number of each vector of a modality, (V,), those of deleted rows too."""
+        if modality not in self._owners:
+            self._require(modality)
+            counts = [np.diff(shard.offsets(modality)) for shard in self._shards]
+            counts_N = np.concatenate([np.zeros(0, np.int64), *counts])
+            self._owners[modality] = np.repeat(np.arange(len(counts_N)), counts_N)
+        return self._owners[modality]
+
+    @cached_property
+    def _owners(self) -> dict[str, Ints]:
+        return {}
+
+    def positions(self, modality: str, numbers: Ints) -> Floats:
+        """Return where in their item some vectors of a modality are, one row for each.
+
+        Raises:
+            StoreError: The store has no vectors of this modality.
+        """
+        self._require(modality)
+        size = self.manifest.model.positions[modality]
+        ends = np.cumsum([len(shard.vectors(modality)) for shard in self._shards])
+        found = np.zeros((len(numbers), size), np.float32)
+        for i, number in enumerate(numbers.tolist()):
+            shard = int(np.searchsorted(ends, number, side="right"))
+            found[i] = self._shard(shard).positions(modality)[number - ends[shard]]
+        return found
 
     def shard_of(self, number: int) -> int:
         """Return the number of the shard that holds a row."""
@@ -102,28 +131,18 @@ class Store:
             return None
         return np.concatenate([s.live for s in self.manifest.shards])
 
-    @cached_property
-    def caption_owners(self) -> Ints:
-        """Row number of each caption, shape (P,), including captions of deleted rows."""
-        counts = [file.column("captions").value_lengths().to_numpy() for file in self._files]
-        counts_N = np.concatenate(counts) if counts else np.zeros(0, np.int32)
-        return np.repeat(np.arange(len(counts_N), dtype=np.int64), counts_N)
-
     def find(self, ids: Sequence[str]) -> Ints:
         """Return the row number of each id, shape (M,); -1 if no live row has it."""
+        hashes_M = id_hashes(ids)
         rows_M = np.full(len(ids), -1, np.int64)
-        for positions, rows in self._id_index.candidates(hashes(ids)):
-            found = self.rows(rows, ("id",))
-            same = [row["id"] == ids[i] for row, i in zip(found, positions, strict=True)]
-            rows_M[positions[same]] = rows[same]
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            live = None
+            for wanted, rows in candidates(shard, hashes_M):
+                live = shard.shard.live if live is None else live
+                for i, row, name in zip(wanted, rows, shard.ids(rows), strict=True):
+                    if live[row] and name == ids[i]:
+                        rows_M[i] = end - shard.shard.rows + row
         return rows_M
-
-    @cached_property
-    def _id_index(self) -> IdIndex:
-        all_hashes = [hashes(file.ids()) for file in self._files]
-        hashes_N = np.concatenate(all_hashes) if all_hashes else np.zeros(0, np.uint64)
-        rows_N = np.arange(len(hashes_N)) if self.live is None else np.flatnonzero(self.live)
-        return IdIndex(hashes_N[rows_N], rows_N)
 
     def rows(self, numbers: Sequence[int] | Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read columns of the given rows, in their order; only shards that hold them are opened.
@@ -141,7 +160,7 @@ class Store:
             first = self._ends[shard] - self.manifest.shards[shard].rows
             inside = numbers_M[here] - first
             for name in columns:
-                values = _values(self._file(shard).column(name), inside)
+                values = _values(self._column(self._shard(shard), name), inside)
                 for i, value in zip(here.tolist(), values, strict=True):
                     out[i][name] = value
         return out
@@ -156,7 +175,7 @@ class Store:
         """Yield columns of each shard, in row order, for all rows or some.
 
         Args:
-            columns: Names of columns.
+            columns: Names from `Store.columns`.
             numbers: Wanted rows, ascending, all by default; shards without any of them are skipped.
         """
         for shard, (card, end) in enumerate(zip(self.manifest.shards, self._ends, strict=True)):
@@ -165,11 +184,46 @@ class Store:
             if numbers is not None:
                 inside = numbers[slice(*np.searchsorted(numbers, (first, end)))] - first
             if len(inside):
-                file = self._file(shard)
-                fields = pa.schema([file.batch.schema.field(name) for name in columns])
-                checked = [file.column(name) for name in columns]
-                batch = pa.record_batch(checked, schema=fields)
+                reader = self._shard(shard)
+                checked = [self._column(reader, name) for name in columns]
+                batch = pa.record_batch(checked, schema=self.arrow_schema(columns))
                 yield batch if len(inside) == card.rows else batch.take(pa.array(inside))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns: those of the rows, and the vectors of each modality."""
+        return [*FIELDS, *map(embedding_column, self.manifest.model.positions)]
+
+    def arrow_schema(self, columns: Sequence[str]) -> pa.Schema:
+        """Return the types of columns as `batches` gives them.
+
+        The column of a modality holds vectors if each row has exactly one, else lists of vectors.
+        """
+        vector = pa.list_(pa.float16(), self.manifest.model.dim)
+        fields = []
+        for name in columns:
+            kind = vector if name in FIELDS or self._is_single(name) else pa.list_(vector)
+            fields.append(FIELDS.get(name) or pa.field(name, kind, nullable=False))
+        return pa.schema(fields)
+
+    def _is_single(self, column: str) -> bool:
+        if column not in self._single:
+            modality = column.removesuffix("_embedding")
+            self._single[column] = all(shard.is_single(modality) for shard in self._shards)
+        return self._single[column]
+
+    @cached_property
+    def _single(self) -> dict[str, bool]:
+        return {}
+
+    def _column(self, shard: ShardReader, name: str) -> pa.Array:
+        if name in FIELDS:
+            return shard.column(name)
+        modality = name.removesuffix("_embedding")
+        self._require(modality)
+        if self._is_single(name):
+            return fixed_lists(shard.vectors(modality))
+        return shard.list_column(modality)
 
     def column(self, name: str) -> list[Any]:
         """Read one column of all live rows, in row order."""
@@ -208,18 +262,24 @@ def open_store(path: str | Path) -> Store:
     Raises:
         StoreError: There is no store, or it cannot be read.
     """
-    return Store(Path(path), manifests.newest(Path(path)))
+    manifest = manifests.newest(Path(path))
+    if manifest.format < manifests.FORMAT and path not in _noted:
+        _noted.add(path)
+        remedy = f"{shell_command('upgrade', path)} makes one of format {manifests.FORMAT} of it"
+        say(f"{path} is a store of format {manifest.format}, which is only read: {remedy}")
+    return Store(Path(path), manifest)
+
+
+# Stores of an earlier format that were reported: once each is enough.
+_noted: set[str | Path] = set()
 
 
 def open_or_new(path: str | Path, model: ModelCard) -> Store:
-    """Open the store of a model, or an empty one if none exists; nothing is written.
+    """Open a store, or an empty one of a model if none exists; nothing is written.
 
     Raises:
-        IdentityError: The store holds embeddings of another model.
         StoreError: It cannot be read.
     """
     if not manifests.generations(Path(path)):
         return Store(Path(path), Manifest(0, model))
-    store = open_store(path)
-    manifests.require_model(store.path, store.manifest, model)
-    return store
+    return open_store(path)

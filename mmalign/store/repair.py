@@ -1,13 +1,12 @@
 """repair: a generation without damaged files, and with those that only a damaged one named.
 
-An unreadable generation is still evidence: a shard whose name or hash appears in it was committed,
-and deletions that can be read in it were made.
+An unreadable generation is still evidence: a group whose name can be read in it was committed.
 """
 
 import contextlib
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +16,12 @@ from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.store import failures, health
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import IdCache
-from mmalign.store.manifest import Manifest, Shard
-from mmalign.store.schema import schema
-from mmalign.store.shards import ShardFile, read_damaged_shard
+from mmalign.store.groups import SHA256, Shard, parse, read_either
+from mmalign.store.ids import OpenShards
+from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.shards import ShardReader, read_damaged
 
-DELETED = rb'"%s"[^{}]*"deleted_rows": (\d+),\s*"deleted": "([^"]+)"'
-ANNOUNCED = rb'"((?:shards|index)/[a-z0-9][a-z0-9_-]*)"'
+ANNOUNCED = rb'"((?:shards|index|groups)/[a-z0-9][a-z0-9_-]*)"'
 
 
 @dataclass(frozen=True)
@@ -67,54 +65,46 @@ def repair(path: str | Path) -> RepairReport:
     # A collector that announced a removal in a damaged generation may still be running.
     announced = {n.decode() for content in evidence for n in re.findall(ANNOUNCED, content)}
     announced |= set(manifest.removing)
-    saved = [
-        s
-        for s in _find_saved(store, manifest, evidence, findings.damage)
-        if f"shards/{Path(s.name).stem}" not in announced
-    ]
-    lost = findings.damaged_entries(store / "shards")
+    mended = list(_mend_groups(store, findings))
+    saved = _find_saved(store, manifest, evidence, announced, findings.damage)
+    damaged = findings.damaged_entries(store / "shards")
     indexes = findings.damaged_entries(store / "index")
-    ids_of_shards = IdCache(store, manifest.model.dim)
-    before, listed = manifest, 0
+    open_shards = OpenShards(store, manifest.model)
+    before, lost, listed = manifest, list[Shard](), 0
 
     def change(base: Manifest) -> Manifest:
-        nonlocal before, listed
+        nonlocal before, lost, listed
         before = base
+        found = _with_saved_deletions(base.shards, saved)
+        lost = [s for s in found if _is_lost(s, damaged)]
         # First, so that a killed repair does not lose rows silently.
-        listed = sum(
-            _list_lost(store, s, manifest.model.dim) for s in base.shards if s.name in lost
-        )
-        undamaged = [
-            _with_readable_deletions(s, evidence) for s in base.shards if s.name not in lost
-        ]
-        shards = _append_saved(store, ids_of_shards, undamaged, saved)
+        listed = sum(_list_lost(store, shard) for shard in lost)
+        kept = [_without_thumbnails(s, damaged) for s in found if not _is_lost(s, damaged)]
+        shards = _append_saved(open_shards, kept, saved)
         # Without a shard, the rows after it get other numbers.
-        drop_index = len(undamaged) < len(base.shards) or (
-            base.index and base.index.name in indexes
-        )
+        drop_index = lost or (base.index and base.index.name in indexes)
         removing = tuple(sorted({*base.removing, *announced}))
         return replace(
             base, shards=shards, index=None if drop_index else base.index, removing=removing
         )
 
-    after = manifests.commit(store, change, manifest.model, over_damage=True)
-    dropped = [s for s in before.shards if s.name in lost]
-    moved = _mend_failures(store) if findings.lines else []
+    after = manifests.commit(store, change, manifest.model, over_damage=True, upgrade=True)
+    moved = [*mended, *(_mend_failures(store) if findings.lines else [])]
     moved += [
         *_set_aside(
-            store, [f for f in manifests.generations(store) if _names_damaged(f, lost, indexes)]
+            store, [f for f in manifests.generations(store) if _names_damaged(f, damaged, indexes)]
         ),
-        *_set_aside(store, [store / "shards" / name for name in sorted(lost)]),
+        *_set_aside(store, [store / "shards" / name for name in sorted(damaged)]),
         *_set_aside(store, [store / "index" / name for name in sorted(indexes)]),
     ]
     return RepairReport(
         after.generation,
         after.rows,
         tuple(health.describe_damage(store, findings)),
-        tuple(s.name for s in dropped),
-        sum(s.rows - s.deleted_rows for s in dropped),
+        tuple(s.name for s in lost),
+        sum(s.rows - s.deleted_rows for s in lost),
         listed,
-        tuple(s.name for s in saved),
+        tuple(s.name for s in saved if s.name not in {b.name for b in before.shards}),
         before.index is not None and after.index is None,
         tuple(moved),
     )
@@ -126,61 +116,108 @@ def _read_damaged(file: Path) -> bytes:
     return b""
 
 
+def _mend_groups(store: Path, findings: health.Findings) -> Iterator[str]:
+    """Write the damaged files of readable groups anew, and yield where the damaged ones are now."""
+    folder = store / "groups"
+    for path in [p for p in findings.damage if p.parent == folder]:
+        content = read_either(folder, path.name[:64])
+        yield from _set_aside(store, [path])
+        files.write_bytes(path, content)
+
+
 def _find_saved(
-    store: Path, manifest: Manifest, evidence: Sequence[bytes], damage: dict[Path, str]
+    store: Path,
+    manifest: Manifest,
+    evidence: Sequence[bytes],
+    announced: set[str],
+    damage: dict[Path, str],
 ) -> list[Shard]:
-    """Return shards that only the evidence names, in its order; add damaged ones to `damage`."""
-    named = {s.name for s in manifest.shards} if evidence else set()
-    saved = []
-    for path in store.glob("shards/*.arrow") if evidence else ():
-        if path.name in named:
+    """Return the shards of groups that only the evidence names; add damaged files to `damage`."""
+    saved: dict[str, Shard] = {}
+    for name in _named_groups(store, evidence):
+        if name in manifest.groups or f"groups/{name}" in announced:
             continue
-        sha256 = files.sha256(path)
-        mentions = [
-            (i, c.find(n.encode())) for i, c in enumerate(evidence) for n in (path.name, sha256)
-        ]
+        with contextlib.suppress(ValueError, OSError, StoreError):
+            for shard in parse(read_either(store / "groups", name)):
+                if _is_whole(store, shard, manifest.model, announced, damage):
+                    saved[shard.name] = shard
+    return list(saved.values())
+
+
+def _named_groups(store: Path, evidence: Sequence[bytes]) -> list[str]:
+    """Return the groups on the disk that the evidence names, in its order.
+
+    Half of a name is enough, as a bit of the other half may be damaged.
+    """
+    found = []
+    for name in {path.name[:64] for path in store.glob("groups/*.json")}:
+        if not SHA256.fullmatch(name):
+            continue
+        halves = name[:32].encode(), name[32:].encode()
+        mentions = [(i, c.find(half)) for i, c in enumerate(evidence) for half in halves]
         mentions = [mention for mention in mentions if mention[1] >= 0]
         if mentions:
-            try:
-                file = ShardFile(path, manifest.model.dim)
-                for column in schema(manifest.model.dim).names:
-                    file.column(column)
-            except StoreError as error:
-                damage[path] = f"named by a damaged generation, but unusable: {error}"
-                continue
-            shard = Shard(path.name, len(file.batch), path.stat().st_size, sha256)
-            saved.append((min(mentions), _with_readable_deletions(shard, evidence)))
-    return [shard for _, shard in sorted(saved, key=lambda s: s[0])]
+            found.append((min(mentions), name))
+    return [name for _, name in sorted(found)]
 
 
-def _with_readable_deletions(shard: Shard, evidence: Iterable[bytes]) -> Shard:
-    """Return the shard with the deletions that can be read in the evidence."""
-    for content in evidence:
-        match = re.search(DELETED % re.escape(shard.name.encode()), content)
+def _is_whole(
+    store: Path, shard: Shard, model: ModelCard, announced: set[str], damage: dict[Path, str]
+) -> bool:
+    """Return whether all files of a shard are there; add damaged ones to `damage`."""
+    for role, stored in shard.files.items():
+        path = store / "shards" / stored.name
+        if f"shards/{path.stem}" in announced:
+            return False
         try:
-            noted = replace(shard, deleted=match[2].decode()) if match else shard
-            live_N = noted.live
-        except ValueError:
-            continue
-        if match and shard.rows - live_N.sum() == int(match[1]):
-            shard = shard.with_live(shard.live & live_N)
-    return shard
+            ShardReader(store, shard, model).file(role)
+            same = files.sha256(path) == stored.sha256
+            reason = "" if same else "its content does not match its hash"
+        except StoreError as error:
+            reason = str(error)
+        if reason:
+            if path.exists():
+                damage[path] = f"named by a damaged generation, but unusable: {reason}"
+            return False
+    return True
+
+
+def _with_saved_deletions(shards: Iterable[Shard], saved: Iterable[Shard]) -> list[Shard]:
+    """Return shards as the damaged generation had them: what was deleted in it stays deleted."""
+    later = {shard.name: shard for shard in saved}
+    out = []
+    for shard in shards:
+        newer = later.get(shard.name, shard)
+        both_live = newer.rows == shard.rows
+        out.append(newer.with_live(newer.live & shard.live) if both_live else shard)
+    return out
+
+
+def _is_lost(shard: Shard, damaged: set[str]) -> bool:
+    return shard.row_file.name in damaged or shard.vector_file.name in damaged
+
+
+def _without_thumbnails(shard: Shard, damaged: set[str]) -> Shard:
+    thumbnails = shard.thumbnail_file
+    return (
+        replace(shard, thumbnail_file=None) if thumbnails and thumbnails.name in damaged else shard
+    )
 
 
 def _append_saved(
-    store: Path, ids_of_shards: IdCache, shards: Sequence[Shard], saved: Iterable[Shard]
+    open_shards: OpenShards, shards: Sequence[Shard], saved: Iterable[Shard]
 ) -> tuple[Shard, ...]:
     """Append the saved shards; their rows replace earlier rows with the same id."""
     for shard in saved:
         if shard.name not in {s.name for s in shards}:
-            file = ShardFile(store / "shards" / shard.name, ids_of_shards.dim)
-            ids = file.ids(np.flatnonzero(shard.live))
-            shards = [*ids_of_shards.with_ids_deleted(shards, ids), shard]
+            reader = ShardReader(open_shards.store, shard, open_shards.model)
+            ids = reader.ids(np.flatnonzero(shard.live))
+            shards = [*open_shards.with_ids_deleted(shards, ids), shard]
     return tuple(shards)
 
 
-def _list_lost(store: Path, shard: Shard, dim: int) -> int:
-    rows = read_damaged_shard(store / "shards" / shard.name, dim, ("id", "uri"))
+def _list_lost(store: Path, shard: Shard) -> int:
+    rows = read_damaged(store / "shards" / shard.row_file.name, ("id", "uri"))
     live_N = shard.live
     lost = [
         {"id": i, "uri": uri, "reason": f"lost: shard {shard.name} damaged", "embedded": False}
@@ -205,14 +242,16 @@ def _mend_failures(store: Path) -> list[str]:
     return [str(copy.relative_to(store))]
 
 
-def _names_damaged(file: Path, lost: set[str], indexes: set[str]) -> bool:
+def _names_damaged(file: Path, damaged: set[str], indexes: set[str]) -> bool:
     """Return whether a generation cannot be read or names damaged files."""
     try:
         manifest = manifests.read(file)
     except (ValueError, OSError):
         return True
     named = manifest.index.name if manifest.index else None
-    return named in indexes or not lost.isdisjoint(s.name for s in manifest.shards)
+    return named in indexes or any(
+        file.name in damaged for shard in manifest.shards for file in shard.files.values()
+    )
 
 
 def _set_aside(store: Path, paths: Iterable[Path]) -> list[str]:

@@ -1,9 +1,10 @@
-"""The columns of a shard.
+"""The columns of a shard, and what a row is.
 
-D dimensions. An image has one embedding; its captions have one each, so the text column is a list.
+D dimensions, V vectors of a row, P numbers of a position, N rows of a shard.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mmalign.arrays import Floats
+from mmalign.arrays import Floats, Hashes
 from mmalign.errors import VectorError
+from mmalign.modality import IMAGE, TEXT
 from mmalign.values import to_json
 
 UNIT_TOLERANCE = 1e-3
 UNKNOWN = bytes(32)
+ID_HASH, ID_ROW = "id_hash", "id_row"
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,8 @@ class Row:
     id: str
     uri: str
     captions: tuple[str, ...]
-    image_embedding: Floats
-    """Unit norm, shape (D,)."""
-    text_embeddings: Floats
-    """Unit norm, one row per caption, shape (captions, D)."""
+    vectors: Mapping[str, Floats]
+    """Unit vectors by modality, shape (V, D); a modality that is absent has none."""
     meta: str = "{}"
     """All other data of the sample from its source, as JSON."""
     thumbnail: bytes = field(default=b"", repr=False)
@@ -39,6 +40,14 @@ class Row:
     """64-bit hash of what is known of the source without reading the image; 0 if unknown."""
     checksum: bytes = UNKNOWN
     """SHA-256 of the encoded image; 32 zero bytes if unknown."""
+    positions: Mapping[str, Floats] = field(default_factory=dict)
+    """Where in their item the vectors are, by modality, shape (V, P); by default, vectors whose
+    position is a number are counted from 0."""
+
+
+def pair_vectors(image_D: Floats, texts_CD: Floats) -> dict[str, Floats]:
+    """Return the vectors of a row with one image and any number of captions."""
+    return {IMAGE.name: image_D[None], TEXT.name: texts_CD}
 
 
 def meta_json(meta: dict[str, Any]) -> str:
@@ -46,58 +55,140 @@ def meta_json(meta: dict[str, Any]) -> str:
     return to_json(meta)
 
 
+def id_hashes(ids: Sequence[str]) -> Hashes:
+    """Hash ids, shape (N,); the same on every machine, so it can be stored."""
+    digests = [
+        hashlib.blake2b(i.encode("utf-8", "surrogatepass"), digest_size=8).digest() for i in ids
+    ]
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("meta", pa.string(), nullable=False),
+        pa.field("stamp", pa.uint64(), nullable=False),
+        pa.field("checksum", pa.binary(32), nullable=False),
+        # The hashes of all ids, ascending, and the row of each.
+        pa.field(ID_HASH, pa.uint64(), nullable=False),
+        pa.field(ID_ROW, pa.uint32(), nullable=False),
+    ]
+)
+THUMBNAIL_SCHEMA = pa.schema([pa.field("thumbnail", pa.binary(), nullable=False)])
+FIELDS = {
+    field.name: field
+    for field in (*list(ROW_SCHEMA)[:4], *THUMBNAIL_SCHEMA, *list(ROW_SCHEMA)[4:-2])
+}
+"""The columns of a row, without those of its vectors."""
+
+
 @lru_cache
-def schema(dim: int) -> pa.Schema:
-    """Return the Arrow schema of a shard with embeddings of `dim` dimensions."""
-    vector = pa.list_(pa.float16(), dim)
-    return pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("uri", pa.string(), nullable=False),
-            pa.field("captions", pa.list_(pa.string()), nullable=False),
-            pa.field("meta", pa.string(), nullable=False),
-            pa.field("thumbnail", pa.binary(), nullable=False),
-            pa.field("stamp", pa.uint64(), nullable=False),
-            pa.field("checksum", pa.binary(32), nullable=False),
-            pa.field("image_embedding", vector, nullable=False),
-            pa.field("text_embedding", pa.list_(vector), nullable=False),
-        ]
-    )
+def vector_schema(dim: int, positions: tuple[tuple[str, int], ...]) -> pa.Schema:
+    """Return the columns of the vectors: a list for each modality, and one of their positions.
+
+    Args:
+        dim: Dimensions.
+        positions: The modalities, and how many numbers are a position.
+    """
+    fields = []
+    for modality, size in positions:
+        vectors = pa.list_(pa.list_(pa.float16(), dim))
+        fields.append(pa.field(modality, vectors, nullable=False))
+        if size:
+            numbers = pa.list_(pa.list_(pa.float32(), size))
+            fields.append(pa.field(position_column(modality), numbers, nullable=False))
+    return pa.schema(fields)
 
 
-def to_batch(rows: Sequence[Row], dim: int) -> pa.RecordBatch:
-    """Convert rows to Arrow columns; vectors are checked and become float16."""
-    counts = [len(row.captions) for row in rows]
-    images = _check(np.stack([r.image_embedding for r in rows]), "image_embedding", dim)
-    texts = np.concatenate([r.text_embeddings.reshape(-1, dim) for r in rows])
-    texts = _check(texts, "text_embedding", dim)
-    if len(texts) != sum(counts):
-        raise VectorError(f"{len(texts)} text embeddings for {sum(counts)} captions")
+def embedding_column(modality: str) -> str:
+    """Return the name under which `Store.batches` gives the vectors of a modality."""
+    return f"{modality}_embedding"
+
+
+def position_column(modality: str) -> str:
+    """Return the name of the column with the positions of the vectors of a modality."""
+    return f"{modality}.position"
+
+
+def row_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    """Convert everything but vectors and thumbnails to Arrow columns."""
     columns: list[Any] = [
         pa.array([r.id for r in rows], pa.string()),
         pa.array([r.uri for r in rows], pa.string()),
         pa.array([list(r.captions) for r in rows], pa.list_(pa.string())),
         pa.array([r.meta for r in rows], pa.string()),
-        pa.array([r.thumbnail for r in rows], pa.binary()),
         pa.array([r.stamp for r in rows], pa.uint64()),
         pa.array([r.checksum for r in rows], pa.binary(32)),
-        _vectors(images, dim),
-        pa.ListArray.from_arrays(
-            pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), _vectors(texts, dim)
-        ),
+        *id_columns([r.id for r in rows]),
     ]
-    return pa.record_batch(columns, schema=schema(dim))
+    return pa.record_batch(columns, schema=ROW_SCHEMA)
 
 
-def _check(vectors: Floats, name: str, dim: int) -> NDArray[np.float16]:
-    if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise VectorError(f"{name} must have {dim} dimensions, got shape {vectors.shape}")
+def id_columns(ids: Sequence[str]) -> tuple[pa.Array, pa.Array]:
+    """Return the columns that find rows by id: sorted hashes, and the row of each."""
+    hashes_N = id_hashes(ids)
+    order_N = np.argsort(hashes_N, kind="stable")
+    return pa.array(hashes_N[order_N]), pa.array(order_N.astype(np.uint32))
+
+
+def thumbnail_batch(thumbnails: Sequence[bytes]) -> pa.RecordBatch | None:
+    """Convert thumbnails to an Arrow column; None if there are none."""
+    if not any(thumbnails):
+        return None
+    return pa.record_batch([pa.array(thumbnails, pa.binary())], schema=THUMBNAIL_SCHEMA)
+
+
+def vector_batch(rows: Sequence[Row], dim: int, positions: Mapping[str, int]) -> pa.RecordBatch:
+    """Convert the vectors to Arrow columns; they are checked and become float16.
+
+    Raises:
+        VectorError: A vector has another number of dimensions, or its norm is not 1; a modality
+            is not one of the store; vectors and positions do not fit together.
+    """
+    for row in rows:
+        for unknown in set(row.vectors) - set(positions):
+            raise VectorError(f"{row.id}: the store has no vectors of {unknown!r}")
+    columns: list[Any] = []
+    none_VD = np.zeros((0, dim), np.float32)
+    for modality, size in positions.items():
+        parts = [row.vectors.get(modality, none_VD) for row in rows]
+        vectors = _check(parts, modality, dim)
+        offsets = pa.array(np.cumsum([0, *map(len, parts)]), pa.int32())
+        columns.append(pa.ListArray.from_arrays(offsets, fixed_lists(vectors)))
+        if size:
+            numbers = [
+                _positions(row, modality, len(p), size) for row, p in zip(rows, parts, strict=True)
+            ]
+            joined = np.concatenate([np.zeros((0, size), np.float32), *numbers])
+            columns.append(pa.ListArray.from_arrays(offsets, fixed_lists(joined)))
+    return pa.record_batch(columns, schema=vector_schema(dim, tuple(positions.items())))
+
+
+def _positions(row: Row, modality: str, count: int, size: int) -> Floats:
+    found = row.positions.get(modality)
+    if found is None and size == 1:
+        found = np.arange(count, dtype=np.float32)[:, None]
+    if found is None or found.shape != (count, size):
+        shape = None if found is None else found.shape
+        wanted = f"({count}, {size})"
+        raise VectorError(f"{row.id}: positions of {modality} must be {wanted}, got {shape}")
+    return found.astype(np.float32)
+
+
+def _check(parts: Sequence[Floats], modality: str, dim: int) -> NDArray[np.float16]:
+    for part in parts:
+        if part.ndim != 2 or part.shape[1] != dim:
+            raise VectorError(f"{modality}: vectors must have shape (V, {dim}), got {part.shape}")
+    vectors = np.concatenate([np.zeros((0, dim), np.float32), *parts])
     norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
     wrong = np.flatnonzero(~(np.abs(norms - 1) < UNIT_TOLERANCE))
     if len(wrong):
-        raise VectorError(f"{name}: row {wrong[0]} has norm {norms[wrong[0]]}, not 1")
+        raise VectorError(f"{modality}: vector {wrong[0]} has norm {norms[wrong[0]]}, not 1")
     return vectors.astype(np.float16)
 
 
-def _vectors(vectors: NDArray[np.float16], dim: int) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
+def fixed_lists(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
+    """Return the rows of a matrix as an Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])

@@ -1,7 +1,9 @@
-"""One shard: written once, memory-mapped, with each column checked before its first read.
+"""Shards: written once, memory-mapped, with each column checked before its first read.
 
 A file may be damaged, and Arrow follows the offsets that it reads. So no column is used before
-Arrow has checked its bounds; the error for a shard that fails names the file.
+Arrow has checked its bounds; the error for a file that fails names it.
+
+V vectors of a shard, D dimensions.
 """
 
 import contextlib
@@ -11,45 +13,125 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+import mmalign
 from mmalign import files
-from mmalign.arrays import Halves, Ints
+from mmalign.arrays import Floats, Halves, Hashes, Ints
 from mmalign.errors import StoreError, shell_command
-from mmalign.store.manifest import Shard
-from mmalign.store.schema import schema
+from mmalign.modality import IMAGE, TEXT
+from mmalign.store import format2
+from mmalign.store.groups import Shard, StoredFile
+from mmalign.store.manifest import ModelCard
+from mmalign.store.schema import (
+    ID_HASH,
+    ID_ROW,
+    ROW_SCHEMA,
+    THUMBNAIL_SCHEMA,
+    fixed_lists,
+    id_columns,
+    id_hashes,
+    position_column,
+    vector_schema,
+)
 
 MAGIC_BYTES = 8
+ROW_COLUMNS = ROW_SCHEMA.names[:-2]
 
 
-def write_shard(store: Path, batch: pa.RecordBatch) -> Shard:
-    """Write a new file under shards/; hash the bytes to be written, not those read back.
+def write_shard(
+    store: Path,
+    rows: pa.RecordBatch,
+    vectors: pa.RecordBatch,
+    thumbnails: pa.RecordBatch | None,
+    precision: str = "",
+) -> Shard:
+    """Write the files of a new shard; hash the bytes to be written, not those read back.
 
-    The name is random, so writers never collide; a shard that no manifest names is not data.
+    The name is random, so writers never collide; a file that no manifest names is not data.
     """
-    name = f"{secrets.token_hex(8)}.arrow"
+    name = secrets.token_hex(8)
+    return Shard(
+        name,
+        len(rows),
+        write_file(store, f"{name}-rows", rows),
+        write_file(store, f"{name}-vectors", vectors),
+        write_file(store, f"{name}-thumbnails", thumbnails) if thumbnails else None,
+        precision=precision,
+        version=mmalign.__version__,
+    )
+
+
+def write_tables(
+    store: Path,
+    rows: pa.Table,
+    vectors: pa.Table,
+    thumbnails: pa.Table,
+    *,
+    name: str = "",
+    precision: str = "",
+    version: str = "",
+) -> Shard:
+    """Write rows as `ShardReader.tables` returns them as a new shard.
+
+    Args:
+        store: The store.
+        rows: Everything but vectors and thumbnails.
+        vectors: The vectors of the same rows.
+        thumbnails: Their thumbnails.
+        name: Of the shard, if it takes the place of one that has the same rows.
+        precision: The arithmetic that the vectors were computed in.
+        version: The version of mmalign that wrote them.
+    """
+    name = name or secrets.token_hex(8)
+    token = secrets.token_hex(4)
+    ids = id_columns(rows.column("id").to_pylist())
+    columns = [*(_one_chunk(column) for column in rows.columns), *ids]
+    pictures = _one_chunk(thumbnails.column(0))
+    some = pc.sum(pc.binary_length(pictures)).as_py()
+    batches = {
+        "rows": pa.record_batch(columns, schema=ROW_SCHEMA),
+        "vectors": pa.record_batch([_one_chunk(c) for c in vectors.columns], schema=vectors.schema),
+    }
+    if some:
+        batches["thumbnails"] = pa.record_batch([pictures], schema=THUMBNAIL_SCHEMA)
+    written = {r: write_file(store, f"{name}-{r}-{token}", b) for r, b in batches.items()}
+    return Shard(
+        name, len(rows), written["rows"], written["vectors"], written.get("thumbnails"),
+        precision=precision, version=version,
+    )  # fmt: skip
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    joined = column.combine_chunks()
+    return joined.chunk(0) if isinstance(joined, pa.ChunkedArray) else joined
+
+
+def write_file(store: Path, stem: str, batch: pa.RecordBatch) -> StoredFile:
+    """Write one immutable file under shards/."""
+    name = f"{stem}.arrow"
     try:
         with files.atomic_file(store / "shards" / name) as draft:
             with pa.ipc.new_file(draft, batch.schema) as out:
                 out.write_batch(batch)
-            return Shard(name, len(batch), draft.bytes, draft.sha256())
+            return StoredFile(name, draft.bytes, draft.sha256())
     except FileNotFoundError as error:
-        told = "removed before it was complete, as it was unchanged for an hour; run it again"
-        raise StoreError(f"{error.filename}: {told}") from None
+        reason = "removed before it was complete, because nothing was written to it for so long"
+        raise StoreError(f"{error.filename}: {reason}; run it again") from None
 
 
-class ShardFile:
-    """An open shard file; final. Opening it reads only its metadata."""
+class ArrowFile:
+    """An open Arrow file of one record batch. Opening it reads only its metadata."""
 
-    def __init__(self, path: Path, dim: int, footer: bool = True) -> None:
-        """Memory-map a file of one record batch with the columns of a store.
-
-        A file can also be read without its footer, from its start.
+    def __init__(self, path: Path, footer: bool = True) -> None:
+        """Memory-map a file; without its footer it is read from its start.
 
         Raises:
             StoreError: The file is missing or damaged.
         """
-        self.path, self.dim = path, dim
+        self.path = path
         self._columns: dict[str, pa.Array] = {}
         try:
             mapped = _mapped(path)
@@ -61,8 +143,6 @@ class ShardFile:
             ) from None
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self.refuse(f"cannot be read: {error}") from None
-        if self.batch.schema != schema(dim):
-            raise self.refuse("has the wrong columns or dimensions")
 
     def column(self, name: str) -> pa.Array:
         """Return a column; its first read checks every offset and every character."""
@@ -77,21 +157,6 @@ class ShardFile:
             self._columns[name] = column
         return self._columns[name]
 
-    def vectors(self, modality: str) -> Halves:
-        """Return the vectors of a modality, one per row or per caption, zero-copy."""
-        column = self.column(f"{modality}_embedding")
-        if not pa.types.is_fixed_size_list(column.type):
-            if not column.value_lengths().equals(self.column("captions").value_lengths()):
-                raise self.refuse(f"does not have one {modality} vector per caption")
-            column = column.flatten()
-        flat: Halves = column.flatten().to_numpy(zero_copy_only=True)
-        return flat.reshape(-1, self.dim)
-
-    def ids(self, rows: Ints | None = None) -> list[str]:
-        """Return the ids of some rows, or of all."""
-        column = self.column("id")
-        return (column if rows is None else column.take(pa.array(rows))).to_pylist()  # type: ignore[no-any-return]
-
     def refuse(self, what: str) -> StoreError:
         """Return the error for a file that cannot be used."""
         store = self.path.parents[1]
@@ -99,18 +164,144 @@ class ShardFile:
         return StoreError(f"{self.path}: shard {what}; {remedy}")
 
 
-def open_shard(store: Path, shard: Shard, dim: int) -> ShardFile:
-    """Open a shard.
+class ShardReader:
+    """An open shard. Its files are opened when a column of them is first needed."""
 
-    Raises:
-        StoreError: The shard is missing, or does not match the manifest.
-    """
-    file = ShardFile(store / "shards" / shard.name, dim)
-    rows = len(file.batch)
-    if (file.bytes, rows) != (shard.bytes, shard.rows):
-        written = f"{shard.bytes} bytes and {shard.rows} rows were written"
-        raise file.refuse(f"has {file.bytes} bytes and {rows} rows, but {written}")
-    return file
+    def __init__(self, store: Path, shard: Shard, model: ModelCard) -> None:
+        """Open the file of the rows.
+
+        Raises:
+            StoreError: It is missing, or does not match the manifest.
+        """
+        self.store, self.shard, self.model = store, shard, model
+        self._files: dict[str, ArrowFile] = {}
+        _ = self.file("rows")
+
+    def file(self, role: str) -> ArrowFile:
+        """Open the file of a role, unless it is open.
+
+        Raises:
+            StoreError: It is missing, or does not match the manifest.
+        """
+        if role not in self._files:
+            stored = self.shard.files[role]
+            file = ArrowFile(self.store / "shards" / stored.name)
+            rows = len(file.batch)
+            if (file.bytes, rows) != (stored.bytes, self.shard.rows):
+                written = f"{stored.bytes} bytes and {self.shard.rows} rows were written"
+                raise file.refuse(f"has {file.bytes} bytes and {rows} rows, but {written}")
+            schemas = {"rows": ROW_SCHEMA, "thumbnails": THUMBNAIL_SCHEMA}
+            wanted = schemas.get(role) or self._vector_schema
+            if file.batch.schema not in (wanted, format2.schema(self.model.dim)):
+                raise file.refuse("has the wrong columns or dimensions")
+            self._files[role] = file
+        return self._files[role]
+
+    def open_all(self) -> None:
+        """Open all files, so that they can be read when they have been removed."""
+        for role in self.shard.files:
+            self.file(role)
+
+    @property
+    def _vector_schema(self) -> pa.Schema:
+        return vector_schema(self.model.dim, tuple(self.model.positions.items()))
+
+    @property
+    def is_format2(self) -> bool:
+        """Whether all columns are in one file, as in format 2."""
+        return bool(self.file("rows").batch.schema == format2.schema(self.model.dim))
+
+    def column(self, name: str) -> pa.Array:
+        """Return a column of the rows, or their thumbnails; rows without one have empty bytes."""
+        if name != "thumbnail":
+            return self.file("rows").column(name)
+        if "thumbnails" in self.shard.files:
+            return self.file("thumbnails").column(name)
+        return pa.repeat(pa.scalar(b"", pa.binary()), self.shard.rows)
+
+    def vectors(self, modality: str) -> Halves:
+        """Return the vectors of a modality (V, D), in the order of their rows, zero-copy."""
+        column = self._stored_column(modality)
+        column = column.flatten() if pa.types.is_list(column.type) else column
+        flat: Halves = column.flatten().to_numpy(zero_copy_only=True)
+        return flat.reshape(-1, self.model.dim)
+
+    def offsets(self, modality: str) -> Ints:
+        """Return where the vectors of each row begin, and where those of the last one end."""
+        column = self._stored_column(modality)
+        if not pa.types.is_list(column.type):
+            return np.arange(self.shard.rows + 1)
+        offsets: Ints = column.offsets.to_numpy().astype(np.int64)
+        first: np.int64 = offsets[0]
+        return np.subtract(offsets, first)
+
+    def positions(self, modality: str) -> Floats:
+        """Return the positions of the vectors of a modality, (V, numbers of a position)."""
+        size = self.model.positions[modality]
+        if not size or self.is_format2:
+            offsets = self.offsets(modality)
+            counted = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+            return np.repeat(counted[:, None].astype(np.float32), size, axis=1)
+        file = self.file("vectors")
+        column = file.column(position_column(modality))
+        if not column.offsets.equals(file.column(modality).offsets):
+            raise file.refuse(f"does not have one position per {modality} vector")
+        flat: Floats = column.flatten().flatten().to_numpy(zero_copy_only=True)
+        return flat.reshape(-1, size)
+
+    def is_single(self, modality: str) -> bool:
+        """Whether each row has exactly one vector of a modality."""
+        return bool((np.diff(self.offsets(modality)) == 1).all())
+
+    def list_column(self, modality: str) -> pa.Array:
+        """Return the vectors of each row as a list."""
+        column = self._stored_column(modality)
+        if pa.types.is_list(column.type):
+            return column
+        return pa.ListArray.from_arrays(pa.array(np.arange(len(column) + 1), pa.int32()), column)
+
+    def _stored_column(self, modality: str) -> pa.Array:
+        file = self.file("vectors")
+        if not self.is_format2:
+            return file.column(modality)
+        column = file.column({IMAGE.name: format2.IMAGE, TEXT.name: format2.TEXT}[modality])
+        is_text = modality == TEXT.name
+        if is_text and not column.value_lengths().equals(self.column("captions").value_lengths()):
+            raise file.refuse(f"does not have one {modality} vector per caption")
+        return column
+
+    def id_hashes(self) -> tuple[Hashes, Ints]:
+        """Return the hashes of all ids, ascending, and the row of each."""
+        if not self.is_format2:
+            file = self.file("rows")
+            return file.column(ID_HASH).to_numpy(), file.column(ID_ROW).to_numpy()
+        hashes_N = id_hashes(self.ids())
+        order_N = np.argsort(hashes_N, kind="stable")
+        return hashes_N[order_N], order_N
+
+    def tables(self) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """Return all rows, vectors and thumbnails in the columns of format 3.
+
+        The columns of ids are left out: they are made anew with each file.
+        """
+        rows = [self.column(name) for name in ROW_COLUMNS]
+        vectors: list[pa.Array] = []
+        for modality, size in self.model.positions.items():
+            column = self.list_column(modality)
+            vectors.append(column)
+            if size:
+                numbers = fixed_lists(self.positions(modality))
+                vectors.append(pa.ListArray.from_arrays(column.offsets, numbers))
+        return (
+            pa.Table.from_arrays(rows, list(ROW_COLUMNS)),
+            pa.Table.from_arrays(vectors, schema=self._vector_schema),
+            pa.Table.from_arrays([self.column("thumbnail")], schema=THUMBNAIL_SCHEMA),
+        )
+
+    def ids(self, rows: Ints | None = None) -> list[str]:
+        """Return the ids of some rows, or of all."""
+        column = self.column("id")
+        return (column if rows is None else column.take(pa.array(rows))).to_pylist()  # type: ignore[no-any-return]
 
 
 def _mapped(path: Path) -> pa.BufferReader:
@@ -140,10 +331,10 @@ def _has_nulls(array: Any) -> bool:
     return bool(array.null_count) or (nested and _has_nulls(array.values))
 
 
-def read_damaged_shard(path: Path, dim: int, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Read columns of a damaged shard as rows; return an empty list if that fails."""
+def read_damaged(path: Path, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Read columns of a damaged file as rows; return an empty list if that fails."""
     for footer in (True, False):
-        with contextlib.suppress(StoreError):
-            file = ShardFile(path, dim, footer)
+        with contextlib.suppress(StoreError, KeyError):
+            file = ArrowFile(path, footer)
             return list(zip(*(file.column(name).to_pylist() for name in columns), strict=True))
     return []

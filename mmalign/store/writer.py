@@ -7,9 +7,10 @@ from types import TracebackType
 
 from mmalign import files
 from mmalign.store import manifest as manifests
-from mmalign.store.ids import IdCache
+from mmalign.store.groups import Groups
+from mmalign.store.ids import OpenShards
 from mmalign.store.manifest import Manifest, ModelCard
-from mmalign.store.schema import Row, to_batch
+from mmalign.store.schema import Row, row_batch, thumbnail_batch, vector_batch
 from mmalign.store.shards import write_shard
 
 ROWS_PER_SHARD = 10_000
@@ -22,19 +23,34 @@ class Writer:
     as a context manager, it commits the remaining rows at the end; after an error it does not.
     """
 
-    def __init__(self, store: Path, model: ModelCard, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+    def __init__(
+        self,
+        store: Path,
+        model: ModelCard,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        *,
+        precision: str = "",
+    ) -> None:
         """Open or create a store.
+
+        Args:
+            store: The folder.
+            model: The model that made the vectors.
+            rows_per_shard: Rows that are written and committed together.
+            precision: The arithmetic that the vectors were computed in, to be recorded.
 
         Raises:
             IdentityError: The store holds embeddings of another model.
             StoreError: Its newest generation is damaged.
         """
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
+        self.precision = precision
         self._rows: dict[str, Row] = {}
         self._replaced: set[str] = set()
-        self._ids = IdCache(store, model.dim)
-        files.make_folder(store / "shards")
-        manifests.commit(store, self._check, model)
+        self._open_shards, self._groups = OpenShards(store, model), Groups(store)
+        for folder in ("shards", "groups"):
+            files.make_folder(store / folder)
+        manifests.commit(store, self._check, model, groups=self._groups)
 
     def _check(self, base: Manifest) -> Manifest:
         manifests.require_model(self.store, base, self.model)
@@ -60,15 +76,22 @@ class Writer:
         if not self._rows:
             return
         ids = list(self._rows)
-        shard = write_shard(self.store, to_batch(list(self._rows.values()), self.model.dim))
-        self._ids.add(shard, ids)
+        rows = list(self._rows.values())
+        shard = write_shard(
+            self.store,
+            row_batch(rows),
+            vector_batch(rows, self.model.dim, self.model.positions),
+            thumbnail_batch([row.thumbnail for row in rows]),
+            self.precision,
+        )
 
         def change(base: Manifest) -> Manifest:
             others = [s for s in self._check(base).shards if s.name != shard.name]
             gone = [*ids, *self._replaced]
-            return replace(base, shards=(*self._ids.with_ids_deleted(others, gone), shard))
+            kept = self._open_shards.with_ids_deleted(others, gone)
+            return replace(base, shards=(*kept, shard))
 
-        manifests.commit(self.store, change, self.model)
+        manifests.commit(self.store, change, self.model, groups=self._groups)
         self._rows, self._replaced = {}, set()
 
     def __enter__(self) -> "Writer":

@@ -28,6 +28,7 @@ CALLS = {
     "verify": ("verify {tmp}/s", "mmalign.store.verify"),
     "repair": ("repair {tmp}/s", "mmalign.store.repair"),
     "compact": ("compact {tmp}/s", "mmalign.store.compact"),
+    "upgrade": ("upgrade {tmp}/s", "mmalign.store.upgrade"),
     "delete": ("delete {tmp}/s an-id", "mmalign.store.open_store"),
     "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.export.export"),
     "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.imports.import_parts"),

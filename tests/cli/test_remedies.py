@@ -118,7 +118,7 @@ def test_a_place_that_is_no_store_is_made_one(run: Path, scenes: Path, tmp_path:
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_damaged_shard_is_repaired(damage: str, own_store: Path) -> None:
-    (shard,) = (own_store / "shards").iterdir()
+    shard = next((own_store / "shards").glob("*-rows.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "gone":
@@ -183,7 +183,7 @@ def test_a_model_that_moved_is_named(
     command: str, own_store: Path, run: Path, tmp_path: Path
 ) -> None:
     for file in own_store.glob("manifest-*.json"):
-        held = manifests.parse(file.read_bytes())
+        held = manifests.read(file)
         moved = replace(held, model=replace(held.model, source="/gone/run"))
         file.write_bytes(manifests.render(moved))
     queries = tmp_path / "queries.txt"
@@ -191,7 +191,7 @@ def test_a_model_that_moved_is_named(
     rest = ["red"] if command == "search" else ["--queries", queries]
     refused = call(command, own_store, *rest)
     assert refused.exit_code == 1
-    assert "give its new path with --model" in refused.stderr
+    assert "give its folder or name with --model" in refused.stderr
     assert call(command, own_store, *rest, "--model", run).exit_code == 0
 
 

@@ -12,7 +12,7 @@ from command import call, follow, proposed
 
 from mmalign import files
 from mmalign.errors import StoreError, UsageError
-from mmalign.store import compact, delete, delete_rows, open_store, verify
+from mmalign.store import compact, delete, open_store, verify
 from mmalign.store import manifest as manifests
 from mmalign.store.where import where
 
@@ -47,7 +47,7 @@ def test_what_could_not_be_removed_goes_with_the_compaction_that_is_proposed(
 ) -> None:
     store = filled(tmp_path)
     delete(store, ["id0"])
-    mapped = store / "shards" / open_store(store).manifest.shards[0].name
+    mapped = store / "shards" / open_store(store).manifest.shards[0].row_file.name
     unlink = files.Disk.unlink
 
     def refusing(disk: files.Disk, path: Path) -> None:
@@ -116,18 +116,6 @@ def test_a_store_that_was_compacted_since_is_opened_again(tmp_path: Path) -> Non
     with pytest.raises(StoreError, match="open it again"):
         late.column("id")
     assert len(open_store(store).column("id")) == 29
-
-
-def test_rows_of_a_generation_that_is_gone_are_selected_again(tmp_path: Path) -> None:
-    store = filled(tmp_path)
-    before = open_store(store).manifest.generation
-    delete(store, ["id0"])
-    compact(store, now=True)
-    compact(store, now=True)
-    with pytest.raises(StoreError, match="select the rows again"):
-        delete_rows(store, [5], before)
-    held = open_store(store)
-    assert delete_rows(store, held.find(["id5"]), held.manifest.generation) == 1
 
 
 # ---------------------------------------------------------------- rows by SQL

@@ -3,13 +3,12 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 from command import answer, call, complaint
 from small_store import CARD, DIM, fill, row
-from store_samples import flip
+from store_samples import encoder_of, flip
 
 from mmalign.store import add_failures, open_store
 
@@ -37,7 +36,10 @@ def test_info_counts_what_is_live(store: Path) -> None:
         "rows": 25,
         "deleted": 0,
         "generation": before["generation"],
+        "format": 3,
         "model": {"identity": CARD.identity, "source": CARD.source, "dim": DIM},
+        "towers": {"image": "", "text": ""},
+        "precision": {"unknown": 25},
         "dim": DIM,
         "captions": sum(n % 3 for n in range(COUNT)),
         "shards": 3,
@@ -68,22 +70,24 @@ def test_verify_a_share_of_the_shards(store: Path) -> None:
         "every file that was read matches its hash"
         in call("verify", store, "--sample", "0.5").stdout
     )
-    for shard in (store / "shards").iterdir():
-        flip(shard)
+    files = list((store / "shards").iterdir())
+    assert len(files) == 9
+    for file in files:
+        flip(file)
     all_of_it, share = (call("verify", store, *w, "--json") for w in ((), ("--sample", "0.3")))
     assert all_of_it.exit_code == share.exit_code == 1
-    assert len(json.loads(all_of_it.stdout)["damaged"]) == 3
-    assert len(json.loads(share.stdout)["damaged"]) == 1
+    assert len(json.loads(all_of_it.stdout)["damaged"]) == 9
+    assert len(json.loads(share.stdout)["damaged"]) == 3
     assert "must be above 0 and at most 1" in complaint(2, "verify", store, "--sample", "0")
 
 
 def test_repair_tells_what_it_costs(store: Path) -> None:
-    first = open_store(store).manifest.shards[0].name
-    flip(store / "shards" / first)
+    first = open_store(store).manifest.shards[0]
+    flip(store / "shards" / first.vector_file.name)
     assert call("verify", store).exit_code == 1
     plain = call("repair", store)
     assert plain.exit_code == 0
-    assert f"lost_shards: {first}\n" in plain.stdout
+    assert f"lost_shards: {first.name}\n" in plain.stdout
     assert answer("info", store)["rows"] == 15
     assert answer("verify", store) == {"damaged": []}
     again = answer("repair", store)
@@ -192,7 +196,7 @@ def test_export_prints_one_object(store: Path, tmp_path: Path) -> None:
 def test_export_and_import_again(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = SimpleNamespace(identity=CARD.identity, source=CARD.source, dim=DIM)
+    encoder = encoder_of(CARD)
     monkeypatch.setattr("mmalign.model.load_model", lambda *_: encoder)
     parts, out = tmp_path / "parts", tmp_path / "b.store"
     plain = call("export", store, "--to", parts, "--format", "npy")

@@ -48,9 +48,9 @@ def test_parquet_has_every_column_of_live_rows(small: Path, tmp_path: Path) -> N
     vectors = table["image_embedding"].combine_chunks()
     assert vectors.type == pa.list_(pa.float16(), DIM)
     for n, vector in zip(LIVE, vectors.flatten().to_numpy().reshape(-1, DIM), strict=True):
-        assert np.allclose(vector, row(n).image_embedding, atol=2e-3)
+        assert np.allclose(vector, row(n).vectors["image"][0], atol=2e-3)
     for n, texts in zip(LIVE, table["text_embedding"].to_pylist(), strict=True):
-        assert np.allclose(np.reshape(texts, (-1, DIM)), row(n).text_embeddings, atol=2e-3)
+        assert np.allclose(np.reshape(texts, (-1, DIM)), row(n).vectors["text"], atol=2e-3)
     file = pq.ParquetFile(out)
     assert file.num_row_groups == 3
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
@@ -96,8 +96,8 @@ def test_npy_parts_are_aligned_row_by_row(
             assert (record["image_path"], record["key"]) == (wanted.uri, wanted.id)
             assert record["captions"] == list(wanted.captions)
             assert record["caption"] == (wanted.captions[0] if wanted.captions else None)
-            assert np.allclose(image, wanted.image_embedding, atol=2e-3)
-            first = wanted.text_embeddings[0] if wanted.captions else np.zeros(DIM)
+            assert np.allclose(image, wanted.vectors["image"][0], atol=2e-3)
+            first = wanted.vectors["text"][0] if wanted.captions else np.zeros(DIM)
             assert np.allclose(text, first, atol=2e-3)
     report = export(small, tmp_path / "again", "npy")
     beyond = sum(n % 3 == 2 for n in LIVE)
@@ -182,7 +182,7 @@ def test_a_dataset_folder_is_what_the_library_reads(tmp_path: Path, pictures: bo
     for n, vector in zip(
         table["id"].to_pylist(), table["image_embedding"].to_pylist(), strict=True
     ):
-        assert np.allclose(vector, row(int(n[2:])).image_embedding, atol=2e-3)
+        assert np.allclose(vector, row(int(n[2:])).vectors["image"][0], atol=2e-3)
 
 
 def test_the_library_opens_a_dataset(small: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_library_opens_a_dataset(small: Path, tmp_path: Path) -> None:
     held = datasets.load_from_disk(str(tmp_path / "hf"))
     assert held["id"][:] == [f"id{n}" for n in LIVE]
     assert held[0]["image"].size == (6, 4)
-    assert np.allclose(held[0]["image_embedding"], row(LIVE[0]).image_embedding, atol=2e-3)
+    assert np.allclose(held[0]["image_embedding"], row(LIVE[0]).vectors["image"][0], atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npy", "hf"])

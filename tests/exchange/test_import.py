@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_store import CARD, DIM, fill, row
+from store_samples import encoder_of
 
 from mmalign.errors import DataError, IdentityError
 from mmalign.exchange import imports, parts
 from mmalign.exchange.export import export
 from mmalign.exchange.imports import import_parts
-from mmalign.store import Store, open_store, verify
+from mmalign.store import ModelCard, Store, open_store, verify
 
 COUNT = 25
 
@@ -27,7 +27,7 @@ COUNT = 25
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name loads as the model that the tiny stores say they are of."""
-    encoder = SimpleNamespace(identity=CARD.identity, source=CARD.source, dim=DIM)
+    encoder = encoder_of(CARD)
     monkeypatch.setattr("mmalign.model.load_model", lambda name: encoder)
 
 
@@ -36,7 +36,7 @@ def texts_of(held: Store) -> dict[str, list[np.ndarray]]:
     ids = [r["id"] for r in held.rows(range(held.manifest.physical_rows), ("id",))]
     out: dict[str, list[np.ndarray]] = {}
     for owner, vector in zip(
-        held.caption_owners, np.concatenate(held.vectors("text")), strict=True
+        held.owners("text"), np.concatenate(held.vectors("text")), strict=True
     ):
         out.setdefault(ids[owner], []).append(vector)
     return out
@@ -317,7 +317,7 @@ def test_a_store_of_another_model_is_refused(
 ) -> None:
     fill(tmp_path / "s.store", [row(1)])
     write_part(tmp_path, 0, vectors(2), {"key": ["a", "b"]})
-    other = SimpleNamespace(identity="nano-9999", source="x", dim=DIM)
+    other = encoder_of(ModelCard("nano-9999", "x", DIM))
     monkeypatch.setattr("mmalign.model.load_model", lambda name: other)
     with pytest.raises(IdentityError, match="nano-0123.*nano-9999"):
         import_parts(tmp_path, tmp_path / "s.store", "any")

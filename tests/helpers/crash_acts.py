@@ -149,7 +149,7 @@ def damage(life: Life) -> None:
     shard = store.manifest.shards[-1]
     numbers = range(store.manifest.physical_rows - shard.rows, store.manifest.physical_rows)
     lost = store.rows([n for n in numbers if store.live is None or store.live[n]], ("id", "uri"))
-    file = life.path / "shards" / shard.name
+    file = life.path / "shards" / shard.row_file.name
     place = file.read_bytes().index(row(lost[0]["id"], life.ledger.rows[lost[0]["id"]]).checksum)
     life.disk.flip(file, place * 8)
     names = {values["id"] for values in lost}

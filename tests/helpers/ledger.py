@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmalign.store import ModelCard, Row, open_store
+from mmalign.store import ModelCard, Row, open_store, pair_vectors
 
 DIM = 8
 CARD = ModelCard("nano-0123", "somewhere/run", DIM)
@@ -64,8 +64,7 @@ def row(name: str, version: int) -> Row:
         id=name,
         uri=f"/pictures/{name}-{version}.jpg",
         captions=tuple(f"caption {c} of {name} {version}" for c in range(len(vectors) - 1)),
-        image_embedding=vectors[0],
-        text_embeddings=vectors[1:],
+        vectors=pair_vectors(vectors[0], vectors[1:]),
         meta=json.dumps({"name": name, "version": version}),
         thumbnail=checksum[: version % 7],
         stamp=int.from_bytes(checksum[:8], "big"),
@@ -78,7 +77,7 @@ def index_content(shards: Sequence[str]) -> bytes:
     return "\n".join(["index", *shards]).encode()
 
 
-def observe(path: Path) -> State:
+def observe(path: Path, *, thumbnails: bool = True) -> State:
     """Read all of a store; ids, vectors, captions and index must belong together."""
     store = open_store(path)
     numbers = np.arange(store.manifest.physical_rows)
@@ -89,12 +88,13 @@ def observe(path: Path) -> State:
     for number, values in zip(numbers, store.rows(numbers, COLUMNS), strict=True):
         name, version = values["id"], json.loads(values["meta"])["version"]
         meant = row(name, version)
-        assert values == {c: getattr(meant, c) for c in COLUMNS} | {
-            "captions": list(meant.captions)
-        }
-        assert np.array_equal(images[number], meant.image_embedding.astype(np.float16))
-        its = texts[store.caption_owners == number]
-        assert np.array_equal(its, meant.text_embeddings.astype(np.float16))
+        wanted = {c: getattr(meant, c) for c in COLUMNS} | {"captions": list(meant.captions)}
+        if not thumbnails and not values["thumbnail"]:
+            wanted["thumbnail"] = b""
+        assert values == wanted
+        assert np.array_equal(images[number], meant.vectors["image"][0].astype(np.float16))
+        its = texts[store.owners("text") == number]
+        assert np.array_equal(its, meant.vectors["text"].astype(np.float16))
         assert name not in held, f"{name} is there twice"
         held[name] = version
     assert len(store) == len(held)

@@ -2,14 +2,27 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from mmalign import files
-from mmalign.store import ModelCard, Row, Store, Writer, commit_index, open_store
+from mmalign.store import ModelCard, Row, Store, Writer, commit_index, open_store, pair_vectors
 
 DIM = 8
 CARD = ModelCard("nano-0123", "somewhere/run", DIM)
+
+
+def encoder_of(card: ModelCard = CARD) -> Any:
+    """What stands for the encoder of a store where nothing is encoded."""
+    return SimpleNamespace(
+        identity=card.identity,
+        space=card.identity,
+        source=card.source,
+        dim=card.dim,
+        tower_identity=lambda modality: "",
+    )
 
 
 def row(number: int, captions: int = 2, version: int = 0) -> Row:
@@ -22,8 +35,7 @@ def row(number: int, captions: int = 2, version: int = 0) -> Row:
         f"id{number}",
         f"/pictures/{number}.jpg",
         words,
-        vectors[0],
-        vectors[1:],
+        pair_vectors(vectors[0], vectors[1:]),
         thumbnail=bytes(number % 5),
         stamp=2**64 - 1 - version,
         checksum=bytes([version]) * 32,
@@ -48,7 +60,7 @@ def versions(store: Store) -> dict[str, int]:
     assert store.column("checksum") == [bytes([v]) * 32 for v in found.values()]
     for name, vector in zip(ids, store.column("image_embedding"), strict=True):
         number = int(name.removeprefix("id"))
-        made = row(number, number % 3, found[name]).image_embedding
+        made = row(number, number % 3, found[name]).vectors["image"][0]
         assert np.allclose(np.asarray(vector, np.float32), made, atol=1e-3)
     return found
 

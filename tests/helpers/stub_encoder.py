@@ -31,7 +31,7 @@ class StubTokenizer:
 class StubEncoder:
     """What embedding asks of an encoder."""
 
-    identity, source, dim = "stub", "stub", DIM
+    identity, space, source, dim = "stub", "stub", "stub", DIM
     device = torch.device("cpu")
     preprocess = Preprocess(size=8)
     towers = torch.nn.Identity()
@@ -41,6 +41,9 @@ class StubEncoder:
 
     def on(self, device: object) -> "StubEncoder":
         return self
+
+    def tower_identity(self, modality: str) -> str:
+        return f"{modality}-stub"
 
     def encode_images(self, pixels_BSS3: np.ndarray) -> np.ndarray:
         StubEncoder.images += len(pixels_BSS3)

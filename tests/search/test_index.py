@@ -5,7 +5,6 @@ import tarfile
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import pytest
 import small_store
 import torch
 from many_threads import together
+from store_samples import encoder_of
 
 from mmalign import Searcher, open_store
 from mmalign.errors import StoreError, UsageError
 from mmalign.index.plan import SPECS
 from mmalign.search.build import build_index, memory_bytes
-from mmalign.store import delete, verify
+from mmalign.store import delete, pair_vectors, verify
 
 
 @pytest.fixture(scope="module")
@@ -181,17 +181,17 @@ def test_small_stores_are_indexed_and_searched(
 ) -> None:
     rows = [small_store.row(number, captions) for number in range(count)]
     if alike:
-        one = rows[0].image_embedding
+        one = rows[0].vectors["image"][0]
         texts = np.tile(one, (captions, 1))
-        rows = [replace(r, image_embedding=one, text_embeddings=texts) for r in rows]
+        rows = [replace(r, vectors=pair_vectors(one, texts)) for r in rows]
     store = small_store.fill(tmp_path / "small.store", rows, rows_per_shard=100)
     parts = build_index(store.path, recall=recall, memory=memory)["modalities"]
     assert {name: part["kind"] for name, part in parts.items()} == (
         {"image": "exact", "text": "exact"} if captions else {"image": "exact"}
     )
-    encoder: Any = SimpleNamespace(identity=small_store.CARD.identity, dim=small_store.CARD.dim)
+    encoder = encoder_of(small_store.CARD)
     searcher = Searcher(open_store(store.path), encoder)
-    vector = rows[0].image_embedding
+    vector = rows[0].vectors["image"][0]
     hits = searcher.search(vector, k=10)
     assert [h.row for h in hits] == sorted(h.row for h in hits) or not alike
     assert len(hits) == min(10, count)

@@ -11,13 +11,19 @@ from store_samples import CARD, fill, flip, ids_of, row, versions, write_index
 
 from mmalign import files, open_store
 from mmalign.errors import StoreError
-from mmalign.store import Writer, changes, compact, delete, delete_rows, garbage, verify
+from mmalign.store import ModelCard, Writer, changes, compact, delete, delete_rows, garbage, verify
 from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, UNFINISHED_AGE_S
+from mmalign.store.groups import Groups, StoredFile
 
 
 def shards(path: Path) -> list[int]:
     return [s.rows for s in open_store(path).manifest.shards]
+
+
+def list_files(path: Path) -> list[str]:
+    """Names of the files of all shards."""
+    return [f.name for s in open_store(path).manifest.shards for f in s.files.values()]
 
 
 def make_old(path: Path, age_s: float = AGE_S) -> None:
@@ -98,17 +104,16 @@ def test_a_row_that_was_deleted_meanwhile_is_added(
 def test_rows_are_deleted_by_the_numbers_of_an_older_generation(tmp_path: Path) -> None:
     fill(tmp_path, range(25))
     delete(tmp_path, ids_of([2]))
-    opened = open_store(tmp_path).manifest.generation
+    opened = open_store(tmp_path)
+    opened.open_all()
     fill(tmp_path, [3, 30], version=1)
     delete(tmp_path, ids_of([5]))
     compact(tmp_path, rows_per_shard=10)
     # 2 was deleted before, 5 since, 3 replaced; 24 is where it was, or not.
-    assert delete_rows(tmp_path, np.array([2, 3, 5, 24]), opened) == 2
+    assert delete_rows(opened, np.array([2, 3, 5, 24])) == 2
     left = set(range(25)) - {2, 3, 5, 24} | {30}
     assert set(open_store(tmp_path).column("id")) == set(ids_of(left))
-    assert delete_rows(tmp_path, [5], opened) == 0
-    with pytest.raises(StoreError, match=r"manifest-00000099.json: .* select the rows again"):
-        delete_rows(tmp_path, [1], 99)
+    assert delete_rows(opened, [5]) == 0
 
 
 # ---------------------------------------------------------------- compact
@@ -208,7 +213,7 @@ def test_damage_is_not_copied(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
     delete(tmp_path, ids_of([3]))
     before = open_store(tmp_path).manifest
-    flip(tmp_path / "shards" / before.shards[0].name)
+    flip(tmp_path / "shards" / before.shards[0].vector_file.name)
     with pytest.raises(
         StoreError, match=r"damaged; run `mmalign verify .*`, then `mmalign repair .*`"
     ):
@@ -223,19 +228,19 @@ def test_compaction_holds_one_shard_at_a_time(
     fill(tmp_path, range(60))
     delete(tmp_path, ids_of(range(0, 60, 10)))
     read, ahead = [], []
-    live_rows, write_shard = changes._live_rows, changes.write_shard
+    live_rows, write_tables = changes._live_rows, changes.write_tables
 
-    def reading(store: Path, shard: manifests.Shard, dim: int) -> object:
+    def reading(store: Path, shard: manifests.Shard, model: ModelCard) -> object:
         read.append(shard.rows)
-        return live_rows(store, shard, dim)
+        return live_rows(store, shard, model)
 
-    def writing(store: Path, batch: object) -> object:
+    def writing(*tables: object, **about: str) -> object:
         ahead.append(sum(read))
         read.clear()
-        return write_shard(store, batch)
+        return write_tables(*tables, **about)
 
     monkeypatch.setattr(changes, "_live_rows", reading)
-    monkeypatch.setattr(changes, "write_shard", writing)
+    monkeypatch.setattr(changes, "write_tables", writing)
     compact(tmp_path, rows_per_shard=9)
     assert shards(tmp_path) == [9] * 6
     assert max(ahead) <= 10
@@ -247,18 +252,24 @@ def test_compaction_holds_one_shard_at_a_time(
 def test_a_store_at_rest_gives_space_back_when_an_hour_is_over(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
     delete(tmp_path, ids_of([0, 10]))
-    old = {f"shards/{s.name}" for s in open_store(tmp_path).manifest.shards}
+    old = {f"shards/{p.name}" for p in tmp_path.glob("shards/*")}
     first = compact(tmp_path, rows_per_shard=10)
     assert first.removed == ()
     assert first.waiting_bytes > 2000
     make_old(tmp_path)
     report = compact(tmp_path, rows_per_shard=10)
-    assert set(report.removed) == old | {f"manifest-{n:08d}.json" for n in range(1, 5)}
+    assert {name for name in report.removed if not name.startswith("groups/")} == old | {
+        f"manifest-{n:08d}.json" for n in range(1, 5)
+    }
     assert report.removed_bytes > 2000
     assert report.waiting_bytes == 0
     assert len(manifests.generations(tmp_path)) == 2
-    named = {s.name for f in manifests.generations(tmp_path) for s in manifests.read(f).shards}
+    generations = [manifests.read(file) for file in manifests.generations(tmp_path)]
+    named = {f.name for m in generations for s in m.shards for f in s.files.values()}
     assert {p.name for p in tmp_path.glob("shards/*")} == named
+    assert {p.name[:64] for p in tmp_path.glob("groups/*")} == {
+        g for m in generations for g in m.groups
+    }
     assert set(open_store(tmp_path).column("id")) == set(ids_of({*range(20)} - {0, 10}))
     assert verify(tmp_path) == []
     # There is nothing left to do, so nothing is done.
@@ -314,8 +325,8 @@ def test_a_writer_whose_base_goes_meanwhile_tries_again(
     writer.add(row(4, 1, version=1))
     parse, others = manifests.parse, [1]
 
-    def slow_parse(content: bytes) -> manifests.Manifest:
-        held = parse(content)
+    def slow_parse(content: bytes, groups: Groups) -> manifests.Manifest:
+        held = parse(content, groups)
         if others:
             others.pop()
             compact(tmp_path, rows_per_shard=10, now=True)
@@ -332,11 +343,23 @@ def test_a_generation_that_was_just_the_newest_is_kept(tmp_path: Path) -> None:
     reader = open_store(tmp_path)
     delete(tmp_path, ids_of([0, 10]))
     report = compact(tmp_path, rows_per_shard=10)
-    assert report.removed == ("manifest-00000001.json", "manifest-00000002.json")
+    assert report.removed == ()
     fill(tmp_path, range(100, 109), rows_per_shard=1)
     assert compact(tmp_path, rows_per_shard=1).removed == ()
     assert len(np.concatenate(reader.vectors("image"))) == 20
-    assert delete_rows(tmp_path, [3], reader.manifest.generation) == 1
+    assert delete_rows(reader, [3]) == 1
+
+
+def test_each_commit_removes_what_only_old_generations_need(tmp_path: Path) -> None:
+    fill(tmp_path, range(60), rows_per_shard=1)
+    found = manifests.generations(tmp_path)
+    assert [manifests.number_of(f) for f in found] == list(range(61, 61 - manifests.KEPT, -1))
+    named = {g for file in found for g in manifests.read(file).groups}
+    on_disk = {path.name[:64] for path in tmp_path.glob("groups/*")}
+    # Those of the generation that went last go with the next commit.
+    assert named < on_disk
+    assert len(on_disk - named) == 1
+    assert verify(tmp_path) == []
 
 
 def test_a_long_compaction_keeps_what_it_has_written_young(
@@ -344,16 +367,16 @@ def test_a_long_compaction_keeps_what_it_has_written_young(
 ) -> None:
     fill(tmp_path, range(60))
     delete(tmp_path, ids_of([5, 25, 45]))
-    write_shard = changes.write_shard
+    write_tables = changes.write_tables
 
-    def half_an_hour_later(store: Path, batch: object) -> object:
-        shard = write_shard(store, batch)
+    def half_an_hour_later(*tables: object, **about: str) -> object:
+        shard = write_tables(*tables, **about)
         for file in tmp_path.rglob("*"):
             os.utime(file, (file.stat().st_mtime - AGE_S / 2,) * 2)
         garbage.collect(tmp_path)
         return shard
 
-    monkeypatch.setattr(changes, "write_shard", half_an_hour_later)
+    monkeypatch.setattr(changes, "write_tables", half_an_hour_later)
     make_old(tmp_path)
     compact(tmp_path, rows_per_shard=10)
     assert len(open_store(tmp_path).column("id")) == 57
@@ -365,7 +388,7 @@ def test_what_windows_does_not_remove_goes_the_next_time(
 ) -> None:
     fill(tmp_path, range(20))
     delete(tmp_path, ids_of([3]))
-    mapped = tmp_path / "shards" / open_store(tmp_path).manifest.shards[0].name
+    mapped = tmp_path / "shards" / open_store(tmp_path).manifest.shards[0].row_file.name
     unlink = files.Disk.unlink
 
     def refusing(disk: files.Disk, path: Path) -> None:
@@ -398,7 +421,7 @@ def test_two_can_collect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(garbage.files, "remove", slow_remove)
     compact(tmp_path, rows_per_shard=1)
-    assert (len(manifests.generations(tmp_path)), len(list(tmp_path.glob("shards/*")))) == (2, 12)
+    assert len(list(tmp_path.glob("shards/*"))) == len(list_files(tmp_path))
     assert verify(tmp_path) == []
 
 
@@ -419,15 +442,13 @@ def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
     assert compact(tmp_path, rows_per_shard=10).removed == ()
     make_old(tmp_path)
     removed = compact(tmp_path, rows_per_shard=10).removed
-    # With an announcement that is the newest, the one before is the second that is kept.
-    wanted = [*left[:3], left[3].parent, left[5], tmp_path / "manifest-00000001.json"]
-    wanted += [tmp_path / "manifest-00000002.json"]
+    wanted = [*left[:3], left[3].parent, left[5]]
     assert sorted(removed) == sorted(str(p.relative_to(tmp_path)) for p in wanted)
     # An index that is being built may be silent for long.
     assert left[4].exists()
     make_old(tmp_path, UNFINISHED_AGE_S)
     removed = compact(tmp_path, rows_per_shard=10).removed
-    assert removed == ("manifest-00000003.json", "index/begun")
+    assert removed == ("index/begun",)
     assert verify(tmp_path) == []
     assert open_store(tmp_path).index_folder == kept
 
@@ -447,15 +468,16 @@ def test_an_open_reader_outlives_a_compaction(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
     reader, late = open_store(tmp_path), open_store(tmp_path)
     images = np.concatenate(reader.vectors("image"))
-    for shard in reader.manifest.shards:
-        (tmp_path / "shards" / shard.name).unlink()
+    for file in (tmp_path / "shards").iterdir():
+        file.unlink()
     assert np.array_equal(np.concatenate(reader.vectors("image")), images)
     with pytest.raises(StoreError, match="compacted since it was opened, open it again"):
         late.vectors("image")
 
 
 def test_masks_come_back_as_they_went_in() -> None:
-    shard = manifests.Shard("x.arrow", 21, 0, "")
+    file = StoredFile("x.arrow", 0, "")
+    shard = manifests.Shard("x", 21, file, file)
     assert shard.live.all()
     assert shard.with_rows_deleted([]) is shard
     some = shard.with_rows_deleted([0, 20]).with_rows_deleted([7, 20])

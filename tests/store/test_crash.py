@@ -104,9 +104,9 @@ def assert_no_garbage_stays(life: Life) -> None:
     compact(life.path, ROWS_PER_SHARD)
     assert observe(life.path).rows == before.rows
     held = [manifests.read(file) for file in manifests.generations(life.path)]
-    shards = {s.name for generation in held for s in generation.shards}
-    assert {p.name for p in (life.path / "shards").iterdir()} == shards
-    known = {"shards", "index", "damaged", "failures.jsonl"}
+    stored = {f.name for m in held for s in m.shards for f in s.files.values()}
+    assert {p.name for p in (life.path / "shards").iterdir()} == stored
+    known = {"shards", "groups", "index", "damaged", "failures.jsonl"}
     assert {p.name for p in life.path.iterdir() if not p.match("manifest-*.json")} <= known
     assert not list(life.path.rglob(".*"))
 

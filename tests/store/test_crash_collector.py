@@ -87,7 +87,7 @@ def looks_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
         return seen
 
-    for name in ("generations", "read", "_require_shards"):
+    for name in ("generations", "read", "_require_files"):
         monkeypatch.setattr(manifests, name, partial(looking, getattr(manifests, name)))
 
 
@@ -157,7 +157,7 @@ def interleave(
 def test_a_shard_is_collected_just_before_it_is_named(tmp_path: Path) -> None:
     """Between the last look at it and the claim: the commit is refused, and nothing names it."""
     life = born(tmp_path / "life", "purge")
-    look, others = manifests._require_shards, [1]
+    look, others = manifests._require_files, [1]
 
     def looking(*args: Any) -> None:
         look(*args)
@@ -167,7 +167,7 @@ def test_a_shard_is_collected_just_before_it_is_named(tmp_path: Path) -> None:
             garbage.collect(life.path)
 
     with using(life.disk), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifests, "_require_shards", looking)
+        patch.setattr(manifests, "_require_files", looking)
         with pytest.raises(StoreError, match="removed before it was committed; run it again"):
             committing({"a1": 7})(life)
         assert observe(life.path).rows == life.ledger.rows

@@ -18,14 +18,22 @@ from mmalign.search.build import build_index
 from mmalign.search.searcher import Searcher
 from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
+from mmalign.store.groups import both, compressed
 
 
 def forge(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Write the next generation with whatever an author likes, and the hash that fits it."""
     newest = manifests.generations(store)[0]
     values = json.loads(newest.read_bytes())
+    groups = [json.loads((store / "groups" / f"{g}.json").read_bytes()) for g in values["groups"]]
     values["generation"] += 1
+    values["shards"] = [shard for group in groups for shard in group["shards"]]
     change(values)
+    if "shards" in values:
+        content = json.dumps({"shards": values.pop("shards")}).encode()
+        values["groups"] = [hashlib.sha256(content).hexdigest()]
+        for path in both(store / "groups", values["groups"][0]):
+            path.write_bytes(content)
     del values["sha256"]
     values["sha256"] = hashlib.sha256(manifests.canonical(values)).hexdigest()
     path = manifests.path_of(store, manifests.number_of(newest) + 1)
@@ -36,27 +44,37 @@ def shard(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda held: held["shards"][0].update(values)
 
 
+def file(place: int, value: object, role: str = "rows") -> Callable[[dict[str, Any]], object]:
+    """Change the name, bytes or hash of a file of a shard."""
+    return lambda held: held["shards"][0]["files"][role].__setitem__(place, value)
+
+
 def field(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda held: held.update(values)
 
 
 HOSTILE = {
     "a shard elsewhere": shard(name="../../home/id_rsa"),
-    "a shard by an absolute path": shard(name="/etc/passwd"),
-    "a shard of Windows' elsewhere": shard(name="..\\..\\x.arrow"),
-    "a hidden shard": shard(name=".x.arrow"),
-    "a shard without its ending": shard(name="x"),
-    "a name that ends in a line": shard(name="x.arrow\n"),
-    "a long name": shard(name="x" * 300 + ".arrow"),
-    "no name": shard(name=None),
+    "a file elsewhere": file(0, "../../home/id_rsa"),
+    "a file by an absolute path": file(0, "/etc/passwd", "vectors"),
+    "a file of Windows' elsewhere": file(0, "..\\..\\x.arrow"),
+    "a hidden file": file(0, ".x.arrow"),
+    "a file without its ending": file(0, "x"),
+    "a name that ends in a line": file(0, "x.arrow\n"),
+    "a long name": file(0, "x" * 300 + ".arrow"),
+    "no name": file(0, None),
+    "a file too many": lambda held: held["shards"][0]["files"]["rows"].append(1),
+    "no vectors": lambda held: held["shards"][0]["files"].pop("vectors"),
     "rows below zero": shard(rows=-1),
     "rows without end": shard(rows=10**15),
     "half a row": shard(rows=9.5),
-    "bytes below zero": shard(bytes=-1),
-    "a hash that is a path": shard(sha256="../x"),
-    "more deleted than there are": shard(deleted_rows=11, deleted="//8="),
+    "bytes below zero": file(1, -1),
+    "a hash that is a path": file(2, "../x"),
+    "more deleted than there are": shard(deleted_rows=11, deleted=compressed(b"\xff\xff")),
     "deleted and not said which": shard(deleted_rows=1),
-    "deletions of other rows": shard(deleted_rows=1, deleted="AAAAAAAA"),
+    "deletions of other rows": shard(deleted_rows=1, deleted=compressed(bytes(6))),
+    "deletions without end": shard(deleted_rows=1, deleted=compressed(bytes(10**6))),
+    "deletions that are not compressed": shard(deleted_rows=1, deleted="AAAAAAAA"),
     "deletions that are no base64": shard(deleted_rows=1, deleted="é"),
     "an unknown field": shard(colour="red"),
     "a shard twice": lambda held: held["shards"].append(held["shards"][0]),
@@ -72,7 +90,11 @@ HOSTILE = {
     "to remove what is none of its files": field(removing=["../home"]),
     "to remove a number": field(removing=[1]),
     "made from a path": field(previous="../x"),
-    "no shards": lambda held: held.pop("shards"),
+    "no groups": lambda held: (held.pop("shards"), held.pop("groups")),
+    "a group elsewhere": lambda held: (held.pop("shards"), held.update(groups=["../x"])),
+    "a modality by a path": lambda held: held["model"].update(towers=[["../x", "", ""]]),
+    "a position of no kind": lambda held: held["model"].update(towers=[["image", "", "x"]]),
+    "retired by a text": field(retired=[["shards/x", "y"]]),
     "no format": lambda held: held.pop("format"),
 }
 
@@ -155,8 +177,9 @@ def test_nothing_is_removed_or_moved_behind_a_link(
     (home / "documents" / "letter.txt").write_text("x")
     (home / ".draft.tmp").write_text("x")
     (home / "table.arrow").write_text("x")
-    for shard in (store / "shards").iterdir() if name == "shards" else ():
-        shard.rename(home / shard.name)
+    if name == "shards":
+        for shard in (store / "shards").iterdir():
+            shard.rename(home / shard.name)
         (store / "shards").rmdir()
     (store / name).symlink_to(home)
     index = {"name": "documents", "sha256": "0" * 64}
@@ -193,7 +216,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) 
     fill(tmp_path, range(3))
     file = tmp_path / name
     if name == "shard":
-        (file,) = (tmp_path / "shards").iterdir()
+        file = tmp_path / "shards" / open_store(tmp_path).manifest.shards[0].row_file.name
     if name == "index":
         file = write_index(tmp_path) / "index.json"
     file.unlink(missing_ok=True)

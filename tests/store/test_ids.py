@@ -8,8 +8,7 @@ import pytest
 from store_samples import CARD, fill, ids_of, row, versions
 
 from mmalign import open_store
-from mmalign.store import Writer, delete
-from mmalign.store.ids import IdIndex
+from mmalign.store import Writer, delete, ids, schema
 
 
 def test_a_row_replaces_the_one_with_its_id(tmp_path: Path) -> None:
@@ -51,10 +50,12 @@ def test_a_commit_reads_no_old_ids_again(tmp_path: Path, monkeypatch: pytest.Mon
     writer.add(row(100))
     writer.commit()
     opened = []
-    monkeypatch.setattr("mmalign.store.ids.open_shard", lambda *given: opened.append(given))
+    reader = ids.ShardReader
+    monkeypatch.setattr(ids, "ShardReader", lambda *a: (opened.append(a), reader(*a))[1])
     writer.add(row(101))
     writer.commit()
-    assert opened == []
+    # Only the shard that this writer has written itself.
+    assert len(opened) == 1
     assert len(open_store(tmp_path)) == 52
 
 
@@ -80,7 +81,7 @@ def test_an_empty_store_has_no_ids(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.find(["id0"]).tolist() == [-1]
     assert store.vectors("image") == []
-    assert store.caption_owners.tolist() == []
+    assert store.owners("text").tolist() == []
     assert store.column("id") == []
     assert store.rows([], ("id",)) == []
 
@@ -91,8 +92,8 @@ def test_equal_hashes_mix_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def poor(ids: list[str]) -> np.ndarray:
         return np.array([int(i[-1], 36) % 2 for i in ids], np.uint64)
 
-    for module in ("ids", "reader"):
-        monkeypatch.setattr(f"mmalign.store.{module}.hashes", poor)
+    for module in ("ids", "reader", "schema"):
+        monkeypatch.setattr(f"mmalign.store.{module}.id_hashes", poor)
     fill(tmp_path, range(25))
     fill(tmp_path, [3, 4], version=1)
     delete(tmp_path, ids_of([7, 12]))
@@ -101,22 +102,15 @@ def test_equal_hashes_mix_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert store.find(ids_of([3, 7, 0, 12, 24, 26])).tolist() == [25, -1, 0, -1, 24, -1]
 
 
-def test_buckets_find_what_a_dictionary_finds() -> None:
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**64, 5000, dtype=np.uint64)
-    hashes[:50] = hashes[50:100]
-    rows = np.flatnonzero(rng.random(5000) < 0.7)
-    buckets = IdIndex(hashes[rows], rows)
-    asked = np.concatenate([hashes, rng.integers(0, 2**64, 500, dtype=np.uint64)])
-    asked[-2:] = 0, 2**64 - 1
-    found: dict[int, set[int]] = {}
-    for which, where in buckets.candidates(asked):
-        for i, r in zip(which.tolist(), where.tolist(), strict=True):
-            found.setdefault(i, set()).add(r)
-    true: dict[int, set[int]] = {}
-    for r in rows.tolist():
-        true.setdefault(int(hashes[r]), set()).add(r)
-    assert found == {i: true[h] for i, h in enumerate(asked.tolist()) if h in true}
+def test_hashes_are_the_same_in_each_process_and_stored_in_order(tmp_path: Path) -> None:
+    assert schema.id_hashes(["a", "图片"]).tolist() == [3405396810240292928, 5350863773218565870]
+    fill(tmp_path, range(200), rows_per_shard=200)
+    store = open_store(tmp_path)
+    (shard,) = store._shards
+    hashes, rows = shard.id_hashes()
+    assert (np.diff(hashes.astype(object)) >= 0).all()
+    names = store.column("id")
+    assert hashes.tolist() == schema.id_hashes([names[row] for row in rows]).tolist()
 
 
 def _write_some(path: str, first: int, version: int) -> None:

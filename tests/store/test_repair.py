@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_samples import CARD, DIM, fill, flip, ids_of, versions, write_index
+from store_samples import CARD, fill, flip, ids_of, versions, write_index
 
 from mmalign import files, open_store
 from mmalign.errors import StoreError, UsageError
 from mmalign.store import RepairReport, add_failures, compact, delete, repair, verify
 from mmalign.store import manifest as manifests
-from mmalign.store.schema import schema
+from mmalign.store.groups import both
 
 FAILED = [
     {"id": "a", "uri": "a.jpg", "reason": "truncated", "embedded": False},
@@ -38,12 +38,9 @@ def files_of(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def flip_manifest_entry(path: Path, what: str) -> None:
-    """Change a letter in what the newest manifest says of its last shard."""
-    newest = manifests.generations(path)[0]
-    content = newest.read_bytes()
-    last = content.index(manifests.read(newest).shards[-1].name.encode())
-    flip(newest, content.index(what.encode(), last - 12) * 8 + (len(what) + 5) * 8)
+def files_of_shard(path: Path, number: int, role: str = "vectors") -> Path:
+    """A file of a shard."""
+    return path / "shards" / open_store(path).manifest.shards[number].files[role].name
 
 
 # ---------------------------------------------------------------- verify
@@ -52,7 +49,7 @@ def flip_manifest_entry(path: Path, what: str) -> None:
 def test_verify_names_every_damage(tmp_path: Path) -> None:
     fill(tmp_path, range(30))
     assert verify(tmp_path) == []
-    first, second, _ = (tmp_path / "shards" / s.name for s in open_store(tmp_path).manifest.shards)
+    first, second = (files_of_shard(tmp_path, number) for number in (0, 1))
     flip(first)
     second.unlink()
     damage = verify(tmp_path)
@@ -65,8 +62,9 @@ def test_verify_reads_a_share_of_the_large_files(tmp_path: Path) -> None:
     fill(tmp_path, range(40), rows_per_shard=1)
     for file in tmp_path.glob("shards/*"):
         flip(file)
-    assert len(verify(tmp_path)) == 40
-    assert len(verify(tmp_path, sample=0.25)) == 10
+    count = len(list(tmp_path.glob("shards/*")))
+    assert len(verify(tmp_path)) == count > 100
+    assert len(verify(tmp_path, sample=0.25)) == count // 4
     assert len(verify(tmp_path, sample=0.001)) == 1
     flip(manifests.generations(tmp_path)[0])
     assert len(verify(tmp_path, sample=0.001)) == 2
@@ -77,35 +75,44 @@ def test_verify_reads_a_share_of_the_large_files(tmp_path: Path) -> None:
 
 def test_a_cut_shard_is_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
-    (shard,) = (tmp_path / "shards").iterdir()
-    content = shard.read_bytes()
-    for size in (0, 7, 100, len(content) - 10):
-        shard.write_bytes(content[:size])
-        with pytest.raises(StoreError, match=shard.name):
-            open_store(tmp_path).vectors("image")
+    for role, column in (
+        ("rows", "id"),
+        ("vectors", "image_embedding"),
+        ("thumbnails", "thumbnail"),
+    ):
+        file = files_of_shard(tmp_path, 0, role)
+        content = file.read_bytes()
+        for size in (0, 7, 100, len(content) - 10):
+            file.write_bytes(content[:size])
+            with pytest.raises(StoreError, match=file.name):
+                open_store(tmp_path).column(column)
+        file.write_bytes(content)
 
 
 @pytest.mark.slow
 def test_no_flipped_bit_of_a_shard_ends_the_process(tmp_path: Path) -> None:
     """What Arrow reads is checked first: a shard is refused, or all of it can be read."""
     fill(tmp_path, range(4))
-    (shard,) = (tmp_path / "shards").iterdir()
-    good = shard.read_bytes()
-    names, refused = schema(DIM).names, 0
-    for bit in range(0, len(good) * 8, 13):
-        flip(shard, bit)
-        store = open_store(tmp_path)
-        try:
-            for name in names:
-                store.column(name)
-            store.rows(range(4), names)
-            store.find(["id2"])
-            assert len(np.concatenate(store.vectors("image"))) == 4
-            assert len(np.concatenate(store.vectors("text"))) == len(store.caption_owners)
-        except StoreError:
-            refused += 1
-        flip(shard, bit)
-    assert shard.read_bytes() == good
+    names, refused = open_store(tmp_path).columns, 0
+    for shard in (tmp_path / "shards").iterdir():
+        good = shard.read_bytes()
+        for bit in range(0, len(good) * 8, 17):
+            flip(shard, bit)
+            store = open_store(tmp_path)
+            try:
+                for name in names:
+                    store.column(name)
+                store.rows(range(4), names)
+                store.find(["id2"])
+                assert len(np.concatenate(store.vectors("image"))) == len(store.owners("image"))
+                texts = np.arange(len(np.concatenate(store.vectors("text"))))
+                assert (
+                    len(store.owners("text")) == len(texts) == len(store.positions("text", texts))
+                )
+            except StoreError:
+                refused += 1
+            flip(shard, bit)
+        assert shard.read_bytes() == good
     assert refused > 300
 
 
@@ -137,14 +144,14 @@ def test_no_permission_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(files, "sha256", forbidden)
     for use in (verify, repair):
-        with pytest.raises(StoreError, match=r"\.arrow: cannot be read: Permission denied"):
+        with pytest.raises(StoreError, match="cannot be read: Permission denied"):
             use(tmp_path)
     assert files_of(tmp_path) == before
 
 
 def test_two_shards_that_changed_places_are_noticed(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
-    first, second = (tmp_path / "shards" / s.name for s in open_store(tmp_path).manifest.shards)
+    first, second = (files_of_shard(tmp_path, number) for number in (0, 1))
     shutil.copy(first, second)
     assert [second.name in d for d in verify(tmp_path)] == [True]
 
@@ -155,11 +162,11 @@ def test_two_shards_that_changed_places_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.97])
 def test_a_flipped_bit_in_any_file_is_named_and_repaired(damaged: Path, place: float) -> None:
-    whole = {s.name: s for s in open_store(damaged).manifest.shards}
     rows = versions(open_store(damaged))
     in_shard = {
-        s.name: {i for i, live in zip(store_ids(damaged, s.name), s.live, strict=True) if live}
-        for s in whole.values()
+        file.name: {i for i, live in zip(store_ids(damaged, s.name), s.live, strict=True) if live}
+        for s in open_store(damaged).manifest.shards
+        for file in (s.row_file, s.vector_file)
     }
     for number, file in enumerate(files_of(damaged)):
         path = damaged.parent / str(number) / "photos.store"
@@ -201,8 +208,8 @@ def moved_name(file: Path) -> str:
 
 def test_lost_rows_are_listed(damaged: Path) -> None:
     first, second, *_ = open_store(damaged).manifest.shards
-    flip(damaged / "shards" / first.name, 8 * (first.bytes - 30))
-    (damaged / "shards" / second.name).unlink()
+    flip(damaged / "shards" / first.row_file.name, 8 * (first.row_file.bytes - 30))
+    (damaged / "shards" / second.row_file.name).unlink()
     report = repair(damaged)
     assert set(report.lost_shards) == {first.name, second.name}
     assert report.lost_rows == 8 + 9
@@ -219,14 +226,17 @@ def test_lost_rows_are_listed(damaged: Path) -> None:
 
 
 def test_a_shard_that_only_a_damaged_generation_names_is_saved(tmp_path: Path) -> None:
-    """Whatever it is that cannot be read of the shard: its name, its hash, its numbers."""
-    for what in ("name", "rows", "bytes", "sha256", "deleted_rows"):
-        path = tmp_path / what
+    """Whatever it is that cannot be read of the generation, half of the name of its group too."""
+    for number, what in enumerate(("first half", "second half", '"groups"', '"dim"', '"previous"')):
+        path = tmp_path / str(number)
         fill(path, range(15))
         fill(path, [3, 20, 21], version=1)
         rows = versions(open_store(path))
         (name,) = [s.name for s in open_store(path).manifest.shards[-1:]]
-        flip_manifest_entry(path, f'"{what}"')
+        newest = manifests.generations(path)[0]
+        group, content = manifests.read(newest).groups[-1], newest.read_bytes()
+        place = content.index(group.encode()) + (5 if number == 0 else 40)
+        flip(newest, 8 * (place if "half" in what else content.index(what.encode()) + 2))
         assert len(open_store(path)) == 15
         report = repair(path)
         assert report.saved_shards == (name,)
@@ -253,15 +263,41 @@ def test_deletions_of_a_damaged_generation_hold(tmp_path: Path) -> None:
     assert versions(open_store(tmp_path)) == rows
 
 
-def test_deletions_are_read_of_no_other_shard(tmp_path: Path) -> None:
-    """A bracket is damaged, so that one shard seems to go on into what is said of the next."""
-    fill(tmp_path, range(35))
-    delete(tmp_path, ids_of([12]))
-    newest = manifests.generations(tmp_path)[0]
-    rows = versions(open_store(tmp_path))
-    flip(newest, newest.read_bytes().index(b"}", newest.read_bytes().index(b"arrow")) * 8)
+def test_damaged_thumbnails_cost_no_row(damaged: Path) -> None:
+    rows = versions(open_store(damaged))
+    file = files_of_shard(damaged, 0, "thumbnails")
+    flip(file)
+    report = repair(damaged)
+    assert (report.lost_shards, report.lost_rows) == ((), 0)
+    assert f"damaged/{file.name}" in report.moved
+    store = open_store(damaged)
+    assert versions(store) == rows
+    assert store.manifest.index is not None
+    assert store.rows([1, 2], ("thumbnail",)) == [{"thumbnail": b""}] * 2
+    assert verify(damaged) == []
+
+
+def test_one_damaged_file_of_a_group_is_written_anew_from_the_other(damaged: Path) -> None:
+    rows = versions(open_store(damaged))
+    for group in open_store(damaged).manifest.groups:
+        for path in both(damaged / "groups", group):
+            path.unlink()
+            assert versions(open_store(damaged)) == rows
+            assert repair(damaged).damage == (f"{path}: missing",)
+            assert verify(damaged) == []
+
+
+def test_a_group_that_is_gone_makes_its_generations_unreadable(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    fill(tmp_path, range(10, 20))
+    for path in both(tmp_path / "groups", open_store(tmp_path).manifest.groups[0]):
+        path.unlink()
+    assert open_store(tmp_path).column("id") == ids_of(range(10))
+    with pytest.raises(StoreError, match=r"a group is missing; first run `mmalign repair"):
+        fill(tmp_path, range(30, 35))
     repair(tmp_path)
-    assert versions(open_store(tmp_path)) == rows
+    fill(tmp_path, range(30, 35))
+    assert verify(tmp_path) == []
 
 
 def test_a_damaged_compaction_doubles_nothing(tmp_path: Path) -> None:
@@ -277,7 +313,7 @@ def test_a_damaged_compaction_doubles_nothing(tmp_path: Path) -> None:
 
 def test_a_shard_and_the_generation_that_names_it_are_both_damaged(tmp_path: Path) -> None:
     fill(tmp_path, range(15))
-    shard = tmp_path / "shards" / open_store(tmp_path).manifest.shards[-1].name
+    shard = files_of_shard(tmp_path, -1, "rows")
     flip(shard, 8 * (shard.stat().st_size - 30))
     newest = manifests.generations(tmp_path)[0]
     flip(newest, 8 * newest.read_bytes().index(b"somewhere"))
@@ -292,7 +328,7 @@ def test_a_row_written_while_repairing_is_kept(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_store(damaged).manifest.shards[0]
-    flip(damaged / "shards" / first.name)
+    flip(damaged / "shards" / first.vector_file.name)
     claim, others = manifests.files.claim, [lambda: fill(damaged, [60, 61], version=1)]
 
     def slow_claim(path: Path, content: bytes) -> bool:

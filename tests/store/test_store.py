@@ -11,9 +11,10 @@ from store_samples import CARD, DIM, fill, flip, ids_of, row, versions, write_in
 
 from mmalign import open_store
 from mmalign.errors import IdentityError, StoreError, VectorError
-from mmalign.store import ModelCard, Row, Writer, commit_index, delete, repair, verify
+from mmalign.store import ModelCard, Row, Writer, commit_index, delete, pair_vectors, repair, verify
 from mmalign.store import manifest as manifests
 from mmalign.store import reader as readers
+from mmalign.store.groups import Groups
 
 
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     images = np.concatenate(store.vectors("image"))
     assert images.dtype == np.float16
     for i in (0, 9, 10, 24):
-        assert np.allclose(images[i], row(i, i % 3).image_embedding, atol=1e-3)
+        assert np.allclose(images[i], row(i, i % 3).vectors["image"][0], atol=1e-3)
         found = store.rows([i], ("id", "captions", "meta", "thumbnail", "stamp", "checksum"))[0]
         assert found == {
             "id": f"id{i}",
@@ -36,10 +37,10 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
             "checksum": bytes(32),
         }
     texts = np.concatenate(store.vectors("text"))
-    assert len(texts) == len(store.caption_owners) == sum(i % 3 for i in range(25))
-    owner = int(store.caption_owners[7])
-    first = int(np.searchsorted(store.caption_owners, owner))
-    assert np.allclose(texts[7], row(owner, owner % 3).text_embeddings[7 - first], atol=1e-3)
+    assert len(texts) == len(store.owners("text")) == sum(i % 3 for i in range(25))
+    owner = int(store.owners("text")[7])
+    first = int(np.searchsorted(store.owners("text"), owner))
+    assert np.allclose(texts[7], row(owner, owner % 3).vectors["text"][7 - first], atol=1e-3)
 
 
 def test_rows_keep_the_order_they_were_asked_in(tmp_path: Path) -> None:
@@ -68,12 +69,12 @@ def test_only_the_shards_that_are_asked_for_are_opened(
     delete(tmp_path, ids_of([3]))
     opened = []
 
-    def counting(store: Path, shard: manifests.Shard, dim: int) -> readers.ShardFile:
+    def counting(store: Path, shard: manifests.Shard, model: ModelCard) -> readers.ShardReader:
         opened.append(shard.name)
-        return open_shard(store, shard, dim)
+        return open_shard(store, shard, model)
 
-    open_shard = readers.open_shard
-    monkeypatch.setattr(readers, "open_shard", counting)
+    open_shard = readers.ShardReader
+    monkeypatch.setattr(readers, "ShardReader", counting)
     store = open_store(tmp_path)
     assert len(store) == 49
     assert store.live is not None
@@ -146,25 +147,29 @@ def test_an_unreadable_generation_falls_back(
 def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     content = manifests.generations(tmp_path)[0].read_bytes()
-    manifest = manifests.parse(content)
+    manifest = manifests.parse(content, Groups(tmp_path))
     assert manifests.render(manifest) == content
     for bit in range(0, len(content) * 8, 7):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError):
-            manifests.parse(bytes(changed))
+            manifests.parse(bytes(changed), Groups(tmp_path))
 
 
 def test_another_format_is_refused_and_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path, range(3))
-    monkeypatch.setattr(manifests, "FORMAT", 3)
     fill(tmp_path / "later", range(3))
-    monkeypatch.setattr(manifests, "FORMAT", 2)
-    shutil.copy(manifests.generations(tmp_path / "later")[0], tmp_path / "manifest-00000009.json")
+    later = open_store(tmp_path / "later").manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "FORMAT", 4)
+        content = manifests.render(later)
+    (tmp_path / "manifest-00000009.json").write_bytes(content)
     for use in (open_store, verify, lambda path: fill(path, range(3))):
-        with pytest.raises(StoreError, match=r"manifest-00000009.json: format 3, but .* format 2"):
+        with pytest.raises(
+            StoreError, match=r"manifest-00000009.json: format 4, but .* formats 2 and 3"
+        ):
             use(tmp_path)
 
 
@@ -220,12 +225,12 @@ def test_two_models_do_not_mix(tmp_path: Path) -> None:
         (np.full(DIM, np.nan, np.float32), "norm nan"),
         (np.zeros(DIM, np.float32), "norm 0"),
         (np.ones(DIM, np.float32), "not 1"),
-        (np.ones(DIM + 1, np.float32), "8 dimensions"),
+        (np.ones(DIM + 1, np.float32), "must have shape \\(V, 8\\)"),
     ],
 )
 def test_bad_vectors_never_reach_the_disk(tmp_path: Path, vector: np.ndarray, message: str) -> None:
     good = row(0)
-    bad = Row("x", "x", good.captions, vector, good.text_embeddings)
+    bad = Row("x", "x", good.captions, pair_vectors(vector, good.vectors["text"]))
     with pytest.raises(VectorError, match=message), Writer(tmp_path, CARD) as writer:
         writer.add(bad)
     assert len(open_store(tmp_path)) == 0
@@ -258,8 +263,8 @@ def test_a_generation_made_meanwhile_is_built_upon(
     fill(tmp_path, range(1))
     parse, meanwhile = manifests.parse, [range(10, 13)]
 
-    def slow_parse(content: bytes) -> manifests.Manifest:
-        read = parse(content)
+    def slow_parse(content: bytes, groups: Groups) -> manifests.Manifest:
+        read = parse(content, groups)
         if meanwhile:
             fill(tmp_path, meanwhile.pop())
         return read
@@ -279,8 +284,8 @@ def test_a_number_that_is_free_again_is_not_taken(
     fill(tmp_path, range(1))
     parse, meanwhile = manifests.parse, [1]
 
-    def slow_parse(content: bytes) -> manifests.Manifest:
-        read = parse(content)
+    def slow_parse(content: bytes, groups: Groups) -> manifests.Manifest:
+        read = parse(content, groups)
         while meanwhile and meanwhile.pop():
             fill(tmp_path, range(10, 14), rows_per_shard=1)
             for old in manifests.generations(tmp_path)[1:]:
@@ -306,7 +311,8 @@ def test_a_shard_removed_before_its_commit_is_refused(tmp_path: Path) -> None:
     (shard,) = open_store(tmp_path).manifest.shards
 
     def change(base: manifests.Manifest) -> manifests.Manifest:
-        return replace(base, shards=(*base.shards, replace(shard, name="gone.arrow")))
+        file = replace(shard.row_file, name="gone.arrow")
+        return replace(base, shards=(*base.shards, replace(shard, name="gone", row_file=file)))
 
     with pytest.raises(StoreError, match=r"gone.arrow was removed"):
         manifests.commit(tmp_path, change, CARD)

@@ -1,0 +1,294 @@
+"""Groups: the lower level of a manifest. A generation names groups by hash, a group names shards.
+
+A group is a file named by the hash of its content and never changed. A commit writes the groups
+that differ from those of the generation before, so what it writes does not grow with the store.
+Each group is written twice, as no other file says what it says.
+
+N rows of a shard.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign import files
+from mmalign.arrays import Bools
+from mmalign.errors import StoreError
+
+FOLDER = "groups"
+# A manifest may name only files inside its store, as manifests are untrusted input.
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+SHARD_FILE, SHARD, SHA256 = (
+    re.compile(rf"{NAME}\.arrow"),
+    re.compile(NAME),
+    re.compile("[0-9a-f]{64}"),
+)
+MOST_ROWS, MOST_BYTES = 2**31 - 1, 2**48
+# One in so many shards ends a group, and so many at most are in one.
+BORDER, MOST_SHARDS = 64, 256
+ROLES = ("rows", "vectors", "thumbnails")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An immutable file under shards/."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows in files that all hold the same rows, and which of the rows are deleted.
+
+    In a store that was format 2, all three are the same file.
+    """
+
+    name: str
+    rows: int
+    row_file: StoredFile
+    """Ids, locations, captions, metadata, and the hashes of the ids."""
+    vector_file: StoredFile
+    thumbnail_file: StoredFile | None = None
+    """None if no row has a thumbnail."""
+    precision: str = ""
+    """The arithmetic that its vectors were computed in; empty if unknown."""
+    version: str = ""
+    """The version of mmalign that wrote them; empty if unknown."""
+    deleted_rows: int = 0
+    deleted: str = ""
+    """Base64 of compressed bits, one for each row, the highest bit of a byte first; 1 is deleted.
+    Empty if no row is deleted."""
+
+    @property
+    def files(self) -> dict[str, StoredFile]:
+        """The files by role: rows, vectors, thumbnails."""
+        every = zip(ROLES, (self.row_file, self.vector_file, self.thumbnail_file), strict=True)
+        return {role: file for role, file in every if file}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.bytes for file in set(self.files.values()))
+
+    @property
+    def live(self) -> Bools:
+        """Mask of the rows that are not deleted, shape (N,)."""
+        if not self.deleted:
+            return np.ones(self.rows, np.bool_)
+        bits = np.frombuffer(_bits(self), np.uint8)
+        return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
+
+    def with_live(self, live_N: Bools) -> "Shard":
+        """Return the shard with only these rows live."""
+        deleted = int(self.rows - live_N.sum())
+        bits = compressed(np.packbits(~live_N).tobytes()) if deleted else ""
+        return replace(self, deleted_rows=deleted, deleted=bits)
+
+    def with_rows_deleted(self, rows: Sequence[int]) -> "Shard":
+        """Return the shard with these rows deleted too."""
+        if not len(rows):
+            return self
+        live_N = self.live
+        live_N[rows] = False
+        return self.with_live(live_N)
+
+
+def compressed(bits: bytes) -> str:
+    """Return bits as `Shard.deleted` holds them."""
+    return base64.b64encode(zlib.compress(bits, 9)).decode()
+
+
+def _bits(shard: Shard) -> bytes:
+    # No more than a shard can have: the content is untrusted, and could expand without limit.
+    most = (shard.rows + 7) // 8 + 1
+    content = base64.b64decode(shard.deleted, validate=True)
+    return zlib.decompressobj().decompress(content, most)
+
+
+def divide(shards: Sequence[Shard]) -> list[tuple[Shard, ...]]:
+    """Divide shards into groups, at borders that the names of the shards decide.
+
+    So a change in the middle of a store moves no border behind it.
+    """
+    groups: list[tuple[Shard, ...]] = []
+    first = 0
+    for end, shard in enumerate(shards, 1):
+        is_border = (
+            int(hashlib.blake2b(shard.name.encode(), digest_size=4).hexdigest(), 16) % BORDER == 0
+        )
+        if is_border or end - first == MOST_SHARDS or end == len(shards):
+            groups.append(tuple(shards[first:end]))
+            first = end
+    return groups
+
+
+class Groups:
+    """Reads and writes the groups of a store; those it knows are not read or written again; final.
+
+    What is known is checked against the disk by nobody: keep it no longer than one task takes.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.folder = store / FOLDER
+        self._shards: dict[str, tuple[Shard, ...]] = {}
+        self._names: dict[tuple[int, ...], str] = {}
+
+    def read(self, names: Sequence[str]) -> tuple[Shard, ...]:
+        """Return the shards of groups.
+
+        Raises:
+            ValueError, OSError: A group is damaged or missing, in both of its files.
+            StoreError: It was not made by mmalign.
+        """
+        for name in names:
+            if name not in self._shards:
+                self._keep(name, parse(read_either(self.folder, name)))
+        return tuple(shard for name in names for shard in self._shards[name])
+
+    def write(self, shards: Sequence[Shard], avoid: frozenset[str]) -> tuple[str, ...]:
+        """Write the groups of shards that are not on the disk yet; return the names of all.
+
+        Args:
+            shards: The shards, in order.
+            avoid: Names that another process may be about to remove.
+        """
+        names = []
+        known = self._names, self._shards
+        self._names, self._shards = {}, {}
+        for group in divide(shards):
+            name = known[0].get(tuple(map(id, group)), "")
+            if not name or name in avoid:
+                content = render(group)
+                name = hashlib.sha256(content).hexdigest()
+                if name in avoid:
+                    content = render(group, salt=secrets.token_hex(4))
+                    name = hashlib.sha256(content).hexdigest()
+                self._write(name, content)
+            self._keep(name, group)
+            names.append(name)
+        return tuple(names)
+
+    def _keep(self, name: str, shards: tuple[Shard, ...]) -> None:
+        self._shards[name] = shards
+        self._names[tuple(map(id, shards))] = name
+
+    def _write(self, name: str, content: bytes) -> None:
+        files.make_folder(self.folder)
+        for path in both(self.folder, name):
+            if path.exists() and path.read_bytes() == content:
+                # Its writer may have died before the name was durable.
+                files.sync_folder(self.folder)
+            else:
+                files.write_bytes(path, content)
+
+
+def both(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return the two files of a group."""
+    return folder / f"{name}.json", folder / f"{name}.copy.json"
+
+
+def read_either(folder: Path, name: str) -> bytes:
+    """Return the content of a group from the file that is undamaged.
+
+    Raises:
+        ValueError: Both are damaged.
+        OSError: Both are missing, or the disk fails.
+    """
+    problem: Exception | None = None
+    for path in both(folder, name):
+        try:
+            files.require_regular(path)
+            content = path.read_bytes()
+        except OSError as error:
+            problem = problem or error
+            continue
+        if hashlib.sha256(content).hexdigest() == name:
+            return content
+        problem = ValueError(f"the group {name} is damaged")
+    assert problem is not None
+    raise problem
+
+
+def render(shards: Sequence[Shard], salt: str = "") -> bytes:
+    """Return a group as JSON, a shard a line; a salt gives it another name."""
+    lines = ",\n".join(json.dumps(_values(shard), separators=(",", ":")) for shard in shards)
+    beside = f'"salt":"{salt}",' if salt else ""
+    return f'{{{beside}"shards":[\n{lines}\n]}}\n'.encode()
+
+
+def _values(shard: Shard) -> dict[str, Any]:
+    values: dict[str, Any] = {"name": shard.name, "rows": shard.rows}
+    values["files"] = {r: [f.name, f.bytes, f.sha256] for r, f in shard.files.items()}
+    optional = ("precision", "version", "deleted_rows", "deleted")
+    return values | {name: getattr(shard, name) for name in optional if getattr(shard, name)}
+
+
+def parse(content: bytes) -> tuple[Shard, ...]:
+    """Read a group from its JSON.
+
+    Raises:
+        StoreError: It was not made by mmalign.
+    """
+    try:
+        shards = tuple(_shard(values) for values in json.loads(content)["shards"])
+        wrong = next((f"the shard {s.name!r} with {w}" for s in shards for w in invalid(s)), None)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, zlib.error) as error:
+        wrong = f"invalid fields: {error}"
+    if wrong:
+        raise StoreError(f"not made by mmalign: {wrong}")
+    return shards
+
+
+def _shard(values: dict[str, Any]) -> Shard:
+    stored = {role: StoredFile(*file) for role, file in values["files"].items()}
+    return Shard(
+        values["name"],
+        values["rows"],
+        stored["rows"],
+        stored["vectors"],
+        stored.get("thumbnails"),
+        **{k: v for k, v in values.items() if k not in ("name", "rows", "files")},
+    )
+
+
+def invalid(shard: Shard) -> Iterator[str]:
+    """Yield values that mmalign never writes: names outside the store, impossible sizes."""
+    if not matches(SHARD, shard.name):
+        yield "an invalid name"
+    if not is_count(shard.rows, MOST_ROWS):
+        yield f"{shard.rows!r} rows"
+    for file in shard.files.values():
+        if not (matches(SHARD_FILE, file.name) and is_count(file.bytes, MOST_BYTES)):
+            yield f"the file {file.name!r} of {file.bytes!r} bytes"
+        if not matches(SHA256, file.sha256):
+            yield f"the hash {file.sha256!r}"
+    if not {type(shard.precision), type(shard.version), type(shard.deleted)} <= {str}:
+        yield f"the precision {shard.precision!r} and version {shard.version!r}"
+    elif not is_count(shard.deleted_rows, shard.rows):
+        yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"
+    else:
+        expected = (shard.rows + 7) // 8 if shard.deleted_rows else 0
+        found = len(_bits(shard)) if shard.deleted else 0
+        if found != expected:
+            yield f"{found} bytes of deletions for {shard.rows} rows"
+
+
+def matches(pattern: re.Pattern[str], text: Any) -> bool:
+    """Return whether a value is a string that matches a pattern."""
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
+def is_count(number: Any, most: int) -> bool:
+    """Return whether a value is an integer from 0 to `most`."""
+    return type(number) is int and 0 <= number <= most
