@@ -11,6 +11,7 @@ NAMES = (
     "index",
     "loss",
     "ranks",
+    "scale",
     "search",
     "standin",
     "store",

@@ -1,6 +1,7 @@
 """Embeddings on disk: immutable Arrow shards under one manifest generation, as in docs/format.md.
 
 schema.py     columns of a shard; what a row is
+fields.py     metadata as typed columns, beside the JSON
 manifest.py   one generation of a store: the only commit point
 groups.py     what a generation names: groups of shards, and their deleted rows
 shards.py     one shard: written once, checked before it is read

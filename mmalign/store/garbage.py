@@ -7,6 +7,7 @@ name: removals are announced in a generation first, see `manifest.py`.
 """
 
 import contextlib
+import errno
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +53,11 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     for path in [*(p for p in to_remove if p not in old), *_leftovers(store)]:
         try:
             freed += _remove(store, path, removed)
-        except PermissionError as error:
-            # Windows cannot remove a file that a reader has memory-mapped.
+        except OSError as error:
+            # Windows cannot remove a file that a reader has memory-mapped; and a folder that was
+            # silent for a day may be written to again.
+            if not isinstance(error, PermissionError) and error.errno != errno.ENOTEMPTY:
+                raise
             busy.append(error)
     if busy:
         more = f" and {len(busy) - 1} more" if len(busy) > 1 else ""

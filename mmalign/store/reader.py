@@ -19,6 +19,7 @@ from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
+from mmalign.store.fields import joined
 from mmalign.store.ids import candidates
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import FIELDS, embedding_column, fixed_lists, id_hashes
@@ -180,14 +181,15 @@ class Store:
         """
         for shard, (card, end) in enumerate(zip(self.manifest.shards, self._ends, strict=True)):
             first = end - card.rows
-            inside = np.arange(card.rows)
+            inside = None
             if numbers is not None:
                 inside = numbers[slice(*np.searchsorted(numbers, (first, end)))] - first
-            if len(inside):
+            if inside is None or len(inside):
                 reader = self._shard(shard)
                 checked = [self._column(reader, name) for name in columns]
                 batch = pa.record_batch(checked, schema=self.arrow_schema(columns))
-                yield batch if len(inside) == card.rows else batch.take(pa.array(inside))
+                whole = inside is None or len(inside) == card.rows
+                yield batch if whole else batch.take(pa.array(inside))
 
     @property
     def columns(self) -> list[str]:
@@ -224,6 +226,17 @@ class Store:
         if self._is_single(name):
             return fixed_lists(shard.vectors(modality))
         return shard.list_column(modality)
+
+    def field(self, name: str) -> pa.ChunkedArray | None:
+        """Return a field of the metadata as a typed column over all rows, a chunk per shard.
+
+        None if a shard has it only in the JSON, or no row has it.
+        """
+        found = [shard.field(name) for shard in self._shards]
+        if not all(complete for _, complete in found):
+            return None
+        sizes = (shard.rows for shard in self.manifest.shards)
+        return joined([(column, rows) for (column, _), rows in zip(found, sizes, strict=True)])
 
     def column(self, name: str) -> list[Any]:
         """Read one column of all live rows, in row order."""

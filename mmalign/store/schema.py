@@ -4,6 +4,7 @@ D dimensions, V vectors of a row, P numbers of a position, N rows of a shard.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from mmalign.arrays import Floats, Hashes
 from mmalign.errors import VectorError
 from mmalign.modality import IMAGE, TEXT
+from mmalign.store.fields import ONLY_JSON, PREFIX, field_columns
 from mmalign.values import to_json
 
 UNIT_TOLERANCE = 1e-3
@@ -123,7 +125,23 @@ def row_batch(rows: Sequence[Row]) -> pa.RecordBatch:
         pa.array([r.checksum for r in rows], pa.binary(32)),
         *id_columns([r.id for r in rows]),
     ]
-    return pa.record_batch(columns, schema=ROW_SCHEMA)
+    return with_fields(columns)
+
+
+def with_fields(columns: Sequence[pa.Array]) -> pa.RecordBatch:
+    """Return the columns of `ROW_SCHEMA` with those of the fields of the metadata."""
+    found, only_json = field_columns(columns[ROW_SCHEMA.get_field_index("meta")].to_pylist())
+    fields = [pa.field(PREFIX + name, column.type) for name, column in found.items()]
+    schema = pa.schema([*ROW_SCHEMA, *fields], {ONLY_JSON: json.dumps(only_json)})
+    return pa.record_batch([*columns, *found.values()], schema=schema)
+
+
+def has_rows(schema: pa.Schema) -> bool:
+    """Return whether a schema is one that `with_fields` writes."""
+    first = len(ROW_SCHEMA)
+    if not pa.schema(list(schema)[:first]).equals(ROW_SCHEMA):
+        return False
+    return all(field.name.startswith(PREFIX) for field in list(schema)[first:])
 
 
 def id_columns(ids: Sequence[str]) -> tuple[pa.Array, pa.Array]:

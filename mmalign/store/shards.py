@@ -7,6 +7,7 @@ V vectors of a shard, D dimensions.
 """
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from mmalign.arrays import Floats, Halves, Hashes, Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.modality import IMAGE, TEXT
 from mmalign.store import format2
+from mmalign.store.fields import ONLY_JSON, PREFIX
 from mmalign.store.groups import Shard, StoredFile
 from mmalign.store.manifest import ModelCard
 from mmalign.store.schema import (
@@ -31,10 +33,12 @@ from mmalign.store.schema import (
     ROW_SCHEMA,
     THUMBNAIL_SCHEMA,
     fixed_lists,
+    has_rows,
     id_columns,
     id_hashes,
     position_column,
     vector_schema,
+    with_fields,
 )
 
 MAGIC_BYTES = 8
@@ -92,7 +96,7 @@ def write_tables(
     pictures = _one_chunk(thumbnails.column(0))
     some = pc.sum(pc.binary_length(pictures)).as_py()
     batches = {
-        "rows": pa.record_batch(columns, schema=ROW_SCHEMA),
+        "rows": with_fields(columns),
         "vectors": pa.record_batch([_one_chunk(c) for c in vectors.columns], schema=vectors.schema),
     }
     if some:
@@ -152,7 +156,7 @@ class ArrowFile:
                 column.validate(full=True)
             except (ValueError, pa.ArrowException) as error:
                 raise self.refuse(f"column {name} cannot be read: {error}") from None
-            if _has_nulls(column):
+            if _has_nulls(column) and not name.startswith(PREFIX):
                 raise self.refuse(f"column {name} has rows without a value")
             self._columns[name] = column
         return self._columns[name]
@@ -190,12 +194,17 @@ class ShardReader:
             if (file.bytes, rows) != (stored.bytes, self.shard.rows):
                 written = f"{stored.bytes} bytes and {self.shard.rows} rows were written"
                 raise file.refuse(f"has {file.bytes} bytes and {rows} rows, but {written}")
-            schemas = {"rows": ROW_SCHEMA, "thumbnails": THUMBNAIL_SCHEMA}
-            wanted = schemas.get(role) or self._vector_schema
-            if file.batch.schema not in (wanted, format2.schema(self.model.dim)):
+            if not self._fits(role, file.batch.schema):
                 raise file.refuse("has the wrong columns or dimensions")
             self._files[role] = file
         return self._files[role]
+
+    def _fits(self, role: str, schema: pa.Schema) -> bool:
+        if schema == format2.schema(self.model.dim):
+            return True
+        if role == "rows":
+            return has_rows(schema)
+        return bool(schema == (THUMBNAIL_SCHEMA if role == "thumbnails" else self._vector_schema))
 
     def open_all(self) -> None:
         """Open all files, so that they can be read when they have been removed."""
@@ -218,6 +227,21 @@ class ShardReader:
         if "thumbnails" in self.shard.files:
             return self.file("thumbnails").column(name)
         return pa.repeat(pa.scalar(b"", pa.binary()), self.shard.rows)
+
+    def field(self, name: str) -> tuple[pa.Array | None, bool]:
+        """Return the column of a field of the metadata, None if no row has it.
+
+        The second value says whether that is so: if not, the field is only in the JSON.
+        """
+        file = self.file("rows")
+        schema = file.batch.schema
+        if PREFIX + name in schema.names:
+            return file.column(PREFIX + name), True
+        only_json = (schema.metadata or {}).get(ONLY_JSON)
+        try:
+            return None, only_json is not None and name not in json.loads(only_json)
+        except ValueError:
+            return None, False
 
     def vectors(self, modality: str) -> Halves:
         """Return the vectors of a modality (V, D), in the order of their rows, zero-copy."""

@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from mmalign.arrays import Ints
 from mmalign.errors import InstallError, UsageError, nearest, reason_of
+from mmalign.store.fields import INTEGER, REAL, TEXT, TRUTH
 from mmalign.store.reader import Store
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ MOST_CASTS = 4
 # The memory for each row grows with the columns and numbers in an expression, and DuckDB evaluates
 # a few thousand rows at a time: if rows are long, it gets smaller batches.
 MOST_COLUMNS, MOST_BESIDE_LAMBDA, BYTES_AT_A_TIME = 500, 200, 2**18
+# The SQL types of the typed columns of meta fields.
+FIELD_TYPES = {INTEGER: "HUGEINT", REAL: "DOUBLE", TRUTH: "BOOLEAN", TEXT: "VARCHAR"}
 # The SQL type of a meta field whose values all have these JSON types; other mixtures are text.
 TYPES = [
     ({"BIGINT", "UBIGINT"}, "HUGEINT"),
@@ -156,6 +159,9 @@ class _Search:
     view: str = field(default_factory=lambda: f"visible {secrets.token_hex(8)}")
     texts: list[str] = field(default_factory=list)
     """Meta fields that the expression names and that are compared as text."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Meta fields that are columns of the store, and the names of the columns here."""
+    column_types: dict[str, str] = field(default_factory=dict)
 
     @property
     def query(self) -> str:
@@ -167,7 +173,8 @@ class _Search:
         fields = _fields(_parse(self.connection, self.query, expression))
         if not store.manifest.physical_rows:
             return np.zeros(0, np.int64)
-        self.connection.register("stored", _table(store, self.row))
+        typed = self._typed(store, [name for names in fields for name in names])
+        self.connection.register("stored", _table(store, self.row, typed))
         view = self._view_query(fields)
         self.connection.execute(f'CREATE TEMP VIEW "{self.view}" AS {view}')
         self.connection.execute("SET lock_configuration = true")
@@ -202,6 +209,8 @@ class _Search:
             sql_type = sql_types[present[0]]
             self.texts += [present[0]] if sql_type == "VARCHAR" else []
             value = f"json_extract_string(meta, {_pointer(present[0])})"
+            if present[0] in self.columns:
+                value = _quoted(self.columns[present[0]])
             columns.append(f"{value}::{sql_type} AS {_quoted(names[0])}")
         return f"SELECT {', '.join(columns)} FROM stored"
 
@@ -209,14 +218,27 @@ class _Search:
         """Return the SQL types of meta fields; None for a field that no row has."""
         if not names:
             return {}
-        selections = ", ".join(
-            f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in names
-        )
-        (found,) = self.connection.execute(f"SELECT {selections} FROM stored").fetchall()
-        return {
-            n: _sql_type({t for t in types or () if t})
-            for n, types in zip(names, found, strict=True)
-        }
+        sql_types: dict[str, str | None] = dict(self.column_types)
+        others = [name for name in names if name not in sql_types]
+        if others:
+            selections = ", ".join(
+                f"list(DISTINCT json_type(meta, {_pointer(name)}))" for name in others
+            )
+            (found,) = self.connection.execute(f"SELECT {selections} FROM stored").fetchall()
+            for name, types in zip(others, found, strict=True):
+                sql_types[name] = _sql_type({t for t in types or () if t})
+        return sql_types
+
+    def _typed(self, store: Store, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """Return the fields that are columns of the store, under names that nothing else has."""
+        typed = {}
+        for number, name in enumerate(names):
+            column = store.field(name)
+            if column is not None:
+                self.columns[name] = f"{self.row} {number}"
+                self.column_types[name] = FIELD_TYPES[column.type]
+                typed[self.columns[name]] = column
+        return typed
 
     def _ignoring_case(self, asked: str) -> str:
         """Return the one meta field with this name, ignoring case."""
@@ -347,11 +369,14 @@ def _fields(clause: dict[str, Any]) -> list[list[str]]:
     return list(fields.values())
 
 
-def _table(store: Store, row: str) -> pa.Table:
+def _table(store: Store, row: str, typed: dict[str, pa.ChunkedArray]) -> pa.Table:
     """Return the shards as one table, zero-copy, without vectors and with numbered rows."""
     numbers = pa.array(np.arange(store.manifest.physical_rows, dtype=np.int64))
     small_batches = (part for batch in store.batches(COLUMNS) for part in _small_batches(batch))
-    return pa.Table.from_batches(small_batches).append_column(row, numbers)
+    table = pa.Table.from_batches(small_batches).append_column(row, numbers)
+    for name, column in typed.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def _small_batches(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

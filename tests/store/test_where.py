@@ -13,7 +13,7 @@ import pytest
 from small_store import fill, row
 
 from mmalign.errors import UsageError
-from mmalign.store import Store, delete, open_store
+from mmalign.store import Store, delete, fields, open_store
 from mmalign.store.where import where
 
 pytest.importorskip("duckdb", reason="rows by SQL need DuckDB: pip install 'mmalign[sql]'")
@@ -127,7 +127,7 @@ def test_long_rows_are_evaluated_few_at_a_time(tmp_path: Path) -> None:
         replace(one, id=f"id{n}", meta=json.dumps({"n": n, "t": "x" * 9000})) for n in range(90)
     )
     held = fill(tmp_path, rows, rows_per_shard=40)
-    shown = sys.modules[where.__module__]._table(held, "row")
+    shown = sys.modules[where.__module__]._table(held, "row", {})
     sizes = [batch.nbytes for batch in shown.to_batches()]
     assert 4 <= len(sizes) <= 10
     assert max(sizes) < 300_000
@@ -282,3 +282,48 @@ def test_many_rows_are_found_in_order(tmp_path: Path) -> None:
     many = (replace(one, id=f"id{n}", meta=json.dumps({"n": n})) for n in range(count))
     held = fill(tmp_path, many, rows_per_shard=1000)
     assert where(held, "n % 3 = 1").tolist() == list(range(1, count, 3))
+
+
+def test_a_typed_column_and_the_json_give_the_same_rows(tmp_path: Path) -> None:
+    """Fields of all kinds; those of a store in which every field is only in the JSON, too."""
+    metas = [
+        {"price": n, "share": n / 7, "sold": n % 3 == 0, "label": f"l{n % 5}", "tags": ["a", n]}
+        | ({"size": n if n % 2 else n + 0.5} if n % 4 else {})
+        | {"mixed": n if n % 2 else str(n), "large": 2**63 + n, "none": None}
+        for n in range(60)
+    ]
+    typed = fill(tmp_path / "typed.store", [row(n, **meta) for n, meta in enumerate(metas)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fields, "MOST_FIELDS", 0)
+        plain = fill(tmp_path / "plain.store", [row(n, **m) for n, m in enumerate(metas)])
+    assert [typed.field(n) is not None for n in ("price", "share", "sold", "label", "size")] == (
+        [True] * 5
+    )
+    assert [typed.field(n) for n in ("mixed", "large", "none", "tags")] == [None] * 4
+    assert plain.field("price") is None
+    for expression in (
+        "price between 10 and 20", "share > 3", "sold", "not sold", "label = 'l3'", "size > 20",
+        "size is null", "mixed = '11'", "large > 9223372036854775817", "\"none\" is null",
+        "price + size > 50 and label in ('l1', 'l2')", "PRICE = 7", "price / 2 = 3.5",
+        "json_array_length(tags) = 2", "absent is null",
+    ):  # fmt: skip
+        outcomes = []
+        for store in (typed, plain):
+            try:
+                outcomes.append(where(store, expression).tolist())
+            except UsageError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1], expression
+
+
+def test_fields_of_shards_with_other_types_are_joined(tmp_path: Path) -> None:
+    kinds = [{"n": 1}, {"n": 1.5}, {}, {"n": 3}]
+    rows = [row(10 * s + i, **meta) for s, meta in enumerate(kinds) for i in range(10)]
+    store = fill(tmp_path / "s.store", rows)
+    column = store.field("n")
+    assert column is not None
+    assert column.to_pylist() == [1.0] * 10 + [1.5] * 10 + [None] * 10 + [3.0] * 10
+    assert where(store, "n > 1").tolist() == [*range(10, 20), *range(30, 40)]
+    more = fill(tmp_path / "s.store", [row(n, n="text") for n in range(50, 60)])
+    assert more.field("n") is None
+    assert where(more, "n = 'text'").tolist() == list(range(40, 50))
