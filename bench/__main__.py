@@ -11,6 +11,7 @@ NAMES = (
     "index",
     "loss",
     "ranks",
+    "rows",
     "scale",
     "search",
     "standin",

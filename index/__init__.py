@@ -1,8 +1,9 @@
-"""Vectors in, row numbers and scores out: exact search, and an index with a recall target.
+"""Vectors in, the nearest rows out: exact search, and an index with a recall target.
 
     spec.py          the index interface, and the index specs to choose from
     exact.py         exact search; the ground truth for recall
     vectors.py       stored vectors in any number of shards
+    owners.py        rows with several vectors: each is found once
     quantizer.py     the coarse quantizer of an IVF, in the metric of the queries
     approximate.py   candidates from FAISS, scored exactly; the only file that imports faiss
     mapped.py        lists that stay in a file, so that opening reads none of them
@@ -20,6 +21,7 @@ from mmalign.index.folder import describe as describe
 from mmalign.index.folder import open_index as open_index
 from mmalign.index.folder import write_description as write_description
 from mmalign.index.folder import write_index as write_index
+from mmalign.index.owners import Owners as Owners
 from mmalign.index.plan import Queries as Queries
 from mmalign.index.report import table as table
 from mmalign.index.spec import Index as Index
@@ -29,6 +31,7 @@ __all__ = [
     "Exact",
     "Extended",
     "Index",
+    "Owners",
     "Queries",
     "VectorReader",
     "describe",

@@ -1,7 +1,7 @@
 """FAISS finds candidates, the stored vectors score them; the only file that imports faiss.
 
-Shapes: N rows, M queries, Q queries without a result yet, D dimensions, K neighbours, R candidates,
-P gathered vectors, L lists, B rows of a block.
+Shapes: N vectors, M queries, Q queries without a result yet, D dimensions, K rows,
+R candidates, P gathered vectors, L lists, B rows of a block.
 """
 
 # The type stubs of FAISS are out of date.
@@ -65,17 +65,17 @@ class Approximate(Index):
         """Combine a FAISS index with its vectors.
 
         Args:
-            faiss_index: Its ids are row numbers.
-            vectors: At least the rows of the index.
+            faiss_index: Its ids are vector numbers.
+            vectors: At least those of the index.
             points: Search parameters by query modality, for ascending k.
-            rows: Rows that the index covers, deleted ones included.
+            rows: Vectors that the index covers, deleted ones included.
         """
         self.faiss = faiss_index
         self.vectors = vectors
         self.points = points
         self.rows = rows
         self.indexed = int(faiss_index.ntotal)
-        self.exact = Exact(vectors.first_rows(rows), max_code_bytes=0)
+        self.exact = Exact(vectors.first_rows(rows), max_code_bytes=0, owners=vectors.owners)
 
     def search(
         self,
@@ -91,6 +91,9 @@ class Approximate(Index):
         without the filter, for k neighbours or more. The first k that are allowed are the result if
         they are among the nearer neighbours: the first k and half of the others. If they never are,
         the query is far from the allowed rows, and is compared with all of them.
+
+        Neighbours are rows. Where rows have several vectors, the candidates of a query may belong
+        to fewer than k rows. Then the search is widened.
 
         Raises:
             StoreError: The index is damaged.
@@ -131,6 +134,8 @@ class Approximate(Index):
         allowed_share = allowed / max(self.indexed, 1)
         if (1 - allowed_share) * k < MAX_EXPECTED_REMOVED:
             yield self.point(k, query_modality)
+        if allowed_share == 1 and self.vectors.owners is not None:
+            yield from self._wider_points(self.point(k, query_modality))
         max_neighbours = MAX_NEIGHBOURS_FACTOR * max(TUNED_KS)
         neighbours = math.ceil(2 * ALLOWED_MARGIN * k / max(allowed_share, 1e-9)) - k
         while allowed_share < 1 and neighbours <= max_neighbours:
@@ -142,11 +147,24 @@ class Approximate(Index):
             yield point
             neighbours *= NEIGHBOURS_GROWTH
 
+    def _wider_points(self, point: OperatingPoint) -> Iterator[OperatingPoint]:
+        """Yield points that search twice as much each time, while they cost less than exact."""
+        while 2 * point.candidates * CANDIDATE_COST <= self.indexed:
+            wider = min(2 * point.nprobe_or_ef, max(point.nprobe_or_ef, self.max_nprobe_or_ef))
+            point = OperatingPoint(point.k, wider, 2 * point.candidates)
+            yield point
+
     def search_at(self, queries_MD: Floats, point: OperatingPoint) -> tuple[Floats, Ints]:
-        """Search with given parameters, without a filter."""
+        """Search with given parameters, without a filter; k rows come back."""
         queries_MD = np.ascontiguousarray(queries_MD, dtype=np.float32)
         rows_MR = self.candidates(queries_MD, point)
-        return self.rescore(queries_MD, rows_MR, point.k)
+        if self.vectors.owners is None:
+            return self.rescore(queries_MD, rows_MR, point.k)
+
+        def find(numbers_Q: Ints, count: int) -> tuple[Floats, Ints]:
+            return self.rescore(queries_MD[numbers_Q], rows_MR[numbers_Q], count)
+
+        return self.vectors.owners.search(find, len(queries_MD), point.k, rows_MR.shape[1])
 
     @property
     def max_nprobe_or_ef(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from mmalign import kernels
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import VectorError
+from mmalign.index.owners import Owners
 from mmalign.index.spec import Index, Shards
 from mmalign.index.vectors import VectorReader, shared_tensor
 
@@ -29,13 +30,18 @@ class Exact(Index):
     """Compares every row. The ground truth for all other indexes."""
 
     def __init__(
-        self, shards: Shards, first_row: int = 0, max_code_bytes: float = MAX_CODE_BYTES
+        self,
+        shards: Shards,
+        first_row: int = 0,
+        max_code_bytes: float = MAX_CODE_BYTES,
+        owners: Owners | None = None,
     ) -> None:
-        """Prepare to search the shards, each (rows, D) float16, from row `first_row` on.
+        """Prepare to search the shards, each (vectors, D) float16, from vector `first_row` on.
 
         Up to `max_code_bytes` of memory may be used to answer many queries faster.
         """
         self.first_row = first_row
+        self.owners = owners
         self.max_code_bytes = max_code_bytes
         self.shards = []
         for shard in shards:
@@ -61,6 +67,18 @@ class Exact(Index):
         """See `Index.search`."""
         if not self.rows:
             raise VectorError("there are no vectors to search")
+        if self.owners is None:
+            return self._search_vectors(queries_MD, k, allow_N)
+
+        def find(numbers_Q: Ints, count: int) -> tuple[Floats, Ints]:
+            return self._search_vectors(queries_MD[numbers_Q], count, allow_N)
+
+        return self.owners.search(find, len(queries_MD), k, self.rows)
+
+    def _search_vectors(
+        self, queries_MD: Floats, k: int, allow_N: Bools | None
+    ) -> tuple[Floats, Ints]:
+        """Find the k nearest vectors, whichever rows they belong to."""
         queries = torch.from_numpy(np.ascontiguousarray(queries_MD, dtype=np.float32))
         allow = None
         if allow_N is not None:
@@ -112,13 +130,16 @@ class Exact(Index):
 
 
 class Extended(Index):
-    """An index combined with exact search over the rows added since it was built."""
+    """An index combined with exact search over the rows added since it was built.
+
+    The vectors of a row are all in one part, as rows are never changed.
+    """
 
     def __init__(self, index: Index, vectors: VectorReader) -> None:
         """Combine an index over the first rows with the vectors of the whole store."""
         self.index = index
         self.vectors = vectors
-        self.tail = Exact(vectors.shards, first_row=index.rows)
+        self.tail = Exact(vectors.shards, first_row=index.rows, owners=vectors.owners)
         self.rows = vectors.total
 
     def search(

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.arrays import Bools
+from mmalign.arrays import Bools, Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.index import approximate
 from mmalign.index.exact import Exact, Extended
 from mmalign.index.measure import Trial
+from mmalign.index.owners import Owners
 from mmalign.index.plan import Queries, plan
 from mmalign.index.spec import JSON_NAMES, Index, OperatingPoint, Shards
 from mmalign.index.vectors import VectorReader
@@ -40,20 +41,22 @@ def write_index(
     memory: float,
     memory_share: float = 1.0,
     live_N: Bools | None = None,
+    owners: Ints | None = None,
 ) -> dict[str, Any]:
     """Choose, build and write the index of one modality; return its part of index.json.
 
     Args:
         folder: An existing folder for the FAISS file.
-        modality: "image" or "text": what the vectors are of.
-        shards: The vectors, each (rows, D) float16.
+        modality: What the vectors are of.
+        shards: The vectors, each (vectors, D) float16.
         queries_by_modality: Those of the first modality decide the choice.
-        recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
+        recall: Share of the true ten nearest rows to be found, above 0 and at most 1.
         memory: Bytes that the index may hold.
         memory_share: `memory` as a share of the memory for all indexes of a store.
-        live_N: Which rows are not deleted; None if all are live.
+        live_N: Which vectors are not deleted; None if all are live.
+        owners: The row of each vector, ascending; None if each row has one.
     """
-    vectors = VectorReader(shards, live_N)
+    vectors = VectorReader(shards, live_N, owners)
     chosen = plan(vectors, queries_by_modality, recall, memory, memory_share)
     if chosen.index is not None:
         approximate.save(chosen.index, folder / f"{modality}.faiss")
@@ -63,6 +66,7 @@ def write_index(
         "name": chosen.spec.name(vectors.live, vectors.dim),
         "rows": vectors.total,
         "held": vectors.live,
+        "vectors_per_row": round(vectors.per_row, 3),
         "dim": vectors.dim,
         "recall_wanted": recall,
         "memory": memory,
@@ -86,24 +90,32 @@ def describe(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder / 'index.json'}: index cannot be read: {error}") from None
 
 
-def open_index(folder: Path | None, modality: str, shards: Shards) -> Index:
+def open_index(
+    folder: Path | None, modality: str, shards: Shards, owners: Ints | None = None
+) -> Index:
     """Open the index of one modality; rows that it does not cover are searched exactly.
 
-    A folder of None means exact search.
+    Args:
+        folder: None means exact search.
+        modality: What the vectors are of.
+        shards: The vectors, each (vectors, D) float16.
+        owners: The row of each vector, ascending; None if each row has one. Not copied.
 
     Raises:
         StoreError: The index is damaged, or belongs to other vectors.
     """
     if folder is None:
-        return Exact(shards)
+        return Exact(shards, owners=Owners.of(owners))
     try:
-        return _open_modality(folder, describe(folder), modality, shards)
+        return _open_modality(folder, describe(folder), modality, shards, owners)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"not made by mmalign: {type(error).__name__}: {error}"
         raise StoreError(f"{folder / 'index.json'}: {reason}") from None
 
 
-def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards: Shards) -> Index:
+def _open_modality(
+    folder: Path, content: dict[str, Any], modality: str, shards: Shards, owners: Ints | None
+) -> Index:
     if content["format"] != FORMAT:
         other = (
             f"index format {content['format']}, but this version of mmalign reads format {FORMAT}"
@@ -111,7 +123,7 @@ def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards:
         raise StoreError(f"{folder}: {other}: run {shell_command('index', folder.parents[1])}")
     part = content["modalities"].get(modality)
     if part is None or part["kind"] == "exact":
-        return Exact(shards)
+        return Exact(shards, owners=Owners.of(owners))
     file = folder / f"{modality}.faiss"
     for name, size in content["bytes"].items():
         beside = folder / name
@@ -123,9 +135,14 @@ def _open_modality(folder: Path, content: dict[str, Any], modality: str, shards:
         intact = _head_crc(file) == content["heads"][file.name]
     if not intact:
         raise StoreError(f"{file}: damaged: its content does not match its hash")
-    vectors = VectorReader(shards)
+    vectors = VectorReader(shards, owners=owners)
+    if vectors.owners is not None and "vectors_per_row" not in part:
+        what = "its recall was measured by vector, not by row"
+        raise StoreError(f"{file}: {what}: run {shell_command('index', folder.parents[1])}")
     if vectors.total < part["rows"]:
-        raise StoreError(f"{file}: covers {part['rows']} rows, but the store has {vectors.total}")
+        raise StoreError(
+            f"{file}: covers {part['rows']} vectors, but the store has {vectors.total}"
+        )
     points = {
         name: [OperatingPoint(p["k"], p["breadth"], p["candidates"]) for p in points]
         for name, points in part["points"].items()

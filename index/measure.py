@@ -16,7 +16,8 @@ from mmalign.arrays import Floats, Ints
 from mmalign.index.approximate import Approximate
 from mmalign.index.spec import OperatingPoint
 
-# Maximum candidates of a sweep: as a multiple of the neighbours wanted, and in total.
+# Maximum candidates of a sweep: as a multiple of the neighbours wanted, and in total. Both count
+# rows: where a row has several vectors, there are as many times more candidates.
 MAX_CANDIDATES_PER_K, MAX_CANDIDATES = 40, 2_000
 CANDIDATES_STEP = 1.3
 # nprobe or efSearch is doubled until it suffices; the sweep starts at half of that, and grows by
@@ -52,7 +53,7 @@ class Trial:
     point: OperatingPoint
     queries: int
     recall: float
-    """Share of the true k nearest neighbours that were found, on held-out queries."""
+    """Share of the true k nearest rows that were found, on held-out queries."""
     low: float
     high: float
     """95 % confidence interval of the recall, over the images of the queries."""
@@ -73,6 +74,17 @@ def neighbour_recall(found_MK: Ints, true_MK: Ints) -> Floats:
     """
     matches = (found_MK[:, :, None] == true_MK[:, None, :]) & (true_MK[:, None, :] >= 0)
     return matches.any(axis=1).sum(axis=1) / np.maximum((true_MK >= 0).sum(axis=1), 1)  # type: ignore[no-any-return]
+
+
+def row_recall(index: Approximate, found_MK: Ints, true_MK: Ints) -> Floats:
+    """Return the share of the true nearest rows that a search found, for each query.
+
+    Args:
+        index: It knows the row of each vector.
+        found_MK: Vector numbers, no two of one row.
+        true_MK: Likewise.
+    """
+    return neighbour_recall(index.vectors.rows_of(found_MK), index.vectors.rows_of(true_MK))
 
 
 def interval(recall_M: Floats, image_ids_M: Ints | None = None) -> tuple[float, float]:
@@ -119,7 +131,8 @@ def tune(
     """Find the fastest parameters that reach the wanted recall of the k nearest neighbours.
 
     For each nprobe or efSearch, one search shows how many candidates the recall requires. The
-    resulting parameters are timed, one query at a time.
+    resulting parameters are timed, one query at a time. Neighbours are rows: one counts as found
+    if its best vector is a candidate, so recall by row is at least that high.
 
     Returns:
         The parameters, and True; or those with the highest recall, and False, if even the whole
@@ -194,7 +207,7 @@ def widen_to_recall(
     ]
     while True:
         found_MK = index.search_at(held_out.queries_MD, replace(point, k=point.k + self_matches))[1]
-        recall_M = neighbour_recall(found_MK, true_MK[:, : point.k])
+        recall_M = row_recall(index, found_MK, true_MK[:, : point.k])
         low = (
             interval(recall_M, held_out.image_ids_M)[0]
             if low_if_perfect >= target_recall
@@ -228,7 +241,9 @@ def geometric_steps(first: int, last: int, step: float) -> list[int]:
 
 def _max_candidates(index: Approximate, k: int) -> int:
     """Return the largest number of candidates worth trying."""
-    return min(MAX_CANDIDATES_PER_K * k, index.indexed, MAX_CANDIDATES)
+    per_row = index.vectors.per_row
+    most = min(MAX_CANDIDATES_PER_K * k, MAX_CANDIDATES)
+    return min(math.ceil(per_row * most), index.indexed)
 
 
 def candidate_counts(k: int, max_candidates: int) -> list[int]:
@@ -289,7 +304,7 @@ def measure(
     started = time.perf_counter()
     found_MK = index.search_at(queries_MD, replace(point, k=point.k + self_matches))[1]
     batch_s = time.perf_counter() - started
-    recall_M = neighbour_recall(found_MK, true_MK[:, : point.k])
+    recall_M = row_recall(index, found_MK, true_MK[:, : point.k])
     low, high = interval(recall_M, held_out.image_ids_M)
     return Trial(
         point=point,

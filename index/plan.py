@@ -124,7 +124,7 @@ def plan(
     Args:
         vectors: The vectors to be searched.
         by_modality: Queries by modality; those of the first one decide which spec is chosen.
-        recall: Share of the true ten nearest neighbours to be found, above 0 and at most 1.
+        recall: Share of the true ten nearest rows to be found, above 0 and at most 1.
         memory: Bytes that the index may hold, stored vectors not counted.
         memory_share: `memory` as a share of the memory for all indexes of a store.
     """
@@ -204,7 +204,7 @@ def _run_rounds(
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
     for number, rows in enumerate(ROUND_ROWS):
-        sample = VectorReader([vectors.gather(vectors.sample_rows(rows, seed=rows))])
+        sample = vectors.sample(rows, seed=rows)
         tournament = _Tournament(sample, main, queries, recall)
         for spec in over(f"try {rows:,}", specs, len(specs), "specs"):
             tournament.enter(spec)
@@ -353,7 +353,7 @@ def _common_fields(
 
 
 def true_neighbours(vectors: VectorReader, queries_MD: Floats, k: int) -> Ints:
-    """Return the true neighbours among the live rows, shape (M, K)."""
+    """Return the true neighbours among the live rows: the best vector of each, shape (M, K)."""
     # No codes: they make searches faster, but take longer to compute than this one search.
-    exact = Exact(vectors.shards, max_code_bytes=0)
+    exact = Exact(vectors.shards, max_code_bytes=0, owners=vectors.owners)
     return exact.search(queries_MD, k, vectors.live_N)[1]

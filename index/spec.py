@@ -1,6 +1,6 @@
 """What an index is, and the index specs to choose from.
 
-Shapes: N rows, M queries, D dimensions, K neighbours.
+Shapes: N vectors, M queries, D dimensions, K rows.
 """
 
 import re
@@ -35,25 +35,28 @@ class Index(ABC):
         *,
         query_modality: str = "text",
     ) -> tuple[Floats, Ints]:
-        """Return scores (M, K), best first, and rows (M, K); row -1 if there are fewer.
+        """Return scores (M, K), best first, and vector numbers (M, K); -1 if there are fewer.
+
+        Each is the best vector of another row. Where every row has one vector, their numbers are
+        those of the rows.
 
         Args:
             queries_MD: Queries of unit norm.
-            k: Neighbours per query.
-            allow_N: Rows that are False are excluded.
+            k: Rows per query.
+            allow_N: Vectors that are False are excluded; of a row, all or none.
             query_modality: Modality of the queries, as each has search parameters of its own.
         """
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Search parameters for k neighbours."""
+    """Search parameters for k rows."""
 
     k: int
     nprobe_or_ef: int
     """nprobe of an IVF, efSearch of a graph: how much of the index is searched."""
     candidates: int
-    """Rows that FAISS returns, to be scored exactly."""
+    """Vectors that FAISS returns, to be scored exactly."""
 
     def scaled_to(self, k: int) -> "OperatingPoint":
         """Return parameters for more neighbours than these were tuned for."""

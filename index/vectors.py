@@ -1,6 +1,6 @@
 """The vectors that an index is built over and scored with, in any number of shards.
 
-Shapes: N rows, P row numbers, D dimensions.
+Shapes: N vectors, P vector numbers, D dimensions.
 """
 
 import math
@@ -12,9 +12,12 @@ import torch
 
 from mmalign.arrays import Bools, Floats, Halves, Ints
 from mmalign.errors import VectorError
+from mmalign.index.owners import Owners
 from mmalign.index.spec import Shards
 
 BLOCK_ROWS = 1 << 14
+# A sample of whole rows has at least this many of them.
+MIN_SAMPLED_ROWS = 128
 
 
 class _Writable:
@@ -40,13 +43,17 @@ class VectorReader:
     Deleted vectors keep their numbers and are skipped.
     """
 
-    def __init__(self, shards: Shards, live_N: Bools | None = None) -> None:
-        """Take shards, each (rows, D) with contiguous rows, in memory or memory-mapped.
+    def __init__(
+        self, shards: Shards, live_N: Bools | None = None, owners: Ints | None = None
+    ) -> None:
+        """Take shards, each (vectors, D) and contiguous, in memory or memory-mapped.
 
         Args:
             shards: They must not be changed or unmapped while this object lives.
-            live_N: Which rows are not deleted; None if all are live.
+            live_N: Which vectors are not deleted; None if all are live.
+            owners: The row of each vector, ascending; None if each row has one. Not copied.
         """
+        self.owners = Owners.of(owners)
         self.shards = [s for s in shards if len(s)]
         self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
         self.total = int(self.ends[-1]) if self.shards else 0
@@ -74,6 +81,35 @@ class VectorReader:
             len(row_numbers), size=min(count, len(row_numbers)), replace=False
         )
         return np.sort(row_numbers[sampled])
+
+    @property
+    def per_row(self) -> float:
+        """Mean number of vectors of a row."""
+        return 1.0 if self.owners is None else self.owners.mean
+
+    def rows_of(self, vectors_MK: Ints) -> Ints:
+        """Return the row of each vector; -1 stays -1."""
+        return vectors_MK if self.owners is None else self.owners.of_vectors(vectors_MK)
+
+    def sample(self, count: int, seed: int) -> "VectorReader":
+        """Copy about `count` live vectors, drawn at random by row: all vectors of each."""
+        if self.owners is None:
+            return VectorReader([self.gather(self.sample_rows(count, seed))])
+        rows_V = self.owners.rows_V
+        starts = np.concatenate([[0], 1 + np.flatnonzero(rows_V[1:] != rows_V[:-1])])
+        sizes = np.diff(starts, append=len(rows_V))
+        if self.live_N is not None:
+            live = self.live_N[starts]
+            starts, sizes = starts[live], sizes[live]
+        wanted = max(MIN_SAMPLED_ROWS, round(count / self.owners.mean))
+        drawn = np.random.default_rng(seed).choice(
+            len(starts), size=min(wanted, len(starts)), replace=False
+        )
+        starts, sizes = starts[np.sort(drawn)], sizes[np.sort(drawn)]
+        owners = np.repeat(np.arange(len(starts)), sizes)
+        # Consecutive numbers from the start of each row.
+        numbers = np.arange(len(owners)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+        return VectorReader([self.gather(numbers)], owners=owners)
 
     def gather(self, rows_P: Ints, out: torch.Tensor | None = None) -> Halves:
         """Copy the vectors of some rows, shape (P, D), with all threads of torch.

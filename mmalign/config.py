@@ -47,8 +47,15 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name}={value} must be {rule}")
 
 
-def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
+def override(
+    values: dict[str, Any], settings: tuple[str, ...], *, null: bool = False
+) -> dict[str, Any]:
     """Override values by `key=value` words (dots for nesting, TOML values, bare words as strings).
+
+    Args:
+        values: The values before.
+        settings: The words.
+        null: The bare word `null` is None.
 
     >>> override({"epochs": 3}, ("epochs=5", "augment.flip=true", "preset=tiny"))
     {'epochs': 5, 'augment': {'flip': True}, 'preset': 'tiny'}
@@ -61,7 +68,7 @@ def override(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
-            value = text
+            value = None if null and text.strip() == "null" else text
         *path, last = key.strip().split(".")
         table = out
         for part in path:

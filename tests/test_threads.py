@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,9 +89,9 @@ def test_one_searcher_serves_many_threads(store: Path, monkeypatch: pytest.Monke
     opened: list[str] = []
     real = search_module.open_index
 
-    def count(folder: Path | None, modality: str, shards: list[np.ndarray]) -> Index:
+    def count(folder: Path | None, modality: str, shards: list[np.ndarray], owners: Any) -> Index:
         opened.append(modality)
-        return real(folder, modality, shards)
+        return real(folder, modality, shards, owners)
 
     monkeypatch.setattr(search_module, "open_index", count)
     # So that some of the searches prepare vectors, and some are under way meanwhile.
@@ -131,7 +132,9 @@ def test_damage_that_many_threads_meet_is_said_once(
 
     searcher = Searcher.open(store)
     wanted = searcher.search("a red circle", exact=True)
-    monkeypatch.setattr(search_module, "open_index", lambda folder, to, shards: Damaged(shards))
+    monkeypatch.setattr(
+        search_module, "open_index", lambda folder, to, shards, owners: Damaged(shards)
+    )
     for found in together(lambda: searcher.search("a red circle")):
         assert found == wanted
     assert capsys.readouterr().err.count("returns rows beyond") == 1

@@ -1,4 +1,4 @@
-"""`mmalign index`: build an index of a store, with its recall measured on text queries."""
+"""`mmalign index`: build an index of a store, its recall by row measured on held-out queries."""
 
 import math
 import re
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
+from mmalign.arrays import Ints
 from mmalign.encoding.batches import report_truncated
 from mmalign.errors import (
     DataError,
@@ -20,6 +21,7 @@ from mmalign.errors import (
     shell_command,
 )
 from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
+from mmalign.modality import IMAGE, TEXT
 from mmalign.progress import say
 from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
@@ -27,7 +29,6 @@ from mmalign.store import Store, commit_index, open_store
 # Queries drawn from the store: this many are held out to measure, the others tune and provide the
 # query distribution.
 HELD_OUT, TUNING = 1_000, 8_000
-OTHER_MODALITY = {"image": "text", "text": "image"}
 UNITS = {
     "B": 1,
     "KB": 1e3,
@@ -51,11 +52,11 @@ def build_index(
     queries: str | Path | None = None,
     model: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Build an index over the image and the caption vectors of a store and make it current.
+    """Build an index over the vectors of each modality of a store and make it current.
 
     Args:
         path: The store.
-        recall: Recall target: share of the true neighbours to be found, above 0 and at most 1.
+        recall: Recall target: share of the true nearest rows to be found, above 0 and at most 1.
         memory: Memory limit of the index, in bytes or with a unit ("300MB", "2GB"); the store's own
             vectors, which stay on disk, are not counted.
         queries: A file with one text query per line for tuning and measuring; by default the
@@ -124,39 +125,56 @@ def memory_bytes(text: str | float) -> float:
 def _build_all(
     store: Store, folder: Path, recall: float, memory: float, user_queries: Queries | None
 ) -> dict[str, Any]:
-    """Build an index for each modality with vectors; memory is split by number of vectors."""
-    counts = {name: sum(len(s) for s in store.vectors(name)) for name in OTHER_MODALITY}
-    live = {name: _live_vectors(store, name) for name in OTHER_MODALITY}
-    sampled = {name: _sample_queries(store, name, live[name]) for name in OTHER_MODALITY}
+    """Build an index for each modality with vectors; memory is split by number of vectors.
+
+    Queries for the vectors of a modality come from the other modalities of the store. Images are
+    also searched by images of the store (`Row`).
+    """
+    names = tuple(store.manifest.model.positions)
+    readers = {name: _reader(store, name) for name in names}
+    sampled = {name: _sample_queries(store, name, readers[name]) for name in names}
+    total = sum(reader.total for reader in readers.values())
     modalities: dict[str, Any] = {}
-    for name, other in OTHER_MODALITY.items():
-        if not counts[name]:
+    for name, reader in readers.items():
+        if not reader.total:
             continue
-        queries_by_modality = {other: sampled[other]}
-        if name == "image":
-            if user_queries is not None:
-                queries_by_modality = {other: user_queries}
-            queries_by_modality["image"] = replace(sampled["image"], stored=True)
-        share = counts[name] / sum(counts.values())
+        # Those of the first modality decide the choice: texts, if the store has any.
+        others = sorted((other for other in names if other != name), key=TEXT.name.__ne__)
+        queries = {other: sampled[other] for other in others}
+        if user_queries is not None and name != TEXT.name:
+            queries[TEXT.name] = user_queries
+        if name == IMAGE.name:
+            queries[name] = replace(sampled[name], stored=True)
+        share = reader.total / total
         modalities[name] = write_index(
-            folder, name, store.vectors(name), queries_by_modality=queries_by_modality,
-            recall=recall, memory=memory * share, memory_share=share, live_N=live[name],
+            folder, name, store.vectors(name), queries_by_modality=queries, recall=recall,
+            memory=memory * share, memory_share=share, live_N=reader.live_N,
+            owners=_owners(store, name),
         )  # fmt: skip
     return modalities
 
 
-def _live_vectors(store: Store, modality: str) -> NDArray[np.bool_] | None:
-    return None if store.live is None else store.live[store.owners(modality)]
+def _owners(store: Store, modality: str) -> Ints | None:
+    """Return the row of each vector; None if each row has one."""
+    return None if store.is_single(modality) else store.owners(modality)
 
 
-def _sample_queries(store: Store, modality: str, live_N: NDArray[np.bool_] | None) -> Queries:
+def _reader(store: Store, modality: str) -> VectorReader:
+    owners_N, live_N = _owners(store, modality), store.live
+    if live_N is not None and owners_N is not None:
+        live_N = live_N[owners_N]
+    return VectorReader(store.vectors(modality), live_N, owners_N)
+
+
+def _sample_queries(store: Store, modality: str, vectors: VectorReader) -> Queries:
     """Draw vectors of one modality as queries."""
-    vectors = VectorReader(store.vectors(modality), live_N)
     if not vectors.live:
         empty = np.zeros((0, store.manifest.model.dim), np.float32)
         return Queries(empty, empty)
-    rows = np.random.default_rng(1).permutation(vectors.sample_rows(TUNING + HELD_OUT, seed=0))
-    return _split(vectors.gather(rows).astype(np.float32), store.owners(modality)[rows])
+    drawn = np.random.default_rng(1).permutation(vectors.sample_rows(TUNING + HELD_OUT, seed=0))
+    owners_N = _owners(store, modality)
+    rows = drawn if owners_N is None else owners_N[drawn]
+    return _split(vectors.gather(drawn).astype(np.float32), rows)
 
 
 def _split(queries_MD: NDArray[np.float32], image_ids_M: NDArray[np.int64]) -> Queries:

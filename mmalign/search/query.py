@@ -21,9 +21,9 @@ class Query:
     """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
     negative weight moves away from an item. See `mmalign.items` for what an item is."""
     to: Target = "image"
-    """Whether images or captions are found."""
+    """Whether rows are found by their images or by their captions."""
     k: int = 10
-    """Number of results; fewer if the store has fewer."""
+    """Number of rows; fewer if the store has fewer."""
     offset: int = 0
     """Results to skip at the start: `offset=10, k=10` is the second page."""
     where: str | None = None

@@ -2,7 +2,7 @@
 
     query -> encoder -> index finds rows -> store reads the rows
 
-Shapes: M queries, D dimensions, K neighbours.
+Shapes: M queries, D dimensions, K rows.
 """
 
 import threading
@@ -109,12 +109,14 @@ class Searcher:
         meta: bool = False,
         thumbnails: bool = False,
     ) -> Hits:
-        """Find the k nearest images, or captions, of an item.
+        """Find the k rows whose images, or captions, are nearest to an item.
+
+        A row with several vectors comes once, by its best.
 
         Args:
             query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
                 text. Or a `Query`; the other arguments replace its fields.
-            k: Number of results, by default 10; fewer if the store has fewer.
+            k: Number of rows, by default 10; fewer if the store has fewer.
             to: Search among "image" (the default) or "text" vectors.
             offset: Results to skip at the start, by default none.
             where: Only rows for which this SQL is true, see `store.where`.

@@ -1,6 +1,6 @@
 """One generation of a store with its indexes, open for search; it never changes.
 
-Shapes: N vectors of one modality, M queries, D dimensions, K neighbours.
+Shapes: N vectors of one modality, M queries, D dimensions, K rows.
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, shell_command
-from mmalign.index import Exact, Index, describe, open_index
+from mmalign.index import Exact, Index, Owners, describe, open_index
+from mmalign.modality import TEXT
 from mmalign.progress import say
 from mmalign.search.query import Target
 from mmalign.store import Store
@@ -29,13 +30,16 @@ class Hit:
     """Starts at 1; skipped results (`offset`) count."""
     id: str
     score: float
-    """Cosine similarity of the query and the hit."""
+    """Cosine similarity of the query and the best vector of the row."""
     uri: str
     captions: tuple[str, ...]
     row: int
     """Number of the row in the store."""
     caption: str | None = None
-    """The caption that was found, if captions were searched."""
+    """The best caption of the row, if captions were searched."""
+    position: tuple[float, ...] | None = None
+    """Where in its item the best vector is: the number of the caption, start and end in seconds, or
+    left, top, right and bottom in shares of the sides. None if it stands for the whole item."""
     meta: dict[str, Any] | None = None
     """Metadata of the row, on request."""
     thumbnail: bytes | None = None
@@ -58,13 +62,14 @@ class Snapshot:
         self, vectors_MD: Floats, k: int, *, kind: Target, to: Target, exact: bool,
         allowed_N: Bools | None,
     ) -> tuple[Floats, Ints]:  # fmt: skip
-        """Return scores and vector numbers (M, K) of the nearest; -1 if there are fewer.
+        """Return scores and vector numbers (M, K) of the nearest rows; -1 if there are fewer.
 
-        A damaged index is reported once; from then on every row is compared.
+        Each row comes once, with its best vector. A damaged index is reported once; from then on
+        every row is compared.
 
         Args:
             vectors_MD: Query vectors of unit norm.
-            k: Number of neighbours.
+            k: Number of rows.
             kind: Modality of the queries, which decides the operating point of the index.
             to: Modality of the vectors to search.
             exact: Compare every row.
@@ -85,7 +90,7 @@ class Snapshot:
             return self._live_vectors(to)
         allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
         allowed_N[rows_where(self.store, where)] = True
-        return allowed_N[self.store.owners(to)]
+        return self._of_vectors(allowed_N, to)
 
     def _live_vectors(self, to: Target) -> Bools | None:
         """Return which vectors of a modality are those of live rows; None if all are."""
@@ -93,8 +98,17 @@ class Snapshot:
         if live_N is None:
             return None
         if to not in self._live:
-            self._live[to] = live_N[self.store.owners(to)]
+            self._live[to] = self._of_vectors(live_N, to)
         return self._live[to]
+
+    def _of_vectors(self, mask: Bools, to: Target) -> Bools:
+        """Turn a mask of the rows into one of the vectors."""
+        owners_N = self._owners(to)
+        return mask if owners_N is None else mask[owners_N]
+
+    def _owners(self, to: Target) -> Ints | None:
+        """Return the row of each vector; None if each row has one."""
+        return None if self.store.is_single(to) else self.store.owners(to)
 
     @cached_property
     def _live(self) -> dict[Target, Bools]:
@@ -114,20 +128,24 @@ class Snapshot:
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
-        owners = self.store.owners(to)[numbers]
+        owners_N = self._owners(to)
+        owners = numbers if owners_N is None else owners_N[numbers]
         rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
         hits = []
-        positions = self.store.positions("text", numbers)[:, 0] if to == "text" else numbers
+        positions: list[tuple[float, ...] | None] = [None] * len(numbers)
+        if self.store.manifest.model.positions[to]:
+            positions = [tuple(p) for p in self.store.positions(to, numbers).tolist()]
         for rank, (score, position, owner, row) in enumerate(
             zip(scores_K[found].tolist(), positions, owners.tolist(), rows, strict=True),
             start=first,
         ):
             captions = tuple(row["captions"])
-            caption = captions[int(position)] if to == "text" else None
-            more = {name: row[name] for name in extra}
+            more = {name: row[name] for name in extra} | {"position": position}
+            if to == TEXT.name and position is not None:
+                more["caption"] = captions[int(position[0])]
             if "meta" in more:
                 more["meta"] = json.loads(more["meta"])
-            hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, caption, **more))
+            hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, **more))
         return hits
 
     def describe_index(self) -> dict[str, Any]:
@@ -152,7 +170,7 @@ class Snapshot:
                     raise StoreError(f"{self.store.path}: the store has no {what} to search")
                 folder = None if exact else self.store.index_folder
                 try:
-                    self._indexes[to, exact] = open_index(folder, to, shards)
+                    self._indexes[to, exact] = open_index(folder, to, shards, self._owners(to))
                 except StoreError as error:
                     if exact:
                         raise
@@ -167,6 +185,7 @@ class Snapshot:
             return self._indexes[to, False]
 
     def _compare_every_row(self, to: Target, error: StoreError) -> Index:
-        remedy = shell_command("repair", self.store.path)
-        say(f"warning: {self.store.path}: {error}; exact search is used instead; run {remedy}")
-        return Exact(self.store.vectors(to))
+        repair = f"; run {shell_command('repair', self.store.path)}"
+        remedy = "" if "run `" in str(error) else repair  # or the error names its own
+        say(f"warning: {self.store.path}: {error}; exact search is used instead{remedy}")
+        return Exact(self.store.vectors(to), owners=Owners.of(self._owners(to)))

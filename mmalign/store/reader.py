@@ -20,6 +20,7 @@ from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
 from mmalign.store.fields import joined
+from mmalign.store.groups import Shard
 from mmalign.store.ids import candidates
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.schema import FIELDS, embedding_column, fixed_lists, id_hashes
@@ -151,9 +152,7 @@ class Store:
         Raises:
             IndexError: A row number is out of range.
         """
-        numbers_M = np.asarray(numbers, np.int64)
-        if len(numbers_M) and not 0 <= numbers_M.min() <= numbers_M.max() < self._rows:
-            raise IndexError(f"{self.path} has rows 0 to {self._rows - 1}")
+        numbers_M = self._in_range(numbers)
         shards_M = np.searchsorted(self._ends, numbers_M, side="right")
         out: list[dict[str, Any]] = [{} for _ in numbers_M]
         for shard in np.unique(shards_M).tolist():
@@ -165,6 +164,25 @@ class Store:
                 for i, value in zip(here.tolist(), values, strict=True):
                     out[i][name] = value
         return out
+
+    def by_shard(self, numbers: Sequence[int] | Ints) -> Iterator[tuple[Shard, Ints]]:
+        """Yield the shards that hold the given rows, with the numbers of these in the shard.
+
+        Raises:
+            IndexError: A row number is out of range.
+        """
+        numbers_M = np.unique(self._in_range(numbers))
+        for shard, end in zip(self.manifest.shards, self._ends, strict=True):
+            first = end - shard.rows
+            inside = numbers_M[slice(*np.searchsorted(numbers_M, (first, end)))] - first
+            if len(inside):
+                yield shard, inside
+
+    def _in_range(self, numbers: Sequence[int] | Ints) -> Ints:
+        numbers_M = np.asarray(numbers, np.int64)
+        if len(numbers_M) and not 0 <= numbers_M.min() <= numbers_M.max() < self._rows:
+            raise IndexError(f"{self.path} has rows 0 to {self._rows - 1}")
+        return numbers_M
 
     @property
     def _rows(self) -> int:
@@ -207,6 +225,15 @@ class Store:
             kind = vector if name in FIELDS or self._is_single(name) else pa.list_(vector)
             fields.append(FIELDS.get(name) or pa.field(name, kind, nullable=False))
         return pa.schema(fields)
+
+    def is_single(self, modality: str) -> bool:
+        """Whether each row has exactly one vector of a modality: its number is that of the row.
+
+        Raises:
+            StoreError: The store has no vectors of this modality.
+        """
+        self._require(modality)
+        return self._is_single(embedding_column(modality))
 
     def _is_single(self, column: str) -> bool:
         if column not in self._single:

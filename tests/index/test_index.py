@@ -559,7 +559,7 @@ def test_an_index_of_other_vectors_is_refused(
     built: tuple[Path, np.ndarray, dict[str, Any]],
 ) -> None:
     folder, stored, _ = built
-    with pytest.raises(StoreError, match="covers 40000 rows, but the store has 5"):
+    with pytest.raises(StoreError, match="covers 40000 vectors, but the store has 5"):
         open_index(folder, "image", [stored[:5]])
 
 
