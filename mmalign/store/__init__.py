@@ -11,6 +11,8 @@ reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
 failures.py   every sample without an embedding, and why
 changes.py    delete, compact
+update.py     fields of meta, without embedding
+merge.py      several stores -> one
 garbage.py    removal of files that are no longer needed
 health.py     verify
 repair.py     a generation without the damaged files
@@ -28,6 +30,8 @@ from mmalign.store.health import verify as verify
 from mmalign.store.manifest import ModelCard as ModelCard
 from mmalign.store.manifest import Tower as Tower
 from mmalign.store.manifest import commit_index as commit_index
+from mmalign.store.merge import MergeReport as MergeReport
+from mmalign.store.merge import merge as merge
 from mmalign.store.reader import Store as Store
 from mmalign.store.reader import open_or_new as open_or_new
 from mmalign.store.reader import open_store as open_store
@@ -37,6 +41,9 @@ from mmalign.store.schema import UNKNOWN as UNKNOWN
 from mmalign.store.schema import Row as Row
 from mmalign.store.schema import meta_json as meta_json
 from mmalign.store.schema import pair_vectors as pair_vectors
+from mmalign.store.update import UpdateReport as UpdateReport
+from mmalign.store.update import update as update
+from mmalign.store.update import update_rows as update_rows
 from mmalign.store.upgrade import UpgradeReport as UpgradeReport
 from mmalign.store.upgrade import upgrade as upgrade
 from mmalign.store.writer import ROWS_PER_SHARD as ROWS_PER_SHARD
@@ -46,11 +53,13 @@ __all__ = [
     "ROWS_PER_SHARD",
     "UNKNOWN",
     "CompactReport",
+    "MergeReport",
     "ModelCard",
     "RepairReport",
     "Row",
     "Store",
     "Tower",
+    "UpdateReport",
     "UpgradeReport",
     "Writer",
     "add_failures",
@@ -58,12 +67,15 @@ __all__ = [
     "compact",
     "delete",
     "delete_rows",
+    "merge",
     "meta_json",
     "open_or_new",
     "open_store",
     "pair_vectors",
     "repair",
     "require_few",
+    "update",
+    "update_rows",
     "upgrade",
     "verify",
 ]

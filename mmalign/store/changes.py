@@ -103,9 +103,13 @@ def _require_known(store: Path, ids: Sequence[str], found: Sequence[dict[str, in
     live = {i for part in found for i in part}
     unknown = [i for i in dict.fromkeys(ids) if i not in live]
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        named = ", ".join(map(repr, unknown[:3]))
-        raise StoreError(f"{store}: no row has the id {named}{more}; nothing was deleted")
+        raise StoreError(f"{unknown_ids(store, unknown)}; nothing was deleted")
+
+
+def unknown_ids(store: Path, unknown: Sequence[str], shown: int = 3) -> str:
+    """Return the beginning of a message about ids that no row has."""
+    more = f" and {len(unknown) - shown} more" if len(unknown) > shown else ""
+    return f"{store}: no row has the id {', '.join(map(repr, unknown[:shown]))}{more}"
 
 
 def shard_rows(total: int) -> int:
@@ -138,13 +142,15 @@ def compact(
         # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.read_unless_gone(file)
     new_shards: list[Shard] = []
+    new_files: list[Path] = []
     rewritten = []
     try:
         for group in _runs_to_rewrite(before.shards, rows_per_shard):
             first_new = len(new_shards)
             for shard in _rewrite(store, group, before.model, rows_per_shard):
                 new_shards.append(shard)
-                _refresh_times(store, new_shards)
+                new_files += [store / "shards" / f.name for f in shard.files.values()]
+                refresh_times(new_files)
             rewritten.append((group, tuple(new_shards[first_new:])))
     except StoreError:
         if before.named_files <= manifests.newest(store).named_files:
@@ -190,12 +196,11 @@ def compact(
     )
 
 
-def _refresh_times(store: Path, new_shards: Sequence[Shard]) -> None:
-    """Keep collectors from treating the new shards of a long compaction as garbage."""
-    paths = [store / "shards" / f.name for shard in new_shards for f in shard.files.values()]
+def refresh_times(paths: Sequence[Path]) -> None:
+    """Keep collectors from treating the new files of a long task as garbage."""
     # If one did so anyway, the commit reports it.
     with contextlib.suppress(FileNotFoundError):
-        if time.time() - paths[0].stat().st_mtime > AGE_S / 4:
+        if paths and time.time() - paths[0].stat().st_mtime > AGE_S / 4:
             for path in paths:
                 files.disk.touch(path)
 
@@ -257,6 +262,8 @@ def _replace_shards(
     now = shards[first : first + len(group)]
     if [s.name for s in now] != names:
         raise StoreError(f"{store}: another compaction finished first; run it again")
+    if [s.files for s in now] != [s.files for s in group]:
+        raise StoreError(f"{store}: rows were updated during the compaction; run it again")
     still_live = _live(now)[_live(group)]
     ends = np.cumsum([s.rows for s in written])
     new = [

@@ -23,7 +23,8 @@ def field_columns(metas: Iterable[str]) -> tuple[dict[str, pa.Array], list[str]]
     Args:
         metas: The metadata of each row, as JSON.
     """
-    values = [json.loads(meta) for meta in metas]
+    parsed = (json.loads(meta) for meta in metas)
+    values = [value if isinstance(value, dict) else {} for value in parsed]
     names = dict.fromkeys(name for value in values for name in value)
     columns: dict[str, pa.Array] = {}
     only_json = []

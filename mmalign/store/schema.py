@@ -3,6 +3,7 @@
 D dimensions, V vectors of a row, P numbers of a position, N rows of a shard.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmalign.arrays import Floats, Hashes
-from mmalign.errors import VectorError
+from mmalign.errors import StoreError, VectorError
 from mmalign.modality import IMAGE, TEXT
 from mmalign.store.fields import ONLY_JSON, PREFIX, field_columns
 from mmalign.values import to_json
@@ -55,6 +56,19 @@ def pair_vectors(image_D: Floats, texts_CD: Floats) -> dict[str, Floats]:
 def meta_json(meta: dict[str, Any]) -> str:
     """Return the source data of a sample as the JSON of a row; see `values.json_value`."""
     return to_json(meta)
+
+
+def meta_values(row_id: str, text: str) -> dict[str, Any]:
+    """Return the source data of a row from its JSON.
+
+    Raises:
+        StoreError: It is not a JSON object; mmalign never writes that.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(text)
+        if isinstance(values, dict):
+            return values
+    raise StoreError(f"the metadata of row {row_id!r} is not a JSON object")
 
 
 def id_hashes(ids: Sequence[str]) -> Hashes:

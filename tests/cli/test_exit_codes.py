@@ -30,6 +30,10 @@ CALLS = {
     "compact": ("compact {tmp}/s", "mmalign.store.compact"),
     "upgrade": ("upgrade {tmp}/s", "mmalign.store.upgrade"),
     "delete": ("delete {tmp}/s an-id", "mmalign.store.open_store"),
+    "update": ("update {tmp}/s an-id --set a=1", "mmalign.store.open_store"),
+    "list": ("list {tmp}/s", "mmalign.store.open_store"),
+    "get": ("get {tmp}/s an-id", "mmalign.store.open_store"),
+    "merge": ("merge {tmp}/a {tmp}/b --out {tmp}/s", "mmalign.store.merge"),
     "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.export.export"),
     "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.imports.import_parts"),
 }

@@ -173,6 +173,140 @@ def test_what_is_not_deleted(store: Path, code: int, words: list[str], said: str
     assert len(open_store(store)) == COUNT
 
 
+# ---------------------------------------------------------------- list, get
+
+
+def test_list_shows_a_page_of_rows(store: Path) -> None:
+    call("delete", store, "id3")
+    shown = call("list", store, "-k", 2, "--offset", 2)
+    assert shown.stdout.splitlines() == [
+        "id2  /pictures/2.jpg  a dog, 2.0, 狗",
+        "id4  /pictures/4.jpg  a dog, 4.0, 狗",
+    ]
+    assert shown.stderr == "rows 3 to 4 of 24\n"
+    every = call("list", store, "-k", 100)
+    assert (len(every.stdout.splitlines()), every.stderr) == (24, "")
+    assert every.stdout.splitlines()[0] == "id0  /pictures/0.jpg"
+    assert call("list", store, "--offset", 30).stderr == "no rows of 24\n"
+
+
+def test_list_as_json_has_captions_and_metadata(store: Path) -> None:
+    pytest.importorskip("duckdb", reason="rows by SQL need DuckDB")
+    told = answer("list", store, "--where", "label = 'shoe'", "-k", 1, "--offset", 2)
+    assert told == {
+        "rows": [
+            {
+                "id": "id5",
+                "uri": "/pictures/5.jpg",
+                "captions": ["a dog, 5.0, 狗", "a dog, 5.1, 狗"],
+                "meta": {"label": "shoe", "price": 5},
+            }
+        ],
+        "count": 12,
+    }
+    assert answer("list", store, "--where", "false") == {"rows": [], "count": 0}
+
+
+def test_get_shows_everything_but_vectors(store: Path, tmp_path: Path) -> None:
+    told = answer("get", store, "id12", "id2", "id12")["rows"]
+    assert [row["id"] for row in told] == ["id12", "id2"]
+    shard = open_store(store).manifest.shards[0].name
+    picture = open_store(store).rows([2], ("thumbnail",))[0]["thumbnail"]
+    assert told[1] == {
+        "id": "id2",
+        "uri": "/pictures/2.jpg",
+        "captions": ["a dog, 2.0, 狗", "a dog, 2.1, 狗"],
+        "meta": {"label": "dress", "price": 2},
+        "stamp": "f" * 16,
+        "checksum": None,
+        "thumbnail_bytes": len(picture),
+        "vectors": {"image": 1, "text": 2},
+        "precision": None,
+        "row": 2,
+        "shard": shard,
+    }
+    call("update", store, "id2", "--set", "tags=['a', 1.5]")
+    shown = call("get", store, "id2", "--thumbnail", tmp_path / "2.webp").stdout
+    lines = dict(line.split(None, 1) for line in shown.splitlines() if "caption" not in line)
+    assert (lines["id"], lines["meta.price"], lines["meta.tags"]) == ("id2", "2", '["a", 1.5]')
+    assert "caption 2        a dog, 2.1, 狗" in shown
+    assert (tmp_path / "2.webp").read_bytes() == picture
+
+
+def test_get_names_what_it_cannot_give(store: Path, tmp_path: Path) -> None:
+    said = complaint(1, "get", store, "id1", "nope", "id99")
+    assert said.endswith(f"{store}: no row has the id 'nope', 'id99'")
+    out = tmp_path / "x.webp"
+    assert "has no thumbnail" in complaint(1, "get", store, "id4", "--thumbnail", out)
+    assert "give one id" in complaint(2, "get", store, "id1", "id2", "--thumbnail", out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- update
+
+
+def test_update_by_id_and_by_sql(store: Path) -> None:
+    pytest.importorskip("duckdb", reason="rows by SQL need DuckDB")
+    generation = open_store(store).manifest.generation
+    words = ["--set", "label=evening dress", "--set", "size.cm=12.5", "--set", "price=null"]
+    told = answer("update", store, "id2", "id14", *words)
+    assert told == {"rows": 2, "shards": 2, "generation": generation + 1}
+    (row,) = answer("list", store, "--where", "label = 'evening dress'", "-k", 1)["rows"]
+    assert row["meta"] == {"label": "evening dress", "size": {"cm": 12.5}}
+    words = ["--where", "label = 'shoe'", "--set", "new=true", "--set", 'word="null"']
+    assert answer("update", store, *words)["rows"] == 12
+    assert answer("list", store, "--where", "new and price < 5")["count"] == 2
+    assert answer("update", store, *words)["rows"] == 0
+    plain = call("update", store, "id1", "--set", "since=2020-01-31")
+    assert plain.stdout.splitlines()[:2] == ["rows        1", "shards      1"]
+    assert answer("get", store, "id1")["rows"][0]["meta"] == {
+        "label": "shoe",
+        "price": 1,
+        "new": True,
+        "word": "null",
+        "since": "2020-01-31",
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "said"),
+    [
+        (2, ["--set", "a=1"], "the ids of the rows to update or --where: neither was given"),
+        (2, ["id1"], "Missing option '--set'"),
+        (2, ["id1", "--set", "a"], "--set a: write it as key=value"),
+        (2, ["id1", "--set", "=a"], "a field without a name"),
+        (2, ["id1", "--set", "captions=a"], "'captions' is a column, which cannot be updated"),
+        (2, ["id1", "--set", "meta.label=a"], "fields of meta are written by their own names"),
+        (1, ["id1", "nope", "--set", "a=1"], "no row has the id 'nope'; nothing was updated"),
+    ],
+)
+def test_what_is_not_updated(store: Path, code: int, words: list[str], said: str) -> None:
+    before = open_store(store).manifest.generation
+    assert said in complaint(code, "update", store, *words)
+    assert open_store(store).manifest.generation == before
+
+
+# ---------------------------------------------------------------- merge
+
+
+def test_merge_tells_what_it_did(store: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "other.store", tmp_path / "all.store"
+    fill(other, (row(n, label="new") for n in range(20, 30)))
+    told = answer("merge", store, other, "--out", out)
+    assert told == {
+        "rows": 30,
+        "replaced": 5,
+        "shards": 4,
+        "failures": 0,
+        "linked": 12,
+        "copied": 0,
+        "generation": 1,
+    }
+    assert answer("verify", out) == {"damaged": []}
+    assert f"{out}: already exists" in complaint(2, "merge", store, other, "--out", out)
+    assert "at least two stores" in complaint(2, "merge", store, "--out", tmp_path / "x")
+
+
 # ---------------------------------------------------------------- export, import
 
 
@@ -219,7 +353,16 @@ def test_export_and_import_again(
 
 
 @pytest.mark.parametrize(
-    "words", [["repair"], ["compact"], ["delete", "x"], ["export", "--to", "x", "--format", "hf"]]
+    "words",
+    [
+        ["repair"],
+        ["compact"],
+        ["delete", "x"],
+        ["export", "--to", "x", "--format", "hf"],
+        ["update", "x", "--set", "a=1"],
+        ["list"],
+        ["get", "x"],
+    ],
 )
 def test_what_is_no_store(tmp_path: Path, words: list[str]) -> None:
     command, *rest = words

@@ -1,5 +1,6 @@
 """Sources that change between two runs of embed: what follows, what stays, what is deleted."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from stub_encoder import use_stub
 
 from mmalign.embedding.embed import EmbedReport, embed
 from mmalign.errors import StoreError
-from mmalign.store import Store, open_store
+from mmalign.store import Store, open_store, update
 
 
 @pytest.fixture
@@ -339,3 +340,38 @@ def assert_fresh(tmp_path: Path, *sources: object) -> None:
         embed("stub", list(map(str, sources)), Path(new) / "s.store")
         fresh = content_of(open_store(Path(new) / "s.store"))
     assert content_of(open_store(tmp_path / "s.store")) == fresh
+
+
+# ---------------------------------------------------------------- metadata set in the store
+
+
+def metas(tmp_path: Path) -> dict[str, Any]:
+    store = open_store(tmp_path / "s.store")
+    texts = zip(store.column("id"), store.column("meta"), strict=True)
+    return {name: json.loads(text) for name, text in texts}
+
+
+def test_updated_metadata_stays_until_the_source_changes(
+    put: Callable[..., EmbedReport], tmp_path: Path
+) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for number, name in enumerate("ab"):
+        (folder / f"{name}.jpg").write_bytes(jpeg(number))
+        (folder / f"{name}.json").write_text(json.dumps({"captions": [name], "label": "draft"}))
+    put(folder)
+    update(tmp_path / "s.store", ["f/a.jpg", "f/b.jpg"], {"label": "dress", "mine": 1})
+    updated = {"label": "dress", "mine": 1}
+    assert put(folder).present == 2
+    assert metas(tmp_path) == {"f/a.jpg": updated, "f/b.jpg": updated}
+    # Nothing is written anew for rows that others are added to.
+    (folder / "c.jpg").write_bytes(jpeg(3))
+    assert put(folder).added == 1
+    assert metas(tmp_path)["f/a.jpg"] == updated
+    (folder / "a.json").write_text(json.dumps({"captions": ["a"], "label": "hat"}))
+    report = put(folder)
+    assert (report.changed, report.encoded) == (1, 0)
+    assert metas(tmp_path) == {"f/a.jpg": {"label": "hat"}, "f/b.jpg": updated, "f/c.jpg": {}}
+    # All images are read and compared with their sources.
+    assert put(folder, checksum=True).changed == 1
+    assert metas(tmp_path)["f/b.jpg"] == {"label": "draft"}
