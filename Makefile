@@ -22,6 +22,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
+	@echo 'Done. To use the command mmalign here:  . $(VENV)/bin/activate'
 
 demo: $(READY)  ## draw scenes, train, embed, index and search them: five minutes on two cores
 	$(BIN)/mmalign demo --out demo
