@@ -124,9 +124,7 @@ def divide(shards: Sequence[Shard]) -> list[tuple[Shard, ...]]:
     groups: list[tuple[Shard, ...]] = []
     first = 0
     for end, shard in enumerate(shards, 1):
-        is_border = (
-            int(hashlib.blake2b(shard.name.encode(), digest_size=4).hexdigest(), 16) % BORDER == 0
-        )
+        is_border = zlib.crc32(shard.name.encode()) % BORDER == 0
         if is_border or end - first == MOST_SHARDS or end == len(shards):
             groups.append(tuple(shards[first:end]))
             first = end

@@ -25,9 +25,11 @@ def hashes(texts: Sequence[str]) -> Hashes:
 
 def candidates(shard: ShardReader, hashes_M: Hashes) -> Iterator[tuple[Ints, Ints]]:
     """Yield (positions in M, rows) of equal hashes, each position at most once per round."""
-    hashes_N, rows_N = shard.id_hashes()
-    wanted = np.arange(len(hashes_M))
+    hashes_N, rows_N = shard.id_hashes
     at = np.searchsorted(hashes_N, hashes_M)
+    if not len(hashes_N) or not (hashes_N.take(at, mode="clip") == hashes_M).any():
+        return
+    wanted = np.arange(len(hashes_M))
     while len(wanted):
         inside = at < len(hashes_N)
         wanted, at = wanted[inside], at[inside]

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,7 @@ class ShardReader:
             raise file.refuse(f"does not have one {modality} vector per caption")
         return column
 
+    @cached_property
     def id_hashes(self) -> tuple[Hashes, Ints]:
         """Return the hashes of all ids, ascending, and the row of each."""
         if not self.is_format2:

@@ -107,7 +107,7 @@ def test_hashes_are_the_same_in_each_process_and_stored_in_order(tmp_path: Path)
     fill(tmp_path, range(200), rows_per_shard=200)
     store = open_store(tmp_path)
     (shard,) = store._shards
-    hashes, rows = shard.id_hashes()
+    hashes, rows = shard.id_hashes
     assert (np.diff(hashes.astype(object)) >= 0).all()
     names = store.column("id")
     assert hashes.tolist() == schema.id_hashes([names[row] for row in rows]).tolist()
