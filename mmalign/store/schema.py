@@ -187,19 +187,28 @@ def vector_batch(rows: Sequence[Row], dim: int, positions: Mapping[str, int]) ->
     for modality, size in positions.items():
         parts = [row.vectors.get(modality, none_VD) for row in rows]
         vectors = _check(parts, modality, dim)
-        offsets = pa.array(np.cumsum([0, *map(len, parts)]), pa.int32())
+        counts = [len(part) for part in parts]
+        offsets = pa.array(np.cumsum([0, *counts]), pa.int32())
         columns.append(pa.ListArray.from_arrays(offsets, fixed_lists(vectors)))
         if size:
-            numbers = [
-                _positions(row, modality, len(p), size) for row, p in zip(rows, parts, strict=True)
-            ]
-            joined = np.concatenate([np.zeros((0, size), np.float32), *numbers])
-            columns.append(pa.ListArray.from_arrays(offsets, fixed_lists(joined)))
+            numbers = _all_positions(rows, modality, counts, size)
+            columns.append(pa.ListArray.from_arrays(offsets, fixed_lists(numbers)))
     return pa.record_batch(columns, schema=vector_schema(dim, tuple(positions.items())))
+
+
+def _all_positions(rows: Sequence[Row], modality: str, counts: Sequence[int], size: int) -> Floats:
+    if size == 1 and not any(modality in row.positions for row in rows):
+        counted = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
+        positions: Floats = counted.astype(np.float32)[:, None]
+        return positions
+    numbers = [_positions(r, modality, n, size) for r, n in zip(rows, counts, strict=True)]
+    return np.concatenate([np.zeros((0, size), np.float32), *numbers])
 
 
 def _positions(row: Row, modality: str, count: int, size: int) -> Floats:
     found = row.positions.get(modality)
+    if found is None and not count:
+        found = np.zeros((0, size), np.float32)
     if found is None and size == 1:
         found = np.arange(count, dtype=np.float32)[:, None]
     if found is None or found.shape != (count, size):

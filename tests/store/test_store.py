@@ -11,7 +11,18 @@ from store_samples import CARD, DIM, fill, flip, ids_of, row, versions, write_in
 
 from mmalign import open_store
 from mmalign.errors import IdentityError, StoreError, VectorError
-from mmalign.store import ModelCard, Row, Writer, commit_index, delete, pair_vectors, repair, verify
+from mmalign.store import (
+    ModelCard,
+    Row,
+    Tower,
+    Writer,
+    commit_index,
+    compact,
+    delete,
+    pair_vectors,
+    repair,
+    verify,
+)
 from mmalign.store import manifest as manifests
 from mmalign.store import reader as readers
 from mmalign.store.groups import Groups
@@ -322,3 +333,37 @@ def test_a_shard_removed_before_its_commit_is_refused(tmp_path: Path) -> None:
 def test_a_copied_store_opens(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "copy.store")
     assert len(open_store(tmp_path / "copy.store")) == 96
+
+
+def test_a_third_modality_has_its_vectors_and_positions(tmp_path: Path) -> None:
+    """Moments of sounds beside images and texts; a row may have none of a modality."""
+    card = ModelCard(
+        "nano-0123", "somewhere/run", DIM, (*CARD.towers, Tower("sound", "", "seconds"))
+    )
+    rng = np.random.default_rng(0)
+    sounds = rng.normal(size=(5, DIM)).astype(np.float32)
+    sounds /= np.linalg.norm(sounds, axis=1, keepdims=True)
+    moments = np.array([[0, 1], [1, 2.5], [0, 3], [3, 4], [4, 9]], np.float32)
+    with Writer(tmp_path, card) as writer:
+        for number, part in enumerate((slice(0, 2), slice(2, 2), slice(2, 5))):
+            one = row(number, 1)
+            vectors = {"sound": sounds[part]} | ({} if number == 2 else dict(one.vectors))
+            positions = {"sound": moments[part]} if part.start < part.stop else {}
+            captions = () if number == 2 else one.captions
+            writer.add(replace(one, captions=captions, vectors=vectors, positions=positions))
+    store = open_store(tmp_path)
+    assert store.owners("sound").tolist() == [0, 0, 2, 2, 2]
+    assert store.owners("image").tolist() == [0, 1]
+    assert np.allclose(np.concatenate(store.vectors("sound")), sounds, atol=1e-3)
+    assert np.array_equal(store.positions("sound", np.arange(5)), moments)
+    assert np.allclose(store.vectors_of("sound", 2), sounds[2:], atol=1e-3)
+    compact(tmp_path)
+    assert np.array_equal(open_store(tmp_path).positions("sound", np.arange(5)), moments)
+    bad = replace(row(9), vectors={"sound": sounds[:1]})
+    foreign = replace(row(9), vectors={"smell": sounds[:1]})
+    for wrong, reason in (
+        (bad, r"positions of sound must be \(1, 2\), got None"),
+        (foreign, "the store has no vectors of 'smell'"),
+    ):
+        with pytest.raises(VectorError, match=reason), Writer(tmp_path, card) as writer:
+            writer.add(wrong)
