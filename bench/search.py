@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shards, deleted in product(options.shards, (0.0, options.deleted)):
             path = written(Path(folder), options.rows, options.dim, shards, deleted)
-            encoder: Any = SimpleNamespace(identity="bench", dim=options.dim)
+            encoder: Any = SimpleNamespace(identity="bench", space="bench", dim=options.dim)
             searcher = Searcher(open_store(path), encoder)
             searcher._snapshot._indexes["image", False] = Stored(options.rows, options.k)
             vector = unit_vectors(1, options.dim)[0]
