@@ -47,6 +47,10 @@ class Store:
         return np.cumsum([s.rows for s in self.manifest.shards], dtype=np.int64)
 
     @cached_property
+    def _sizes(self) -> Ints:
+        return np.array([s.rows for s in self.manifest.shards], np.int64)
+
+    @cached_property
     def _opened(self) -> dict[int, ShardReader]:
         return {}
 
@@ -154,14 +158,18 @@ class Store:
         """
         numbers_M = self._in_range(numbers)
         shards_M = np.searchsorted(self._ends, numbers_M, side="right")
-        out: list[dict[str, Any]] = [{} for _ in numbers_M]
-        for shard in np.unique(shards_M).tolist():
-            here = np.flatnonzero(shards_M == shard)
-            first = self._ends[shard] - self.manifest.shards[shard].rows
-            inside = numbers_M[here] - first
+        firsts = self._ends[shards_M] - self._sizes[shards_M]
+        places: dict[int, list[int]] = {}
+        for i, shard in enumerate(shards_M.tolist()):
+            places.setdefault(shard, []).append(i)
+        inside_M = (numbers_M - firsts).tolist()
+        out: list[dict[str, Any]] = [{} for _ in inside_M]
+        for shard, here in places.items():
+            reader = self._shard(shard)
+            inside = [inside_M[i] for i in here]
             for name in columns:
-                values = _values(self._column(self._shard(shard), name), inside)
-                for i, value in zip(here.tolist(), values, strict=True):
+                values = _values(self._column(reader, name), inside)
+                for i, value in zip(here, values, strict=True):
                     out[i][name] = value
         return out
 
@@ -289,11 +297,11 @@ class Store:
         return folder
 
 
-def _values(column: pa.Array, rows_M: Ints) -> list[Any]:
+def _values(column: pa.Array, rows: Sequence[int]) -> list[Any]:
     """Read rows of a column; a few singly, as `take` costs as much as ten single reads."""
-    if len(rows_M) <= FEW_ROWS:
-        return [column[row].as_py() for row in rows_M.tolist()]
-    return column.take(pa.array(rows_M)).to_pylist()  # type: ignore[no-any-return]
+    if len(rows) <= FEW_ROWS:
+        return [column[row].as_py() for row in rows]
+    return column.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
 
 
 def open_store(path: str | Path) -> Store:
