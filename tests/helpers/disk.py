@@ -15,6 +15,7 @@ import errno
 import io
 import os
 import random
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -117,6 +118,8 @@ class SimulatedDisk:
         self.root = root
         self.count = 0
         self.tree = _read(root)
+        self.names = random.Random(0)
+        """Draws the names of new shards, so that a copy of the disk sees the same operations."""
         self.before: Callable[[int, str, Path], None] = self.nothing
         """Called before each operation; what it raises is the operation's outcome."""
         self.after: Callable[[int, str, Path], None] = self.nothing
@@ -132,6 +135,7 @@ class SimulatedDisk:
         other = SimulatedDisk.__new__(SimulatedDisk)
         other.root, other.count = root, 0
         other.tree = deepcopy(self.tree)
+        other.names = deepcopy(self.names)
         other.before = other.after = self.nothing
         return other
 
@@ -142,7 +146,10 @@ class SimulatedDisk:
             happened |= {c for c in folder.pending if rng and rng.random() < 0.6}
         happened |= {c.only_with for c in happened if c.only_with}
         _write(self.tree, root, happened, rng)
-        return SimulatedDisk(root)
+        other = SimulatedDisk(root)
+        # What it goes on to write must not take the names that were drawn before.
+        other.names = deepcopy(self.names)
+        return other
 
     def flip(self, path: Path, bit: int) -> None:
         """Change one bit of a file that is durable."""
@@ -163,6 +170,10 @@ class SimulatedDisk:
             node = node.names[part]
         assert isinstance(node, Folder)
         return node
+
+    def token_hex(self, nbytes: int | None = None) -> str:
+        """Stand in for `secrets.token_hex`: where a group of shards ends depends on their names."""
+        return self.names.randbytes(nbytes or 32).hex()
 
     @contextlib.contextmanager
     def doing(self, operation: str, path: Path) -> Iterator[None]:
@@ -334,10 +345,11 @@ def _write(tree: Folder, path: Path, happened: set[Change], rng: random.Random |
 def using(disk: SimulatedDisk) -> Iterator[SimulatedDisk]:
     """Put a disk under mmalign."""
     held, files.disk = files.disk, disk  # type: ignore[assignment]
+    drawn, secrets.token_hex = secrets.token_hex, disk.token_hex
     try:
         yield disk
     finally:
-        files.disk = held
+        files.disk, secrets.token_hex = held, drawn
 
 
 def dies_at(number: int) -> Callable[[int, str, Path], None]:
