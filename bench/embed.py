@@ -33,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice, product
@@ -49,11 +49,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench import clip_retrieval, measure, processes
 from mmalign.arrays import Floats
-from mmalign.data import Record, in_threads, read_image, scan
+from mmalign.data import Record, in_batches, in_threads, read_image, scan
 from mmalign.embedding.embed import embed
-from mmalign.encoding.modalities import modalities_of
+from mmalign.encoding.modalities import encoder_of
 from mmalign.encoding.pipeline import CPU_BATCH
 from mmalign.memory import keep_free_memory
+from mmalign.modality import IMAGE, TEXT
 from mmalign.model import Precision, in_precision, load_model, openclip
 from mmalign.store import open_store
 
@@ -178,15 +179,15 @@ def embed_seconds(task: Task, kind: str, store: str, **settings: Any) -> tuple[f
 def encoder_alone(task: Task, precision: Precision = "auto") -> Made:
     """Our encoder on batches that are ready, as many at once as the pipeline has encoders."""
     encoder, got = in_precision(load_model(task.encoder), precision)
-    kinds = modalities_of(encoder)
+    batches: list[Sequence[Any]]
     if task.kind == "texts":
-        keys, way = task.texts(), kinds["text"]
-        batches, encoders, threads = [way.batch(keys)], 1, torch.get_num_threads()
+        keys, way = task.texts(), encoder_of(encoder, TEXT.name)
+        batches, encoders, threads = [keys], 1, torch.get_num_threads()
     else:
-        records, way = task.images(), kinds["image"]
-        keys, items = [key(r.id) for r in records], [way.decode(read_image(r)) for r in records]
-        firsts = range(0, len(items), CPU_BATCH)
-        batches = [way.batch(items[first : first + CPU_BATCH]) for first in firsts]
+        records, way = task.images(), encoder_of(encoder, IMAGE.name)
+        keys = [key(r.id) for r in records]
+        parts = [way.decode(read_image(r)).parts[0] for r in records]
+        batches = list(in_batches(parts, CPU_BATCH))
         encoders, threads = torch.get_num_threads(), 1
         keep_free_memory()
     way.encode(batches[0][:CPU_BATCH])

@@ -13,14 +13,21 @@ Everything below is loaded on first use, so that importing the package costs not
     evaluate(model, sources)         recall@k, zero-shot accuracy
     open_store(path)                 the newest generation of a store -> `Store`
     Searcher.open(store)             ready to search; `Query` and `Row` are ways to ask
+    register_modality(...)           one more kind of item to embed and search, see
+                                     `examples/palettes.py`
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmalign.data import SampleProblem as SampleProblem
     from mmalign.embedding.embed import embed as embed
+    from mmalign.encoding.modalities import register_modality as register_modality
+    from mmalign.encoding.modality_encoder import Decoded as Decoded
+    from mmalign.encoding.modality_encoder import ModalityEncoder as ModalityEncoder
     from mmalign.evaluation.evaluate import evaluate as evaluate
     from mmalign.items import Row as Row
+    from mmalign.modality import Modality as Modality
     from mmalign.model import Encoder as Encoder
     from mmalign.model import load_model as load_model
     from mmalign.search.build import build_index as build_index
@@ -32,14 +39,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Encoder", "Query", "Row", "Searcher", "TrainConfig", "__version__", "build_index", "embed",
-    "evaluate", "load_model", "open_store", "train",
+    "Decoded", "Encoder", "Modality", "ModalityEncoder", "Query", "Row", "SampleProblem",
+    "Searcher", "TrainConfig", "__version__", "build_index", "embed", "evaluate", "load_model",
+    "open_store", "register_modality", "train",
 ]  # fmt: skip
 
 _HOME = {
+    "Decoded": "mmalign.encoding.modality_encoder",
     "Encoder": "mmalign.model",
+    "Modality": "mmalign.modality",
+    "ModalityEncoder": "mmalign.encoding.modality_encoder",
     "Query": "mmalign.search.query",
     "Row": "mmalign.items",
+    "SampleProblem": "mmalign.data",
     "Searcher": "mmalign.search.searcher",
     "TrainConfig": "mmalign.training.settings",
     "build_index": "mmalign.search.build",
@@ -47,6 +59,7 @@ _HOME = {
     "evaluate": "mmalign.evaluation.evaluate",
     "load_model": "mmalign.model",
     "open_store": "mmalign.store",
+    "register_modality": "mmalign.encoding.modalities",
     "train": "mmalign.training.train",
 }
 

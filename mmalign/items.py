@@ -1,7 +1,7 @@
 """What a caller may encode or search by; its type alone decides what it is.
 
     str                         a text, never opened as a file
-    Path                        an image file
+    Path                        a file: of an image, or of another modality with its suffix
     bytes                       an encoded image
     PIL image, uint8 (H, W, 3)  a picture
     float (D,)                  a vector
@@ -13,18 +13,20 @@ Shapes: D dimensions, H and W sides of a picture in pixels.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mmalign.errors import ItemError, UsageError, VectorError
+from mmalign.modality import IMAGE, TEXT, of_file
 
-Kind = Literal["text", "image", "vector", "row"]
+Kind = str
+"""The name of a modality, or one of `modality.OTHER_KINDS`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a store by its id; as a query it stands for its image vector."""
+    """A row of a store by its id; as a query it stands for its image, or whatever it is."""
 
     id: str
 
@@ -39,9 +41,11 @@ def kind_of(item: Any) -> Kind:
         ItemError: It is none, a `TypeError`.
     """
     if isinstance(item, str):
-        return "text"
-    if isinstance(item, Path | bytes | bytearray | memoryview) or is_picture(item):
-        return "image"
+        return TEXT.name
+    if isinstance(item, Path):
+        return of_file(item.name).name
+    if isinstance(item, bytes | bytearray | memoryview) or is_picture(item):
+        return IMAGE.name
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
         return "vector"
     if isinstance(item, Row):

@@ -12,6 +12,7 @@ import torch
 from mmalign import kernels
 from mmalign.data.scenes import write_scenes
 from mmalign.embedding.embed import embed
+from mmalign.encoding.modalities import encoder_of
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import MmalignError
 from mmalign.kernels import processor
@@ -19,7 +20,7 @@ from mmalign.model import devices, load_model, new_model, to_fastest
 from mmalign.search.searcher import Searcher
 from mmalign.training.train import train
 
-from conftest import QUICK  # isort: skip
+from conftest import QUICK, jpeg  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 ANSWERS = (
@@ -140,6 +141,9 @@ def test_an_apple_gpu_with_other_vectors_is_left_with_a_line(
 def test_only_cuda_decodes_on_the_device(run: Path) -> None:
     encoder = load_model(run)
     encoder.device = torch.device("mps")
-    pipeline = Pipeline(encoder, thumbnails=False)
-    assert not pipeline.decodes_on_device
-    assert pipeline.encoding.workers == 1
+    assert Pipeline(encoder, thumbnails=False).encoding.workers == 1
+    (part,) = encoder_of(encoder, "image").decode(jpeg()).parts
+    assert isinstance(part, np.ndarray)
+    encoder.device = torch.device("cuda")
+    (part,) = encoder_of(encoder, "image").decode(jpeg()).parts
+    assert isinstance(part, bytes)

@@ -249,8 +249,8 @@ def index(
 @click.argument("query", nargs=-1, required=True, metavar="QUERY")
 @click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option(
-    "--to", type=click.Choice(["image", "text"]), default="image", show_default=True,
-    help="Search the images or their captions.",
+    "--to", metavar="MODALITY", type=TEXT,
+    help="What to search: image (the default), text for the captions, or what else the store has.",
 )  # fmt: skip
 @_where
 @click.option("--exact", is_flag=True, help="Compare every row, even if there is an index.")

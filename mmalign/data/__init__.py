@@ -55,6 +55,7 @@ from mmalign.data.device import decode_on as decode_on
 from mmalign.data.device import suits_device as suits_device
 from mmalign.data.gone import is_gone as is_gone
 from mmalign.data.kinds import is_image_content as is_image_content
+from mmalign.data.kinds import is_taken_suffix as is_taken_suffix
 from mmalign.data.pixels import Pixels as Pixels
 from mmalign.data.pixels import decode_all as decode_all
 from mmalign.data.pixels import decode_stream as decode_stream
@@ -96,6 +97,7 @@ __all__ = [
     "is_derived_id",
     "is_gone",
     "is_image_content",
+    "is_taken_suffix",
     "nothing_usable",
     "open_image",
     "read_ahead",

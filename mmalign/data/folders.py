@@ -7,7 +7,14 @@ from functools import partial
 
 from mmalign.data import places, sidecars, tables
 from mmalign.data.columns import ReadOptions
-from mmalign.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, reason_to_skip, suffix
+from mmalign.data.kinds import (
+    CAPTION_SUFFIXES,
+    HEAD_BYTES,
+    IMAGE_SUFFIXES,
+    SIDECAR_SUFFIXES,
+    reason_to_skip,
+    suffix,
+)
 from mmalign.data.samples import Affected, JoinedSkips, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
@@ -94,7 +101,7 @@ class _Folders:
         skips = JoinedSkips()
         for entry in entries:
             path = _join(parent, entry.name)
-            if suffix(entry.name) in sidecars.SUFFIXES:
+            if suffix(entry.name) in SIDECAR_SUFFIXES:
                 sidecar_files[sidecars.with_lower_suffix(entry.name)] = entry.name
             elif entry.kind == "file" and entry.name.lower() in TABLES_BESIDE:
                 yield from self._read_table(path)
@@ -170,7 +177,7 @@ class _Folders:
         return self._skip(path, *why) if why else None
 
     def _orphan(self, path: str) -> Skip:
-        if suffix(path) in sidecars.TEXT_SUFFIXES:
+        if suffix(path) in CAPTION_SUFFIXES:
             return self._skip(path, "caption without an image")
         return self._skip(path, f"not an image by its extension: {suffix(path)}", "extension")
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Literal
 
+from mmalign.modality import IMAGE, of_file
+
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
@@ -31,6 +33,9 @@ FOREIGN_SUFFIXES = frozenset((
 SOURCE_SUFFIXES = frozenset((
     ".tar", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".ndjson",
 ))
+# Files beside a sample that describe it, see `sidecars.py`.
+CAPTION_SUFFIXES = (".txt", ".caption")
+SIDECAR_SUFFIXES = frozenset((*CAPTION_SUFFIXES, ".json", ".xmp"))
 # Never images: their content is not inspected.
 OTHER_SUFFIXES = frozenset((
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".mts", ".wmv",
@@ -102,6 +107,11 @@ def content_kind(head: bytes) -> str:
     return "pnm" if _PNM.match(head) else ""
 
 
+def is_taken_suffix(end: str) -> bool:
+    """Return whether files of an extension are images, sources or captions already."""
+    return end in PICTURE_SUFFIXES | SOURCE_SUFFIXES | SIDECAR_SUFFIXES
+
+
 def is_image_content(content: bytes) -> bool:
     """Return whether a file is an image by its first bytes, whatever its name.
 
@@ -119,13 +129,17 @@ def has_heif() -> bool:
 def reason_to_skip(
     name: str, head: Callable[[], bytes]
 ) -> tuple[str, Literal["sample", "extension"]] | None:
-    """Say why a file is not treated as an image, and what that affects; None if it is one.
+    """Say why a file is not used, and what that affects; None if it is an image.
+
+    Files of other modalities that are known by their extension are used, too.
 
     Args:
         name: Its name.
         head: Reads its first `HEAD_BYTES`; called only if the extension does not decide.
     """
     end = suffix(name)
+    if of_file(name) is not IMAGE:
+        return None
     if end in SOURCE_SUFFIXES:
         return f"a source, not an image: {end}", "extension"
     if end in OTHER_SUFFIXES:

@@ -1,4 +1,4 @@
-"""Define an undecoded sample: a record of where its image and captions are."""
+"""Define an undecoded sample: a record of where its file and captions are."""
 
 import hashlib
 import os
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmalign.data.places import is_url, local_path, version
 from mmalign.errors import DataError
+from mmalign.modality import of_file
 
 DEFAULT_CAPTION_KEY = "captions"
 # If the default key is absent, these are read instead.
@@ -48,6 +49,11 @@ class Record:
     information than the uri."""
     stamp: int = 0
     """The value of `Stamps` when it was scanned; 0 if it was not requested."""
+
+    @property
+    def modality(self) -> str:
+        """Return the name of its modality, told by the extension of its file."""
+        return of_file(self.uri).name
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 from xml.etree import ElementTree
 
+from mmalign.data.kinds import CAPTION_SUFFIXES
 from mmalign.data.samples import (
     CAPTION_ALIASES,
     DEFAULT_CAPTION_KEY,
@@ -25,9 +26,7 @@ from mmalign.data.samples import (
 )
 from mmalign.values import json_value
 
-TEXT_SUFFIXES = (".txt", ".caption")
-_SUFFIX_ORDER = (*TEXT_SUFFIXES, ".json", ".xmp")
-SUFFIXES = frozenset(_SUFFIX_ORDER)
+_SUFFIX_ORDER = (*CAPTION_SUFFIXES, ".json", ".xmp")
 # Takeout cuts names to this many characters before `.json`.
 _TAKEOUT_LENGTH = 46
 # IMG.jpg(1).json describes IMG(1).jpg.
@@ -81,7 +80,7 @@ def caption_files(image: str, caption_keys: Sequence[str]) -> dict[str, str]:
     return {
         key: with_lower_suffix(f"{webdataset_key(image)}.{key}")
         for key in caption_keys
-        if key.lower().endswith(TEXT_SUFFIXES)
+        if key.lower().endswith(CAPTION_SUFFIXES)
     }
 
 
@@ -136,7 +135,7 @@ def read_sidecars(
                 used_field = next(iter(present), used_field)
         except SampleProblem as problem:
             problems.append(str(problem))
-    has_text = any(with_lower_suffix(name).endswith(TEXT_SUFFIXES) for name, _ in files)
+    has_text = any(with_lower_suffix(name).endswith(CAPTION_SUFFIXES) for name, _ in files)
     if (
         has_text
         and not (captions or json_values or problems)
@@ -165,7 +164,7 @@ def _parse_sidecars(
     for name, content in files:
         end = f".{name.rpartition('.')[2].lower()}"
         try:
-            if end in TEXT_SUFFIXES:
+            if end in CAPTION_SUFFIXES:
                 caption_lines = caption_lines or clean_captions(to_text(content).splitlines())
             elif end == ".xmp":
                 _add_missing(other_values, _xmp(content))

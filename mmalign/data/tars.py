@@ -13,7 +13,13 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from mmalign.data import places, sidecars
-from mmalign.data.kinds import HEAD_BYTES, reason_to_skip, suffix
+from mmalign.data.kinds import (
+    CAPTION_SUFFIXES,
+    HEAD_BYTES,
+    SIDECAR_SUFFIXES,
+    reason_to_skip,
+    suffix,
+)
 from mmalign.data.samples import Affected, JoinedSkips, Record, ScanResults, Skip
 from mmalign.errors import DataError
 
@@ -122,7 +128,7 @@ class _Tar:
             self.skips.add(self._skip(name, f"not a regular file: {_special(member)}"))
         elif member.offset_data + member.size > size:
             self.skips.add(self._skip(name, "tar ends in the middle of this file"))
-        elif suffix(name) in sidecars.SUFFIXES:
+        elif suffix(name) in SIDECAR_SUFFIXES:
             lower_name = sidecars.with_lower_suffix(name)
             if lower_name in self.sidecar_files:
                 self.skips.add(self._skip(name, "duplicate key"))
@@ -139,7 +145,7 @@ class _Tar:
             self.images[_without_extension(name)] = _Image(member.offset_data, member.size, name)
 
     def _orphan(self, name: str, keys: Container[str]) -> Skip:
-        if suffix(name) not in sidecars.TEXT_SUFFIXES:
+        if suffix(name) not in CAPTION_SUFFIXES:
             return self._skip(name, f"not an image by its extension: {suffix(name)}", "extension")
         key = sidecars.webdataset_key(name)
         if key in keys:

@@ -71,6 +71,8 @@ class ChangeSet:
     """Samples that are unchanged in the store, as far as can be told without reading them."""
     captioned: int = 0
     """Number of samples that have a caption."""
+    modalities: set[str] = field(default_factory=set)
+    """Of the samples that must be read."""
     skips: list[Skip] = field(default_factory=list)
     stamps: Stamps = field(default_factory=Stamps)
 
@@ -140,6 +142,7 @@ def _collect_changed(changes: ChangeSet, records: Sequence[Record], options: Sca
             changes.present += 1
         else:
             changes.records.add(replace(record, stamp=stamp))
+            changes.modalities.add(record.modality)
 
 
 def _keep_rows_of_unusable(changes: ChangeSet) -> None:

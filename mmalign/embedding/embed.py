@@ -8,7 +8,7 @@ Another run adds what is new or changed; after a kill it continues after the las
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from mmalign.store import (
     meta_json,
     open_or_new,
     open_store,
-    pair_vectors,
     require_few,
 )
 
@@ -137,7 +136,6 @@ def embed(
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
     store = _open(path, float32_encoder)
-    card = store.manifest.model
     keep_weights(encoder)
     remember(float32_encoder)
     with files.scratch_in(path), SpilledRecords() as spilled:
@@ -146,6 +144,10 @@ def embed(
         )
         if used_precision == "int8" and len(spilled) >= COMPARED:
             _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
+        card = replace(
+            store.manifest.model,
+            towers=model_card(float32_encoder, sorted(changes.modalities)).towers,
+        )
         del float32_encoder
         embed_run = _EmbedRun(
             Writer(path, card, precision=used_precision), encoder, changes, thumbnails
@@ -267,9 +269,10 @@ def _row(encoded: Encoded, row_id: str) -> Row:
         id=row_id,
         uri=record.uri,
         captions=record.captions,
-        vectors=pair_vectors(encoded.image_D, encoded.texts_CD),
+        vectors=encoded.vectors,
+        positions=encoded.positions,
         meta=meta_json(record.meta),
-        thumbnail=encoded.item.thumbnail,
+        thumbnail=encoded.item.decoded.thumbnail,
         stamp=encoded.item.stamp,
         checksum=encoded.item.checksum,
     )

@@ -23,6 +23,7 @@ from mmalign import files
 from mmalign.arrays import Ints
 from mmalign.data import Record, fallback_id, is_derived_id, is_gone
 from mmalign.encoding.pipeline import Known
+from mmalign.modality import TEXT, is_of_rows
 from mmalign.store import UNKNOWN, Store
 from mmalign.store.ids import hashes
 
@@ -133,9 +134,15 @@ class StoredRows:
             if not self._is_undamaged(self.store.shard_of(number)):
                 break
             (row,) = self.store.rows([number], ("captions", "thumbnail"))
-            texts_CD = self.store.vectors_of("text", number)
+            vectors, positions = {}, {}
+            for name in filter(is_of_rows, self.store.modalities):
+                vectors_VD = self.store.vectors_of(name, number)
+                if len(vectors_VD):
+                    vectors[name] = vectors_VD
+                    positions[name] = self.store.positions_of(name, number)
+            texts_CD = self.store.vectors_of(TEXT.name, number)
             texts = dict(zip(row["captions"], texts_CD, strict=True))
-            return Known(self.store.vectors_of("image", number)[0], texts, row["thumbnail"])
+            return Known(vectors, positions, texts, row["thumbnail"])
         return None
 
     def _is_undamaged(self, shard: int) -> bool:

@@ -1,48 +1,105 @@
-"""Modalities: how each kind of item becomes vectors. Images and texts are the first two.
-
-A new kind (audio, video frames) is another `Modality` in `modalities_of`, a decoder in `data/` and
-a tower in `model/`; its column in a store is `<name>_embedding`.
-"""
+"""The modalities of a model: what encodes the items of each, and how a store records that."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mmalign.data import decoded, fit_image
-from mmalign.modality import IMAGE, TEXT
-from mmalign.model import Encoder, Preprocess
+from mmalign import modality as table
+from mmalign.arrays import Floats
+from mmalign.data import is_taken_suffix
+from mmalign.encoding.batches import TEXTS_AT_ONCE
+from mmalign.encoding.images import ImageEncoder
+from mmalign.encoding.modality_encoder import Decoded, ModalityEncoder
+from mmalign.errors import UsageError
+from mmalign.items import utf8_text
+from mmalign.modality import IMAGE, TEXT, Modality
+from mmalign.model import Encoder
 from mmalign.store import ModelCard, Tower
 
 
-@dataclass(frozen=True)
-class Modality:
-    """One kind of thing that can be embedded."""
+class TextEncoder(ModalityEncoder):
+    """Encodes texts."""
 
-    name: str
-    decode: Callable[[bytes], Any]
-    """Converts encoded bytes to one item; raises `DataError` with the reason if it cannot."""
-    batch: Callable[[Sequence[Any]], Any]
-    """Converts decoded items to the input of `encode`."""
-    encode: Callable[[Any], NDArray[np.float32]]
-    """Encodes a batch to unit vectors (B, D)."""
+    batch_size = TEXTS_AT_ONCE
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    @property
+    def identity(self) -> str:  # type: ignore[override]
+        """Return the identity of the text tower."""
+        return self.encoder.tower_identity(TEXT.name)
+
+    def decode(self, content: bytes, *, thumbnail: bool = False) -> Decoded:
+        """Take a file as one text."""
+        return Decoded([content.decode()])
+
+    def decode_item(self, item: Any) -> Decoded:
+        """Take a str."""
+        return Decoded([utf8_text(item)])
+
+    def encode(self, parts: Sequence[str]) -> Floats:
+        """Encode texts to unit vectors (B, D)."""
+        return self.encoder.encode_texts(parts)
 
 
-def modalities_of(encoder: Encoder) -> dict[str, Modality]:
-    """Return the modalities of an encoder by name."""
-    shape = encoder.preprocess
-    return {
-        "image": Modality("image", lambda b: pixels(b, shape), np.stack, encoder.encode_images),
-        "text": Modality("text", lambda b: b.decode(), list, encoder.encode_texts),
-    }
+MakeEncoder = Callable[[Encoder], ModalityEncoder]
+_makers: dict[str, MakeEncoder] = {IMAGE.name: ImageEncoder, TEXT.name: TextEncoder}
+_lock = threading.RLock()
 
 
-def model_card(encoder: Encoder) -> ModelCard:
-    """Return what a store records of the model that makes its vectors."""
-    towers = tuple(Tower(m.name, encoder.tower_identity(m.name), m.position) for m in (IMAGE, TEXT))
+def register_modality(modality: Modality, make: MakeEncoder) -> None:
+    """Let a further modality be embedded and searched, in this process.
+
+    Its vectors must be in the space of the model: its tower was aligned with the model's towers.
+
+    Args:
+        modality: Its name, the suffixes of its files, and where in an item a vector belongs.
+        make: Makes what encodes its items, of a model; called once for each model.
+
+    Raises:
+        UsageError: Its name or a suffix cannot be used.
+    """
+    for suffix in modality.suffixes:
+        if is_taken_suffix(suffix):
+            raise UsageError(f"{modality.name}: {suffix} files are read in another way")
+    with _lock:
+        table.add(modality)
+        _makers[modality.name] = make
+
+
+def encoder_of(encoder: Encoder, name: str) -> ModalityEncoder:
+    """Return what encodes the items of a modality with a model.
+
+    Raises:
+        UsageError: The modality is not installed here.
+    """
+    table.find(name)
+    with _lock:
+        make = _makers.get(name)
+        if make is None:
+            told = f"this installation cannot encode {name!r}"
+            raise UsageError(f"{told}: import or install what registers that modality")
+        made = encoder.modality_encoders.get(name)
+        if made is None or made[0] is not make:
+            made = encoder.modality_encoders[name] = make, make(encoder)
+        return cast(ModalityEncoder, made[1])
+
+
+def model_card(encoder: Encoder, others: Iterable[str] = ()) -> ModelCard:
+    """Return what a store records of the model that makes its vectors.
+
+    Args:
+        encoder: The model.
+        others: Modalities besides its own two.
+    """
+    names = dict.fromkeys((IMAGE.name, TEXT.name, *others))
+    towers = tuple(
+        Tower(name, encoder_of(encoder, name).identity, modality.position)
+        for name in names
+        if (modality := table.find(name))
+    )
     return ModelCard(encoder.space, encoder.source, encoder.dim, towers)
 
 
@@ -55,12 +112,6 @@ def is_model_of(encoder: Encoder, card: ModelCard) -> bool:
     if TEXT.name in recorded and encoder.tower_identity(TEXT.name) == recorded[TEXT.name]:
         return True
     return card.identity in (encoder.space, encoder.identity)
-
-
-def pixels(content: bytes, shape: Preprocess) -> NDArray[np.uint8]:
-    """Decode an image to the (S, S, 3) pixels that a model expects."""
-    with decoded(content, shape.size) as image:
-        return fit_image(image, shape.size, shape.resize_mode, shape.interpolation)
 
 
 def decode_workers() -> int:

@@ -7,7 +7,8 @@ batch wait for each other at every layer, and for every image that is decoded at
 GPU two threads take turns, so that one copies while the other computes. On other devices (Apple's)
 one thread encodes.
 
-Shapes: B items of a batch, S side of an image in pixels, D dimensions.
+Shapes: B parts of a batch, V vectors of an item, C captions of one, D dimensions, P numbers of a
+position.
 """
 
 import hashlib
@@ -23,24 +24,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mmalign.arrays import Floats
-from mmalign.data import (
-    Record,
-    Skip,
-    decode_on,
-    decoded,
-    fit_image,
-    image_meta,
-    in_threads,
-    read_and_decode,
-    suits_device,
-    thumbnail,
-)
-from mmalign.encoding.batches import BatchSplitter, TextCache, is_out_of_memory
-from mmalign.encoding.modalities import decode_workers, modalities_of
+from mmalign.data import Record, Skip, in_threads, read_and_decode
+from mmalign.encoding.batches import BatchSplitter, TextCache
+from mmalign.encoding.modalities import decode_workers, encoder_of
+from mmalign.encoding.modality_encoder import Decoded
 from mmalign.memory import keep_free_memory
+from mmalign.modality import TEXT
 from mmalign.model import Encoder
 
 T = TypeVar("T")
@@ -52,9 +43,12 @@ AHEAD = 3
 
 @dataclass(frozen=True)
 class Known:
-    """Earlier results for an image with the same content."""
+    """Earlier results for a file with the same content."""
 
-    image_D: Floats
+    vectors: dict[str, Floats]
+    """By modality, (V, D)."""
+    positions: dict[str, Floats]
+    """By modality, (V, P)."""
     texts: dict[str, Floats]
     """The vectors of its captions."""
     thumbnail: bytes
@@ -62,18 +56,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Item:
-    """An image to be encoded, and the values that are stored with it."""
+    """A file to be encoded, and the values that are stored with it."""
 
-    pixels_SS3: NDArray[np.uint8] | None
-    """The decoded pixels; None if `jpeg` is decoded on the encoding device."""
-    jpeg: bytes
-    thumbnail: bytes
+    decoded: Decoded
     checksum: bytes
-    """sha256 of the encoded image."""
+    """sha256 of the file."""
     stamp: int
     """The stamp of its source before it was read, see `data.Stamps`."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Metadata written by its camera, see `data.image_meta`."""
+    """What the file says of itself, see `ModalityEncoder.metadata`."""
     known: Known | None = None
     """Its vectors, if it was embedded before; it is then not decoded."""
 
@@ -84,9 +75,10 @@ class Encoded:
 
     record: Record
     item: Item
-    image_D: Floats
-    texts_CD: Floats
-    """One unit vector per caption, in order."""
+    vectors: dict[str, Floats]
+    """Unit vectors by modality, (V, D): those of the file, and one for each caption, in order."""
+    positions: dict[str, Floats]
+    """Where in the file they are, by modality, (V, P), where that must be told."""
 
 
 @dataclass
@@ -110,11 +102,7 @@ class Stage:
 
 
 class Pipeline:
-    """Decodes and encodes records, several at a time.
-
-    With a GPU, plain JPEGs are decoded there. The CPU then decodes them at reduced scale only: for
-    the thumbnail, and because a GPU decoder may not report that an image is damaged.
-    """
+    """Decodes and encodes records of any modality, several at a time."""
 
     def __init__(
         self,
@@ -127,18 +115,16 @@ class Pipeline:
 
         Args:
             encoder: Computes the vectors.
-            thumbnails: Make a thumbnail of each image.
-            known: Returns earlier results for an image checksum; called from several threads.
+            thumbnails: Make a thumbnail of each item.
+            known: Returns earlier results for a checksum; called from several threads.
         """
         self.encoder, self.thumbnails, self.known = encoder, thumbnails, known
         self.encoded = 0
-        """Images whose vectors were computed."""
-        self.images = modalities_of(encoder)["image"]
+        """Items whose vectors were computed."""
         self.texts = TextCache(encoder)
-        self.decoded, self.jpegs = BatchSplitter(self._decoded), BatchSplitter(self._jpegs)
+        self._encoders: dict[str, BatchSplitter[Any]] = {}
         on_cpu = encoder.device.type == "cpu"
         on_cuda = encoder.device.type == "cuda"
-        self.decodes_on_device = on_cuda
         if on_cpu:
             keep_free_memory()
         self.threads = torch.get_num_threads()
@@ -208,30 +194,22 @@ class Pipeline:
     def _decode(self, record: Record) -> tuple[Record, Item | Skip]:
         with self.decoding.working():
             # The stamp is taken before the image is read: a change in between is noticed next time.
-            item = read_and_decode(record, partial(self._item, record.stamp))
+            item = read_and_decode(record, partial(self._item, record))
             if isinstance(item, Item):
-                # Metadata given with an image takes precedence over that of its camera.
+                # What is written beside a file takes precedence over what is in it.
                 record = replace(record, meta={**item.meta, **record.meta})
             return record, item
 
-    def _item(self, seen: int, content: bytes) -> Item:
-        checksum = hashlib.sha256(content).digest()
+    def _item(self, record: Record, content: bytes) -> Item:
+        checksum, modality = hashlib.sha256(content).digest(), record.modality
+        encoder = encoder_of(self.encoder, modality)
         known = self.known(checksum)
-        if known and (known.thumbnail or not self.thumbnails):
+        if known and modality in known.vectors and (known.thumbnail or not self.thumbnails):
             small = known.thumbnail if self.thumbnails else b""
-            return Item(None, b"", small, checksum, seen, image_meta(content), known)
-        shape = self.encoder.preprocess
-        later = self.decodes_on_device and suits_device(content)
-        how = (shape.size, shape.resize_mode, shape.interpolation)
-        with decoded(content, 1 if later else shape.size) as image:
-            return Item(
-                pixels_SS3=None if later else fit_image(image, *how),
-                jpeg=content if later else b"",
-                thumbnail=thumbnail(image) if self.thumbnails else b"",
-                checksum=checksum,
-                stamp=seen,
-                meta=image_meta(content),
-            )
+            decoded = Decoded([], known.positions.get(modality), small)
+        else:
+            known, decoded = None, encoder.decode(content, thumbnail=self.thumbnails)
+        return Item(decoded, checksum, record.stamp, encoder.metadata(content), known)
 
     def _encode(
         self, batch: Sequence[tuple[Record, Item | Skip]]
@@ -241,29 +219,39 @@ class Pipeline:
         if not good:
             return [], skips
         with self.encoding.working():
-            images_BD = self._images([item for _, item in good])
+            vectors = self._vectors(good)
             texts = self._texts(good)
-        rows = zip(good, images_BD, texts, strict=True)
-        return [Encoded(record, item, image, text) for (record, item), image, text in rows], skips
+        return [
+            _encoded(*pair, vectors_VD, texts_CD)
+            for pair, vectors_VD, texts_CD in zip(good, vectors, texts, strict=True)
+        ], skips
 
-    def _images(self, items: Sequence[Item]) -> Floats:
-        """Embed images, decoded or still to be decoded."""
-        images_BD = np.empty((len(items), self.encoder.dim), np.float32)
-        for row, item in enumerate(items):
-            if item.known:
-                images_BD[row] = item.known.image_D
+    def _vectors(self, good: Sequence[tuple[Record, Item]]) -> list[Floats]:
+        """Embed the files of samples, those of one modality together; (V, D) for each."""
+        found = {
+            i: item.known.vectors[record.modality]
+            for i, (record, item) in enumerate(good)
+            if item.known
+        }
+        new: dict[str, list[int]] = {}
+        for i, (record, _) in enumerate(good):
+            if i not in found:
+                new.setdefault(record.modality, []).append(i)
+        for modality, numbers in new.items():
+            parts = [part for i in numbers for part in good[i][1].decoded.parts]
+            ends = np.cumsum([len(good[i][1].decoded.parts) for i in numbers])
+            vectors_BD = self._encoder(modality)(parts)
+            found |= zip(numbers, np.split(vectors_BD, ends[:-1]), strict=True)
         with self.encoding.lock:
-            self.encoded += sum(item.known is None for item in items)
-        for encode, rows in (
-            (self.decoded, [i for i, item in enumerate(items) if item.pixels_SS3 is not None]),
-            (self.jpegs, [i for i, item in enumerate(items) if item.jpeg]),
-        ):
-            if rows:
-                images_BD[rows] = encode([items[i] for i in rows])
-        return images_BD
+            self.encoded += sum(map(len, new.values()))
+        return [found[i] for i in range(len(good))]
+
+    def _encoder(self, modality: str) -> BatchSplitter[Any]:
+        encode = encoder_of(self.encoder, modality).encode
+        return self._encoders.setdefault(modality, BatchSplitter(encode))
 
     def _texts(self, good: Sequence[tuple[Record, Item]]) -> list[Floats]:
-        """Embed the captions of images, except those known from an earlier embedding."""
+        """Embed the captions of samples, except those known from an earlier embedding."""
         known = [item.known.texts if item.known else {} for _, item in good]
         pairs = list(zip([record.captions for record, _ in good], known, strict=True))
         new = self.texts([[c for c in captions if c not in old] for captions, old in pairs])
@@ -274,20 +262,11 @@ class Pipeline:
             texts.append(np.stack(each) if each else vectors_CD)
         return texts
 
-    def _decoded(self, items: Sequence[Item]) -> Floats:
-        return self.images.encode(self.images.batch([item.pixels_SS3 for item in items]))
 
-    def _jpegs(self, items: Sequence[Item]) -> Floats:
-        shape, contents = self.encoder.preprocess, [item.jpeg for item in items]
-        how = (shape.size, shape.resize_mode, shape.interpolation)
-        try:
-            pixels_B3SS = decode_on(self.encoder.device, contents, *how)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            # The CPU has already decoded each of them once.
-            return self.images.encode(self.images.batch(list(map(self.images.decode, contents))))
-        return self.encoder.encode_pixels(pixels_B3SS)
+def _encoded(record: Record, item: Item, vectors_VD: Floats, texts_CD: Floats) -> Encoded:
+    positions_VP = item.decoded.positions
+    positions = {} if positions_VP is None else {record.modality: positions_VP}
+    return Encoded(record, item, {record.modality: vectors_VD, TEXT.name: texts_CD}, positions)
 
 
 def _alone() -> None:

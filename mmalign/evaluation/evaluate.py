@@ -23,6 +23,7 @@ from mmalign.encoding.batches import TextCache, report_truncated
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError, nearest
 from mmalign.evaluation.metrics import accuracy, mean_reciprocal_rank, recall_at
+from mmalign.modality import IMAGE, TEXT
 from mmalign.model import Encoder, cosines, load_model, to_fastest
 from mmalign.progress import bar, say
 
@@ -158,7 +159,7 @@ def encode_records(
     with bar("encode", len(records)) as progress:
         pipeline = Pipeline(encoder, thumbnails=False)
         for good, bad in pipeline.run(records):
-            done += [(e.record, e.image_D, e.texts_CD) for e in good]
+            done += [(e.record, e.vectors[IMAGE.name][0], e.vectors[TEXT.name]) for e in good]
             skips += bad
             progress.update(len(good) + len(bad))
     report_truncated(encoder, pipeline.texts.truncated)

@@ -145,6 +145,8 @@ class Encoder:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     origin: Origin | None = None
     """The model that the weights came from, before any training; None for random weights."""
+    modality_encoders: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What encodes the items of each modality, as `encoding/modalities.py` made it."""
     _towers: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

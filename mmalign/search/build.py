@@ -21,7 +21,7 @@ from mmalign.errors import (
     shell_command,
 )
 from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
-from mmalign.modality import IMAGE, TEXT
+from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
 from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
@@ -127,10 +127,10 @@ def _build_all(
 ) -> dict[str, Any]:
     """Build an index for each modality with vectors; memory is split by number of vectors.
 
-    Queries for the vectors of a modality come from the other modalities of the store. Images are
-    also searched by images of the store (`Row`).
+    Queries for the vectors of a modality come from the other modalities of the store. What rows are
+    items of is also searched by rows of the store.
     """
-    names = tuple(store.manifest.model.positions)
+    names = store.modalities
     readers = {name: _reader(store, name) for name in names}
     sampled = {name: _sample_queries(store, name, readers[name]) for name in names}
     total = sum(reader.total for reader in readers.values())
@@ -138,12 +138,12 @@ def _build_all(
     for name, reader in readers.items():
         if not reader.total:
             continue
-        # Those of the first modality decide the choice: texts, if the store has any.
-        others = sorted((other for other in names if other != name), key=TEXT.name.__ne__)
+        # Those of the first modality decide the choice: captions, if the store has any.
+        others = sorted((other for other in names if other != name), key=is_of_rows)
         queries = {other: sampled[other] for other in others}
         if user_queries is not None and name != TEXT.name:
             queries[TEXT.name] = user_queries
-        if name == IMAGE.name:
+        if is_of_rows(name):
             queries[name] = replace(sampled[name], stored=True)
         share = reader.total / total
         modalities[name] = write_index(

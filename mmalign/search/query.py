@@ -1,12 +1,11 @@
 """The query to a store, as a value."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from mmalign.errors import UsageError
 from mmalign.items import kind_of
-
-Target = Literal["image", "text"]
+from mmalign.modality import OTHER_KINDS
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class Query:
     items: tuple[tuple[Any, float], ...]
     """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
     negative weight moves away from an item. See `mmalign.items` for what an item is."""
-    to: Target = "image"
-    """Whether rows are found by their images or by their captions."""
+    to: str | None = None
+    """The modality by whose vectors rows are found: "text" for their captions. None is the main one
+    of the store, as a rule "image"."""
     k: int = 10
     """Number of rows; fewer if the store has fewer."""
     offset: int = 0
@@ -35,22 +35,25 @@ class Query:
         if not self.items:
             raise UsageError("the query has no item")
         for item, weight in self.items:
-            if kind_of(item) == "text" and not item.strip():
+            kind_of(item)
+            if isinstance(item, str) and not item.strip():
                 raise UsageError("the query is empty")
             if not float("-inf") < weight < float("inf"):
                 raise UsageError(f"weight {weight} is not a finite number")
-        if self.to not in ("image", "text"):
-            raise UsageError(f"to={self.to!r}: write 'image' or 'text'")
         if self.k < 1:
             raise UsageError(f"k={self.k} must be at least 1")
         if self.offset < 0:
             raise UsageError(f"offset={self.offset} must be at least 0")
 
     @property
-    def kind(self) -> Target:
-        """Return the modality that it resembles, as the index is tuned for each query modality."""
+    def kind(self) -> str | None:
+        """Return the modality of its weightiest item; None for a vector or a row.
+
+        An index is tuned for each query modality.
+        """
         item, _ = max(self.items, key=lambda pair: abs(pair[1]))
-        return "text" if kind_of(item) == "text" else "image"
+        kind = kind_of(item)
+        return None if kind in OTHER_KINDS else kind
 
 
 def as_query(item: Any, **options: Any) -> Query:

@@ -14,13 +14,14 @@ from typing import Any, overload
 import numpy as np
 
 from mmalign.arrays import Floats
-from mmalign.encoding.items import encode_items
+from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.errors import UsageError
 from mmalign.items import Row, unit_vector
+from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
 from mmalign.search.model import model_of, require_model_of
-from mmalign.search.query import Query, Target, as_query
+from mmalign.search.query import Query, as_query
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
@@ -102,14 +103,14 @@ class Searcher:
         query: Any,
         k: int | None = None,
         *,
-        to: Target | None = None,
+        to: str | None = None,
         offset: int | None = None,
         where: str | None = None,
         exact: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> Hits:
-        """Find the k rows whose images, or captions, are nearest to an item.
+        """Find the k rows whose images, or other vectors, are nearest to an item.
 
         A row with several vectors comes once, by its best.
 
@@ -117,7 +118,8 @@ class Searcher:
             query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
                 text. Or a `Query`; the other arguments replace its fields.
             k: Number of rows, by default 10; fewer if the store has fewer.
-            to: Search among "image" (the default) or "text" vectors.
+            to: The modality to search: "text" for the captions; by default the main one of the
+                store, as a rule "image".
             offset: Results to skip at the start, by default none.
             where: Only rows for which this SQL is true, see `store.where`.
             exact: Compare every row, even if there is an index.
@@ -138,7 +140,7 @@ class Searcher:
         queries: Sequence[Any],
         k: int | None = None,
         *,
-        to: Target | None = None,
+        to: str | None = None,
         offset: int | None = None,
         where: str | None = None,
         exact: bool | None = None,
@@ -168,9 +170,10 @@ class Searcher:
         snapshot = self._snapshot  # the same for the whole answer, even if `refresh` is called
         vectors_MD = self._encode(queries, snapshot)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        allowed = {key: snapshot.allowed(*key) for key in {(q.to, q.where) for q in queries}}
+        groups = _group_by_search(queries, snapshot)
+        allowed = {key: snapshot.allowed(*key) for key in {group[:2] for group in groups}}
         answers: dict[int, Hits] = {}
-        for (to, where, exact, kind, wanted), numbers in _group_by_search(queries).items():
+        for (to, where, exact, kind, wanted), numbers in groups.items():
             scores_MK, rows_MK = snapshot.find(
                 vectors_MD[numbers], wanted, kind=kind, to=to, exact=exact,
                 allowed_N=allowed[to, where],
@@ -211,16 +214,21 @@ def _vector_of(row: Row, store: Store) -> Floats:
     number = int(store.find([row.id])[0]) if len(store) else -1
     if number < 0:
         raise UsageError(f"{store.path}: no row has the id {row.id!r}")
-    vector_D: Floats = store.vectors_of("image", number)[0]
-    return vector_D
+    # What the row is, rather than what is said of it.
+    for modality in sorted(store.modalities, key=is_of_rows, reverse=True):
+        vectors_VD = store.vectors_of(modality, number)
+        if len(vectors_VD):
+            return mean_vector(vectors_VD)
+    raise UsageError(f"{store.path}: the row {row.id!r} has no vector to search by")
 
 
 def _group_by_search(
-    queries: Sequence[Query],
-) -> dict[tuple[Target, str | None, bool, Target, int], list[int]]:
+    queries: Sequence[Query], snapshot: Snapshot
+) -> dict[tuple[str, str | None, bool, str, int], list[int]]:
     """Group the numbers of queries that can be searched in one call."""
-    groups: dict[tuple[Target, str | None, bool, Target, int], list[int]] = {}
+    groups: dict[tuple[str, str | None, bool, str, int], list[int]] = {}
     for number, q in enumerate(queries):
-        key = (q.to, q.where, q.exact, q.kind, q.k + q.offset)
+        to = snapshot.target(q.to)
+        key = (to, q.where, q.exact, q.kind or snapshot.main, q.k + q.offset)
         groups.setdefault(key, []).append(number)
     return groups

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from mmalign import modality as modalities
 from mmalign.arrays import Bools, Floats, Ints
-from mmalign.errors import StoreError, shell_command
+from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, describe, open_index
-from mmalign.modality import TEXT
 from mmalign.progress import say
-from mmalign.search.query import Target
 from mmalign.store import Store
 from mmalign.store.where import where as rows_where
 
@@ -55,11 +54,11 @@ class Snapshot:
     def __init__(self, store: Store) -> None:
         self.store = store
         store.open_all()
-        self._indexes: dict[tuple[Target, bool], Index] = {}
+        self._indexes: dict[tuple[str, bool], Index] = {}
         self._lock = threading.Lock()
 
     def find(
-        self, vectors_MD: Floats, k: int, *, kind: Target, to: Target, exact: bool,
+        self, vectors_MD: Floats, k: int, *, kind: str, to: str, exact: bool,
         allowed_N: Bools | None,
     ) -> tuple[Floats, Ints]:  # fmt: skip
         """Return scores and vector numbers (M, K) of the nearest rows; -1 if there are fewer.
@@ -84,7 +83,7 @@ class Snapshot:
             index = self._replace_damaged_index(to, index, error)
             return index.search(vectors_MD, k, allowed_N, query_modality=kind)
 
-    def allowed(self, to: Target, where: str | None) -> Bools | None:
+    def allowed(self, to: str, where: str | None) -> Bools | None:
         """Return which vectors may be found: those of live rows selected by `where`."""
         if where is None:
             return self._live_vectors(to)
@@ -92,7 +91,7 @@ class Snapshot:
         allowed_N[rows_where(self.store, where)] = True
         return self._of_vectors(allowed_N, to)
 
-    def _live_vectors(self, to: Target) -> Bools | None:
+    def _live_vectors(self, to: str) -> Bools | None:
         """Return which vectors of a modality are those of live rows; None if all are."""
         live_N = self.store.live
         if live_N is None:
@@ -101,21 +100,40 @@ class Snapshot:
             self._live[to] = self._of_vectors(live_N, to)
         return self._live[to]
 
-    def _of_vectors(self, mask: Bools, to: Target) -> Bools:
+    def _of_vectors(self, mask: Bools, to: str) -> Bools:
         """Turn a mask of the rows into one of the vectors."""
         owners_N = self._owners(to)
         return mask if owners_N is None else mask[owners_N]
 
-    def _owners(self, to: Target) -> Ints | None:
+    def _owners(self, to: str) -> Ints | None:
         """Return the row of each vector; None if each row has one."""
         return None if self.store.is_single(to) else self.store.owners(to)
 
     @cached_property
-    def _live(self) -> dict[Target, Bools]:
+    def main(self) -> str:
+        """The modality that is searched if the query does not say which."""
+        names = self.store.modalities
+        return next(filter(modalities.is_of_rows, names), names[0])
+
+    def target(self, to: str | None) -> str:
+        """Return the modality to search.
+
+        Raises:
+            UsageError: The store has no vectors of it.
+        """
+        if to is None:
+            return self.main
+        if to not in self.store.modalities:
+            known = nearest(to, self.store.modalities)
+            raise UsageError(f"{self.store.path}: no {to!r} vectors to search: {known}")
+        return to
+
+    @cached_property
+    def _live(self) -> dict[str, Bools]:
         return {}
 
     def hits(
-        self, scores_K: Floats, numbers_K: Ints, to: Target, *, first: int, extra: Sequence[str]
+        self, scores_K: Floats, numbers_K: Ints, to: str, *, first: int, extra: Sequence[str]
     ) -> list[Hit]:
         """Read the rows of the vectors that were found.
 
@@ -135,29 +153,31 @@ class Snapshot:
         positions: list[tuple[float, ...] | None] = [None] * len(numbers)
         if self.store.manifest.model.positions[to]:
             positions = [tuple(p) for p in self.store.positions(to, numbers).tolist()]
+        modality = modalities.find(to)
+        column = modality.column if modality else ""
         for rank, (score, position, owner, row) in enumerate(
             zip(scores_K[found].tolist(), positions, owners.tolist(), rows, strict=True),
             start=first,
         ):
             captions = tuple(row["captions"])
             more = {name: row[name] for name in extra} | {"position": position}
-            if to == TEXT.name and position is not None:
-                more["caption"] = captions[int(position[0])]
+            if column and position is not None:
+                more["caption"] = row[column][int(position[0])]
             if "meta" in more:
                 more["meta"] = json.loads(more["meta"])
             hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, **more))
         return hits
 
     def describe_index(self) -> dict[str, Any]:
-        """Return kind, rows and measured recall of the index over the images."""
+        """Return kind, rows and measured recall of the index over the main modality."""
         folder = self.store.index_folder
         if folder is None:
             return {"kind": "exact", "rows": len(self.store), "recall": 1.0}
-        entry = describe(folder)["modalities"]["image"]
+        entry = describe(folder)["modalities"][self.main]
         description = {key: entry[key] for key in ("kind", "rows", "recall")}
         return {**description, "design": entry["name"], "name": folder.name}
 
-    def _index(self, to: Target, exact: bool) -> Index:
+    def _index(self, to: str, exact: bool) -> Index:
         """Open the index of one modality, once for all threads."""
         opened = self._indexes.get((to, exact))
         if opened is not None:
@@ -166,8 +186,7 @@ class Snapshot:
             if (to, exact) not in self._indexes:
                 shards = self.store.vectors(to)
                 if not len(self.store) or not sum(len(s) for s in shards):
-                    what = "rows" if to == "image" else "captions"
-                    raise StoreError(f"{self.store.path}: the store has no {what} to search")
+                    raise StoreError(f"{self.store.path}: the store has no {to} vectors to search")
                 folder = None if exact else self.store.index_folder
                 try:
                     self._indexes[to, exact] = open_index(folder, to, shards, self._owners(to))
@@ -177,14 +196,14 @@ class Snapshot:
                     self._indexes[to, exact] = self._compare_every_row(to, error)
             return self._indexes[to, exact]
 
-    def _replace_damaged_index(self, to: Target, damaged: Index, error: StoreError) -> Index:
+    def _replace_damaged_index(self, to: str, damaged: Index, error: StoreError) -> Index:
         with self._lock:
             # If many threads find the damage, only one reports it.
             if self._indexes[to, False] is damaged:
                 self._indexes[to, False] = self._compare_every_row(to, error)
             return self._indexes[to, False]
 
-    def _compare_every_row(self, to: Target, error: StoreError) -> Index:
+    def _compare_every_row(self, to: str, error: StoreError) -> Index:
         repair = f"; run {shell_command('repair', self.store.path)}"
         remedy = "" if "run `" in str(error) else repair  # or the error names its own
         say(f"warning: {self.store.path}: {error}; exact search is used instead{remedy}")

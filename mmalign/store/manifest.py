@@ -549,17 +549,31 @@ def require_format(store: Path, manifest: Manifest) -> None:
         raise StoreError(f"{store}: format {manifest.format}, which is only read; run {remedy}")
 
 
-def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:
-    """Check that a store holds embeddings of this model.
+def joined_model(store: Path, stored: Manifest, model: ModelCard) -> ModelCard:
+    """Return the model of a store with the towers that a writer adds to it.
 
     Raises:
-        IdentityError: The store holds embeddings of another model.
+        IdentityError: The store holds embeddings of another model, or of another tower.
     """
     if stored.model.identity != model.identity:
         raise IdentityError(
             f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
             "embed into a new store"
         )
+    towers = {tower.modality: tower for tower in stored.model.towers}
+    for tower in model.towers:
+        held = towers.setdefault(tower.modality, tower)
+        if held.identity and tower.identity and held.identity != tower.identity:
+            raise IdentityError(
+                f"{store} holds {tower.modality} vectors of the tower {held.identity}, "
+                f"the model has {tower.identity}: embed into a new store"
+            )
+        if held.position != tower.position:
+            raise IdentityError(
+                f"{store} holds {tower.modality} vectors with positions of the kind "
+                f"{held.position!r}, not {tower.position!r}: embed into a new store"
+            )
+    return replace(stored.model, towers=tuple(towers.values()))
 
 
 def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:

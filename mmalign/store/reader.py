@@ -86,17 +86,26 @@ class Store:
         return [shard.vectors(modality) for shard in self._shards]
 
     def _require(self, modality: str) -> None:
-        known = self.manifest.model.positions
+        known = self.modalities
         if modality not in known:
             raise StoreError(f"{self.path}: no {modality!r} vectors: {nearest(modality, known)}")
 
     def vectors_of(self, modality: str, number: int) -> NDArray[np.float32]:
         """Copy the vectors of one row, (V, D)."""
+        shard, inside = self._vectors_in(modality, number)
+        return shard.vectors(modality)[inside].astype(np.float32)
+
+    def positions_of(self, modality: str, number: int) -> Floats:
+        """Copy where in their item the vectors of one row are, (V, numbers of a position)."""
+        shard, inside = self._vectors_in(modality, number)
+        return shard.positions(modality)[inside].copy()
+
+    def _vectors_in(self, modality: str, number: int) -> tuple[ShardReader, slice]:
+        """Return the shard of a row, and which vectors of the shard are those of the row."""
         self._require(modality)
         shard = self._shard(self.shard_of(number))
         row = int(number - self._ends[self.shard_of(number)] + shard.shard.rows)
-        first, end = shard.offsets(modality)[row : row + 2]
-        return shard.vectors(modality)[first:end].astype(np.float32)
+        return shard, slice(*shard.offsets(modality)[row : row + 2])
 
     def owners(self, modality: str) -> Ints:
         """Return the row number of each vector of a modality, (V,), those of deleted rows too."""
@@ -216,6 +225,11 @@ class Store:
                 batch = pa.record_batch(checked, schema=self.arrow_schema(columns))
                 whole = inside is None or len(inside) == card.rows
                 yield batch if whole else batch.take(pa.array(inside))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities that the store has room for, the main one first."""
+        return tuple(self.manifest.model.positions)
 
     @property
     def columns(self) -> list[str]:

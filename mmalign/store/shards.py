@@ -205,7 +205,11 @@ class ShardReader:
             return True
         if role == "rows":
             return has_rows(schema)
-        return bool(schema == (THUMBNAIL_SCHEMA if role == "thumbnails" else self._vector_schema))
+        if role == "thumbnails":
+            return bool(schema == THUMBNAIL_SCHEMA)
+        # A modality that came to the store later is missing in earlier shards.
+        held = {m: size for m, size in self.model.positions.items() if m in schema.names}
+        return bool(schema == vector_schema(self.model.dim, tuple(held.items())))
 
     def open_all(self) -> None:
         """Open all files, so that they can be read when they have been removed."""
@@ -267,6 +271,8 @@ class ShardReader:
             offsets = self.offsets(modality)
             counted = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
             return np.repeat(counted[:, None].astype(np.float32), size, axis=1)
+        if not self._holds(modality):
+            return np.zeros((0, size), np.float32)
         file = self.file("vectors")
         column = file.column(position_column(modality))
         if not column.offsets.equals(file.column(modality).offsets):
@@ -288,12 +294,22 @@ class ShardReader:
     def _stored_column(self, modality: str) -> pa.Array:
         file = self.file("vectors")
         if not self.is_format2:
-            return file.column(modality)
+            return file.column(modality) if self._holds(modality) else self._none(self.model.dim)
+        if modality not in (IMAGE.name, TEXT.name):
+            return self._none(self.model.dim)
         column = file.column({IMAGE.name: format2.IMAGE, TEXT.name: format2.TEXT}[modality])
         is_text = modality == TEXT.name
         if is_text and not column.value_lengths().equals(self.column("captions").value_lengths()):
             raise file.refuse(f"does not have one {modality} vector per caption")
         return column
+
+    def _holds(self, modality: str) -> bool:
+        return modality in self.file("vectors").batch.schema.names
+
+    def _none(self, dim: int) -> pa.Array:
+        """Return a column in which no row has a vector."""
+        offsets = pa.array(np.zeros(self.shard.rows + 1), pa.int32())
+        return pa.ListArray.from_arrays(offsets, fixed_lists(np.zeros((0, dim), np.float16)))
 
     @cached_property
     def id_hashes(self) -> tuple[Hashes, Ints]:

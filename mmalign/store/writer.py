@@ -35,12 +35,12 @@ class Writer:
 
         Args:
             store: The folder.
-            model: The model that made the vectors.
+            model: The model that made the vectors; its towers are added to those of the store.
             rows_per_shard: Rows that are written and committed together.
             precision: The arithmetic that the vectors were computed in, to be recorded.
 
         Raises:
-            IdentityError: The store holds embeddings of another model.
+            IdentityError: The store holds embeddings of another model, or of another tower.
             StoreError: Its newest generation is damaged.
         """
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
@@ -50,11 +50,10 @@ class Writer:
         self._open_shards, self._groups = OpenShards(store, model), Groups(store)
         for folder in ("shards", "groups"):
             files.make_folder(store / folder)
-        manifests.commit(store, self._check, model, groups=self._groups)
+        self.model = manifests.commit(store, self._check, model, groups=self._groups).model
 
     def _check(self, base: Manifest) -> Manifest:
-        manifests.require_model(self.store, base, self.model)
-        return base
+        return replace(base, model=manifests.joined_model(self.store, base, self.model))
 
     def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
         """Add a row; return True if that filled a shard and committed it.
@@ -86,7 +85,8 @@ class Writer:
         )
 
         def change(base: Manifest) -> Manifest:
-            others = [s for s in self._check(base).shards if s.name != shard.name]
+            base = self._check(base)
+            others = [s for s in base.shards if s.name != shard.name]
             gone = [*ids, *self._replaced]
             kept = self._open_shards.with_ids_deleted(others, gone)
             return replace(base, shards=(*kept, shard))

@@ -19,6 +19,7 @@ from mmalign.data import Record, Skip, decode_on, fit_image, in_threads, open_im
 from mmalign.data.spilled import SpilledRecords, UniqueIds
 from mmalign.embedding.embed import embed
 from mmalign.encoding.batches import BatchSplitter, TextCache
+from mmalign.encoding.modalities import encoder_of
 from mmalign.encoding.pipeline import Pipeline
 from mmalign.errors import DataError
 from mmalign.model import Encoder, new_model
@@ -46,13 +47,12 @@ def test_results_come_in_order_with_every_loss(encoder: Encoder, tmp_path: Path)
     assert [s.id for s in lost] == ["p/003.jpg", "p/017.jpg", "p/049.jpg"]
     assert all("damaged" in s.reason for s in lost)
     for encoded in done[::7]:
-        assert encoded.item.pixels_SS3 is not None
-        alone = encoder.encode_images(encoded.item.pixels_SS3[None])[0]
-        assert np.allclose(encoded.image_D, alone, atol=1e-5)
-        assert np.allclose(
-            encoded.texts_CD, encoder.encode_texts(encoded.record.captions), atol=1e-5
-        )
-        assert encoded.item.thumbnail[:4] == b"RIFF"
+        (pixels_SS3,) = encoded.item.decoded.parts
+        alone = encoder.encode_images(pixels_SS3[None])
+        assert np.allclose(encoded.vectors["image"], alone, atol=1e-5)
+        texts = encoder.encode_texts(encoded.record.captions)
+        assert np.allclose(encoded.vectors["text"], texts, atol=1e-5)
+        assert encoded.item.decoded.thumbnail[:4] == b"RIFF"
     assert pipeline.describe().startswith("busy: ")
 
 
@@ -86,7 +86,9 @@ def test_batches_shrink_at_an_end_that_is_known(encoder: Encoder, tmp_path: Path
     assert sizes(record for record in records) == [16, 16, 16, 16, 16, 10]
 
 
-def test_jpegs_may_be_decoded_where_they_are_encoded(encoder: Encoder, tmp_path: Path) -> None:
+def test_jpegs_may_be_decoded_where_they_are_encoded(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The way of a GPU, walked on the CPU; what is no plain JPEG goes the other."""
     folder = tmp_path / "p"
     folder.mkdir()
@@ -103,15 +105,17 @@ def test_jpegs_may_be_decoded_where_they_are_encoded(encoder: Encoder, tmp_path:
     results = []
     for device in (False, True):
         pipeline = Pipeline(encoder, thumbnails=device)
-        pipeline.decodes_on_device = device
+        monkeypatch.setattr(encoder_of(encoder, "image"), "on_device", device)
         done = [e for good, _ in pipeline.run(records) for e in good]
         results.append({e.record.id: e for e in done})
     plain, on_device = results
     assert plain.keys() == on_device.keys()
     assert "p/06.jpg" not in plain
-    waited = {name for name, e in on_device.items() if e.item.jpeg}
+    waited = {name for name, e in on_device.items() if isinstance(e.item.decoded.parts[0], bytes)}
     assert waited == set(on_device) - {"p/03.jpg", "p/04.jpg", "p/05.png"}
-    assert all(plain[n].image_D @ on_device[n].image_D > 0.999 for n in plain)
+    for name in plain:
+        (one_D,), (other_D,) = (e[name].vectors["image"] for e in results)
+        assert one_D @ other_D > 0.999
 
 
 def test_a_device_that_cannot_decode_leaves_it_to_the_cpu(
@@ -120,13 +124,13 @@ def test_a_device_that_cannot_decode_leaves_it_to_the_cpu(
     def refuse(*words: object) -> torch.Tensor:
         raise RuntimeError("nvjpeg: not supported")
 
-    monkeypatch.setattr("mmalign.encoding.pipeline.decode_on", refuse)
+    monkeypatch.setattr("mmalign.encoding.images.decode_on", refuse)
+    monkeypatch.setattr(encoder_of(encoder, "image"), "on_device", True)
     records = scan([str(write_pairs(tmp_path / "p", 5))]).records
     pipeline = Pipeline(encoder, thumbnails=False)
-    pipeline.decodes_on_device = True
     done = [e for good, _ in pipeline.run(records) for e in good]
     assert len(done) == 5
-    assert all(e.item.jpeg for e in done)
+    assert all(isinstance(e.item.decoded.parts[0], bytes) for e in done)
 
 
 @pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])

@@ -39,6 +39,9 @@ class StubEncoder:
     name = "stub"
     images = 0
 
+    def __init__(self) -> None:
+        self.modality_encoders: dict[str, Any] = {}
+
     def on(self, device: object) -> "StubEncoder":
         return self
 

@@ -200,7 +200,7 @@ def test_small_stores_are_indexed_and_searched(
         found = [hit.row for hit in searcher.search(vector, k=10, to="text")]
         assert len(found) == len(set(found)) == min(10, count)
     else:
-        with pytest.raises(StoreError, match="the store has no captions to search"):
+        with pytest.raises(StoreError, match="the store has no text vectors to search"):
             searcher.search(vector, to="text")
 
 
