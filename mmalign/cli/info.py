@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import shell_command
+from mmalign.modality import TEXT, find
 
 if TYPE_CHECKING:
     from mmalign.store import Store
@@ -28,7 +29,7 @@ def described(store: "Store") -> dict[str, Any]:
     from mmalign.index import describe
 
     manifest, folder = store.manifest, store.index_folder
-    owners = store.owners("text")
+    vectors = {name: _live_vectors(store, name) for name in store.modalities}
     return {
         "rows": len(store),
         "deleted": manifest.physical_rows - manifest.rows,
@@ -38,12 +39,18 @@ def described(store: "Store") -> dict[str, Any]:
         "towers": {tower.modality: tower.identity for tower in manifest.model.towers},
         "precision": _precisions(manifest.shards),
         "dim": manifest.model.dim,
-        "captions": len(owners) if store.live is None else int(store.live[owners].sum()),
+        "vectors": vectors,
+        "captions": vectors.get(TEXT.name, 0),
         "shards": len(manifest.shards),
         "failures": len(store.failures()),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "index": describe(folder) if folder else None,
     }
+
+
+def _live_vectors(store: "Store", modality: str) -> int:
+    owners = store.owners(modality)
+    return len(owners) if store.live is None else int(store.live[owners].sum())
 
 
 def _precisions(shards: Iterable["Shard"]) -> dict[str, int]:
@@ -60,9 +67,11 @@ def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
     compact = shell_command("compact", store.path)
     more = f", {deleted:,} more are deleted; {compact} frees their space" if deleted else ""
     name = values["model"]["identity"].rsplit("-", 1)[0]
+    vectors = ", ".join(f"{count:,} {_installed(m)}" for m, count in values["vectors"].items())
     lines = [
         f"rows      {values['rows']:,}{more}",
         f"captions  {values['captions']:,}{_by_share(scripts(_captions(store)))}",
+        f"vectors   {vectors}",
         f"model     {name}, {values['dim']} dimensions",
         f"          from {values['model']['source'] or 'an unknown source'}",
     ]
@@ -81,6 +90,10 @@ def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
         f"generation {values['generation']}"
     )
     return lines
+
+
+def _installed(modality: str) -> str:
+    return modality if find(modality) else f"{modality} (a modality that is not installed here)"
 
 
 def scripts(captions: Iterable[str]) -> Counter[str]:

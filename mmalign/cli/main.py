@@ -324,14 +324,16 @@ def _line(start: str, place: str, words: str) -> str:
     return f"{line}  {shorten(printable(words), room)}".rstrip()
 
 
-def _query(words: tuple[str, ...]) -> str | bytes:
-    """Decide whether a query is an image file (returned as its content) or a text.
+def _query(words: tuple[str, ...]) -> str | bytes | Path:
+    """Decide whether a query is a file or a text; of an image, its content is returned.
 
     The name of an existing file is never searched as text, as nobody would notice; a name that
     matches no file is not refused, as it may be a text.
     """
     if len(words) > 1:
         raise UsageError(f"only one query is allowed: put its words in quotes: {' '.join(words)!r}")
+    from mmalign.modality import IMAGE, of_file
+
     (typed,) = words
     named = typed.startswith("@")
     file = Path(os.path.expanduser(typed[1:] if named else typed))
@@ -344,6 +346,8 @@ def _query(words: tuple[str, ...]) -> str | bytes:
         raise UsageError(
             f"{file}: {reason}; to search for text that begins with @, put a space before it"
         )
+    if is_file and of_file(file.name) is not IMAGE:
+        return file
     if is_file:
         return _image(
             file, "" if named else f"; to search for this text, add a space at its end: '{typed} '"

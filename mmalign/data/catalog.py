@@ -23,6 +23,7 @@ from mmalign.data.samples import (
 )
 from mmalign.data.spilled import UniqueIds
 from mmalign.errors import DataError, UsageError, nearest
+from mmalign.modality import IMAGE
 from mmalign.progress import bar, say
 
 Sources = str | Path | Sequence[str | Path]
@@ -63,7 +64,7 @@ def scan(
     image_column: str | None = None,
     need_captions: bool = False,
 ) -> Catalog:
-    """List the samples of folders, tars (braces, globs), tables, and fsspec URLs of these.
+    """List the images of folders, tars (braces, globs), tables, and fsspec URLs of these.
 
     Args:
         sources: One or several paths, patterns or URLs.
@@ -87,6 +88,9 @@ def scan(
     for found in _stream(sources, ReadOptions(caption_keys, image_column)):
         if isinstance(found, Skip):
             skips.append(found)
+        elif found.modality != IMAGE.name:
+            reason = f"not an image: {found.modality}"
+            skips.append(Skip(found.id, found.uri, reason, "extension"))
         elif need_captions and not found.captions:
             skips.append(Skip(found.id, found.uri, "no caption"))
             if len(skips) < MAX_DESCRIBED:
@@ -115,7 +119,7 @@ def scan(
 def stream(
     sources: Sequence[str], caption_keys: Sequence[str], image_column: str | None = None
 ) -> Generator[Record | Skip, None, None]:
-    """Yield what `scan` lists, one by one: memory does not grow with the number of samples.
+    """Yield samples of all modalities, one by one: memory does not grow with their number.
 
     If no sample has a caption, the available columns and other files are reported at the end.
     """

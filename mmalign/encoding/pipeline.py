@@ -66,7 +66,7 @@ class Item:
     meta: dict[str, Any] = field(default_factory=dict)
     """What the file says of itself, see `ModalityEncoder.metadata`."""
     known: Known | None = None
-    """Its vectors, if it was embedded before; it is then not decoded."""
+    """Its vectors, if it was embedded before."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,14 @@ class Pipeline:
         checksum, modality = hashlib.sha256(content).digest(), record.modality
         encoder = encoder_of(self.encoder, modality)
         known = self.known(checksum)
-        if known and modality in known.vectors and (known.thumbnail or not self.thumbnails):
+        if known and modality not in known.vectors:
+            known = None
+        if known and (known.thumbnail or not self.thumbnails):
             small = known.thumbnail if self.thumbnails else b""
             decoded = Decoded([], known.positions.get(modality), small)
         else:
-            known, decoded = None, encoder.decode(content, thumbnail=self.thumbnails)
+            # Also for the thumbnail alone, if the earlier embedding made none.
+            decoded = encoder.decode(content, thumbnail=self.thumbnails)
         return Item(decoded, checksum, record.stamp, encoder.metadata(content), known)
 
     def _encode(
