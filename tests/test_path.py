@@ -128,7 +128,7 @@ def test_deleted_rows_are_found_no_more(store: Path, tmp_path: Path) -> None:
     assert row["id"] not in [h.id for h in to_text]
     assert all(h.caption in h.captions for h in to_text)
     delete(copy, open_store(copy).column("id"))
-    with pytest.raises(StoreError, match="no rows to search"):
+    with pytest.raises(StoreError, match="no image vectors to search"):
         Searcher.open(copy).search(caption)
 
 

@@ -208,7 +208,8 @@ class ShardReader:
         if role == "thumbnails":
             return bool(schema == THUMBNAIL_SCHEMA)
         # A modality that came to the store later is missing in earlier shards.
-        held = {m: size for m, size in self.model.positions.items() if m in schema.names}
+        every = self.model.positions.items()
+        held = {m: size for m, size in every if schema.get_field_index(m) >= 0}
         return bool(schema == vector_schema(self.model.dim, tuple(held.items())))
 
     def open_all(self) -> None:
@@ -304,7 +305,7 @@ class ShardReader:
         return column
 
     def _holds(self, modality: str) -> bool:
-        return modality in self.file("vectors").batch.schema.names
+        return bool(self.file("vectors").batch.schema.get_field_index(modality) >= 0)
 
     def _none(self, dim: int) -> pa.Array:
         """Return a column in which no row has a vector."""

@@ -69,7 +69,6 @@ def test_unknown_command_and_option_name_the_nearest() -> None:
     [
         (["search", "x.store"], "Missing argument 'QUERY'"),
         (["search", "x.store", "q", "-k", "many"], "'many' is not a valid integer"),
-        (["search", "x.store", "q", "--to", "words"], "'words' is not one of 'image', 'text'"),
         (["embed", "--data", "x", "--out", "y"], "Missing option '--model'"),
         (["train", "--out", "y"], "no training data: give --data SRC"),
         (["index", "x.store", "--recall", "most"], "'most' is not a valid float"),

@@ -41,6 +41,7 @@ def test_info_counts_what_is_live(store: Path) -> None:
         "towers": {"image": "", "text": ""},
         "precision": {"unknown": 25},
         "dim": DIM,
+        "vectors": {"image": 25, "text": sum(n % 3 for n in range(COUNT))},
         "captions": sum(n % 3 for n in range(COUNT)),
         "shards": 3,
         "failures": 0,

@@ -17,6 +17,7 @@ CARD = ModelCard("nano-0123", "somewhere/run", DIM)
 def encoder_of(card: ModelCard = CARD) -> Any:
     """What stands for the encoder of a store where nothing is encoded."""
     return SimpleNamespace(
+        modality_encoders={},
         identity=card.identity,
         space=card.identity,
         source=card.source,
