@@ -29,13 +29,17 @@ class ImageEncoder(ModalityEncoder):
         """Decode plain JPEGs on the encoder's device, as is done on a GPU. The CPU then decodes
         them at reduced scale only: for the thumbnail, and because a device may not report that an
         image is damaged."""
-        shape = encoder.preprocess
-        self.fit = (shape.size, shape.resize_mode, shape.interpolation)
 
     @property
     def identity(self) -> str:  # type: ignore[override]
         """Return the identity of the image tower."""
         return self.encoder.tower_identity(IMAGE.name)
+
+    @property
+    def fit(self) -> tuple[int, str, str]:
+        """Return how images are made to fit the model, as `data.fit_image` takes it."""
+        shape = self.encoder.preprocess
+        return shape.size, shape.resize_mode, shape.interpolation
 
     def decode(self, content: bytes, *, thumbnail: bool = False) -> Decoded:
         """Decode an image to the pixels that the model expects, unless its device does that."""
