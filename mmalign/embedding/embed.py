@@ -24,11 +24,13 @@ from mmalign.data import (
     report_skips,
 )
 from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
+from mmalign.embedding.rebuild import Rebuilt, rebuild
 from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.modalities import is_model_of, model_card
 from mmalign.encoding.pipeline import Encoded, Pipeline
-from mmalign.errors import DataError, IdentityError, UsageError
+from mmalign.errors import DataError, UsageError
 from mmalign.evaluation.evaluate import compare
+from mmalign.modality import IMAGE
 from mmalign.model import (
     Encoder,
     Precision,
@@ -81,6 +83,8 @@ class EmbedReport:
     """Images read whose vectors were computed; the others were embedded before."""
     removed: int
     """Rows deleted because their source is gone; only with `drop_removed`."""
+    rebuilt: int
+    """Rows embedded again because the store held embeddings of another model."""
     rows: int
     images_per_s: float
     """Images read per second, from the end of the scan."""
@@ -103,6 +107,9 @@ def embed(
 ) -> EmbedReport:
     """Embed samples that the store does not hold yet, or that have changed.
 
+    If the store holds embeddings of another model, its rows are embedded again first. Searches go
+    on with the old vectors until all new ones are there; an index has to be built again.
+
     Args:
         model: A run folder, `NAME:TAG`, or an encoder that was loaded from one of these.
         sources: Folders, tars, tables, URLs, as `data.scan` takes them.
@@ -114,14 +121,16 @@ def embed(
         checksum: Read every image that the store holds, and compare its content.
         drop_removed: Delete the rows whose images were in the sources but are no longer there.
             What could not be listed or read counts as still there.
-        yes: Let `drop_removed` delete more than a tenth of the rows.
+        yes: Let `drop_removed` delete more than a tenth of the rows, and let another model take
+            over the store even if images of rows cannot be read.
         part: (i, n): embed only the i-th of n equal parts of the samples, so that n processes
             can work on one store.
 
     Raises:
         DataError: Nothing usable in the sources.
-        IdentityError: The store belongs to another model.
-        StoreError: More than a tenth of the rows would be deleted. Everything else is done.
+        IdentityError: The store has vectors of a modality that the model does not make.
+        StoreError: More than a tenth of the rows would be deleted; everything else is done. Or
+            images of rows cannot be read again, so that the store keeps its model.
         UsageError: The store is a source, is inside one, or contains one.
     """
     if not 1 <= part[0] <= part[1]:
@@ -136,14 +145,20 @@ def embed(
         )
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
-    store = _open(path, float32_encoder)
-    card = store.manifest.model
+    options = ScanOptions(sources, caption_keys, image_column, checksum, part)
+    store = open_or_new(path, model_card(float32_encoder))
     keep_weights(encoder)
     remember(float32_encoder)
     with files.scratch_in(path), SpilledRecords() as spilled:
-        changes = find_changes(
-            store, ScanOptions(sources, caption_keys, image_column, checksum, part), spilled
-        )
+        rebuilt = Rebuilt()
+        if not is_model_of(float32_encoder, store.manifest.model):
+            new = model_card(float32_encoder)
+            rebuilt = rebuild(path, encoder, new, options, precision=used_precision, yes=yes)
+            store = open_store(path)
+        if not rebuilt.is_complete:
+            return _report_of_a_part(rebuilt, store, used_precision)
+        card = store.manifest.model
+        changes = find_changes(store, options, spilled)
         if used_precision == "int8" and len(spilled) >= COMPARED:
             _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
         del float32_encoder
@@ -161,6 +176,7 @@ def embed(
         read=embed_run.read,
         encoded=embed_run.pipeline.encoded,
         removed=dropped,
+        rebuilt=rebuilt.rows,
         rows=len(open_store(path)),
         images_per_s=embed_run.read / max(embed_run.seconds, 1e-9),
         precision=used_precision,
@@ -174,17 +190,13 @@ def _drop(store: Store, gone: list[int], yes: bool) -> int:
     return delete_rows(store, gone) if gone else 0
 
 
-def _open(path: Path, encoder: Encoder) -> Store:
-    """Open the store of a model, or an empty one."""
-    card = model_card(encoder)
-    store = open_or_new(path, card)
-    found = store.manifest.model
-    if not is_model_of(encoder, found):
-        why = encoder.former_fault(found.identity) or "embed into a new store"
-        raise IdentityError(
-            f"{path} holds embeddings of {found.identity}, the model is {card.identity}: {why}"
-        )
-    return store
+def _report_of_a_part(rebuilt: Rebuilt, store: Store, precision: str) -> EmbedReport:
+    """Return the report of a run that embedded rows again, and left others to other parts."""
+    return EmbedReport(
+        added=0, changed=0, present=0, failed=0, passed_over=0, cut_captions=0, moved=0, read=0,
+        encoded=0, removed=0, rebuilt=rebuilt.rows, rows=len(store), images_per_s=0.0,
+        precision=precision,
+    )  # fmt: skip
 
 
 class _EmbedRun:
@@ -285,7 +297,11 @@ def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> No
     store = open_store(path)
     before = [f for f in store.failures() if f["uri"] not in skips_by_uri and not f["embedded"]]
     rows_by_id = store.find([f["id"] for f in before])
-    rows += [{**f, "reason": None} for f, row in zip(before, rows_by_id, strict=True) if row >= 0]
+    rows += [
+        {**failure, "reason": None}
+        for failure, row in zip(before, rows_by_id.tolist(), strict=True)
+        if row >= 0 and len(store.vectors_of(IMAGE.name, row))
+    ]
     add_failures(path, rows)
     used = counts["added"] + counts["changed"] + counts["present"]
     report_skips(changes.skips, found=changes.found_count, used=used, where=path / "failures.jsonl")

@@ -133,9 +133,12 @@ class StoredRows:
             if not self._is_undamaged(self.store.shard_of(number)):
                 break
             (row,) = self.store.rows([number], ("captions", "thumbnail"))
+            image_VD = self.store.vectors_of("image", number)
+            if not len(image_VD):
+                break
             texts_CD = self.store.vectors_of("text", number)
             texts = dict(zip(row["captions"], texts_CD, strict=True))
-            return Known(self.store.vectors_of("image", number)[0], texts, row["thumbnail"])
+            return Known(image_VD[0], texts, row["thumbnail"])
         return None
 
     def _is_undamaged(self, shard: int) -> bool:
@@ -146,7 +149,7 @@ class StoredRows:
                 folder = self.store.path / "shards"
                 self._undamaged[shard] = all(
                     files.sha256(folder / file.name) == file.sha256
-                    for file in set(card.files.values())
+                    for file in set(card.current_files.values())
                 )
             return self._undamaged[shard]
 

@@ -18,6 +18,7 @@ health.py     verify
 repair.py     a generation without the damaged files
 format2.py    how format 2 wrote shards
 upgrade.py    format 2 -> format 3
+swap.py       vectors of a new model beside the current ones, and the swap
 """
 
 from mmalign.store.changes import CompactReport as CompactReport
@@ -41,6 +42,7 @@ from mmalign.store.schema import UNKNOWN as UNKNOWN
 from mmalign.store.schema import Row as Row
 from mmalign.store.schema import meta_json as meta_json
 from mmalign.store.schema import pair_vectors as pair_vectors
+from mmalign.store.swap import NextSpace as NextSpace
 from mmalign.store.update import UpdateReport as UpdateReport
 from mmalign.store.update import update as update
 from mmalign.store.update import update_rows as update_rows
@@ -55,6 +57,7 @@ __all__ = [
     "CompactReport",
     "MergeReport",
     "ModelCard",
+    "NextSpace",
     "RepairReport",
     "Row",
     "Store",

@@ -138,6 +138,13 @@ def compact(
     before = manifests.newest(store)
     manifests.require_format(store, before)
     rows_per_shard = rows_per_shard or shard_rows(before.rows)
+    if before.next:
+        source = before.next.source or "MODEL"
+        embed = shell_command("embed", "--model", source, "--data", "SRC", "--out", store)
+        say(
+            f"{store}: vectors of {before.next.identity} are being built, so shards stay as they "
+            f"are: complete them with {embed}, then compact again"
+        )
     for file in manifests.generations(store):
         # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.read_unless_gone(file)
@@ -145,7 +152,7 @@ def compact(
     new_files: list[Path] = []
     rewritten = []
     try:
-        for group in _runs_to_rewrite(before.shards, rows_per_shard):
+        for group in _runs_to_rewrite(before, rows_per_shard):
             first_new = len(new_shards)
             for shard in _rewrite(store, group, before.model, rows_per_shard):
                 new_shards.append(shard)
@@ -205,14 +212,19 @@ def refresh_times(paths: Sequence[Path]) -> None:
                 files.disk.touch(path)
 
 
-def _runs_to_rewrite(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
-    """Return the runs of adjacent shards of one precision that are worth rewriting."""
+def _runs_to_rewrite(before: Manifest, rows_per_shard: int) -> list[tuple[Shard, ...]]:
+    """Return the runs of adjacent shards of one precision that are worth rewriting.
+
+    None while vectors of another model are built: they are those of the shards as they are.
+    """
+    if before.next:
+        return []
 
     def kind(shard: Shard) -> tuple[bool, str, str]:
         is_worth = shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
         return is_worth, shard.precision, shard.version
 
-    runs = [tuple(run) for (is_worth, *_), run in groupby(shards, kind) if is_worth]
+    runs = [tuple(run) for (is_worth, *_), run in groupby(before.shards, kind) if is_worth]
     return [run for run in runs if len(run) > 1 or run[0].deleted_rows]
 
 
@@ -230,7 +242,10 @@ def _rewrite(
             pairs = zip(buffer, following, strict=True) if buffer else ((t,) for t in following)
             buffer = [pa.concat_tables(pair) for pair in pairs]
         taken = [table.slice(0, rows) for table in buffer]
-        yield write_tables(store, *taken, precision=group[0].precision, version=group[0].version)
+        yield write_tables(
+            store, *taken, precision=group[0].precision, version=group[0].version,
+            space=model.identity,
+        )  # fmt: skip
         buffer = [table.slice(rows) for table in buffer]
 
 
@@ -246,7 +261,7 @@ def undamaged_tables(store: Path, shard: Shard, model: ModelCard) -> list[pa.Tab
         StoreError: A file is damaged: copied damage would get a matching hash.
     """
     reader = ShardReader(store, shard, model)
-    for role, stored in shard.files.items():
+    for role, stored in shard.current_files.items():
         file = reader.file(role)
         if files.sha256(file.path) != stored.sha256:
             raise file.refuse("damaged")

@@ -97,6 +97,8 @@ class Manifest:
     model: ModelCard
     shards: tuple[Shard, ...] = ()
     index: IndexCard | None = None
+    next: ModelCard | None = None
+    """The model whose vectors are being built beside those of `model`, to take their place."""
     removing: tuple[str, ...] = ()
     """What is about to be removed: paths in the store without file extensions."""
     retired: tuple[Retired, ...] = ()
@@ -124,6 +126,25 @@ class Manifest:
         """Shards and indexes that this generation needs, written as in `removing`."""
         return _names_of(self.shards, self.index)
 
+    def with_next(self, model: ModelCard) -> "Manifest":
+        """Return the generation in which vectors of a model are built beside the current ones.
+
+        Those of a third model that were built so far are dropped.
+        """
+        if self.next is not None and self.next.identity == model.identity:
+            return self
+        shards = tuple(replace(s, next=None) if s.next else s for s in self.shards)
+        return replace(self, next=model, shards=shards)
+
+    def swapped(self) -> "Manifest":
+        """Return the generation that has the next vectors of all its shards as its own.
+
+        An index of the old vectors is left behind.
+        """
+        assert self.next is not None
+        shards = tuple(shard.swapped() for shard in self.shards)
+        return replace(self, model=self.next, next=None, index=None, shards=shards)
+
 
 def _names_of(shards: Iterable[Shard], index: IndexCard | None) -> set[str]:
     indexes = {f"index/{index.name}"} if index else set()
@@ -147,21 +168,25 @@ def sha256_of(manifest: Manifest) -> str:
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    model = asdict(manifest.model)
-    model["towers"] = [list(tower.values()) for tower in model["towers"]]
     values = {
         "format": FORMAT,
         "generation": manifest.generation,
-        "model": model,
+        "model": _model_values(manifest.model),
         "groups": list(manifest.groups),
         "index": asdict(manifest.index) if manifest.index else None,
     }
     optional: dict[str, Any] = {
+        "next": _model_values(manifest.next) if manifest.next else None,
         "removing": list(manifest.removing),
         "retired": [[r.name, r.generation] for r in manifest.retired],
         "previous": manifest.previous,
     }
     return values | {name: value for name, value in optional.items() if value}
+
+
+def _model_values(model: ModelCard) -> dict[str, Any]:
+    values = asdict(model)
+    return values | {"towers": [list(tower.values()) for tower in values["towers"]]}
 
 
 def parse(content: bytes, groups: Groups) -> Manifest:
@@ -201,19 +226,28 @@ def parse(content: bytes, groups: Groups) -> Manifest:
         manifest = replace(manifest, shards=groups.read(manifest.groups))
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
         raise StoreError("not made by mmalign: the same shard twice")
+    if not all(is_in_space(shard, manifest) for shard in manifest.shards):
+        raise StoreError("not made by mmalign: vectors of several spaces")
     return manifest
 
 
+def is_in_space(shard: Shard, manifest: Manifest) -> bool:
+    """Return whether the vectors of a shard are of the models of a generation."""
+    following = manifest.next.identity if manifest.next else None
+    return shard.space in ("", manifest.model.identity) and (
+        shard.next is None or shard.next.space == following
+    )
+
+
 def _manifest(values: dict[str, Any]) -> Manifest:
-    model, index = values["model"], values["index"]
+    index, following = values["index"], values.get("next")
     listed = values["shards"] if values["format"] == format2.FORMAT else None
-    if "towers" in model:
-        model = {**model, "towers": tuple(Tower(*tower) for tower in model["towers"])}
     return Manifest(
         generation=values["generation"],
-        model=ModelCard(**model),
+        model=_model_card(values["model"]),
         shards=tuple(format2.shard(shard) for shard in listed or ()),
         index=IndexCard(**index) if index else None,
+        next=_model_card(following) if following else None,
         removing=tuple(values.get("removing", ())),
         retired=tuple(Retired(*r) for r in values.get("retired", ())),
         previous=values.get("previous", ""),
@@ -221,11 +255,18 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     )
 
 
+def _model_card(values: dict[str, Any]) -> ModelCard:
+    if "towers" in values:
+        values = {**values, "towers": tuple(Tower(*tower) for tower in values["towers"])}
+    return ModelCard(**values)
+
+
 def _invalid_values(manifest: Manifest) -> Iterator[str]:
     """Yield values that mmalign never writes: names outside the store, impossible sizes."""
     if not is_count(manifest.generation, 10**18):
         yield f"generation {manifest.generation!r}"
-    yield from _invalid_model_values(manifest.model)
+    for model in filter(None, (manifest.model, manifest.next)):
+        yield from _invalid_model_values(model)
     for shard in manifest.shards:
         yield from (f"the shard {shard.name!r} with {w}" for w in shard_groups.invalid(shard))
     index = manifest.index
@@ -562,11 +603,15 @@ def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:
         )
 
 
-def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:
-    """Commit an index folder to the store; the shards it was built from must still be there."""
+def commit_index(store: Path, name: str, shards: tuple[str, ...], space: str) -> Manifest:
+    """Commit an index folder to the store.
+
+    The shards it was built from must still be there, with vectors of the same space.
+    """
 
     def change(base: Manifest) -> Manifest:
-        if tuple(s.name for s in base.shards[: len(shards)]) != shards:
+        current = tuple(s.name for s in base.shards[: len(shards)])
+        if (current, base.model.identity) != (shards, space):
             raise StoreError(f"{store}: its shards changed while the index was built; run it again")
         description = store / "index" / name / "index.json"
         return replace(base, index=IndexCard(name, files.sha256(description)))

@@ -82,7 +82,8 @@ class Writer:
             row_batch(rows),
             vector_batch(rows, self.model.dim, self.model.positions),
             thumbnail_batch([row.thumbnail for row in rows]),
-            self.precision,
+            precision=self.precision,
+            space=self.model.identity,
         )
 
         def change(base: Manifest) -> Manifest:

@@ -116,7 +116,7 @@ def index(life: Life) -> None:
     files.write_through(folder / "image.faiss", lambda path: Path(path).write_bytes(content))
     write_description(folder, {"name": name, "shards": list(shards)})
     with life.doing(State(life.ledger.rows, name)):
-        commit_index(life.path, name, shards)
+        commit_index(life.path, name, shards, CARD.identity)
 
 
 def fail(life: Life) -> None:

@@ -1,0 +1,322 @@
+"""Embed the rows of a store with another model, and swap when all of them are done.
+
+    rows without new vectors -> their samples in the sources -> encode -> a file a shard -> swap
+
+Searches go on with the old vectors until the swap. A killed run is continued by the next one.
+
+Shapes: N rows of the store, deleted ones included; L rows of a shard.
+"""
+
+import time
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mmalign.arrays import Floats, Ints
+from mmalign.data import Record, SpilledRecords, in_batches, stream
+from mmalign.embedding.changes import LOOKUP_BATCH, ScanOptions
+from mmalign.embedding.stored import StoredRows
+from mmalign.encoding.batches import report_truncated
+from mmalign.encoding.pipeline import Encoded, Pipeline
+from mmalign.errors import StoreError, shell_command
+from mmalign.modality import TEXT
+from mmalign.model import Encoder
+from mmalign.progress import bar, say
+from mmalign.store import (
+    UNKNOWN,
+    ModelCard,
+    NextSpace,
+    Row,
+    Store,
+    add_failures,
+    open_store,
+    pair_vectors,
+)
+from mmalign.store.groups import NextVectors, Shard
+
+COMMIT_SECONDS = 60.0
+OUTCOME_COLUMNS = ("id", "uri", "captions", "checksum")
+CHANGED = "its image is another one now"
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What `rebuild` did."""
+
+    rows: int = 0
+    """Rows whose vectors were computed with the new model."""
+    is_complete: bool = True
+    """Whether the store holds the vectors of the new model now; if not, others build the rest."""
+
+
+def rebuild(
+    path: Path,
+    encoder: Encoder,
+    card: ModelCard,
+    options: ScanOptions,
+    *,
+    precision: str,
+    yes: bool,
+) -> Rebuilt:
+    """Embed the rows of a store with another model, and swap when all of them are done.
+
+    Captions are those of the rows. An image is looked for in the sources, then where the row says
+    that it is; it must have the content that the row was made from.
+
+    Args:
+        path: The store.
+        encoder: The new model.
+        card: What the store records of it.
+        options: The sources; of several parts, each takes some of the shards.
+        precision: The arithmetic of the encoder, to be recorded.
+        yes: Swap even if there are images that cannot be read.
+
+    Raises:
+        StoreError: Images cannot be read; what was computed is kept.
+    """
+    run = _Rebuild(path, encoder, NextSpace(path, card, precision=precision), options)
+    run.begin()
+    is_complete = run.until_swapped(yes)
+    report_truncated(encoder, run.pipeline.texts.truncated)
+    return Rebuilt(run.rows, is_complete)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a row."""
+
+    number: int
+    id: str
+    uri: str
+    vectors: dict[str, Floats]
+    """New vectors by modality, shape (V, D)."""
+    problem: str = ""
+    """Why there is no vector of its image; empty if there is one."""
+    is_left: bool = False
+    """The sources have another image for it, which the pass over what changed embeds."""
+
+
+class _Rebuild:
+    def __init__(self, path: Path, encoder: Encoder, new: NextSpace, options: ScanOptions) -> None:
+        self.path, self.new, self.options = path, new, options
+        self.name = new.model.identity
+        self.pipeline = Pipeline(encoder, thumbnails=False)
+        self.rows = 0
+        self.unread: dict[str, dict[int, _Outcome]] = {}
+        """Rows whose images cannot be read, by the name of the shard and their number in it."""
+
+    def begin(self) -> None:
+        """Record which model is being built, and say what happens."""
+        before = self.new.begin()
+        manifest = open_store(self.path).manifest
+        done = sum(shard.rows - shard.deleted_rows for shard in manifest.shards if shard.next)
+        so_far = f" ({done} of {manifest.rows} rows are done)" if done else ""
+        if before and before.identity != self.name:
+            so_far = f", in place of those of {before.identity} that were begun"
+        old = manifest.model.identity
+        say(
+            f"{self.path} holds embeddings of {old}: vectors of {self.name} are built beside them"
+            f"{so_far}; searches go on with {old} until all are there"
+        )
+
+    def until_swapped(self, yes: bool) -> bool:
+        """Build until nothing is left to do; return whether the store was swapped."""
+        while True:
+            store = open_store(self.path)
+            if self.new.is_current(store.manifest):
+                return True
+            rows = self._rows_to_do(store)
+            if rows:
+                self._build(store, rows)
+                continue
+            left = {
+                shard: {row for row, outcome in unread.items() if outcome.is_left}
+                for shard, unread in self.unread.items()
+            }
+            remaining = self.new.swap(left, anyway=yes)
+            if remaining is None:
+                self._say_swapped(store)
+                return True
+            if remaining.shards and not any(map(self._is_mine, remaining.shards)):
+                parts = f"{len(remaining.shards)} of {len(store.manifest.shards)} shards"
+                say(f"{self.path}: {parts} have no vectors of {self.name} yet: run the other parts")
+                return False
+            if not remaining.shards:
+                self._refuse(remaining.rows, len(store))
+
+    def _rows_to_do(self, store: Store) -> dict[int, Ints]:
+        """Return the rows to embed, by the number of their shard.
+
+        Of a shard that has new vectors, these are rows that lack them. Shards of other parts are
+        looked at, too, when each has new vectors.
+        """
+        shards, first = store.manifest.shards, 0
+        all_written = all(shard.next for shard in shards)
+        rows: dict[int, Ints] = {}
+        for number, shard in enumerate(shards):
+            if all_written or self._is_mine(shard.name):
+                missing = np.flatnonzero(self.new.missing(store.manifest, shard))
+                missing = np.setdiff1d(missing, list(self.unread.get(shard.name, ())))
+                if len(missing) or shard.next is None:
+                    rows[number] = missing + first
+            first += shard.rows
+        return rows
+
+    def _is_mine(self, shard: str) -> bool:
+        number, parts = self.options.part
+        return zlib.crc32(shard.encode()) % parts == number - 1
+
+    def _build(self, store: Store, rows: Mapping[int, Ints]) -> None:
+        """Embed rows; write each shard when it is done, and commit from time to time.
+
+        Args:
+            store: The generation that the rows belong to.
+            rows: Rows by the number of their shard, in order.
+        """
+        written: dict[str, tuple[NextVectors | None, NextVectors]] = {}
+        committed_at = time.monotonic()
+        total = sum(map(len, rows.values()))
+        with SpilledRecords() as spilled, bar("rebuild", total, "rows") as progress:
+            samples = _Samples(store, np.concatenate([*rows.values()]), self.options, spilled)
+            with closing(self._embedded(store, rows, samples)) as embedded:
+                for number, own in rows.items():
+                    outcomes = []
+                    for outcome in islice(embedded, len(own)):
+                        outcomes.append(outcome)
+                        progress.update()
+                        progress.set_postfix_str(self.pipeline.describe(), refresh=False)
+                    self._list_failures(store, outcomes)
+                    shard = store.manifest.shards[number]
+                    new = self._write(shard, {store.row_in_shard(o.number): o for o in outcomes})
+                    if new:
+                        written[shard.name] = shard.next, new
+                    if time.monotonic() - committed_at > COMMIT_SECONDS:
+                        self.new.commit(written)
+                        committed_at, written = time.monotonic(), {}
+        self.new.commit(written)
+
+    def _embedded(
+        self, store: Store, rows: Mapping[int, Ints], samples: "_Samples"
+    ) -> Generator[_Outcome, None, None]:
+        """Embed the samples of rows, and yield what became of each, in their order."""
+        for good, skips in self.pipeline.run(_records(store, rows, samples)):
+            vectors = {int(e.record.id): _vectors(e) for e in good}
+            checksums = {int(e.record.id): e.item.checksum for e in good}
+            problems = {int(skip.id): skip.reason for skip in skips}
+            numbers = sorted({*vectors, *problems})
+            for number, row in zip(numbers, store.rows(numbers, OUTCOME_COLUMNS), strict=True):
+                problem = problems.get(number, "")
+                if not problem and row["checksum"] not in (UNKNOWN, checksums[number]):
+                    problem = CHANGED
+                if not problem:
+                    yield _Outcome(number, row["id"], row["uri"], vectors[number])
+                    continue
+                is_left = problem == CHANGED and samples.has(number)
+                where = "" if samples.has(number) else "; no source that was given has it"
+                (texts_CD,) = self.pipeline.texts([row["captions"]])
+                texts = {TEXT.name: texts_CD}
+                yield _Outcome(number, row["id"], row["uri"], texts, problem + where, is_left)
+
+    def _write(self, shard: Shard, outcomes: Mapping[int, _Outcome]) -> NextVectors | None:
+        """Write the new vectors of a shard: those that it had, and what came of some of its rows.
+
+        None if nothing came of them.
+        """
+        unread = {row: outcome for row, outcome in outcomes.items() if outcome.problem}
+        self.unread.setdefault(shard.name, {}).update(unread)
+        self.rows += len(outcomes) - len(unread)
+        if shard.next and len(unread) == len(outcomes):
+            return None
+        rows = [Row("", "", (), vectors) for vectors in self.new.vectors(shard)]
+        for row, outcome in outcomes.items():
+            rows[row] = Row(outcome.id, outcome.uri, (), outcome.vectors)
+        return self.new.write(shard, rows)
+
+    def _list_failures(self, store: Store, outcomes: Sequence[_Outcome]) -> None:
+        """List rows whose images cannot be read, and mark those as resolved that now can."""
+        lost = [o for o in outcomes if o.problem and not o.is_left]
+        listed = {f["uri"] for f in store.failures() if not f["embedded"]}
+        found = [o for o in outcomes if not o.problem and o.uri in listed]
+        add_failures(
+            self.path,
+            [
+                {"id": o.id, "uri": o.uri, "reason": o.problem or None, "embedded": False}
+                for o in (*lost, *found)
+            ],
+        )
+
+    def _refuse(self, rows: Mapping[str, Ints], total: int) -> None:
+        """Refuse to swap if images of rows cannot be read; return if they were not tried yet."""
+        unread = {
+            s: [r for r in own.tolist() if r in self.unread.get(s, ())] for s, own in rows.items()
+        }
+        if any(len(unread[shard]) < len(own) for shard, own in rows.items()):
+            return
+        count = sum(map(len, unread.values()))
+        first = next(self.unread[shard][own[0]] for shard, own in unread.items())
+        raise StoreError(
+            f"{self.path}: {count} of {total} rows have no vectors of {self.name}, as their images "
+            f"cannot be read; the first is {first.uri}: {first.problem}; searches go on with the "
+            "old vectors: give the sources that are missing, do without these images with --yes "
+            "(Python: yes=True), or embed into a new store"
+        )
+
+    def _say_swapped(self, before: Store) -> None:
+        index = f"; build an index of them with {shell_command('index', self.path)}"
+        say(
+            f"{self.path} holds embeddings of {self.name} now"
+            f"{index if before.manifest.index else ''}"
+        )
+
+
+class _Samples:
+    """Where the images of rows are, as the sources say."""
+
+    def __init__(
+        self, store: Store, rows: Ints, options: ScanOptions, spilled: SpilledRecords
+    ) -> None:
+        """Scan the sources for the samples of some rows.
+
+        Raises:
+            DataError: A source does not exist.
+        """
+        self._spilled = spilled
+        self._places_N = np.full(store.manifest.physical_rows, -1, np.int64)
+        if not len(rows):
+            return
+        wanted_N = np.zeros(store.manifest.physical_rows, np.bool_)
+        wanted_N[rows] = True
+        stored = StoredRows(store)
+        found = stream(options.sources, options.caption_keys, options.image_column)
+        with closing(found) as scanned:
+            records = (record for record in scanned if isinstance(record, Record))
+            for batch in in_batches(records, LOOKUP_BATCH):
+                for record, row in zip(batch, stored.rows_of(batch), strict=True):
+                    if row and wanted_N[row["number"]] and not self.has(row["number"]):
+                        self._places_N[row["number"]] = spilled.add(record)
+
+    def has(self, number: int) -> bool:
+        """Return whether a source has the sample of a row."""
+        return bool(self._places_N[number] >= 0)
+
+    def of(self, number: int) -> Record | None:
+        """Return the sample of a row, if a source has it."""
+        return self._spilled.at(int(self._places_N[number])) if self.has(number) else None
+
+
+def _records(store: Store, rows: Mapping[int, Ints], samples: _Samples) -> Iterator[Record]:
+    """Yield a record of the image and the captions of each row, named by the number of the row."""
+    for own in rows.values():
+        for numbers in in_batches(own.tolist(), LOOKUP_BATCH):
+            for number, row in zip(numbers, store.rows(numbers, OUTCOME_COLUMNS), strict=True):
+                record = samples.of(number) or Record(row["id"], row["uri"], row["uri"])
+                yield replace(record, id=str(number), captions=tuple(row["captions"]), meta={})
+
+
+def _vectors(encoded: Encoded) -> dict[str, Floats]:
+    return pair_vectors(encoded.image_D, encoded.texts_CD)
