@@ -10,6 +10,7 @@ from mmalign.errors import shell_command
 if TYPE_CHECKING:
     from mmalign.store import Store
     from mmalign.store.groups import Shard
+    from mmalign.store.manifest import Manifest
 
 # Number of captions, from the start, in which scripts are counted.
 COUNTED = 20_000
@@ -36,6 +37,7 @@ def described(store: "Store") -> dict[str, Any]:
         "format": manifest.format,
         "model": {k: getattr(manifest.model, k) for k in ("identity", "source", "dim")},
         "towers": {tower.modality: tower.identity for tower in manifest.model.towers},
+        "next": _next(manifest),
         "precision": _precisions(manifest.shards),
         "dim": manifest.model.dim,
         "captions": len(owners) if store.live is None else int(store.live[owners].sum()),
@@ -44,6 +46,14 @@ def described(store: "Store") -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "index": describe(folder) if folder else None,
     }
+
+
+def _next(manifest: "Manifest") -> dict[str, Any] | None:
+    """Return the model whose vectors are being built, and how many rows have them."""
+    if manifest.next is None:
+        return None
+    done = sum(s.rows - s.deleted_rows for s in manifest.shards if s.next)
+    return {"identity": manifest.next.identity, "source": manifest.next.source, "rows": done}
 
 
 def _precisions(shards: Iterable["Shard"]) -> dict[str, int]:
@@ -66,6 +76,10 @@ def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
         f"model     {name}, {values['dim']} dimensions",
         f"          from {values['model']['source'] or 'an unknown source'}",
     ]
+    if values["next"]:
+        following = values["next"]
+        done = f"{following['rows']:,} of {values['rows']:,} rows"
+        lines.append(f"next      vectors of {following['identity']}: {done} have them")
     if values["index"] is None:
         build = shell_command("index", store.path)
         lines.append(f"index     none: every row is compared; {build} builds one")

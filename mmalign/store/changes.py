@@ -118,11 +118,16 @@ def shard_rows(total: int) -> int:
 
 
 def compact(
-    path: str | Path, rows_per_shard: int | None = None, *, now: bool = False
+    path: str | Path,
+    rows_per_shard: int | None = None,
+    *,
+    now: bool = False,
+    drop_next: bool = False,
 ) -> CompactReport:
     """Rewrite shards that have deleted rows or few rows, and remove files no longer needed.
 
-    Rows keep their order but get new numbers, so an index is dropped. Other writers may run.
+    Rows keep their order but get new numbers, so an index is dropped. Other writers may run. While
+    vectors of another model are being built, shards stay as they are, deleted rows included.
 
     Args:
         path: The store.
@@ -130,6 +135,7 @@ def compact(
             store.
         now: Immediately remove files that only older generations need, and with them all that is
             left of deleted rows. Otherwise they stay for an hour, for current readers.
+        drop_next: Drop the vectors of another model that are being built.
 
     Raises:
         StoreError: Something is damaged, or another compaction was faster; nothing was changed.
@@ -137,14 +143,11 @@ def compact(
     store = Path(path)
     before = manifests.newest(store)
     manifests.require_format(store, before)
+    if drop_next:
+        before = manifests.commit(store, lambda base: base.with_next(None), before.model)
     rows_per_shard = rows_per_shard or shard_rows(before.rows)
     if before.next:
-        source = before.next.source or "MODEL"
-        embed = shell_command("embed", "--model", source, "--data", "SRC", "--out", store)
-        say(
-            f"{store}: vectors of {before.next.identity} are being built, so shards stay as they "
-            f"are: complete them with {embed}, then compact again"
-        )
+        _say_waiting(store, before.next)
     for file in manifests.generations(store):
         # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.read_unless_gone(file)
@@ -200,6 +203,16 @@ def compact(
         tuple(removed),
         removed_bytes,
         waiting,
+    )
+
+
+def _say_waiting(store: Path, following: ModelCard) -> None:
+    source = following.source or "MODEL"
+    embed = shell_command("embed", "--model", source, "--data", "SRC", "--out", store)
+    drop = shell_command("compact", store, "--drop-next")
+    say(
+        f"{store}: vectors of {following.identity} are being built, so shards stay as they are, "
+        f"deleted rows included: complete them with {embed} and compact again, or run {drop}"
     )
 
 

@@ -126,12 +126,12 @@ class Manifest:
         """Shards and indexes that this generation needs, written as in `removing`."""
         return _names_of(self.shards, self.index)
 
-    def with_next(self, model: ModelCard) -> "Manifest":
+    def with_next(self, model: ModelCard | None) -> "Manifest":
         """Return the generation in which vectors of a model are built beside the current ones.
 
-        Those of a third model that were built so far are dropped.
+        Those of another model that were built so far are dropped; with None, nothing is built.
         """
-        if self.next is not None and self.next.identity == model.identity:
+        if model and self.next and self.next.identity == model.identity:
             return self
         shards = tuple(replace(s, next=None) if s.next else s for s in self.shards)
         return replace(self, next=model, shards=shards)
