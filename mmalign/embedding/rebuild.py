@@ -9,11 +9,12 @@ Shapes: N rows of the store, deleted ones included; L rows of a shard.
 
 import time
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,6 @@ from mmalign.store.groups import NextVectors, Shard
 
 COMMIT_SECONDS = 60.0
 OUTCOME_COLUMNS = ("id", "uri", "captions", "checksum")
-CHANGED = "its image is another one now"
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,11 @@ class _Outcome:
     uri: str
     vectors: dict[str, Floats]
     """New vectors by modality, shape (V, D)."""
-    problem: str = ""
-    """Why there is no vector of its image; empty if there is one."""
-    is_left: bool = False
-    """The sources have another image for it, which the pass over what changed embeds."""
+    problem: str
+    """Why there are not all vectors that it had; empty if there are."""
+    is_left: bool
+    """Whether the problem is that the sources have another image for it, which the pass over what
+    changed embeds."""
 
 
 class _Rebuild:
@@ -108,7 +109,7 @@ class _Rebuild:
         self.pipeline = Pipeline(encoder, thumbnails=False)
         self.rows = 0
         self.unread: dict[str, dict[int, _Outcome]] = {}
-        """Rows whose images cannot be read, by the name of the shard and their number in it."""
+        """Rows that have problems, by the name of the shard and their number in it."""
 
     def begin(self) -> None:
         """Record which model is being built, and say what happens."""
@@ -181,6 +182,7 @@ class _Rebuild:
         written: dict[str, tuple[NextVectors | None, NextVectors]] = {}
         committed_at = time.monotonic()
         total = sum(map(len, rows.values()))
+        listed = {failure["uri"] for failure in store.failures() if not failure["embedded"]}
         with SpilledRecords() as spilled, bar("rebuild", total, "rows") as progress:
             samples = _Samples(store, np.concatenate([*rows.values()]), self.options, spilled)
             with closing(self._embedded(store, rows, samples)) as embedded:
@@ -190,7 +192,7 @@ class _Rebuild:
                         outcomes.append(outcome)
                         progress.update()
                         progress.set_postfix_str(self.pipeline.describe(), refresh=False)
-                    self._list_failures(store, outcomes)
+                    self._list_failures(outcomes, listed)
                     shard = store.manifest.shards[number]
                     new = self._write(shard, {store.row_in_shard(o.number): o for o in outcomes})
                     if new:
@@ -204,23 +206,24 @@ class _Rebuild:
         self, store: Store, rows: Mapping[int, Ints], samples: "_Samples"
     ) -> Generator[_Outcome, None, None]:
         """Embed the samples of rows, and yield what became of each, in their order."""
+        has_text_N = np.bincount(store.owners(TEXT.name), minlength=len(samples)) > 0
         for good, skips in self.pipeline.run(_records(store, rows, samples)):
-            vectors = {int(e.record.id): _vectors(e) for e in good}
-            checksums = {int(e.record.id): e.item.checksum for e in good}
-            problems = {int(skip.id): skip.reason for skip in skips}
-            numbers = sorted({*vectors, *problems})
+            encoded = {int(one.record.id): one for one in good}
+            reasons = {int(skip.id): skip.reason for skip in skips}
+            numbers = sorted({*encoded, *reasons})
             for number, row in zip(numbers, store.rows(numbers, OUTCOME_COLUMNS), strict=True):
-                problem = problems.get(number, "")
-                if not problem and row["checksum"] not in (UNKNOWN, checksums[number]):
-                    problem = CHANGED
-                if not problem:
-                    yield _Outcome(number, row["id"], row["uri"], vectors[number])
-                    continue
-                is_left = problem == CHANGED and samples.has(number)
-                where = "" if samples.has(number) else "; no source that was given has it"
-                (texts_CD,) = self.pipeline.texts([row["captions"]])
-                texts = {TEXT.name: texts_CD}
-                yield _Outcome(number, row["id"], row["uri"], texts, problem + where, is_left)
+                reason = reasons.get(number) or _other_content(encoded[number], row["checksum"])
+                if reason:
+                    (texts_CD,) = self.pipeline.texts([row["captions"]])
+                    vectors = {TEXT.name: texts_CD}
+                else:
+                    vectors = _vectors(encoded[number])
+                is_left = bool(reason) and number in encoded and samples.has(number)
+                if reason and not samples.has(number):
+                    reason += "; no source that was given has it"
+                elif not reason and has_text_N[number] and not row["captions"]:
+                    reason = "its text has no caption to be embedded again"
+                yield _Outcome(number, row["id"], row["uri"], vectors, reason, is_left)
 
     def _write(self, shard: Shard, outcomes: Mapping[int, _Outcome]) -> NextVectors | None:
         """Write the new vectors of a shard: those that it had, and what came of some of its rows.
@@ -237,33 +240,33 @@ class _Rebuild:
             rows[row] = Row(outcome.id, outcome.uri, (), outcome.vectors)
         return self.new.write(shard, rows)
 
-    def _list_failures(self, store: Store, outcomes: Sequence[_Outcome]) -> None:
-        """List rows whose images cannot be read, and mark those as resolved that now can."""
-        lost = [o for o in outcomes if o.problem and not o.is_left]
-        listed = {f["uri"] for f in store.failures() if not f["embedded"]}
-        found = [o for o in outcomes if not o.problem and o.uri in listed]
-        add_failures(
-            self.path,
-            [
-                {"id": o.id, "uri": o.uri, "reason": o.problem or None, "embedded": False}
-                for o in (*lost, *found)
-            ],
-        )
+    def _list_failures(self, outcomes: Sequence[_Outcome], listed: Set[str]) -> None:
+        """List rows that have problems, and mark those as resolved that were listed and have none.
+
+        Those that are left to another pass are not listed.
+        """
+        told = [o for o in outcomes if not o.is_left and (o.problem or o.uri in listed)]
+        failures: list[dict[str, Any]] = [
+            {"id": o.id, "uri": o.uri, "reason": o.problem or None, "embedded": False} for o in told
+        ]
+        if failures:
+            add_failures(self.path, failures)
 
     def _refuse(self, rows: Mapping[str, Ints], total: int) -> None:
-        """Refuse to swap if images of rows cannot be read; return if they were not tried yet."""
-        unread = {
-            s: [r for r in own.tolist() if r in self.unread.get(s, ())] for s, own in rows.items()
-        }
-        if any(len(unread[shard]) < len(own) for shard, own in rows.items()):
+        """Refuse to swap without some rows; return if there is one that was not tried yet."""
+        lost = [
+            self.unread.get(shard, {}).get(row)
+            for shard, own in rows.items()
+            for row in own.tolist()
+        ]
+        first = lost[0]
+        if first is None or None in lost:
             return
-        count = sum(map(len, unread.values()))
-        first = next(self.unread[shard][own[0]] for shard, own in unread.items())
         raise StoreError(
-            f"{self.path}: {count} of {total} rows have no vectors of {self.name}, as their images "
-            f"cannot be read; the first is {first.uri}: {first.problem}; searches go on with the "
-            "old vectors: give the sources that are missing, do without these images with --yes "
-            "(Python: yes=True), or embed into a new store"
+            f"{self.path}: {len(lost)} of {total} rows cannot be embedded with {self.name}; the "
+            f"first is {first.uri}: {first.problem}; searches go on with the old vectors: give the "
+            "sources that are missing, do without these rows' vectors with --yes (Python: "
+            "yes=True), or embed into a new store"
         )
 
     def _say_swapped(self, before: Store) -> None:
@@ -300,6 +303,9 @@ class _Samples:
                     if row and wanted_N[row["number"]] and not self.has(row["number"]):
                         self._places_N[row["number"]] = spilled.add(record)
 
+    def __len__(self) -> int:
+        return len(self._places_N)
+
     def has(self, number: int) -> bool:
         """Return whether a source has the sample of a row."""
         return bool(self._places_N[number] >= 0)
@@ -316,6 +322,12 @@ def _records(store: Store, rows: Mapping[int, Ints], samples: _Samples) -> Itera
             for number, row in zip(numbers, store.rows(numbers, OUTCOME_COLUMNS), strict=True):
                 record = samples.of(number) or Record(row["id"], row["uri"], row["uri"])
                 yield replace(record, id=str(number), captions=tuple(row["captions"]), meta={})
+
+
+def _other_content(encoded: Encoded, checksum: bytes) -> str:
+    """Return a problem if an image is not the one that a row was made from."""
+    is_same = checksum in (UNKNOWN, encoded.item.checksum)
+    return "" if is_same else "its image is another one now"
 
 
 def _vectors(encoded: Encoded) -> dict[str, Floats]:

@@ -183,7 +183,7 @@ def test_images_are_read_from_the_sources_that_hold_them(
     run(OLD, source, path)
     source.rename(tmp_path / "moved")
     told = refusal(NEW, photos, path)
-    assert f"4 of 4 rows have no vectors of {NEW}" in told
+    assert f"4 of 4 rows cannot be embedded with {NEW}" in told
     assert f"{source}#" in told
     assert "no source that was given has it" in told
     (tmp_path / "moved").rename(source)
@@ -358,7 +358,7 @@ def test_a_swap_without_an_image_is_refused(
     words = ["embed", "--model", NEW, "--data", photos, "--out", path]
     told = complaint(1, *words)
     place = photos / "003.jpg"
-    assert f"1 of {ROWS} rows have no vectors of {NEW}, as their images cannot be read" in told
+    assert f"1 of {ROWS} rows cannot be embedded with {NEW}" in told
     assert f"the first is {place}: cannot be read: No such file or directory" in told
     assert_still_old(path)
     (failure,) = open_store(path).failures()
@@ -385,6 +385,10 @@ def test_a_swap_goes_without_an_image_if_told_so(lost: Path, photos: Path, path:
     with pytest.raises(UsageError, match="'photos/003.jpg' has no vector of its image"):
         searcher.search(Row("photos/003.jpg"))
     assert verify(path) == []
+    for name in ("parquet", "npy", "hf"):
+        assert call("export", path, "--to", path.with_name(name), "--format", name).exit_code == 0
+    assert call("get", path, "photos/003.jpg").exit_code == 0
+    assert call("index", path).exit_code == 0
     # It comes back as it was: nothing but the lack of a vector tells that it must be read.
     lost.rename(place)
     assert run(NEW, photos, path).read == 1
@@ -438,6 +442,18 @@ def test_rows_of_unknown_content_take_what_lies_there(photos: Path, tmp_path: Pa
         writer.add(stores.Row("1", str(file), ("picture 1",), vectors))
     assert run(NEW, photos, path).rebuilt == 1
     assert open_store(path).manifest.model.identity == NEW
+
+
+def test_text_without_its_caption_cannot_be_embedded_again(photos: Path, tmp_path: Path) -> None:
+    path, file = tmp_path / "a.store", add(photos, 1)
+    old = stub(OLD)
+    with Writer(path, model_card(old)) as writer:
+        vectors = pair_vectors(old.encode_texts(["x"])[0], old.encode_texts(["lost words"]))
+        writer.add(stores.Row("1", str(file), (), vectors))
+    with pytest.raises(StoreError, match="its text has no caption to be embedded again"):
+        run(NEW, photos, path)
+    run(NEW, photos, path, yes=True)
+    assert [len(v) for v in held(open_store(path))["1"].values()] == [1, 0]
 
 
 # ---------------------------------------------------------------- what else there is to a store
