@@ -3,4 +3,5 @@
 embed.py     sources and a model -> rows of a store
 changes.py   what is missing in a store compared with its sources
 stored.py    the rows of a store, found by location and by content
+rebuild.py   the rows of a store embedded with another model
 """

@@ -599,7 +599,7 @@ def require_model(store: Path, stored: Manifest, model: ModelCard) -> None:
     if stored.model.identity != model.identity:
         raise IdentityError(
             f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
-            "embed into a new store"
+            "use that model, or a new store"
         )
 
 
