@@ -247,7 +247,7 @@ class Encoder:
         ):
             if former.identity == identity:
                 return (
-                    f"an earlier version of mmalign embedded {fault}: embed again into a new store"
+                    f"an earlier version of mmalign embedded {fault}: embed again"
                 )
         return ""
 
