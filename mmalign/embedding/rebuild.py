@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.arrays import Floats, Ints
+from mmalign.arrays import Ints
 from mmalign.data import Record, SpilledRecords, in_batches, stream
 from mmalign.embedding.changes import LOOKUP_BATCH, ScanOptions
 from mmalign.embedding.stored import StoredRows
@@ -91,10 +91,8 @@ class _Outcome:
     """What became of a row."""
 
     number: int
-    id: str
-    uri: str
-    vectors: dict[str, Floats]
-    """New vectors by modality, shape (V, D)."""
+    row: Row
+    """Its id, its uri and its new vectors."""
     problem: str
     """Why there are not all vectors that it had; empty if there are."""
     is_left: bool
@@ -215,15 +213,15 @@ class _Rebuild:
                 reason = reasons.get(number) or _other_content(encoded[number], row["checksum"])
                 if reason:
                     (texts_CD,) = self.pipeline.texts([row["captions"]])
-                    vectors = {TEXT.name: texts_CD}
+                    new = Row(row["id"], row["uri"], (), {TEXT.name: texts_CD})
                 else:
-                    vectors = _vectors(encoded[number])
+                    new = _row(encoded[number], row["id"], row["uri"])
                 is_left = bool(reason) and number in encoded and samples.has(number)
                 if reason and not samples.has(number):
                     reason += "; no source that was given has it"
                 elif not reason and has_text_N[number] and not row["captions"]:
                     reason = "its text has no caption to be embedded again"
-                yield _Outcome(number, row["id"], row["uri"], vectors, reason, is_left)
+                yield _Outcome(number, new, reason, is_left)
 
     def _write(self, shard: Shard, outcomes: Mapping[int, _Outcome]) -> NextVectors | None:
         """Write the new vectors of a shard: those that it had, and what came of some of its rows.
@@ -235,9 +233,9 @@ class _Rebuild:
         self.rows += len(outcomes) - len(unread)
         if shard.next and len(unread) == len(outcomes):
             return None
-        rows = [Row("", "", (), vectors) for vectors in self.new.vectors(shard)]
+        rows = self.new.rows(shard)
         for row, outcome in outcomes.items():
-            rows[row] = Row(outcome.id, outcome.uri, (), outcome.vectors)
+            rows[row] = outcome.row
         return self.new.write(shard, rows)
 
     def _list_failures(self, outcomes: Sequence[_Outcome], listed: Set[str]) -> None:
@@ -245,9 +243,10 @@ class _Rebuild:
 
         Those that are left to another pass are not listed.
         """
-        told = [o for o in outcomes if not o.is_left and (o.problem or o.uri in listed)]
+        told = [o for o in outcomes if not o.is_left and (o.problem or o.row.uri in listed)]
         failures: list[dict[str, Any]] = [
-            {"id": o.id, "uri": o.uri, "reason": o.problem or None, "embedded": False} for o in told
+            {"id": o.row.id, "uri": o.row.uri, "reason": o.problem or None, "embedded": False}
+            for o in told
         ]
         if failures:
             add_failures(self.path, failures)
@@ -264,9 +263,9 @@ class _Rebuild:
             return
         raise StoreError(
             f"{self.path}: {len(lost)} of {total} rows cannot be embedded with {self.name}; the "
-            f"first is {first.uri}: {first.problem}; searches go on with the old vectors: give the "
-            "sources that are missing, do without these rows' vectors with --yes (Python: "
-            "yes=True), or embed into a new store"
+            f"first is {first.row.uri}: {first.problem}; searches go on with the old vectors: give "
+            "the sources that are missing, do without the vectors of these rows with --yes "
+            "(Python: yes=True), or embed into a new store"
         )
 
     def _say_swapped(self, before: Store) -> None:
@@ -330,5 +329,5 @@ def _other_content(encoded: Encoded, checksum: bytes) -> str:
     return "" if is_same else "its image is another one now"
 
 
-def _vectors(encoded: Encoded) -> dict[str, Floats]:
-    return pair_vectors(encoded.image_D, encoded.texts_CD)
+def _row(encoded: Encoded, row_id: str, uri: str) -> Row:
+    return Row(row_id, uri, (), pair_vectors(encoded.image_D, encoded.texts_CD))

@@ -101,26 +101,30 @@ class NextSpace:
             self._missing[key] = lacks_L
         return self._missing[key] & shard.live
 
-    def vectors(self, shard: Shard) -> list[dict[str, Floats]]:
-        """Copy the new vectors of each row of a shard by modality; none if there are none yet.
+    def rows(self, shard: Shard) -> list[Row]:
+        """Copy the new vectors of each row of a shard; without any if there are none yet.
 
         Raises:
             StoreError: Their file is damaged: copied damage would get a matching hash.
         """
-        if shard.next is None:
-            return [{} for _ in range(shard.rows)]
-        reader = ShardReader(self.store, shard.swapped(), self.model)
-        file = reader.file("vectors")
-        if files.sha256(file.path) != shard.next.file.sha256:
-            raise file.refuse("damaged")
-        rows: list[dict[str, Floats]] = [{} for _ in range(shard.rows)]
-        for modality in self.model.positions:
-            vectors = reader.vectors(modality).astype(np.float32)
-            for row, own in zip(
-                rows, np.split(vectors, reader.offsets(modality)[1:]), strict=False
-            ):
-                row[modality] = own
-        return rows
+        vectors_L: list[dict[str, Floats]] = [{} for _ in range(shard.rows)]
+        positions_L: list[dict[str, Floats]] = [{} for _ in range(shard.rows)]
+        if shard.next is not None:
+            reader = ShardReader(self.store, shard.swapped(), self.model)
+            file = reader.file("vectors")
+            if files.sha256(file.path) != shard.next.file.sha256:
+                raise file.refuse("damaged")
+            for modality, size in self.model.positions.items():
+                ends_L = reader.offsets(modality)[1:]
+                vectors = np.split(reader.vectors(modality).astype(np.float32), ends_L)
+                for row, own in zip(vectors_L, vectors, strict=False):
+                    row[modality] = own
+                if size:
+                    positions = np.split(reader.positions(modality), ends_L)
+                    for row, own in zip(positions_L, positions, strict=False):
+                        row[modality] = own
+        pairs = zip(vectors_L, positions_L, strict=True)
+        return [Row("", "", (), vectors, positions=positions) for vectors, positions in pairs]
 
     def write(self, shard: Shard, rows: Sequence[Row]) -> NextVectors:
         """Write the new vectors of all rows of a shard; deleted ones need none."""
