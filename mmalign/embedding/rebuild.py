@@ -9,7 +9,7 @@ Shapes: N rows of the store, deleted ones included; L rows of a shard.
 
 import time
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,8 +39,10 @@ from mmalign.store import (
     pair_vectors,
 )
 from mmalign.store.groups import NextVectors, Shard
+from mmalign.store.manifest import Manifest
 
 COMMIT_SECONDS = 60.0
+NO_CAPTION = "its text has no caption to be embedded again"
 OUTCOME_COLUMNS = ("id", "uri", "captions", "checksum")
 
 
@@ -106,6 +108,8 @@ class _Rebuild:
         self.name = new.model.identity
         self.pipeline = Pipeline(encoder, thumbnails=False)
         self.rows = 0
+        self.listed: set[str] = set()
+        """Where the samples are that the store lists as failures."""
         self.unread: dict[str, dict[int, _Outcome]] = {}
         """Rows that have problems, by the name of the shard and their number in it."""
 
@@ -159,7 +163,7 @@ class _Rebuild:
         rows: dict[int, Ints] = {}
         for number, shard in enumerate(shards):
             if all_written or self._is_mine(shard.name):
-                missing = np.flatnonzero(self.new.missing(store.manifest, shard))
+                missing = self.new.missing(store.manifest, shard)
                 missing = np.setdiff1d(missing, list(self.unread.get(shard.name, ())))
                 if len(missing) or shard.next is None:
                     rows[number] = missing + first
@@ -180,7 +184,7 @@ class _Rebuild:
         written: dict[str, tuple[NextVectors | None, NextVectors]] = {}
         committed_at = time.monotonic()
         total = sum(map(len, rows.values()))
-        listed = {failure["uri"] for failure in store.failures() if not failure["embedded"]}
+        self.listed = {f["uri"] for f in store.failures() if not f["embedded"]}
         with SpilledRecords() as spilled, bar("rebuild", total, "rows") as progress:
             samples = _Samples(store, np.concatenate([*rows.values()]), self.options, spilled)
             with closing(self._embedded(store, rows, samples)) as embedded:
@@ -190,9 +194,9 @@ class _Rebuild:
                         outcomes.append(outcome)
                         progress.update()
                         progress.set_postfix_str(self.pipeline.describe(), refresh=False)
-                    self._list_failures(outcomes, listed)
                     shard = store.manifest.shards[number]
-                    new = self._write(shard, {store.row_in_shard(o.number): o for o in outcomes})
+                    by_row = {store.row_in_shard(o.number): o for o in outcomes}
+                    new = self._write(store.manifest, shard, by_row)
                     if new:
                         written[shard.name] = shard.next, new
                     if time.monotonic() - committed_at > COMMIT_SECONDS:
@@ -204,7 +208,6 @@ class _Rebuild:
         self, store: Store, rows: Mapping[int, Ints], samples: "_Samples"
     ) -> Generator[_Outcome, None, None]:
         """Embed the samples of rows, and yield what became of each, in their order."""
-        has_text_N = np.bincount(store.owners(TEXT.name), minlength=len(samples)) > 0
         for good, skips in self.pipeline.run(_records(store, rows, samples)):
             encoded = {int(one.record.id): one for one in good}
             reasons = {int(skip.id): skip.reason for skip in skips}
@@ -219,31 +222,40 @@ class _Rebuild:
                 is_left = bool(reason) and number in encoded and samples.has(number)
                 if reason and not samples.has(number):
                     reason += "; no source that was given has it"
-                elif not reason and has_text_N[number] and not row["captions"]:
-                    reason = "its text has no caption to be embedded again"
                 yield _Outcome(number, new, reason, is_left)
 
-    def _write(self, shard: Shard, outcomes: Mapping[int, _Outcome]) -> NextVectors | None:
+    def _write(
+        self, manifest: Manifest, shard: Shard, outcomes: Mapping[int, _Outcome]
+    ) -> NextVectors | None:
         """Write the new vectors of a shard: those that it had, and what came of some of its rows.
 
-        None if nothing came of them.
+        None if nothing came of them. Rows that have problems are listed.
         """
+        new = None
+        if shard.next is None or not all(outcome.problem for outcome in outcomes.values()):
+            rows = self.new.rows(shard)
+            for row, outcome in outcomes.items():
+                rows[row] = outcome.row
+            new = self.new.write(shard, rows)
+            lacking = {*self.new.missing(manifest, replace(shard, next=new)).tolist()}
+            outcomes = {
+                row: replace(outcome, problem=outcome.problem or NO_CAPTION)
+                if row in lacking
+                else outcome
+                for row, outcome in outcomes.items()
+            }
         unread = {row: outcome for row, outcome in outcomes.items() if outcome.problem}
         self.unread.setdefault(shard.name, {}).update(unread)
         self.rows += len(outcomes) - len(unread)
-        if shard.next and len(unread) == len(outcomes):
-            return None
-        rows = self.new.rows(shard)
-        for row, outcome in outcomes.items():
-            rows[row] = outcome.row
-        return self.new.write(shard, rows)
+        self._list_failures(outcomes.values())
+        return new
 
-    def _list_failures(self, outcomes: Sequence[_Outcome], listed: Set[str]) -> None:
+    def _list_failures(self, outcomes: Iterable[_Outcome]) -> None:
         """List rows that have problems, and mark those as resolved that were listed and have none.
 
         Those that are left to another pass are not listed.
         """
-        told = [o for o in outcomes if not o.is_left and (o.problem or o.row.uri in listed)]
+        told = [o for o in outcomes if not o.is_left and (o.problem or o.row.uri in self.listed)]
         failures: list[dict[str, Any]] = [
             {"id": o.row.id, "uri": o.row.uri, "reason": o.problem or None, "embedded": False}
             for o in told
@@ -301,9 +313,6 @@ class _Samples:
                 for record, row in zip(batch, stored.rows_of(batch), strict=True):
                     if row and wanted_N[row["number"]] and not self.has(row["number"]):
                         self._places_N[row["number"]] = spilled.add(record)
-
-    def __len__(self) -> int:
-        return len(self._places_N)
 
     def has(self, number: int) -> bool:
         """Return whether a source has the sample of a row."""

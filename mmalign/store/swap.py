@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmalign import files
-from mmalign.arrays import Bools, Floats, Ints
+from mmalign.arrays import Floats, Ints
 from mmalign.errors import IdentityError, StoreError, shell_command
 from mmalign.store import manifest as manifests
 from mmalign.store.groups import Groups, NextVectors, Shard, StoredFile
@@ -48,7 +48,7 @@ class NextSpace:
         """
         self.store, self.model, self.precision = store, model, precision
         self._groups = Groups(store)
-        self._missing: dict[tuple[str, str], Bools] = {}
+        self._missing: dict[tuple[str, str], Ints] = {}
         self._unstamped: dict[tuple[str, str], StoredFile] = {}
 
     def begin(self) -> ModelCard | None:
@@ -82,14 +82,19 @@ class NextSpace:
         """Return whether the swap has been done."""
         return base.model.identity == self.model.identity
 
-    def missing(self, base: Manifest, shard: Shard) -> Bools:
-        """Mask of the live rows that lack new vectors of a modality of which they have some, (L,).
+    def missing(self, base: Manifest, shard: Shard) -> Ints:
+        """Return the live rows that lack new vectors of a modality of which they have some now.
+
+        Args:
+            base: The generation that has the shard.
+            shard: The shard; if it has no new vectors at all, all its live rows lack them.
 
         Raises:
             StoreError: A file of the shard is missing or damaged.
         """
+        live_L = shard.live
         if shard.next is None:
-            return shard.live
+            return np.flatnonzero(live_L)
         key = shard.vector_file.name, shard.next.file.name
         if key not in self._missing:
             current = ShardReader(self.store, shard, base.model)
@@ -98,8 +103,8 @@ class NextSpace:
             for modality in base.model.positions:
                 old_L, new_L = (np.diff(r.offsets(modality)) for r in (current, following))
                 lacks_L |= (old_L > 0) & (new_L == 0)
-            self._missing[key] = lacks_L
-        return self._missing[key] & shard.live
+            self._missing[key] = np.flatnonzero(lacks_L)
+        return self._missing[key][live_L[self._missing[key]]]
 
     def rows(self, shard: Shard) -> list[Row]:
         """Copy the new vectors of each row of a shard; without any if there are none yet.
@@ -175,7 +180,7 @@ class NextSpace:
                 return base
             self._require_begun(base)
             unwritten = tuple(shard.name for shard in base.shards if shard.next is None)
-            lacking = {s.name: np.flatnonzero(self.missing(base, s)) for s in base.shards if s.next}
+            lacking = {s.name: self.missing(base, s) for s in base.shards if s.next}
             wanted = {
                 name: np.setdiff1d(rows, list(excused.get(name, ())))
                 for name, rows in lacking.items()
