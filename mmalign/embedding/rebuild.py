@@ -9,8 +9,8 @@ Shapes: N rows of the store, deleted ones included; L rows of a shard.
 
 import time
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -181,27 +181,43 @@ class _Rebuild:
             store: The generation that the rows belong to.
             rows: Rows by the number of their shard, in order.
         """
-        written: dict[str, tuple[NextVectors | None, NextVectors]] = {}
-        committed_at = time.monotonic()
         total = sum(map(len, rows.values()))
         self.listed = {f["uri"] for f in store.failures() if not f["embedded"]}
         with SpilledRecords() as spilled, bar("rebuild", total, "rows") as progress:
             samples = _Samples(store, np.concatenate([*rows.values()]), self.options, spilled)
-            with closing(self._embedded(store, rows, samples)) as embedded:
+            with closing(self._embedded(store, rows, samples)) as embedded, self._commits() as add:
                 for number, own in rows.items():
-                    outcomes = []
+                    by_row = {}
                     for outcome in islice(embedded, len(own)):
-                        outcomes.append(outcome)
+                        by_row[store.row_in_shard(outcome.number)] = outcome
                         progress.update()
                         progress.set_postfix_str(self.pipeline.describe(), refresh=False)
                     shard = store.manifest.shards[number]
-                    by_row = {store.row_in_shard(o.number): o for o in outcomes}
-                    new = self._write(store.manifest, shard, by_row)
-                    if new:
-                        written[shard.name] = shard.next, new
-                    if time.monotonic() - committed_at > COMMIT_SECONDS:
-                        self.new.commit(written)
-                        committed_at, written = time.monotonic(), {}
+                    add(shard, self._write(store.manifest, shard, by_row))
+
+    @contextmanager
+    def _commits(self) -> Iterator[Callable[[Shard, NextVectors | None], None]]:
+        """Yield a function that takes new vectors of shards, which are committed from time to time.
+
+        What was taken is also committed when Ctrl-C ends the block.
+        """
+        written: dict[str, tuple[NextVectors | None, NextVectors]] = {}
+        committed_at = time.monotonic()
+
+        def add(shard: Shard, new: NextVectors | None) -> None:
+            nonlocal committed_at
+            if new:
+                written[shard.name] = shard.next, new
+            if time.monotonic() - committed_at > COMMIT_SECONDS:
+                self.new.commit(written)
+                written.clear()
+                committed_at = time.monotonic()
+
+        try:
+            yield add
+        except KeyboardInterrupt:
+            self.new.commit(written)
+            raise
         self.new.commit(written)
 
     def _embedded(

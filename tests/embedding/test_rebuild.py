@@ -274,6 +274,25 @@ def test_a_killed_run_is_continued(
     assert_as_embedded_anew(half_built, photos)
 
 
+def test_what_was_computed_stays_when_a_run_is_interrupted(
+    path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = NextSpace.write
+
+    def interrupted(new: NextSpace, shard: Any, rows: Any) -> Any:
+        if shard == open_store(path).manifest.shards[-1]:
+            raise KeyboardInterrupt
+        return write(new, shard, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextSpace, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(NEW, photos, path)
+    assert [s.next is not None for s in open_store(path).manifest.shards] == [True, True, False]
+    assert_still_old(path)
+    assert run(NEW, photos, path).rebuilt == PAIRS
+
+
 def test_a_third_model_takes_the_place_of_the_one_that_was_begun(
     half_built: Path, photos: Path
 ) -> None:
