@@ -1,8 +1,8 @@
 """`mmalign embed`: images and captions of any source into a store of unit vectors.
 
-    scan -> what the store lacks -> decode and encode, overlapping -> shards -> manifest
+    scan -> what the store lacks -> work items -> encode -> receipts -> one committer -> manifest
 
-Another run adds what is new or changed; after a kill it continues after the last committed shard.
+Another run adds what is new or changed; after a kill it continues after the last commit.
 """
 
 import time
@@ -16,6 +16,7 @@ from typing import Any
 from mmalign import files
 from mmalign.data import (
     Record,
+    Skip,
     Sources,
     SpilledRecords,
     as_sources,
@@ -23,10 +24,10 @@ from mmalign.data import (
     refuse_own_sources,
     report_skips,
 )
-from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
+from mmalign.embedding.changes import ChangeSet, ScanOptions, find_changes, find_removed
+from mmalign.embedding.work import encode, slices
 from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.modalities import is_model_of, model_card
-from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, UsageError
 from mmalign.evaluation.evaluate import compare
 from mmalign.model import (
@@ -40,19 +41,16 @@ from mmalign.model import (
 )
 from mmalign.progress import bar, say
 from mmalign.store import (
-    Row,
+    Committer,
+    Receipt,
     Store,
-    Writer,
     add_failures,
     delete_rows,
-    meta_json,
     open_or_new,
     open_store,
-    pair_vectors,
     require_few,
 )
 
-COMMIT_SECONDS = 60.0
 # Samples that are also embedded in float32, to report the loss from eight bits.
 COMPARED = 128
 
@@ -147,22 +145,20 @@ def embed(
         if used_precision == "int8" and len(spilled) >= COMPARED:
             _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
         del float32_encoder
-        embed_run = _EmbedRun(
-            Writer(path, card, precision=used_precision), encoder, changes, thumbnails
-        )
-        embed_run.run()
-    counts = embed_run.counts()
+        run = _Run(changes)
+        run.fill(Committer(path, card), encoder, used_precision, thumbnails)
+    counts = run.outcomes()
     _list_failures(path, changes, counts)
-    dropped = _drop(store, find_removed(embed_run.matcher), yes) if drop_removed else 0
+    dropped = _drop(store, find_removed(changes, run.moved_rows), yes) if drop_removed else 0
     report = EmbedReport(
         **counts,
-        cut_captions=embed_run.pipeline.texts.truncated,
-        moved=embed_run.moved,
-        read=embed_run.read,
-        encoded=embed_run.pipeline.encoded,
+        cut_captions=run.counts["cut_captions"],
+        moved=run.counts["moved"],
+        read=run.read,
+        encoded=run.counts["encoded"],
         removed=dropped,
         rows=len(open_store(path)),
-        images_per_s=embed_run.read / max(embed_run.seconds, 1e-9),
+        images_per_s=run.read / max(run.seconds, 1e-9),
         precision=used_precision,
     )
     say(_summary(report, out))
@@ -187,56 +183,60 @@ def _open(path: Path, encoder: Encoder) -> Store:
     return store
 
 
-class _EmbedRun:
-    """Reads the samples that a scan found, and writes their rows."""
+class _Run:
+    """Encodes what a scan found, commits the receipts, and adds up what they say."""
 
-    def __init__(
-        self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
-    ) -> None:
-        self.writer, self.changes, self.matcher = writer, changes, RowMatcher(changes)
-        self.pipeline = Pipeline(
-            encoder, thumbnails=thumbnails, known=changes.stored.earlier_result
-        )
-        self.outcomes: Counter[str] = Counter()
-        self.moved = self.read = 0
+    def __init__(self, changes: ChangeSet) -> None:
+        self.changes = changes
+        self.counts: Counter[str] = Counter()
+        self.moved_rows: list[int] = []
+        self.read = 0
         self.seconds = 0.0
 
-    def run(self) -> None:
-        """Read, embed and write everything, committing from time to time."""
-        started = committed_at = time.monotonic()
-        with self.writer, bar("embed", len(self.changes.records)) as progress:
-            for good, skips in self.pipeline.run(self.changes.records):
-                self.changes.skips += skips
-                self._write(good)
-                if time.monotonic() - committed_at > COMMIT_SECONDS:
-                    self.writer.commit()
-                    committed_at = time.monotonic()
-                self.read += len(good) + len(skips)
-                progress.update(len(good) + len(skips))
-                progress.set_postfix_str(self.pipeline.describe(), refresh=False)
-        report_truncated(self.pipeline.encoder, self.pipeline.texts.truncated)
+    def fill(
+        self, committer: Committer, encoder: Encoder, precision: str, thumbnails: bool
+    ) -> None:
+        """Encode and commit everything, one receipt after the other."""
+        started, count = time.monotonic(), len(self.changes.records)
+        with bar("embed", count) as progress:
+
+            def show(done: int, busy: str) -> None:
+                progress.update(done)
+                progress.set_postfix_str(busy, refresh=False)
+
+            items = slices(self.changes, thumbnails=thumbnails)
+            for receipt in encode(
+                items, self.changes.stored, encoder, precision=precision, count=count, progress=show
+            ):
+                _commit(committer, receipt)
+                self._add(receipt)
+        report_truncated(encoder, self.counts["cut_captions"])
         self.seconds = time.monotonic() - started
 
-    def _write(self, good: Sequence[Encoded]) -> None:
-        records, checksums = (
-            [e.record for e in good],
-            [e.item.checksum for e in good],
-        )
-        for encoded, matched in zip(good, self.matcher.match(records, checksums), strict=True):
-            self.outcomes[matched.outcome] += 1
-            self.moved += matched.moved
-            if not matched.up_to_date:
-                self.writer.add(_row(encoded, matched.id), matched.replaces)
+    def _add(self, receipt: Receipt) -> None:
+        self.counts.update(receipt.counts)
+        self.changes.skips += [Skip(**skipped) for skipped in receipt.skipped]
+        self.moved_rows += receipt.moved_rows
+        self.read += receipt.end - receipt.first
 
-    def counts(self) -> dict[str, int]:
+    def outcomes(self) -> dict[str, int]:
         """Count the samples by outcome."""
         return {
-            "added": self.outcomes["added"],
-            "changed": self.outcomes["changed"],
-            "present": self.outcomes["present"] + self.changes.present,
+            "added": self.counts["added"],
+            "changed": self.counts["changed"],
+            "present": self.counts["present"] + self.changes.present,
             "failed": count_skipped(self.changes.skips, "sample"),
             "passed_over": count_skipped(self.changes.skips, "extension"),
         }
+
+
+def _commit(committer: Committer, receipt: Receipt) -> None:
+    """Commit a receipt, also if Ctrl-C comes meanwhile: rows encoded so far are kept."""
+    try:
+        committer.commit([receipt])
+    except KeyboardInterrupt:
+        committer.commit([receipt])
+        raise
 
 
 def _summary(report: EmbedReport, out: str | Path) -> str:
@@ -259,20 +259,6 @@ def _report_int8_loss(float32_encoder: Encoder, encoder: Encoder, sample: list[R
     except DataError as error:
         # A failed comparison does not stop the run: other samples may be usable.
         say(f"int8 cannot be compared with float32: {error}")
-
-
-def _row(encoded: Encoded, row_id: str) -> Row:
-    record = encoded.record
-    return Row(
-        id=row_id,
-        uri=record.uri,
-        captions=record.captions,
-        vectors=pair_vectors(encoded.image_D, encoded.texts_CD),
-        meta=meta_json(record.meta),
-        thumbnail=encoded.item.thumbnail,
-        stamp=encoded.item.stamp,
-        checksum=encoded.item.checksum,
-    )
 
 
 def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:

@@ -6,7 +6,8 @@ manifest.py   one generation of a store: the only commit point
 groups.py     what a generation names: groups of shards, and their deleted rows
 shards.py     one shard: written once, checked before it is read
 ids.py        ids -> rows, by sorted hashes
-writer.py     rows -> shards -> manifest
+receipts.py   rows -> shards and a receipt -> manifest
+writer.py     rows one by one, written and committed together
 reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
 failures.py   every sample without an embedding, and why
@@ -35,6 +36,10 @@ from mmalign.store.merge import merge as merge
 from mmalign.store.reader import Store as Store
 from mmalign.store.reader import open_or_new as open_or_new
 from mmalign.store.reader import open_store as open_store
+from mmalign.store.receipts import Committer as Committer
+from mmalign.store.receipts import Receipt as Receipt
+from mmalign.store.receipts import commit_receipts as commit_receipts
+from mmalign.store.receipts import write_rows as write_rows
 from mmalign.store.repair import RepairReport as RepairReport
 from mmalign.store.repair import repair as repair
 from mmalign.store.schema import UNKNOWN as UNKNOWN
@@ -52,9 +57,11 @@ from mmalign.store.writer import Writer as Writer
 __all__ = [
     "ROWS_PER_SHARD",
     "UNKNOWN",
+    "Committer",
     "CompactReport",
     "MergeReport",
     "ModelCard",
+    "Receipt",
     "RepairReport",
     "Row",
     "Store",
@@ -64,6 +71,7 @@ __all__ = [
     "Writer",
     "add_failures",
     "commit_index",
+    "commit_receipts",
     "compact",
     "delete",
     "delete_rows",
@@ -78,4 +86,5 @@ __all__ = [
     "update_rows",
     "upgrade",
     "verify",
+    "write_rows",
 ]

@@ -122,10 +122,11 @@ class Manifest:
     @property
     def named_files(self) -> set[str]:
         """Shards and indexes that this generation needs, written as in `removing`."""
-        return _names_of(self.shards, self.index)
+        return names_of(self.shards, self.index)
 
 
-def _names_of(shards: Iterable[Shard], index: IndexCard | None) -> set[str]:
+def names_of(shards: Iterable[Shard], index: IndexCard | None = None) -> set[str]:
+    """Return the files of shards, and the folder of an index, written as in `removing`."""
     indexes = {f"index/{index.name}"} if index else set()
     return indexes | {f"shards/{Path(f.name).stem}" for s in shards for f in s.files.values()}
 
@@ -449,7 +450,7 @@ def _following(
 ) -> tuple[Manifest, list[Path]]:
     """Return the generation to claim, with its groups written, and the files that it removes."""
     added, dropped = _difference(base, changed)
-    _require_files(store, base, added)
+    require_files(store, base, added)
     leaving = {f"groups/{name}" for name in base.groups}
     avoid = frozenset(name.partition("/")[2] for name in (*base.removing, *_names(base.retired)))
     names = groups.write(changed.shards, avoid)
@@ -489,13 +490,17 @@ def _names(retired: Iterable[Retired]) -> list[str]:
 def _difference(base: Manifest, changed: Manifest) -> tuple[set[str], set[str]]:
     """Return the names that only the changed manifest has, and those that only the base has."""
     before, after = ({id(shard) for shard in m.shards} for m in (base, changed))
-    new = _names_of((s for s in changed.shards if id(s) not in before), changed.index)
-    old = _names_of((s for s in base.shards if id(s) not in after), base.index)
+    new = names_of((s for s in changed.shards if id(s) not in before), changed.index)
+    old = names_of((s for s in base.shards if id(s) not in after), base.index)
     return new - old, old - new
 
 
-def _require_files(store: Path, base: Manifest, added: Iterable[str]) -> None:
-    """Reject new shards and indexes that are so old that a collector treated them as garbage."""
+def require_files(store: Path, base: Manifest, added: Iterable[str]) -> None:
+    """Check that new shards and indexes have not been removed.
+
+    Raises:
+        StoreError: They were so old that a collector treated them as garbage.
+    """
     for name in sorted(added):
         # Removed files do not come back, so a file that exists and is not announced now stays until
         # a generation announces it, and then this commit fails to get its number.
