@@ -132,7 +132,11 @@ def write_rows(
         precision: The arithmetic that the vectors were computed in, to be recorded.
         replaces: Ids of other rows, to be deleted in the same commit.
     """
-    last = list({row.id: row for row in reversed(rows)}.values())[::-1]
+    by_id: dict[str, Row] = {}
+    for row in rows:
+        by_id.pop(row.id, None)
+        by_id[row.id] = row
+    last = list(by_id.values())
     if not last:
         return Receipt(model.identity, replaces=tuple(replaces))
     files.make_folder(store / "shards")
