@@ -28,7 +28,7 @@ from mmalign.embedding.changes import ChangeSet, ScanOptions, find_changes, find
 from mmalign.embedding.work import encode, slices
 from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.modalities import is_model_of, model_card
-from mmalign.errors import DataError, IdentityError, UsageError
+from mmalign.errors import DataError, IdentityError, StoreError, UsageError
 from mmalign.evaluation.evaluate import compare
 from mmalign.model import (
     Encoder,
@@ -46,6 +46,7 @@ from mmalign.store import (
     Store,
     add_failures,
     delete_rows,
+    join_small_shards,
     open_or_new,
     open_store,
     require_few,
@@ -150,6 +151,7 @@ def embed(
     counts = run.outcomes()
     _list_failures(path, changes, counts)
     dropped = _drop(store, find_removed(changes, run.moved_rows), yes) if drop_removed else 0
+    _join(path)
     report = EmbedReport(
         **counts,
         cut_captions=run.counts["cut_captions"],
@@ -168,6 +170,14 @@ def embed(
 def _drop(store: Store, gone: list[int], yes: bool) -> int:
     require_few(store.path, len(gone), len(open_store(store.path)), yes)
     return delete_rows(store, gone) if gone else 0
+
+
+def _join(path: Path) -> None:
+    """Join small shards; if that fails, the rows are in the store all the same."""
+    try:
+        join_small_shards(path)
+    except (StoreError, OSError) as error:
+        say(f"{path}: small shards stay as they are, nothing is lost: {error}")
 
 
 def _open(path: Path, encoder: Encoder) -> Store:

@@ -11,7 +11,7 @@ writer.py     rows one by one, written and committed together
 reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
 failures.py   every sample without an embedding, and why
-changes.py    delete, compact
+changes.py    delete, compact, join small shards
 update.py     fields of meta, without embedding
 merge.py      several stores -> one
 garbage.py    removal of files that are no longer needed
@@ -25,6 +25,7 @@ from mmalign.store.changes import CompactReport as CompactReport
 from mmalign.store.changes import compact as compact
 from mmalign.store.changes import delete as delete
 from mmalign.store.changes import delete_rows as delete_rows
+from mmalign.store.changes import join_small_shards as join_small_shards
 from mmalign.store.changes import require_few as require_few
 from mmalign.store.failures import add_failures as add_failures
 from mmalign.store.health import verify as verify
@@ -75,6 +76,7 @@ __all__ = [
     "compact",
     "delete",
     "delete_rows",
+    "join_small_shards",
     "merge",
     "meta_json",
     "open_or_new",

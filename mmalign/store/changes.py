@@ -1,6 +1,8 @@
-"""Remove rows from a store: delete, and compact, which frees the space of deleted rows."""
+"""Remove rows from a store, and rewrite its shards: delete, compact, join small shards."""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from mmalign.arrays import Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
-from mmalign.store.garbage import AGE_S, collect, waiting_bytes
+from mmalign.store.garbage import AGE_S, collect, index_in_the_making, waiting_bytes
 from mmalign.store.groups import Shard
 from mmalign.store.ids import OpenShards, with_rows_deleted
 from mmalign.store.manifest import Manifest, ModelCard
@@ -45,6 +47,10 @@ class CompactReport:
 
 # A small store has shards that are quickly rewritten, a large one few shards to look into.
 MOST_ROWS_PER_SHARD, SHARDS_WANTED = 262_144, 64
+# So many shards, each of less than so many rows, are joined; of a long run the last ones.
+FEWEST_JOINED, SMALL_SHARD, MOST_ROWS_JOINED = 8, ROWS_PER_SHARD // 2, 20 * ROWS_PER_SHARD
+# Joining happens unasked, so readers of earlier generations get longer than after a compaction.
+JOINED_AGE_S = 24 * 3600.0
 # Deleting a larger fraction of the rows at once must be confirmed.
 MOST_DELETED = 0.1
 
@@ -194,6 +200,66 @@ def compact(
         removed_bytes,
         waiting,
     )
+
+
+def join_small_shards(path: str | Path) -> int:
+    """Join the small shards at the end of a store if there are many; return how many were joined.
+
+    Only shards behind those of the index: it stays valid. Rows keep their order and vectors, and
+    their numbers but for those behind a deleted row. Files that earlier generations need stay for a
+    day. Other writers may run.
+
+    Raises:
+        StoreError: Something is damaged, or another change was faster; nothing was changed.
+    """
+    store = Path(path)
+    before = manifests.newest(store)
+    manifests.require_format(store, before)
+    group = _small_at_the_end(before.shards[_indexed(store, before) :])
+    if not group or index_in_the_making(store, before):
+        return 0
+    written = tuple(_rewrite(store, group, before.model, ROWS_PER_SHARD))
+
+    def change(base: Manifest) -> Manifest:
+        indexed = {shard.name for shard in base.shards[: _indexed(store, base)]}
+        if indexed & {shard.name for shard in group} or index_in_the_making(store, base):
+            raise StoreError(f"{store}: an index was built meanwhile; run it again")
+        return replace(base, shards=tuple(_replace_shards(store, base.shards, group, written)))
+
+    manifests.commit(store, change, before.model)
+    collect(store, age_s=JOINED_AGE_S)
+    return len(group)
+
+
+def _small_at_the_end(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Return the small shards at the end that are worth joining.
+
+    A first shard of more rows than all behind it stays as it is. So what was joined is joined again
+    only into a shard of at least twice its size, and growth day by day costs little.
+    """
+    kind = (shards[-1].precision, shards[-1].version) if shards else ()
+    run: list[Shard] = []
+    first = rows = 0
+    for shard in reversed(shards):
+        is_small = shard.rows < SMALL_SHARD and rows + shard.rows <= MOST_ROWS_JOINED
+        if not is_small or (shard.precision, shard.version) != kind:
+            break
+        run.append(shard)
+        first = len(run) if shard.rows <= rows or len(run) == 1 else first
+        rows += shard.rows
+    joined = tuple(run[:first][::-1])
+    return joined if len(joined) >= FEWEST_JOINED else ()
+
+
+def _indexed(store: Path, base: Manifest) -> int:
+    """Return how many shards, from the first on, the index covers; all if that cannot be read."""
+    if base.index is None:
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = (store / "index" / base.index.name / "index.json").read_bytes()
+        if hashlib.sha256(content).hexdigest() == base.index.sha256:
+            return len(json.loads(content)["shards"])
+    return len(base.shards)
 
 
 def refresh_times(paths: Sequence[Path]) -> None:

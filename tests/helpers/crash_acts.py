@@ -18,13 +18,18 @@ from ledger import CARD, Failures, Ledger, Rows, State, index_content, row
 from mmalign import files
 from mmalign.index import write_description
 from mmalign.store import (
+    Receipt,
     Writer,
     add_failures,
+    changes,
     commit_index,
+    commit_receipts,
     compact,
     delete,
+    join_small_shards,
     open_store,
     repair,
+    write_rows,
 )
 
 ROWS_PER_SHARD = 4
@@ -168,6 +173,44 @@ def repairing(life: Life) -> None:
     life.ledger = replace(life.ledger, damaged=False)
 
 
+def written(life: Life, rows: Rows, replaces: Sequence[str] = ()) -> Receipt:
+    """Write rows and commit nothing; return the receipt as whoever commits it reads it."""
+    receipt = write_rows(life.path, CARD, [row(*one) for one in rows.items()], replaces=replaces)
+    return Receipt.from_json(receipt.to_json())
+
+
+def encoding(life: Life) -> None:
+    """Nobody commits what was written: it is garbage."""
+    assert life.ledger.state
+    with life.doing(life.ledger.state):
+        written(life, {"f0": 1, "a2": 2})
+
+
+def with_received(ledger: Ledger) -> State:
+    """What a store holds after `receiving`."""
+    after = _with_rows(ledger, {"f0": 2, "a2": 4, "f1": 1})
+    return State({name: v for name, v in after.rows.items() if name != "e1"}, after.index)
+
+
+def receiving(life: Life) -> None:
+    """Commit two receipts in one generation, and both once more."""
+    with life.doing(with_received(life.ledger)):
+        receipts = [written(life, {"f0": 2, "a2": 3}, ["e1"]), written(life, {"a2": 4, "f1": 1})]
+        commit_receipts(life.path, receipts, CARD)
+        commit_receipts(life.path, receipts[::-1], CARD)
+
+
+def joining(life: Life) -> None:
+    """Join small shards; two are enough."""
+    assert life.ledger.state
+    fewest, changes.FEWEST_JOINED = changes.FEWEST_JOINED, 2
+    try:
+        with life.doing(life.ledger.state):
+            join_small_shards(life.path)
+    finally:
+        changes.FEWEST_JOINED = fewest
+
+
 ACTS: dict[str, Callable[[Life], None]] = {
     "create": create,
     "few": committing({"a0": 1, "a1": 1, "a2": 1, "a3": 1}),
@@ -183,6 +226,9 @@ ACTS: dict[str, Callable[[Life], None]] = {
     "damage": damage,
     "repair": repairing,
     "again": committing({"d0": 3, "e0": 2}),
+    "encode": encoding,
+    "receive": receiving,
+    "join": joining,
 }
 
 
