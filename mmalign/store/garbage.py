@@ -181,6 +181,14 @@ def index_in_the_making(store: Path, base: Manifest) -> bool:
     )
 
 
+def remove_drafts(path: Path) -> None:
+    """Remove what killed processes left of a folder that was to get this name."""
+    for draft in files.leftovers(path.parent):
+        if draft.name.startswith(f".{path.name}.") and _is_older(draft, UNFINISHED_AGE_S):
+            with contextlib.suppress(OSError):
+                files.remove(draft)
+
+
 def _min_age_s(path: Path) -> float:
     unfinished = path.is_dir() and not (path / "index.json").exists()
     return UNFINISHED_AGE_S if unfinished else AGE_S

@@ -15,6 +15,7 @@ from mmalign.errors import IdentityError, StoreError, UsageError, shell_command
 from mmalign.progress import bar, say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import add_failures
+from mmalign.store.garbage import remove_drafts
 from mmalign.store.groups import Shard, StoredFile
 from mmalign.store.manifest import ModelCard
 from mmalign.store.reader import Store, open_store
@@ -56,6 +57,7 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> MergeReport:
     remaining = _without_replaced(stores)
     total = sum(len(set(s.files.values())) for shards in remaining for s in shards)
     files.make_folder(out_path.parent)
+    remove_drafts(out_path)
     with files.atomic_path(out_path) as draft, bar("merge", total, "files") as progress:
         for folder in (draft, draft / "shards", draft / "groups"):
             files.make_folder(folder)

@@ -269,7 +269,14 @@ PAIRS = [
     # A damaged shard is neither copied nor indexed.
     if act != "create" and (act != "repair" or other in ("write", "delete"))
 ]
-QUICK = [("replace", "write"), ("compact", "write"), ("index", "compact"), ("few", "days later")]
+QUICK = [
+    ("replace", "write"),
+    ("compact", "write"),
+    ("index", "compact"),
+    ("few", "days later"),
+    ("receive", "write"),
+    ("join", "index"),
+]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from crash_acts import age
 from disk import PowerCut, SimulatedDisk, dies_at, using
 from ledger import CARD, Rows, State, observe, row
 
@@ -94,3 +95,23 @@ def test_merge_is_killed_anywhere(tmp_path: Path, links: bool) -> None:
     # It appears at once, and stays.
     assert set(outcomes) == {False, True}
     assert outcomes == sorted(outcomes)
+
+
+def test_what_a_killed_merge_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    disk = two_stores(tmp_path / "base")
+    disk.before = dies_at(disk.count + 20)
+    with pytest.raises(PowerCut):
+        merged(disk)
+    disk.before = SimulatedDisk.nothing
+    (draft,) = disk.root.glob(".c.store.*.tmp")
+    other = disk.root / ".c.storey.0.tmp"
+    other.mkdir()
+    merged(disk)
+    assert draft.exists()
+    shutil.rmtree(disk.root / "c.store")
+    age(disk.root)
+    with using(disk):
+        merge([disk.root / "a.store", disk.root / "b.store"], disk.root / "c.store")
+    assert not draft.exists()
+    assert other.exists()
+    assert observe(disk.root / "c.store") == MERGED
