@@ -4,10 +4,9 @@ Shapes: N rows of the store, deleted ones included.
 """
 
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -174,8 +173,8 @@ class Match:
     outcome: Outcome
     id: str
     """The id of its row in the store."""
-    replaces: tuple[str, ...] = ()
-    """Ids of other rows, which this one replaces: they are deleted."""
+    replaces: tuple[tuple[str, str], ...] = ()
+    """Ids and uris of other rows, which this one replaces: they are deleted."""
     moved: bool = False
     """Whether its file had another location or name when it was last embedded."""
     up_to_date: bool = False
@@ -193,8 +192,8 @@ class RowMatcher:
         bits = np.frombuffer(scanned.seen, np.uint8)
         self.seen_N = np.unpackbits(bits, count=stored.store.manifest.physical_rows)
         self._moved_rows: set[int] = set()
-        self._unclaimed: dict[bytes, Iterator[int]] = {}
-        """By checksum: the rows with this content whose location is gone, in ascending order."""
+        self._unclaimed: dict[bytes, dict[str, Row]] = {}
+        """By checksum: the rows with this content whose location is gone, by id, in their order."""
 
     def match(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Match]:
         """Return the outcome for some samples, given the checksums of their images."""
@@ -214,17 +213,17 @@ class RowMatcher:
             same = same_text and row_id == old_id and not moved
             up_to_date = same and row["uri"] == record.uri and row["stamp"] == record.stamp
             outcome: Outcome = "present" if same else "changed"
-            return Match(outcome, row_id, _other_ids(row_id, old_id), moved, up_to_date)
-        claimed = self._claim_moved(checksum)
-        replaced = _other_ids(row_id, old_id, *self._ids(claimed))
-        return Match("changed", row_id, replaced, bool(claimed), moved_rows=claimed)
+            return Match(outcome, row_id, _others(row_id, row), moved, up_to_date)
+        claimed = self._claim_moved(record, checksum)
+        replaced, numbers = _others(row_id, row, *claimed), tuple(r["number"] for r in claimed)
+        return Match("changed", row_id, replaced, bool(claimed), moved_rows=numbers)
 
     def _match_new(self, record: Record, checksum: bytes) -> Match:
-        claimed = self._claim_moved(checksum)
+        claimed = self._claim_moved(record, checksum)
         row_id = record.id if self._is_free(record.id) else fallback_id(record)
         outcome: Outcome = "changed" if claimed else "added"
-        replaced = _other_ids(row_id, *self._ids(claimed))
-        return Match(outcome, row_id, replaced, bool(claimed), moved_rows=claimed)
+        replaced, numbers = _others(row_id, *claimed), tuple(r["number"] for r in claimed)
+        return Match(outcome, row_id, replaced, bool(claimed), moved_rows=numbers)
 
     def _choose_id(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
@@ -237,23 +236,21 @@ class RowMatcher:
         row = self.stored.row_with_id(row_id)
         return row < 0 or row in self._moved_rows
 
-    def _claim_moved(self, checksum: bytes) -> tuple[int, ...]:
-        """Claim a row with this content whose location is gone; return its number, if any."""
+    def _claim_moved(self, record: Record, checksum: bytes) -> list[Row]:
+        """Claim a row with this content whose location is gone, if any; that of its id if it can.
+
+        So copies of an image in a folder that has moved each keep their row, whoever is first.
+        """
         if checksum not in self._unclaimed:
-            rows = self.stored.rows_with_content(checksum)
-            self._unclaimed[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
-        claimed = tuple(islice(self._unclaimed[checksum], 1))
-        self._moved_rows.update(claimed)
+            numbers = self.stored.rows_with_content(checksum)
+            rows = self.stored.numbered(numbers[self.seen_N[numbers] == 0])
+            gone = {row["id"]: row for row in rows if self.locations.is_gone(row["uri"])}
+            self._unclaimed[checksum] = gone
+        left = self._unclaimed[checksum]
+        name = record.id if record.id in left else next(iter(left), None)
+        claimed = [] if name is None else [left.pop(name)]
+        self._moved_rows.update(row["number"] for row in claimed)
         return claimed
-
-    def _ids(self, numbers: Sequence[int]) -> list[str]:
-        return [row["id"] for row in self.stored.store.rows(numbers, ("id",))] if numbers else []
-
-    def _has_gone(self, number: int) -> bool:
-        if self.seen_N[number]:
-            return False
-        (row,) = self.stored.store.rows([number], ("uri",))
-        return self.locations.is_gone(row["uri"])
 
 
 def find_removed(changes: ChangeSet, moved_rows: Iterable[int]) -> list[int]:
@@ -286,8 +283,8 @@ def find_removed(changes: ChangeSet, moved_rows: Iterable[int]) -> list[int]:
     return gone
 
 
-def _other_ids(row_id: str, *ids: str) -> tuple[str, ...]:
-    return tuple(i for i in dict.fromkeys(ids) if i != row_id)
+def _others(row_id: str, *rows: Row) -> tuple[tuple[str, str], ...]:
+    return tuple((row["id"], row["uri"]) for row in rows if row["id"] != row_id)
 
 
 def _file_name(uri: str) -> str:

@@ -5,8 +5,9 @@
 An item is a value that can be sent as JSON. Whoever encodes it needs the store's folder, the model
 and the sources, and commits nothing: `store.commit_receipts` makes the rows part of the store.
 
-In one call of `encode`, a row moves to one sample only. Where items of one scan are encoded in
-several calls, a row may move to a sample in each; it is still deleted once.
+In one call of `encode`, a row moves to one sample only. Where the items of a scan are encoded in
+several calls, two samples of the same content may take the place of the same row, and another one
+stays without an image until the next scan.
 """
 
 import base64
@@ -241,7 +242,7 @@ class _Done:
     first: int = 0
     end: int = 0
     rows: list[Row] = field(default_factory=list)
-    replaces: list[str] = field(default_factory=list)
+    replaces: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[Skip] = field(default_factory=list)
     moved_rows: list[int] = field(default_factory=list)

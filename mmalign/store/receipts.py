@@ -33,9 +33,9 @@ class Receipt:
     model: str
     """Identity of the model that made the vectors."""
     shards: tuple[Shard, ...] = ()
-    replaces: tuple[str, ...] = ()
-    """Ids of other rows, which are deleted in the same commit. A row with the id of one of the new
-    rows is replaced without being listed."""
+    replaces: tuple[tuple[str, str], ...] = ()
+    """Ids and uris of other rows, which are deleted in the same commit if they still have this uri:
+    another sample may have taken the id. A row with the id of a new row is not listed."""
     item: str = ""
     """The name of the work item that was encoded; empty if there was none."""
     first: int = 0
@@ -76,7 +76,7 @@ class Receipt:
             receipt = Receipt(
                 values["model"],
                 shards,
-                tuple(values["replaces"]),
+                tuple((name, uri) for name, uri in values["replaces"]),
                 values["item"],
                 first,
                 end,
@@ -96,7 +96,8 @@ class Receipt:
 
 def _invalid(receipt: Receipt) -> Iterator[str]:
     """Yield values that mmalign never writes."""
-    if not _are(str, (receipt.model, receipt.item, *receipt.replaces, *receipt.counts)):
+    replaced = (text for place in receipt.replaces for text in place)
+    if not _are(str, (receipt.model, receipt.item, *replaced, *receipt.counts)):
         yield "a name that is no text"
     numbers = (receipt.first, receipt.end, *receipt.counts.values(), *receipt.moved_rows)
     if not all(is_count(number, MOST_ROWS) for number in numbers) or receipt.first > receipt.end:
@@ -121,7 +122,7 @@ def write_rows(
     rows: Sequence[Row],
     *,
     precision: str = "",
-    replaces: Iterable[str] = (),
+    replaces: Iterable[tuple[str, str]] = (),
 ) -> Receipt:
     """Write rows as a shard; nothing is committed, so to others the store stays as it is.
 
@@ -130,7 +131,7 @@ def write_rows(
         model: The model of the vectors.
         rows: Of several rows with one id, the last one counts. Without rows nothing is written.
         precision: The arithmetic that the vectors were computed in, to be recorded.
-        replaces: Ids of other rows, to be deleted in the same commit.
+        replaces: Ids and uris of other rows, to be deleted in the same commit.
     """
     by_id: dict[str, Row] = {}
     for row in rows:
@@ -205,8 +206,11 @@ class Committer:
             return base
         manifests.require_files(self.store, base, manifests.names_of(shards))
         ids = [self._ids(shard) for shard in shards]
-        gone = [*(i for part in ids for i in part), *(i for r in new for i in r.replaces)]
+        replaced = [place for receipt in new for place in receipt.replaces]
+        gone = [name for part in ids for name in part]
         kept = self._open_shards.with_ids_deleted(base.shards, gone)
+        if replaced:
+            kept = self._open_shards.with_rows_at_deleted(kept, replaced)
         return replace(base, shards=(*kept, *_last_of_each_id(shards, ids)))
 
     def _ids(self, shard: Shard) -> list[str]:

@@ -1,6 +1,5 @@
 """Write rows to shards and commit shards in a generation; a crash loses only uncommitted rows."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -41,17 +40,10 @@ class Writer:
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self.precision = precision
         self._rows: dict[str, Row] = {}
-        self._replaced: set[str] = set()
         self._committer = Committer(store, model)
 
-    def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
-        """Add a row; return True if that filled a shard and committed it.
-
-        Args:
-            row: The row; it replaces the row with the same id.
-            replaces: Ids of other rows to delete in the same commit.
-        """
-        self._replaced.update(replaces)
+    def add(self, row: Row) -> bool:
+        """Add a row, which replaces the row with its id; return True if that led to a commit."""
         self._rows.pop(row.id, None)
         self._rows[row.id] = row
         if len(self._rows) < self.rows_per_shard:
@@ -68,10 +60,9 @@ class Writer:
             self.model,
             list(self._rows.values()),
             precision=self.precision,
-            replaces=tuple(self._replaced),
         )
         self._committer.commit([receipt])
-        self._rows, self._replaced = {}, set()
+        self._rows = {}
 
     def __enter__(self) -> "Writer":
         return self

@@ -210,6 +210,29 @@ def test_receipts_come_from_time_to_time(
     assert content(tmp_path / "a.store") == content(tmp_path / "b.store")
 
 
+def test_copies_in_a_folder_that_moved_keep_their_rows(tmp_path: Path) -> None:
+    """Also if each is encoded on its own, and whichever is committed first."""
+    folder = tmp_path / "old" / "pictures"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        write(folder, number, jpeg(number % 2))
+    for name in ("one", "other"):
+        embed(tmp_path / f"{name}.store", folder)
+    ids = open_store(tmp_path / "one.store").column("id")
+    moved = tmp_path / "new" / "pictures"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    report = embed(tmp_path / "one.store", moved)
+    assert (report.changed, report.moved, report.rows) == (6, 6, 6)
+    with scanned(tmp_path / "other.store", moved) as changes:
+        items = list(slices(changes, most=1))
+        receipts = [receipt for i in items for receipt in encode([i], changes.stored, STUB)]
+    for receipt in receipts[::-1]:
+        commit_receipts(tmp_path / "other.store", [receipt], CARD)
+    assert content(tmp_path / "one.store") == content(tmp_path / "other.store")
+    assert open_store(tmp_path / "one.store").column("id") == ids
+
+
 def _interrupted(then: Callable[..., Any], turn: int) -> Callable[..., Any]:
     """Return a function that is interrupted at the end of one of its calls."""
     calls = count()

@@ -173,9 +173,10 @@ def repairing(life: Life) -> None:
     life.ledger = replace(life.ledger, damaged=False)
 
 
-def written(life: Life, rows: Rows, replaces: Sequence[str] = ()) -> Receipt:
+def written(life: Life, rows: Rows, replaces: Rows | None = None) -> Receipt:
     """Write rows and commit nothing; return the receipt as whoever commits it reads it."""
-    receipt = write_rows(life.path, CARD, [row(*one) for one in rows.items()], replaces=replaces)
+    places = [(name, row(name, version).uri) for name, version in (replaces or {}).items()]
+    receipt = write_rows(life.path, CARD, [row(*one) for one in rows.items()], replaces=places)
     return Receipt.from_json(receipt.to_json())
 
 
@@ -195,7 +196,7 @@ def with_received(ledger: Ledger) -> State:
 def receiving(life: Life) -> None:
     """Commit two receipts in one generation, and both once more."""
     with life.doing(with_received(life.ledger)):
-        receipts = [written(life, {"f0": 2, "a2": 3}, ["e1"]), written(life, {"a2": 4, "f1": 1})]
+        receipts = [written(life, {"f0": 2, "a2": 3}, {"e1": 1}), written(life, {"a2": 4, "f1": 1})]
         commit_receipts(life.path, receipts, CARD)
         commit_receipts(life.path, receipts[::-1], CARD)
 

@@ -18,7 +18,7 @@ def prepared(root: Path) -> tuple[Life, State, list[str]]:
     """A store, what it will hold, and receipts for that."""
     life = born(root, "receive")
     with using(life.disk):
-        receipts = [written(life, {"f0": 2, "a2": 3}, ["e1"]), written(life, {"a2": 4, "f1": 1})]
+        receipts = [written(life, {"f0": 2, "a2": 3}, {"e1": 1}), written(life, {"a2": 4, "f1": 1})]
     return life, with_received(life.ledger), [receipt.to_json() for receipt in receipts]
 
 

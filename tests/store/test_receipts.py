@@ -27,11 +27,12 @@ from mmalign.store import manifest as manifests
 
 
 def written(
-    path: Path, numbers: Iterable[int], version: int = 0, replaces: Iterable[str] = ()
+    path: Path, numbers: Iterable[int], version: int = 0, replaces: Iterable[int] = ()
 ) -> Receipt:
     """Write rows without committing them."""
     rows = [row(number, number % 3, version) for number in numbers]
-    return write_rows(path, CARD, rows, precision="float32", replaces=replaces)
+    places = [(f"id{number}", f"/pictures/{number}.jpg") for number in replaces]
+    return write_rows(path, CARD, rows, precision="float32", replaces=places)
 
 
 def sent(receipt: Receipt) -> Receipt:
@@ -42,7 +43,7 @@ def sent(receipt: Receipt) -> Receipt:
 def test_rows_are_nowhere_until_their_receipt_is_committed(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     before = open_store(tmp_path).manifest
-    receipt = written(tmp_path, range(3, 8), version=1, replaces=["id0", "unknown"])
+    receipt = written(tmp_path, range(3, 8), version=1, replaces=[0, 99])
     assert open_store(tmp_path).manifest == before
     after = commit_receipts(tmp_path, [sent(receipt)], CARD)
     assert after.generation == before.generation + 1
@@ -55,7 +56,8 @@ def test_rows_are_nowhere_until_their_receipt_is_committed(tmp_path: Path) -> No
 
 def test_a_receipt_is_the_same_when_it_was_sent(tmp_path: Path) -> None:
     receipt = replace(
-        written(tmp_path, range(3), replaces=["a", "\udcff"]),
+        written(tmp_path, range(3)),
+        replaces=(("a", "/b"), ("\udcff", "/\udcff.jpg")),
         item="c0ffee00-000001",
         first=10,
         end=14,
@@ -121,14 +123,19 @@ def test_of_one_id_the_last_receipt_counts(tmp_path: Path) -> None:
     assert versions(open_store(tmp_path)) == {**expected, "id8": 1, "id7": 2}
 
 
-def test_what_one_receipt_replaces_is_not_what_another_adds(tmp_path: Path) -> None:
-    """A row moves, and its old id goes to another sample, whichever receipt is listed first."""
-    for name, order in (("a", (0, 1)), ("b", (1, 0))):
-        path = tmp_path / name
-        fill(path, range(2))
-        receipts = [written(path, [5], 1, replaces=["id0"]), written(path, [0], 1)]
-        commit_receipts(path, [receipts[i] for i in order], CARD)
-        assert versions(open_store(path)) == {"id0": 1, "id1": 0, "id5": 1}
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_one_receipt_replaces_is_not_what_another_adds(
+    tmp_path: Path, order: tuple[int, int], at_once: bool
+) -> None:
+    """A row moves, and its old id goes to another sample, whichever receipt is committed first."""
+    fill(tmp_path, range(3))
+    other = replace(row(0, 0, 1), uri="/elsewhere/0.jpg")
+    both = [written(tmp_path, [5], 1, replaces=[0, 2]), write_rows(tmp_path, CARD, [other])]
+    receipts = [both[number] for number in order]
+    for part in [receipts] if at_once else [[receipt] for receipt in receipts]:
+        commit_receipts(tmp_path, part, CARD)
+    assert versions(open_store(tmp_path)) == {"id0": 1, "id1": 0, "id5": 1}
 
 
 def test_two_committers_take_turns(tmp_path: Path) -> None:
@@ -212,7 +219,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "no model": lambda held: held.pop("model"),
     "a model that is a number": lambda held: held.update(model=1),
     "an item that is a list": lambda held: held.update(item=[]),
-    "ids that are numbers": lambda held: held.update(replaces=[1]),
+    "ids that are numbers": lambda held: held.update(replaces=[[1, "x"]]),
+    "ids without a uri": lambda held: held.update(replaces=[["id1"]]),
     "a range that goes back": lambda held: held.update(range=[2, 1]),
     "a range of one": lambda held: held.update(range=[2]),
     "a count that is a text": lambda held: held.update(counts={"added": "1"}),
