@@ -118,7 +118,7 @@ class SimulatedDisk:
         self.root = root
         self.count = 0
         self.tree = _read(root)
-        self.names = random.Random(0)
+        self.names = random.Random()
         """Draws the names of new shards, so that a copy of the disk sees the same operations."""
         self.before: Callable[[int, str, Path], None] = self.nothing
         """Called before each operation; what it raises is the operation's outcome."""
