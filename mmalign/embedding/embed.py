@@ -215,9 +215,11 @@ class _Run:
                 progress.set_postfix_str(busy, refresh=False)
 
             items = slices(self.changes, thumbnails=thumbnails)
-            for receipt in encode(
-                items, self.changes.stored, encoder, precision=precision, count=count, progress=show
-            ):
+            receipts = encode(
+                items, self.changes.stored, encoder, committer.model,
+                precision=precision, count=count, progress=show,
+            )  # fmt: skip
+            for receipt in receipts:
                 _commit(committer, receipt)
                 self._add(receipt)
         report_truncated(encoder, self.counts["cut_captions"])

@@ -29,7 +29,15 @@ from mmalign.encoding.modalities import is_model_of
 from mmalign.encoding.pipeline import Encoded, Pipeline
 from mmalign.errors import DataError, IdentityError, StoreError
 from mmalign.model import Encoder
-from mmalign.store import ROWS_PER_SHARD, Receipt, Row, meta_json, pair_vectors, write_rows
+from mmalign.store import (
+    ROWS_PER_SHARD,
+    ModelCard,
+    Receipt,
+    Row,
+    meta_json,
+    pair_vectors,
+    write_rows,
+)
 from mmalign.values import json_value
 
 # After so many seconds a receipt is given for the records that are done.
@@ -153,6 +161,7 @@ def encode(
     items: Iterable[WorkItem],
     stored: StoredRows,
     encoder: Encoder,
+    card: ModelCard,
     *,
     precision: str = "",
     count: int = 0,
@@ -167,6 +176,7 @@ def encode(
         items: Taken one by one, when their records are needed.
         stored: The rows of the generation that the items were cut against.
         encoder: The model of that store.
+        card: What the store records of the model.
         precision: The arithmetic of the encoder, to be recorded.
         count: Number of records of all items; 0 if unknown.
         progress: Called after each batch with its number of records, and what is busy.
@@ -174,20 +184,22 @@ def encode(
     Raises:
         IdentityError: An item or the encoder is of another model than the store.
         StoreError: An item was cut against another generation.
+        DataError: Two items are not of the same scan.
     """
     todo = iter(items)
     first = next(todo, None)
     if first is None:
         return
-    _require_fit(first, stored, encoder)
-    encoding = _Encoding(first, stored, encoder, precision)
+    _require_fit(first, stored, encoder, card)
+    encoding = _Encoding(first, stored, encoder, card, precision)
     yield from encoding.run(_Queue(chain([first], todo), count), progress)
 
 
-def _require_fit(item: WorkItem, stored: StoredRows, encoder: Encoder) -> None:
-    store = stored.store
-    card, rows = store.manifest.model, store.manifest.physical_rows
-    if item.model != card.identity or not is_model_of(encoder, card):
+def _require_fit(item: WorkItem, stored: StoredRows, encoder: Encoder, card: ModelCard) -> None:
+    store, rows = stored.store, stored.store.manifest.physical_rows
+    if not item.model == card.identity == store.manifest.model.identity or not is_model_of(
+        encoder, card
+    ):
         raise IdentityError(
             f"{store.path} holds embeddings of {card.identity}, the work item {item.name} is for "
             f"{item.model}, the model is {encoder.identity}: nothing was encoded"
@@ -260,10 +272,10 @@ class _Encoding:
     """Encodes the records of a queue, and writes them item by item."""
 
     def __init__(
-        self, first: WorkItem, stored: StoredRows, encoder: Encoder, precision: str
+        self, first: WorkItem, stored: StoredRows, encoder: Encoder, card: ModelCard, precision: str
     ) -> None:
-        self.matcher, self.precision = RowMatcher(stored, first.scanned), precision
-        self.store = stored.store
+        self.matcher = RowMatcher(stored, first.scanned)
+        self.path, self.card, self.precision = stored.store.path, card, precision
         self.pipeline = Pipeline(encoder, thumbnails=first.thumbnails, known=stored.earlier_result)
         self.done = _Done(first)
         self.told: Counter[str] = Counter()
@@ -304,8 +316,8 @@ class _Encoding:
         """Write the rows of what is done."""
         done = self.done
         written = write_rows(
-            self.store.path,
-            self.store.manifest.model,
+            self.path,
+            self.card,
             done.rows,
             precision=self.precision,
             replaces=done.replaces,

@@ -170,7 +170,7 @@ class Committer:
         self._open_shards, self._groups = OpenShards(store, model), Groups(store)
         for folder in ("shards", "groups"):
             files.make_folder(store / folder)
-        manifests.commit(store, self._check, model, groups=self._groups)
+        self.model = manifests.commit(store, self._check, model, groups=self._groups).model
 
     def _check(self, base: Manifest) -> Manifest:
         manifests.require_model(self.store, base, self.model)

@@ -179,7 +179,7 @@ def test_one_pipeline_encodes_all_items(
         items = list(slices(changes, most=4))
         seen: list[int] = []
         receipts = list(
-            encode(items, changes.stored, STUB, progress=lambda done, busy: seen.append(done))
+            encode(items, changes.stored, STUB, CARD, progress=lambda done, busy: seen.append(done))
         )
     assert max(sizes) > 4
     assert sum(seen) == 23
@@ -200,7 +200,7 @@ def test_receipts_come_from_time_to_time(
 ) -> None:
     monkeypatch.setattr(work, "COMMIT_SECONDS", -1.0)
     with scanned(tmp_path / "a.store", pictures) as changes:
-        receipts = list(encode(slices(changes), changes.stored, STUB))
+        receipts = list(encode(slices(changes), changes.stored, STUB, CARD))
     assert len(receipts) > 1
     ends = [(receipt.first, receipt.end) for receipt in receipts]
     assert [first for first, _ in ends] == [0, *(end for _, end in ends[:-1])]
@@ -226,7 +226,7 @@ def test_copies_in_a_folder_that_moved_keep_their_rows(tmp_path: Path) -> None:
     assert (report.changed, report.moved, report.rows) == (6, 6, 6)
     with scanned(tmp_path / "other.store", moved) as changes:
         items = list(slices(changes, most=1))
-        receipts = [receipt for i in items for receipt in encode([i], changes.stored, STUB)]
+        receipts = [receipt for i in items for receipt in encode([i], changes.stored, STUB, CARD)]
     for receipt in receipts[::-1]:
         commit_receipts(tmp_path / "other.store", [receipt], CARD)
     assert content(tmp_path / "one.store") == content(tmp_path / "other.store")
@@ -286,25 +286,25 @@ def test_an_item_of_another_store_or_generation_is_refused(pictures: Path, tmp_p
         items = list(slices(changes, most=10))
         stored = changes.stored
         with pytest.raises(IdentityError, match="is for tiny-1"):
-            next(encode([replace(items[0], model="tiny-1")], stored, STUB))
+            next(encode([replace(items[0], model="tiny-1")], stored, STUB, CARD))
         for wrong in (
             replace(items[1], thumbnails=False),
             replace(items[1], generation=3),
             replace(items[1], scanned=replace(items[1].scanned, seen=b"\0")),
         ):
             with pytest.raises(DataError, match="are of two scans"):
-                list(encode([items[0], wrong], stored, STUB))
+                list(encode([items[0], wrong], stored, STUB, CARD))
     embed(path, pictures)
     later = StoredRows(open_store(path))
     with pytest.raises(StoreError, match=r"cut against generation 0, not 2: open that one"):
-        next(encode(items, later, STUB))
+        next(encode(items, later, STUB, CARD))
     with pytest.raises(StoreError, match="scan the sources again"):
-        next(encode([replace(items[0], generation=2)], later, STUB))
+        next(encode([replace(items[0], generation=2)], later, STUB, CARD))
     other: Any = StubEncoder()
     other.identity = other.space = "other"
     other.tower_identity = lambda modality: "other"
     with pytest.raises(IdentityError, match="the model is other"):
-        next(encode(items, stored, other))
+        next(encode(items, stored, other, CARD))
 
 
 def _record(**values: Any) -> Callable[[dict[str, Any]], object]:

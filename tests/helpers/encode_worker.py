@@ -17,10 +17,11 @@ from mmalign.store import open_or_new
 
 def main(store: str, *names: str) -> None:
     encoder: Any = StubEncoder()
-    stored = StoredRows(open_or_new(store, model_card(encoder)))
+    card = model_card(encoder)
+    stored = StoredRows(open_or_new(store, card))
     for name in names:
         item = WorkItem.from_json(Path(name).read_bytes())
-        receipts = encode([item], stored, encoder, precision="float32")
+        receipts = encode([item], stored, encoder, card, precision="float32")
         lines = "".join(receipt.to_json() + "\n" for receipt in receipts)
         Path(name).with_suffix(".receipts").write_text(lines)
 
