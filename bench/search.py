@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
             path = written(Path(folder), options.rows, options.dim, shards, deleted)
             encoder: Any = SimpleNamespace(identity="bench", space="bench", dim=options.dim)
             searcher = Searcher(open_store(path), encoder)
-            searcher._snapshot._indexes["image", False] = Stored(options.rows, options.k)
+            searcher._current.snapshot._indexes["image", False] = Stored(options.rows, options.k)
             vector = unit_vectors(1, options.dim)[0]
 
             ask = partial(searcher.search, vector, options.k)

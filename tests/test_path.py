@@ -90,8 +90,8 @@ def test_embedding_that_is_killed_goes_on(run: Path, store: Path, tmp_path: Path
     scenes, out = tmp_path / "many.tar", tmp_path / "killed.store"
     write_scenes(scenes, 400, seed=4, tick=lambda: None)
     code = (
-        "import mmalign.embedding.embed as e, sys; e.COMMIT_SECONDS = 0.0\n"
-        "e.embed(sys.argv[1], [sys.argv[2]], sys.argv[3], precision='float32')"
+        "import sys; from mmalign.embedding import embed, work; work.COMMIT_SECONDS = 0.0\n"
+        "embed.embed(sys.argv[1], [sys.argv[2]], sys.argv[3], precision='float32')"
     )
     call = [sys.executable, "-c", code, str(run), str(scenes), str(out)]
     process = subprocess.Popen(call, stderr=subprocess.DEVNULL)

@@ -11,6 +11,7 @@ from mmalign.modality import TEXT, find
 if TYPE_CHECKING:
     from mmalign.store import Store
     from mmalign.store.groups import Shard
+    from mmalign.store.manifest import Manifest
 
 # Number of captions, from the start, in which scripts are counted.
 COUNTED = 20_000
@@ -37,6 +38,7 @@ def described(store: "Store") -> dict[str, Any]:
         "format": manifest.format,
         "model": {k: getattr(manifest.model, k) for k in ("identity", "source", "dim")},
         "towers": {tower.modality: tower.identity for tower in manifest.model.towers},
+        "next": _next(manifest),
         "precision": _precisions(manifest.shards),
         "dim": manifest.model.dim,
         "vectors": vectors,
@@ -51,6 +53,14 @@ def described(store: "Store") -> dict[str, Any]:
 def _live_vectors(store: "Store", modality: str) -> int:
     owners = store.owners(modality)
     return len(owners) if store.live is None else int(store.live[owners].sum())
+
+
+def _next(manifest: "Manifest") -> dict[str, Any] | None:
+    """Return the model whose vectors are being built, and how many rows have them."""
+    if manifest.next is None:
+        return None
+    done = sum(s.rows - s.deleted_rows for s in manifest.shards if s.next)
+    return {"identity": manifest.next.identity, "source": manifest.next.source, "rows": done}
 
 
 def _precisions(shards: Iterable["Shard"]) -> dict[str, int]:
@@ -75,6 +85,10 @@ def in_words(store: "Store", values: dict[str, Any]) -> list[str]:
         f"model     {name}, {values['dim']} dimensions",
         f"          from {values['model']['source'] or 'an unknown source'}",
     ]
+    if values["next"]:
+        following = values["next"]
+        done = f"{following['rows']:,} of {values['rows']:,} rows"
+        lines.append(f"next      vectors of {following['identity']}: {done} have them")
     if values["index"] is None:
         build = shell_command("index", store.path)
         lines.append(f"index     none: every row is compared; {build} builds one")

@@ -20,7 +20,6 @@ from mmalign.cli.options import model_option as _model
 from mmalign.cli.options import print_values as _print
 from mmalign.cli.options import store_argument as _store
 from mmalign.cli.options import where_option as _where
-from mmalign.cli.options import yes_option as _yes
 from mmalign.errors import DataError, UsageError
 from mmalign.progress import to_stderr
 from mmalign.terminal import columns, openable, printable, shorten, width
@@ -166,7 +165,11 @@ def train(
 @click.option(
     "--drop-removed", is_flag=True, help="Delete rows whose images are gone from the sources."
 )
-@_yes
+@click.option(
+    "--yes", is_flag=True,
+    help="Allow deleting more than a tenth of the rows, and changing the model of a store although "
+    "some of its images cannot be read.",
+)  # fmt: skip
 @click.option(
     "--shard", "part", default="1/1", metavar="I/N", show_default=True,
     help="Embed only the I-th of N parts; N processes can fill one store.",
@@ -186,7 +189,8 @@ def embed(
     """Embed images and captions into a store.
 
     Run it again to resume, and to add new or changed images. Images that were moved or renamed are
-    not embedded again.
+    not embedded again. With another model than that of the store, all its rows are embedded again,
+    and searches go on with the old vectors until the new ones are complete.
 
     \b
     Example:  mmalign embed --model run --data photos/ --out photos.store

@@ -109,20 +109,25 @@ def repair(store: Path, as_json: bool) -> None:
     "--now", is_flag=True,
     help="Also remove files that are kept for an hour for other processes.",
 )  # fmt: skip
+@click.option(
+    "--drop-next", is_flag=True,
+    help="Drop the vectors of another model that `embed` has begun to build.",
+)  # fmt: skip
 @json_option
-def compact(store: Path, now: bool, as_json: bool) -> None:
+def compact(store: Path, now: bool, drop_next: bool, as_json: bool) -> None:
     """Free the space of deleted rows and old generations.
 
     Files that other processes may still read are kept for an hour; a later compact removes them.
     With --now, nothing of a deleted row remains on the disk: no vector, caption or thumbnail. Rows
-    get new numbers, so an index must be built again.
+    get new numbers, so an index must be built again. While vectors of another model are built,
+    deleted rows stay.
 
     \b
     Example:  mmalign compact photos.store --now && mmalign index photos.store
     """
     from mmalign.store import compact as run
 
-    print_values(_as_lists(run(store, now=now)), as_json)
+    print_values(_as_lists(run(store, now=now, drop_next=drop_next)), as_json)
 
 
 @click.command()

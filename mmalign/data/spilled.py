@@ -101,11 +101,19 @@ class SpilledRecords:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, record: Record) -> None:
-        """Append a record."""
+    def add(self, record: Record) -> int:
+        """Append a record; return its place, for `at`."""
+        place = self._file.tell()
         with files.name_in_errors(self._folder):
             pickle.dump(record, self._file)
         self._count += 1
+        return place
+
+    def at(self, place: int) -> Record:
+        """Return the record at a place; call it when all records have been added."""
+        self._file.seek(place)
+        found: Record = pickle.load(self._file)
+        return found
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the records in insertion order."""

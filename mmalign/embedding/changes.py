@@ -4,7 +4,7 @@ Shapes: N rows of the store, deleted ones included.
 """
 
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -55,6 +55,15 @@ class ScanOptions:
         return zlib.crc32(found.id.encode()) % parts == number - 1
 
 
+@dataclass(frozen=True)
+class Scanned:
+    """What a scan says of the rows of a store: which of them may have moved to another place."""
+
+    seen: bytes
+    """A bit for each row, the highest of a byte first: 1 if the sources still have it."""
+    locations: ScannedLocations
+
+
 @dataclass
 class ChangeSet:
     """The result of a scan."""
@@ -80,6 +89,10 @@ class ChangeSet:
     def samples(self) -> int:
         """Return the number of samples without errors in the scan."""
         return self.present + len(self.records)
+
+    def scanned(self) -> Scanned:
+        """Return what matching samples with rows needs of the scan, as a value."""
+        return Scanned(np.packbits(self.seen_N).tobytes(), self.locations)
 
     def stamp_of(self, record: Record) -> int:
         """Return the stamp that shows whether a sample has changed; 0 if it is not accessible."""
@@ -163,24 +176,27 @@ class Match:
     outcome: Outcome
     id: str
     """The id of its row in the store."""
-    replaces: tuple[str, ...] = ()
-    """Ids of other rows, which this one replaces: they are deleted."""
+    replaces: tuple[tuple[str, str], ...] = ()
+    """Ids and uris of other rows, which this one replaces: they are deleted."""
     moved: bool = False
     """Whether its file had another location or name when it was last embedded."""
     up_to_date: bool = False
     """Whether the row in the store is already up to date."""
+    moved_rows: tuple[int, ...] = ()
+    """Numbers of the rows that followed their content to this sample."""
 
 
 class RowMatcher:
     """Decides for each sample, once it has been read, which row of the store it belongs to."""
 
-    def __init__(self, changes: ChangeSet) -> None:
-        """Take the result of a scan."""
-        self.changes, self.stored = changes, changes.stored
-        self.moved_rows: set[int] = set()
-        """Rows that followed their content to another place."""
-        self._unclaimed: dict[bytes, Iterator[int]] = {}
-        """By checksum: the rows with this content whose location is gone, in ascending order."""
+    def __init__(self, stored: StoredRows, scanned: Scanned) -> None:
+        """Take the rows of a store, and what a scan of all sources says of them."""
+        self.stored, self.locations = stored, scanned.locations
+        bits = np.frombuffer(scanned.seen, np.uint8)
+        self.seen_N = np.unpackbits(bits, count=stored.store.manifest.physical_rows)
+        self._moved_rows: set[int] = set()
+        self._unclaimed: dict[bytes, dict[str, Row]] = {}
+        """By checksum: the rows with this content whose location is gone, by id, in their order."""
 
     def match(self, records: Sequence[Record], checksums: Sequence[bytes]) -> list[Match]:
         """Return the outcome for some samples, given the checksums of their images."""
@@ -200,16 +216,17 @@ class RowMatcher:
             same = same_text and row_id == old_id and not moved
             up_to_date = same and row["uri"] == record.uri and row["stamp"] == record.stamp
             outcome: Outcome = "present" if same else "changed"
-            return Match(outcome, row_id, _other_ids(row_id, old_id), moved, up_to_date)
-        moved_ids = self._claim_moved(checksum)
-        replaced = _other_ids(row_id, old_id, *moved_ids)
-        return Match("changed", row_id, replaced, bool(moved_ids))
+            return Match(outcome, row_id, _others(row_id, row), moved, up_to_date)
+        claimed = self._claim_moved(record, checksum)
+        replaced, numbers = _others(row_id, row, *claimed), tuple(r["number"] for r in claimed)
+        return Match("changed", row_id, replaced, bool(claimed), moved_rows=numbers)
 
     def _match_new(self, record: Record, checksum: bytes) -> Match:
-        moved_ids = self._claim_moved(checksum)
+        claimed = self._claim_moved(record, checksum)
         row_id = record.id if self._is_free(record.id) else fallback_id(record)
-        outcome: Outcome = "changed" if moved_ids else "added"
-        return Match(outcome, row_id, _other_ids(row_id, *moved_ids), bool(moved_ids))
+        outcome: Outcome = "changed" if claimed else "added"
+        replaced, numbers = _others(row_id, *claimed), tuple(r["number"] for r in claimed)
+        return Match(outcome, row_id, replaced, bool(claimed), moved_rows=numbers)
 
     def _choose_id(self, record: Record, row: Row) -> str:
         """Return the id of a row, or the new id that its source now gives, if that is free."""
@@ -220,42 +237,43 @@ class RowMatcher:
 
     def _is_free(self, row_id: str) -> bool:
         row = self.stored.row_with_id(row_id)
-        return row < 0 or row in self.moved_rows
+        return row < 0 or row in self._moved_rows
 
-    def _claim_moved(self, checksum: bytes) -> list[str]:
-        """Claim a row with this content whose location is gone; return its id, if there is one."""
+    def _claim_moved(self, record: Record, checksum: bytes) -> list[Row]:
+        """Claim a row with this content whose location is gone, if any; that of its id if it can.
+
+        So copies of an image in a folder that has moved each keep their row, whoever is first.
+        """
         if checksum not in self._unclaimed:
-            rows = self.stored.rows_with_content(checksum)
-            self._unclaimed[checksum] = iter([n for n in rows.tolist() if self._has_gone(n)])
-        number = next(self._unclaimed[checksum], None)
-        if number is None:
-            return []
-        self.moved_rows.add(number)
-        return [self.stored.store.rows([number], ("id",))[0]["id"]]
-
-    def _has_gone(self, number: int) -> bool:
-        if self.changes.seen_N[number]:
-            return False
-        (row,) = self.stored.store.rows([number], ("uri",))
-        return self.changes.locations.is_gone(row["uri"])
+            numbers = self.stored.rows_with_content(checksum)
+            rows = self.stored.numbered(numbers[self.seen_N[numbers] == 0])
+            gone = {row["id"]: row for row in rows if self.locations.is_gone(row["uri"])}
+            self._unclaimed[checksum] = gone
+        left = self._unclaimed[checksum]
+        name = record.id if record.id in left else next(iter(left), None)
+        claimed = [] if name is None else [left.pop(name)]
+        self._moved_rows.update(row["number"] for row in claimed)
+        return claimed
 
 
-def find_removed(matcher: RowMatcher) -> list[int]:
+def find_removed(changes: ChangeSet, moved_rows: Iterable[int]) -> list[int]:
     """List the rows to delete: embedded from these sources, which no longer have their images.
+
+    Rows that followed their content to another place are not listed.
 
     If a folder, tar or table could not be listed completely, no row below it is listed. If a file
     could not be read, and the store has no row at its location, no row with its file name is
     listed: the file may have been moved there.
     """
-    changes, store = matcher.changes, matcher.stored.store
+    store = changes.stored.store
     for skip in changes.skips:
         if skip.affects == "place":
             say(f"warning: {skip.uri}: {skip.reason}; its rows are kept")
     unread = [s.uri for s in changes.skips if s.reason.startswith("cannot be read")]
-    rows = matcher.stored.rows_at(unread)
+    rows = changes.stored.rows_at(unread)
     unread_names = {_file_name(uri) for uri, known in zip(unread, rows, strict=True) if not known}
     gone_N = ~changes.seen_N if store.live is None else ~changes.seen_N & store.live
-    gone_N[list(matcher.moved_rows)] = False
+    gone_N[list(moved_rows)] = False
     gone = []
     for numbers in in_batches(np.flatnonzero(gone_N).tolist(), LOOKUP_BATCH):
         for number, row in zip(numbers, store.rows(numbers, ("uri",)), strict=True):
@@ -268,8 +286,8 @@ def find_removed(matcher: RowMatcher) -> list[int]:
     return gone
 
 
-def _other_ids(row_id: str, *ids: str) -> tuple[str, ...]:
-    return tuple(i for i in dict.fromkeys(ids) if i != row_id)
+def _others(row_id: str, *rows: Row) -> tuple[tuple[str, str], ...]:
+    return tuple((row["id"], row["uri"]) for row in rows if row["id"] != row_id)
 
 
 def _file_name(uri: str) -> str:

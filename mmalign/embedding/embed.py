@@ -1,14 +1,14 @@
 """`mmalign embed`: images and captions of any source into a store of unit vectors.
 
-    scan -> what the store lacks -> decode and encode, overlapping -> shards -> manifest
+    scan -> what the store lacks -> work items -> encode -> receipts -> one committer -> manifest
 
-Another run adds what is new or changed; after a kill it continues after the last committed shard.
+Another run adds what is new or changed; after a kill it continues after the last commit.
 """
 
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from mmalign import files
 from mmalign.data import (
     Record,
+    Skip,
     Sources,
     SpilledRecords,
     as_sources,
@@ -23,12 +24,14 @@ from mmalign.data import (
     refuse_own_sources,
     report_skips,
 )
-from mmalign.embedding.changes import ChangeSet, RowMatcher, ScanOptions, find_changes, find_removed
+from mmalign.embedding.changes import ChangeSet, ScanOptions, find_changes, find_removed
+from mmalign.embedding.rebuild import Rebuilt, rebuild
+from mmalign.embedding.work import card_of, encode, slices
 from mmalign.encoding.batches import report_truncated
 from mmalign.encoding.modalities import is_model_of, model_card
-from mmalign.encoding.pipeline import Encoded, Pipeline
-from mmalign.errors import DataError, IdentityError, UsageError
+from mmalign.errors import DataError, StoreError, UsageError
 from mmalign.evaluation.evaluate import compare
+from mmalign.modality import IMAGE
 from mmalign.model import (
     Encoder,
     Precision,
@@ -40,18 +43,17 @@ from mmalign.model import (
 )
 from mmalign.progress import bar, say
 from mmalign.store import (
-    Row,
+    Committer,
+    Receipt,
     Store,
-    Writer,
     add_failures,
     delete_rows,
-    meta_json,
+    join_small_shards,
     open_or_new,
     open_store,
     require_few,
 )
 
-COMMIT_SECONDS = 60.0
 # Samples that are also embedded in float32, to report the loss from eight bits.
 COMPARED = 128
 
@@ -80,6 +82,8 @@ class EmbedReport:
     """Images read whose vectors were computed; the others were embedded before."""
     removed: int
     """Rows deleted because their source is gone; only with `drop_removed`."""
+    rebuilt: int
+    """Rows embedded again because the store held embeddings of another model."""
     rows: int
     images_per_s: float
     """Images read per second, from the end of the scan."""
@@ -102,6 +106,9 @@ def embed(
 ) -> EmbedReport:
     """Embed samples that the store does not hold yet, or that have changed.
 
+    If the store holds embeddings of another model, its rows are embedded again first. Searches go
+    on with the old vectors until all new ones are there; an index has to be built again.
+
     Args:
         model: A run folder, `NAME:TAG`, or an encoder that was loaded from one of these.
         sources: Folders, tars, tables, URLs, as `data.scan` takes them.
@@ -113,14 +120,16 @@ def embed(
         checksum: Read every image that the store holds, and compare its content.
         drop_removed: Delete the rows whose images were in the sources but are no longer there.
             What could not be listed or read counts as still there.
-        yes: Let `drop_removed` delete more than a tenth of the rows.
+        yes: Let `drop_removed` delete more than a tenth of the rows, and let another model take
+            over the store even if images of rows cannot be read.
         part: (i, n): embed only the i-th of n equal parts of the samples, so that n processes
             can work on one store.
 
     Raises:
         DataError: Nothing usable in the sources.
-        IdentityError: The store belongs to another model.
-        StoreError: More than a tenth of the rows would be deleted. Everything else is done.
+        IdentityError: The store has vectors of a modality that the model does not make.
+        StoreError: More than a tenth of the rows would be deleted; everything else is done. Or
+            images of rows cannot be read again, so that the store keeps its model.
         UsageError: The store is a source, is inside one, or contains one.
     """
     if not 1 <= part[0] <= part[1]:
@@ -135,36 +144,39 @@ def embed(
         )
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
-    store = _open(path, float32_encoder)
+    options = ScanOptions(sources, caption_keys, image_column, checksum, part)
+    store = open_or_new(path, model_card(float32_encoder))
     keep_weights(encoder)
     remember(float32_encoder)
     with files.scratch_in(path), SpilledRecords() as spilled:
-        changes = find_changes(
-            store, ScanOptions(sources, caption_keys, image_column, checksum, part), spilled
-        )
+        rebuilt = Rebuilt()
+        if not is_model_of(float32_encoder, store.manifest.model):
+            new = model_card(float32_encoder, store.modalities)
+            rebuilt = rebuild(path, encoder, new, options, precision=used_precision, yes=yes)
+            store = open_store(path)
+        if not rebuilt.is_complete:
+            return _report_of_a_part(rebuilt, store, used_precision)
+        changes = find_changes(store, options, spilled)
         if used_precision == "int8" and len(spilled) >= COMPARED:
             _report_int8_loss(float32_encoder, encoder, list(islice(spilled, COMPARED)))
-        card = replace(
-            store.manifest.model,
-            towers=model_card(float32_encoder, sorted(changes.modalities)).towers,
-        )
         del float32_encoder
-        embed_run = _EmbedRun(
-            Writer(path, card, precision=used_precision), encoder, changes, thumbnails
-        )
-        embed_run.run()
-    counts = embed_run.counts()
+        run = _Run(changes)
+        committer = Committer(path, card_of(store, encoder, changes.modalities))
+        run.fill(committer, encoder, used_precision, thumbnails)
+    counts = run.outcomes()
     _list_failures(path, changes, counts)
-    dropped = _drop(store, find_removed(embed_run.matcher), yes) if drop_removed else 0
+    dropped = _drop(store, find_removed(changes, run.moved_rows), yes) if drop_removed else 0
+    _join(path)
     report = EmbedReport(
         **counts,
-        cut_captions=embed_run.pipeline.texts.truncated,
-        moved=embed_run.moved,
-        read=embed_run.read,
-        encoded=embed_run.pipeline.encoded,
+        cut_captions=run.counts["cut_captions"],
+        moved=run.counts["moved"],
+        read=run.read,
+        encoded=run.counts["encoded"],
         removed=dropped,
+        rebuilt=rebuilt.rows,
         rows=len(open_store(path)),
-        images_per_s=embed_run.read / max(embed_run.seconds, 1e-9),
+        images_per_s=run.read / max(run.seconds, 1e-9),
         precision=used_precision,
     )
     say(_summary(report, out))
@@ -176,69 +188,77 @@ def _drop(store: Store, gone: list[int], yes: bool) -> int:
     return delete_rows(store, gone) if gone else 0
 
 
-def _open(path: Path, encoder: Encoder) -> Store:
-    """Open the store of a model, or an empty one."""
-    card = model_card(encoder)
-    store = open_or_new(path, card)
-    found = store.manifest.model
-    if not is_model_of(encoder, found):
-        why = encoder.former_fault(found.identity) or "embed into a new store"
-        raise IdentityError(
-            f"{path} holds embeddings of {found.identity}, the model is {card.identity}: {why}"
-        )
-    return store
+def _report_of_a_part(rebuilt: Rebuilt, store: Store, precision: str) -> EmbedReport:
+    """Return the report of a run that embedded rows again, and left others to other parts."""
+    return EmbedReport(
+        added=0, changed=0, present=0, failed=0, passed_over=0, cut_captions=0, moved=0, read=0,
+        encoded=0, removed=0, rebuilt=rebuilt.rows, rows=len(store), images_per_s=0.0,
+        precision=precision,
+    )  # fmt: skip
 
 
-class _EmbedRun:
-    """Reads the samples that a scan found, and writes their rows."""
+def _join(path: Path) -> None:
+    """Join small shards; if that fails, the rows are in the store all the same."""
+    try:
+        join_small_shards(path)
+    except (StoreError, OSError) as error:
+        say(f"{path}: small shards stay as they are, nothing is lost: {error}")
 
-    def __init__(
-        self, writer: Writer, encoder: Encoder, changes: ChangeSet, thumbnails: bool
-    ) -> None:
-        self.writer, self.changes, self.matcher = writer, changes, RowMatcher(changes)
-        self.pipeline = Pipeline(
-            encoder, thumbnails=thumbnails, known=changes.stored.earlier_result
-        )
-        self.outcomes: Counter[str] = Counter()
-        self.moved = self.read = 0
+
+class _Run:
+    """Encodes what a scan found, commits the receipts, and adds up what they say."""
+
+    def __init__(self, changes: ChangeSet) -> None:
+        self.changes = changes
+        self.counts: Counter[str] = Counter()
+        self.moved_rows: list[int] = []
+        self.read = 0
         self.seconds = 0.0
 
-    def run(self) -> None:
-        """Read, embed and write everything, committing from time to time."""
-        started = committed_at = time.monotonic()
-        with self.writer, bar("embed", len(self.changes.records)) as progress:
-            for good, skips in self.pipeline.run(self.changes.records):
-                self.changes.skips += skips
-                self._write(good)
-                if time.monotonic() - committed_at > COMMIT_SECONDS:
-                    self.writer.commit()
-                    committed_at = time.monotonic()
-                self.read += len(good) + len(skips)
-                progress.update(len(good) + len(skips))
-                progress.set_postfix_str(self.pipeline.describe(), refresh=False)
-        report_truncated(self.pipeline.encoder, self.pipeline.texts.truncated)
+    def fill(
+        self, committer: Committer, encoder: Encoder, precision: str, thumbnails: bool
+    ) -> None:
+        """Encode and commit everything, one receipt after the other."""
+        started, count = time.monotonic(), len(self.changes.records)
+        with bar("embed", count) as progress:
+
+            def show(done: int, busy: str) -> None:
+                progress.update(done)
+                progress.set_postfix_str(busy, refresh=False)
+
+            items = slices(self.changes, thumbnails=thumbnails)
+            for receipt in encode(
+                items, self.changes.stored, encoder, precision=precision, count=count, progress=show
+            ):
+                _commit(committer, receipt)
+                self._add(receipt)
+        report_truncated(encoder, self.counts["cut_captions"])
         self.seconds = time.monotonic() - started
 
-    def _write(self, good: Sequence[Encoded]) -> None:
-        records, checksums = (
-            [e.record for e in good],
-            [e.item.checksum for e in good],
-        )
-        for encoded, matched in zip(good, self.matcher.match(records, checksums), strict=True):
-            self.outcomes[matched.outcome] += 1
-            self.moved += matched.moved
-            if not matched.up_to_date:
-                self.writer.add(_row(encoded, matched.id), matched.replaces)
+    def _add(self, receipt: Receipt) -> None:
+        self.counts.update(receipt.counts)
+        self.changes.skips += [Skip(**skipped) for skipped in receipt.skipped]
+        self.moved_rows += receipt.moved_rows
+        self.read += receipt.end - receipt.first
 
-    def counts(self) -> dict[str, int]:
+    def outcomes(self) -> dict[str, int]:
         """Count the samples by outcome."""
         return {
-            "added": self.outcomes["added"],
-            "changed": self.outcomes["changed"],
-            "present": self.outcomes["present"] + self.changes.present,
+            "added": self.counts["added"],
+            "changed": self.counts["changed"],
+            "present": self.counts["present"] + self.changes.present,
             "failed": count_skipped(self.changes.skips, "sample"),
             "passed_over": count_skipped(self.changes.skips, "extension"),
         }
+
+
+def _commit(committer: Committer, receipt: Receipt) -> None:
+    """Commit a receipt, also if Ctrl-C comes meanwhile: rows encoded so far are kept."""
+    try:
+        committer.commit([receipt])
+    except KeyboardInterrupt:
+        committer.commit([receipt])
+        raise
 
 
 def _summary(report: EmbedReport, out: str | Path) -> str:
@@ -263,21 +283,6 @@ def _report_int8_loss(float32_encoder: Encoder, encoder: Encoder, sample: list[R
         say(f"int8 cannot be compared with float32: {error}")
 
 
-def _row(encoded: Encoded, row_id: str) -> Row:
-    record = encoded.record
-    return Row(
-        id=row_id,
-        uri=record.uri,
-        captions=record.captions,
-        vectors=encoded.vectors,
-        positions=encoded.positions,
-        meta=meta_json(record.meta),
-        thumbnail=encoded.item.decoded.thumbnail,
-        stamp=encoded.item.stamp,
-        checksum=encoded.item.checksum,
-    )
-
-
 def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> None:
     """List failed samples and report their number; mark earlier failures that were resolved."""
     skips_by_uri = {s.uri: s for s in changes.skips if s.affects != "nothing"}
@@ -288,7 +293,11 @@ def _list_failures(path: Path, changes: ChangeSet, counts: dict[str, int]) -> No
     store = open_store(path)
     before = [f for f in store.failures() if f["uri"] not in skips_by_uri and not f["embedded"]]
     rows_by_id = store.find([f["id"] for f in before])
-    rows += [{**f, "reason": None} for f, row in zip(before, rows_by_id, strict=True) if row >= 0]
+    rows += [
+        {**failure, "reason": None}
+        for failure, row in zip(before, rows_by_id.tolist(), strict=True)
+        if row >= 0 and len(store.vectors_of(IMAGE.name, row))
+    ]
     add_failures(path, rows)
     used = counts["added"] + counts["changed"] + counts["present"]
     report_skips(changes.skips, found=changes.found_count, used=used, where=path / "failures.jsonl")

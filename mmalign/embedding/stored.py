@@ -74,7 +74,7 @@ class StoredRows:
         if not len(self.store):
             return [[] for _ in uris]
         found = self._by_location.candidates(hashes(uris))
-        rows = iter(self._rows(np.concatenate([np.zeros(0, np.int64), *found])))
+        rows = iter(self.numbered(np.concatenate([np.zeros(0, np.int64), *found])))
         return [
             [row for row in islice(rows, len(numbers)) if row["uri"] == uri]
             for uri, numbers in zip(uris, found, strict=True)
@@ -108,7 +108,7 @@ class StoredRows:
         for id_of in (lambda r: r.id, fallback_id):
             numbers = self.store.find([id_of(r) for r, _ in pairs])
             positions = np.flatnonzero(numbers >= 0)
-            for i, row in zip(positions.tolist(), self._rows(numbers[positions]), strict=True):
+            for i, row in zip(positions.tolist(), self.numbered(numbers[positions]), strict=True):
                 record, prefix = pairs[i][0], _source_name(pairs[i][0].id)
                 same = _is_same_location(record, row)
                 if same or (record.row < 0 and 2 * in_store[prefix] >= total[prefix]):
@@ -153,11 +153,12 @@ class StoredRows:
                 folder = self.store.path / "shards"
                 self._undamaged[shard] = all(
                     files.sha256(folder / file.name) == file.sha256
-                    for file in set(card.files.values())
+                    for file in set(card.current_files.values())
                 )
             return self._undamaged[shard]
 
-    def _rows(self, numbers: Ints) -> list[Row]:
+    def numbered(self, numbers: Ints) -> list[Row]:
+        """Return some rows: number, id, uri, stamp."""
         found = self.store.rows(numbers, CHANGE_COLUMNS)
         return [
             {**row, "number": number} for row, number in zip(found, numbers.tolist(), strict=True)

@@ -93,14 +93,16 @@ def model_card(encoder: Encoder, others: Iterable[str] = ()) -> ModelCard:
     Args:
         encoder: The model.
         others: Modalities besides its own two.
+
+    Raises:
+        UsageError: One of them is not installed here.
     """
-    names = dict.fromkeys((IMAGE.name, TEXT.name, *others))
-    towers = tuple(
-        Tower(name, encoder_of(encoder, name).identity, modality.position)
-        for name in names
-        if (modality := table.find(name))
-    )
-    return ModelCard(encoder.space, encoder.source, encoder.dim, towers)
+    towers = []
+    for name in dict.fromkeys((IMAGE.name, TEXT.name, *others)):
+        identity, modality = encoder_of(encoder, name).identity, table.find(name)
+        assert modality
+        towers.append(Tower(name, identity, modality.position))
+    return ModelCard(encoder.space, encoder.source, encoder.dim, tuple(towers))
 
 
 def is_model_of(encoder: Encoder, card: ModelCard) -> bool:

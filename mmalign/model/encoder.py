@@ -248,9 +248,7 @@ class Encoder:
             ),
         ):
             if former.identity == identity:
-                return (
-                    f"an earlier version of mmalign embedded {fault}: embed again into a new store"
-                )
+                return f"an earlier version of mmalign embedded {fault}: embed again"
         return ""
 
     def image_vectors(self, pixels_B3SS: Tensor) -> Tensor:

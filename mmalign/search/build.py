@@ -98,7 +98,7 @@ def build_index(
         files.remove(folder)
         raise
     # A commit that raises may still have happened: from here on nothing is removed.
-    commit_index(store.path, name, shard_names)
+    commit_index(store.path, name, shard_names, store.manifest.model.identity)
     for modality, part in modalities.items():
         _report(modality, part)
     return describe(folder)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mmalign.encoding.modalities import is_model_of
-from mmalign.errors import IdentityError
+from mmalign.errors import IdentityError, shell_command
 from mmalign.modality import TEXT
 from mmalign.model import Encoder, find_model, load_model
 from mmalign.store import Store
@@ -40,9 +40,21 @@ def require_model_of(store: Store, encoder: Encoder) -> None:
     card = store.manifest.model
     if not is_model_of(encoder, card):
         why = (
-            encoder.former_fault(card.identity)
+            _under_way(store, encoder)
+            or encoder.former_fault(card.identity)
             or "search with the model that made the store, or embed again"
         )
         raise IdentityError(
             f"{store.path} holds embeddings of {card.identity}, the model is {encoder.space}: {why}"
         )
+
+
+def _under_way(store: Store, encoder: Encoder) -> str:
+    """Return what to do about a model whose vectors are being built; empty if they are not."""
+    following = store.manifest.next
+    if following is None or not is_model_of(encoder, following):
+        return ""
+    embed = shell_command(
+        "embed", "--model", following.source, "--data", "SRC", "--out", store.path
+    )
+    return f"its vectors are being built beside them; search without --model until {embed} is done"

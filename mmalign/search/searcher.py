@@ -15,6 +15,7 @@ import numpy as np
 
 from mmalign.arrays import Floats
 from mmalign.encoding.items import encode_items, mean_vector
+from mmalign.encoding.modalities import is_model_of
 from mmalign.errors import UsageError
 from mmalign.items import Row, unit_vector
 from mmalign.modality import is_of_rows
@@ -26,6 +27,14 @@ from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
 __all__ = ["Hit", "Hits", "Query", "Searcher"]
+
+
+@dataclass(frozen=True)
+class _Current:
+    """What is searched, and the encoder of its space; replaced as a whole."""
+
+    encoder: Encoder
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,8 @@ class Searcher:
             IdentityError: The store holds embeddings of another model.
             StoreError: A shard of the store is missing or damaged.
         """
-        self.encoder = encoder
         require_model_of(store, encoder)
-        self._snapshot = Snapshot(store)
+        self._current = _Current(encoder, Snapshot(store))
         self._refreshing = threading.Lock()
 
     @classmethod
@@ -79,23 +87,30 @@ class Searcher:
     @property
     def store(self) -> Store:
         """Return the generation that is searched."""
-        return self._snapshot.store
+        return self._current.snapshot.store
+
+    @property
+    def encoder(self) -> Encoder:
+        """Return the encoder of the space that is searched."""
+        return self._current.encoder
 
     def refresh(self) -> bool:
         """Switch to the newest generation of the store; return whether there was a newer one.
 
-        Searches in progress finish in the generation that they started with.
+        If the store has another model now, that one is loaded. Searches in progress finish in the
+        generation that they started with, and with its model.
 
         Raises:
             StoreError: The store cannot be read; the previous generation stays in use.
-            IdentityError: It now holds embeddings of another model.
+            ModelError: Its new model is not found; the previous generation stays in use.
         """
         with self._refreshing:
-            newest = open_store(self.store.path)
+            newest, encoder = open_store(self.store.path), self.encoder
             if newest.manifest == self.store.manifest:
                 return False
-            require_model_of(newest, self.encoder)
-            self._snapshot = Snapshot(newest)
+            if not is_model_of(encoder, newest.manifest.model):
+                encoder = model_of(newest)
+            self._current = _Current(encoder, Snapshot(newest))
             return True
 
     def search(
@@ -160,15 +175,15 @@ class Searcher:
         """Return the unit vectors of a list of queries, (M, D); see `search`."""
         if isinstance(queries, str | bytes | Query):
             raise UsageError("encode takes a list of queries: encode([query])")
-        return self._encode([as_query(query) for query in queries], self._snapshot)
+        return self._encode([as_query(query) for query in queries], self._current)
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the index over the images."""
-        return self._snapshot.describe_index()
+        return self._current.snapshot.describe_index()
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
-        snapshot = self._snapshot  # the same for the whole answer, even if `refresh` is called
-        vectors_MD = self._encode(queries, snapshot)
+        current = self._current  # the same for the whole answer, even if `refresh` is called
+        snapshot, vectors_MD = current.snapshot, self._encode(queries, current)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
         groups = _group_by_search(queries, snapshot)
         allowed = {key: snapshot.allowed(*key) for key in {group[:2] for group in groups}}
@@ -186,27 +201,26 @@ class Searcher:
                 answers[number] = Hits(query, tuple(hits))
         return [answers[number] for number in range(len(queries))]
 
-    def _encode(self, queries: Sequence[Query], snapshot: Snapshot) -> Floats:
+    @staticmethod
+    def _encode(queries: Sequence[Query], current: _Current) -> Floats:
         """Encode all items of all queries in batches, and sum them by weight for each query."""
+        encoder, store = current.encoder, current.snapshot.store
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
-        items = [
-            _vector_of(item, snapshot.store) if isinstance(item, Row) else item
-            for _, item, _ in parts
-        ]
+        items = [_vector_of(item, store) if isinstance(item, Row) else item for _, item, _ in parts]
         texts: list[str] = [item for item in items if isinstance(item, str)]
-        vectors = encode_items(self.encoder, items)
-        truncated = len(self.encoder.tokenizer.cut(texts)) if texts else 0
+        vectors = encode_items(encoder, items)
+        truncated = len(encoder.tokenizer.cut(texts)) if texts else 0
         if truncated:
             what = "the query is" if len(queries) == 1 else f"{truncated} queries are"
             it = "it was" if len(queries) == 1 else "they were"
-            say(f"warning: {what} longer than {self.encoder.name} can read: {it} truncated")
-        vectors_MD = np.zeros((len(queries), self.encoder.dim), np.float32)
+            say(f"warning: {what} longer than {encoder.name} can read: {it} truncated")
+        vectors_MD = np.zeros((len(queries), encoder.dim), np.float32)
         for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
             is_single_item = len(queries[number].items) == 1 and weight == 1
             vectors_MD[number] += vector_D if is_single_item else np.float32(weight) * vector_D
         for number, query in enumerate(queries):
             if len(query.items) > 1 or query.items[0][1] != 1:
-                vectors_MD[number] = unit_vector(vectors_MD[number], self.encoder.dim)
+                vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
         return vectors_MD
 
 

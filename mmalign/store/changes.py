@@ -1,6 +1,8 @@
-"""Remove rows from a store: delete, and compact, which frees the space of deleted rows."""
+"""Remove rows from a store, and rewrite its shards: delete, compact, join small shards."""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from mmalign.arrays import Ints
 from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
-from mmalign.store.garbage import AGE_S, collect, waiting_bytes
+from mmalign.store.garbage import AGE_S, collect, index_in_the_making, waiting_bytes
 from mmalign.store.groups import Shard
 from mmalign.store.ids import OpenShards, with_rows_deleted
 from mmalign.store.manifest import Manifest, ModelCard
@@ -45,6 +47,10 @@ class CompactReport:
 
 # A small store has shards that are quickly rewritten, a large one few shards to look into.
 MOST_ROWS_PER_SHARD, SHARDS_WANTED = 262_144, 64
+# So many shards, each of less than so many rows, are joined; of a long run the last ones.
+FEWEST_JOINED, SMALL_SHARD, MOST_ROWS_JOINED = 8, ROWS_PER_SHARD // 2, 20 * ROWS_PER_SHARD
+# Joining happens unasked, so readers of earlier generations get longer than after a compaction.
+JOINED_AGE_S = 24 * 3600.0
 # Deleting a larger fraction of the rows at once must be confirmed.
 MOST_DELETED = 0.1
 
@@ -118,11 +124,16 @@ def shard_rows(total: int) -> int:
 
 
 def compact(
-    path: str | Path, rows_per_shard: int | None = None, *, now: bool = False
+    path: str | Path,
+    rows_per_shard: int | None = None,
+    *,
+    now: bool = False,
+    drop_next: bool = False,
 ) -> CompactReport:
     """Rewrite shards that have deleted rows or few rows, and remove files no longer needed.
 
-    Rows keep their order but get new numbers, so an index is dropped. Other writers may run.
+    Rows keep their order but get new numbers, so an index is dropped. Other writers may run. While
+    vectors of another model are being built, shards stay as they are, deleted rows included.
 
     Args:
         path: The store.
@@ -130,6 +141,7 @@ def compact(
             store.
         now: Immediately remove files that only older generations need, and with them all that is
             left of deleted rows. Otherwise they stay for an hour, for current readers.
+        drop_next: Drop the vectors of another model that are being built.
 
     Raises:
         StoreError: Something is damaged, or another compaction was faster; nothing was changed.
@@ -137,7 +149,11 @@ def compact(
     store = Path(path)
     before = manifests.newest(store)
     manifests.require_format(store, before)
+    if drop_next:
+        before = manifests.commit(store, lambda base: base.with_next(None), before.model)
     rows_per_shard = rows_per_shard or shard_rows(before.rows)
+    if before.next:
+        _say_waiting(store, before.next)
     for file in manifests.generations(store):
         # If a generation is unreadable, garbage and data cannot be told apart.
         manifests.read_unless_gone(file)
@@ -145,7 +161,7 @@ def compact(
     new_files: list[Path] = []
     rewritten = []
     try:
-        for group in _runs_to_rewrite(before.shards, rows_per_shard):
+        for group in _runs_to_rewrite(before, rows_per_shard):
             first_new = len(new_shards)
             for shard in _rewrite(store, group, before.model, rows_per_shard):
                 new_shards.append(shard)
@@ -196,6 +212,76 @@ def compact(
     )
 
 
+def _say_waiting(store: Path, following: ModelCard) -> None:
+    source = following.source or "MODEL"
+    embed = shell_command("embed", "--model", source, "--data", "SRC", "--out", store)
+    drop = shell_command("compact", store, "--drop-next")
+    say(
+        f"{store}: vectors of {following.identity} are being built, so shards stay as they are, "
+        f"deleted rows included: complete them with {embed} and compact again, or run {drop}"
+    )
+
+
+def join_small_shards(path: str | Path) -> int:
+    """Join the small shards at the end of a store if there are many; return how many were joined.
+
+    Only shards behind those of the index: it stays valid. Rows keep their order and vectors, and
+    their numbers but for those behind a deleted row. Files that earlier generations need stay for a
+    day. Other writers may run.
+
+    Raises:
+        StoreError: Something is damaged, or another change was faster; nothing was changed.
+    """
+    store = Path(path)
+    before = manifests.newest(store)
+    manifests.require_format(store, before)
+    group = _small_at_the_end(before.shards[_indexed(store, before) :])
+    if not group or index_in_the_making(store, before):
+        return 0
+    written = tuple(_rewrite(store, group, before.model, ROWS_PER_SHARD))
+
+    def change(base: Manifest) -> Manifest:
+        indexed = {shard.name for shard in base.shards[: _indexed(store, base)]}
+        if indexed & {shard.name for shard in group} or index_in_the_making(store, base):
+            raise StoreError(f"{store}: an index was built meanwhile; run it again")
+        return replace(base, shards=tuple(_replace_shards(store, base.shards, group, written)))
+
+    manifests.commit(store, change, before.model)
+    collect(store, age_s=JOINED_AGE_S)
+    return len(group)
+
+
+def _small_at_the_end(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Return the small shards at the end that are worth joining.
+
+    A first shard of more rows than all behind it stays as it is. So what was joined is joined again
+    only into a shard of at least twice its size, and growth day by day costs little.
+    """
+    kind = (shards[-1].precision, shards[-1].version) if shards else ()
+    run: list[Shard] = []
+    first = rows = 0
+    for shard in reversed(shards):
+        is_small = shard.rows < SMALL_SHARD and rows + shard.rows <= MOST_ROWS_JOINED
+        if not is_small or (shard.precision, shard.version) != kind:
+            break
+        run.append(shard)
+        first = len(run) if shard.rows <= rows or len(run) == 1 else first
+        rows += shard.rows
+    joined = tuple(run[:first][::-1])
+    return joined if len(joined) >= FEWEST_JOINED else ()
+
+
+def _indexed(store: Path, base: Manifest) -> int:
+    """Return how many shards, from the first on, the index covers; all if that cannot be read."""
+    if base.index is None:
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = (store / "index" / base.index.name / "index.json").read_bytes()
+        if hashlib.sha256(content).hexdigest() == base.index.sha256:
+            return len(json.loads(content)["shards"])
+    return len(base.shards)
+
+
 def refresh_times(paths: Sequence[Path]) -> None:
     """Keep collectors from treating the new files of a long task as garbage."""
     # If one did so anyway, the commit reports it.
@@ -205,14 +291,19 @@ def refresh_times(paths: Sequence[Path]) -> None:
                 files.disk.touch(path)
 
 
-def _runs_to_rewrite(shards: Sequence[Shard], rows_per_shard: int) -> list[tuple[Shard, ...]]:
-    """Return the runs of adjacent shards of one precision that are worth rewriting."""
+def _runs_to_rewrite(before: Manifest, rows_per_shard: int) -> list[tuple[Shard, ...]]:
+    """Return the runs of adjacent shards of one precision that are worth rewriting.
+
+    None while vectors of another model are built: they are those of the shards as they are.
+    """
+    if before.next:
+        return []
 
     def kind(shard: Shard) -> tuple[bool, str, str]:
         is_worth = shard.deleted_rows > 0 or shard.rows < rows_per_shard / 2
         return is_worth, shard.precision, shard.version
 
-    runs = [tuple(run) for (is_worth, *_), run in groupby(shards, kind) if is_worth]
+    runs = [tuple(run) for (is_worth, *_), run in groupby(before.shards, kind) if is_worth]
     return [run for run in runs if len(run) > 1 or run[0].deleted_rows]
 
 
@@ -230,7 +321,10 @@ def _rewrite(
             pairs = zip(buffer, following, strict=True) if buffer else ((t,) for t in following)
             buffer = [pa.concat_tables(pair) for pair in pairs]
         taken = [table.slice(0, rows) for table in buffer]
-        yield write_tables(store, *taken, precision=group[0].precision, version=group[0].version)
+        yield write_tables(
+            store, *taken, precision=group[0].precision, version=group[0].version,
+            space=model.identity,
+        )  # fmt: skip
         buffer = [table.slice(rows) for table in buffer]
 
 
@@ -246,7 +340,7 @@ def undamaged_tables(store: Path, shard: Shard, model: ModelCard) -> list[pa.Tab
         StoreError: A file is damaged: copied damage would get a matching hash.
     """
     reader = ShardReader(store, shard, model)
-    for role, stored in shard.files.items():
+    for role, stored in shard.current_files.items():
         file = reader.file(role)
         if files.sha256(file.path) != stored.sha256:
             raise file.refuse("damaged")

@@ -24,12 +24,13 @@ AGE_S = 3600.0
 UNFINISHED_AGE_S = 24 * 3600.0
 
 
-def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
+def collect(store: Path, *, now: bool = False, age_s: float = AGE_S) -> tuple[list[str], int]:
     """Remove retired files, and the generations that name them; return the paths and total bytes.
 
     Args:
         store: The store.
         now: Do not wait for an hour. Files that no generation has named yet still stay so long.
+        age_s: Wait longer.
 
     Raises:
         StoreError: A generation cannot be read, so the files it needs are unknown.
@@ -38,7 +39,7 @@ def collect(store: Path, *, now: bool = False) -> tuple[list[str], int]:
     linked = manifests.linked_folders(store)
     for folder in linked:
         say(f"warning: {folder}: a link to another folder, so nothing is removed there")
-    announced = manifests.commit(store, lambda base: _with_removals(store, base, now), model)
+    announced = manifests.commit(store, lambda base: _with_removals(store, base, now, age_s), model)
     removed: list[str] = []
     freed = 0
     named = [path for name in announced.removing for path in manifests.paths_of(store, name)]
@@ -73,13 +74,13 @@ def waiting_bytes(store: Path) -> int:
     return sum(map(_size, waiting))
 
 
-def _with_removals(store: Path, base: Manifest, now: bool) -> Manifest:
+def _with_removals(store: Path, base: Manifest, now: bool, age_s: float) -> Manifest:
     """Return the newest generation with the planned removals announced in it."""
     numbers = [manifests.number_of(file) for file in manifests.generations(store)]
     earlier = [number for number in numbers if number < base.generation]
     retired = {r.name: r for r in base.retired}
     on_disk = _files(store)
-    ripe = [r for n, r in retired.items() if n in on_disk and (now or _is_older(on_disk[n], AGE_S))]
+    ripe = [r for n, r in retired.items() if n in on_disk and (now or _is_older(on_disk[n], age_s))]
     # The generations before that still name them.
     limit = base.generation if now else max((r.generation for r in ripe), default=0)
     old = [number for number in earlier if number < limit]
@@ -168,6 +169,24 @@ def _is_older(path: Path, age_s: float) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*"))) > age_s
     return False
+
+
+def index_in_the_making(store: Path, base: Manifest) -> bool:
+    """Return whether a process may be building an index, for which shards must keep their names."""
+    known = {r.name for r in base.retired} | base.named_files
+    return any(
+        name not in known and not _is_older(path, UNFINISHED_AGE_S)
+        for name, path in _files(store).items()
+        if name.startswith("index/")
+    )
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what killed processes left of a folder that was to get this name."""
+    for draft in files.leftovers(path.parent):
+        if draft.name.startswith(f".{path.name}.") and _is_older(draft, UNFINISHED_AGE_S):
+            with contextlib.suppress(OSError):
+                files.remove(draft)
 
 
 def _min_age_s(path: Path) -> float:

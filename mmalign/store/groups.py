@@ -35,6 +35,7 @@ SHARD_FILE, SHARD, SHA256 = (
 MOST_ROWS, MOST_BYTES = 2**31 - 1, 2**48
 # One in so many shards ends a group, and so many at most are in one.
 BORDER, MOST_SHARDS = 64, 256
+NEXT = "next"
 ROLES = ("rows", "vectors", "thumbnails")
 
 
@@ -45,6 +46,20 @@ class StoredFile:
     name: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class NextVectors:
+    """Vectors of the rows of a shard in the space that will replace the current one.
+
+    A row whose image could not be read has none of it.
+    """
+
+    file: StoredFile
+    space: str
+    """The identity of their model, see `ModelCard`."""
+    precision: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class Shard:
     """The arithmetic that its vectors were computed in; empty if unknown."""
     version: str = ""
     """The version of mmalign that wrote them; empty if unknown."""
+    space: str = ""
+    """The identity of their model, see `ModelCard`; empty in shards of earlier versions."""
+    next: NextVectors | None = None
+    """What takes the place of `vector_file` when all shards have it, see `Manifest.next`."""
     deleted_rows: int = 0
     deleted: str = ""
     """Base64 of compressed bits, one for each row, the highest bit of a byte first; 1 is deleted.
@@ -72,7 +91,12 @@ class Shard:
 
     @property
     def files(self) -> dict[str, StoredFile]:
-        """The files by role: rows, vectors, thumbnails."""
+        """All files by role: those that are read, and the vectors of the next space."""
+        return self.current_files | ({NEXT: self.next.file} if self.next else {})
+
+    @property
+    def current_files(self) -> dict[str, StoredFile]:
+        """The files that are read, by role: rows, vectors, thumbnails."""
         every = zip(ROLES, (self.row_file, self.vector_file, self.thumbnail_file), strict=True)
         return {role: file for role, file in every if file}
 
@@ -88,6 +112,15 @@ class Shard:
             return np.ones(self.rows, np.bool_)
         bits = np.frombuffer(_bits(self), np.uint8)
         return ~np.unpackbits(bits, count=self.rows).astype(np.bool_)
+
+    def swapped(self) -> "Shard":
+        """Return the shard with the vectors of the next space as its own."""
+        assert self.next is not None
+        new = self.next
+        return replace(
+            self, vector_file=new.file, space=new.space, precision=new.precision,
+            version=new.version, next=None,
+        )  # fmt: skip
 
     def with_live(self, live_N: Bools) -> "Shard":
         """Return the shard with only these rows live."""
@@ -228,7 +261,9 @@ def render(shards: Sequence[Shard], salt: str = "") -> bytes:
 def _values(shard: Shard) -> dict[str, Any]:
     values: dict[str, Any] = {"name": shard.name, "rows": shard.rows}
     values["files"] = {r: [f.name, f.bytes, f.sha256] for r, f in shard.files.items()}
-    optional = ("precision", "version", "deleted_rows", "deleted")
+    if shard.next:
+        values[NEXT] = [shard.next.space, shard.next.precision, shard.next.version]
+    optional = ("precision", "version", "space", "deleted_rows", "deleted")
     return values | {name: getattr(shard, name) for name in optional if getattr(shard, name)}
 
 
@@ -256,7 +291,8 @@ def _shard(values: dict[str, Any]) -> Shard:
         stored["rows"],
         stored["vectors"],
         stored.get("thumbnails"),
-        **{k: v for k, v in values.items() if k not in ("name", "rows", "files")},
+        next=NextVectors(stored[NEXT], *values[NEXT]) if NEXT in stored else None,
+        **{k: v for k, v in values.items() if k not in ("name", "rows", "files", NEXT)},
     )
 
 
@@ -271,7 +307,10 @@ def invalid(shard: Shard) -> Iterator[str]:
             yield f"the file {file.name!r} of {file.bytes!r} bytes"
         if not matches(SHA256, file.sha256):
             yield f"the hash {file.sha256!r}"
-    if not {type(shard.precision), type(shard.version), type(shard.deleted)} <= {str}:
+    told = [shard.precision, shard.version, shard.space, shard.deleted]
+    if shard.next:
+        told += [shard.next.space, shard.next.precision, shard.next.version]
+    if not {type(text) for text in told} <= {str}:
         yield f"the precision {shard.precision!r} and version {shard.version!r}"
     elif not is_count(shard.deleted_rows, shard.rows):
         yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"

@@ -6,7 +6,7 @@ mapped pages, and nothing is read or kept in memory for the other rows.
 N rows of a shard, M requested ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,21 @@ class OpenShards:
     def with_ids_deleted(self, shards: Sequence[Shard], ids: Sequence[str]) -> tuple[Shard, ...]:
         """Return the shards with these ids deleted wherever they are live."""
         return with_rows_deleted(shards, self.find(shards, ids))
+
+    def with_rows_at_deleted(
+        self, shards: Sequence[Shard], places: Iterable[tuple[str, str]]
+    ) -> tuple[Shard, ...]:
+        """Return the shards with rows deleted that have one of these ids, and the uri beside it."""
+        wanted = set(places)
+        found = self.find(shards, [name for name, _ in sorted(wanted)])
+        at_uri = [
+            {name: row for name, row in rows.items() if (name, self._uri(shard, row)) in wanted}
+            for shard, rows in zip(shards, found, strict=True)
+        ]
+        return with_rows_deleted(shards, at_uri)
+
+    def _uri(self, shard: Shard, row: int) -> str:
+        return str(self._readers[shard.row_file.name].column("uri")[row].as_py())
 
     def _open(self, shard: Shard) -> ShardReader:
         known = self._readers.get(shard.row_file.name)

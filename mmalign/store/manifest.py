@@ -97,6 +97,8 @@ class Manifest:
     model: ModelCard
     shards: tuple[Shard, ...] = ()
     index: IndexCard | None = None
+    next: ModelCard | None = None
+    """The model whose vectors are being built beside those of `model`, to take their place."""
     removing: tuple[str, ...] = ()
     """What is about to be removed: paths in the store without file extensions."""
     retired: tuple[Retired, ...] = ()
@@ -122,10 +124,31 @@ class Manifest:
     @property
     def named_files(self) -> set[str]:
         """Shards and indexes that this generation needs, written as in `removing`."""
-        return _names_of(self.shards, self.index)
+        return names_of(self.shards, self.index)
+
+    def with_next(self, model: ModelCard | None) -> "Manifest":
+        """Return the generation in which vectors of a model are built beside the current ones.
+
+        Those of another model that were built so far are dropped; with None, nothing is built.
+        """
+        if model and self.next and self.next.identity == model.identity:
+            # It may have a modality more than when it was begun.
+            return replace(self, next=model)
+        shards = tuple(replace(s, next=None) if s.next else s for s in self.shards)
+        return replace(self, next=model, shards=shards)
+
+    def swapped(self) -> "Manifest":
+        """Return the generation that has the next vectors of all its shards as its own.
+
+        An index of the old vectors is left behind.
+        """
+        assert self.next is not None
+        shards = tuple(shard.swapped() for shard in self.shards)
+        return replace(self, model=self.next, next=None, index=None, shards=shards)
 
 
-def _names_of(shards: Iterable[Shard], index: IndexCard | None) -> set[str]:
+def names_of(shards: Iterable[Shard], index: IndexCard | None = None) -> set[str]:
+    """Return the files of shards, and the folder of an index, written as in `removing`."""
     indexes = {f"index/{index.name}"} if index else set()
     return indexes | {f"shards/{Path(f.name).stem}" for s in shards for f in s.files.values()}
 
@@ -147,21 +170,26 @@ def sha256_of(manifest: Manifest) -> str:
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    model = asdict(manifest.model)
-    model["towers"] = [list(tower.values()) for tower in model["towers"]]
     values = {
         "format": FORMAT,
         "generation": manifest.generation,
-        "model": model,
+        "model": model_values(manifest.model),
         "groups": list(manifest.groups),
         "index": asdict(manifest.index) if manifest.index else None,
     }
     optional: dict[str, Any] = {
+        "next": model_values(manifest.next) if manifest.next else None,
         "removing": list(manifest.removing),
         "retired": [[r.name, r.generation] for r in manifest.retired],
         "previous": manifest.previous,
     }
     return values | {name: value for name, value in optional.items() if value}
+
+
+def model_values(model: ModelCard) -> dict[str, Any]:
+    """Return a model card as values for JSON."""
+    values = asdict(model)
+    return values | {"towers": [list(tower.values()) for tower in values["towers"]]}
 
 
 def parse(content: bytes, groups: Groups) -> Manifest:
@@ -201,19 +229,28 @@ def parse(content: bytes, groups: Groups) -> Manifest:
         manifest = replace(manifest, shards=groups.read(manifest.groups))
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
         raise StoreError("not made by mmalign: the same shard twice")
+    if not all(is_in_space(shard, manifest) for shard in manifest.shards):
+        raise StoreError("not made by mmalign: vectors of several spaces")
     return manifest
 
 
+def is_in_space(shard: Shard, manifest: Manifest) -> bool:
+    """Return whether the vectors of a shard are of the models of a generation."""
+    following = manifest.next.identity if manifest.next else None
+    return shard.space in ("", manifest.model.identity) and (
+        shard.next is None or shard.next.space == following
+    )
+
+
 def _manifest(values: dict[str, Any]) -> Manifest:
-    model, index = values["model"], values["index"]
+    index, following = values["index"], values.get("next")
     listed = values["shards"] if values["format"] == format2.FORMAT else None
-    if "towers" in model:
-        model = {**model, "towers": tuple(Tower(*tower) for tower in model["towers"])}
     return Manifest(
         generation=values["generation"],
-        model=ModelCard(**model),
+        model=model_card_of(values["model"]),
         shards=tuple(format2.shard(shard) for shard in listed or ()),
         index=IndexCard(**index) if index else None,
+        next=model_card_of(following) if following else None,
         removing=tuple(values.get("removing", ())),
         retired=tuple(Retired(*r) for r in values.get("retired", ())),
         previous=values.get("previous", ""),
@@ -221,11 +258,19 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     )
 
 
+def model_card_of(values: dict[str, Any]) -> ModelCard:
+    """Return the model card of its values; see `invalid_model`."""
+    if "towers" in values:
+        values = {**values, "towers": tuple(Tower(*tower) for tower in values["towers"])}
+    return ModelCard(**values)
+
+
 def _invalid_values(manifest: Manifest) -> Iterator[str]:
     """Yield values that mmalign never writes: names outside the store, impossible sizes."""
     if not is_count(manifest.generation, 10**18):
         yield f"generation {manifest.generation!r}"
-    yield from _invalid_model_values(manifest.model)
+    for model in filter(None, (manifest.model, manifest.next)):
+        yield from invalid_model(model)
     for shard in manifest.shards:
         yield from (f"the shard {shard.name!r} with {w}" for w in shard_groups.invalid(shard))
     index = manifest.index
@@ -242,7 +287,8 @@ def _invalid_values(manifest: Manifest) -> Iterator[str]:
         yield f"the hash {manifest.previous!r}"
 
 
-def _invalid_model_values(model: ModelCard) -> Iterator[str]:
+def invalid_model(model: ModelCard) -> Iterator[str]:
+    """Yield values of a model card that mmalign never writes."""
     if not is_count(model.dim, MOST_DIM) or model.dim < 1:
         yield f"{model.dim!r} dimensions"
     if not {type(model.identity), type(model.source)} <= {str}:
@@ -449,7 +495,7 @@ def _following(
 ) -> tuple[Manifest, list[Path]]:
     """Return the generation to claim, with its groups written, and the files that it removes."""
     added, dropped = _difference(base, changed)
-    _require_files(store, base, added)
+    require_files(store, base, added)
     leaving = {f"groups/{name}" for name in base.groups}
     avoid = frozenset(name.partition("/")[2] for name in (*base.removing, *_names(base.retired)))
     names = groups.write(changed.shards, avoid)
@@ -489,13 +535,17 @@ def _names(retired: Iterable[Retired]) -> list[str]:
 def _difference(base: Manifest, changed: Manifest) -> tuple[set[str], set[str]]:
     """Return the names that only the changed manifest has, and those that only the base has."""
     before, after = ({id(shard) for shard in m.shards} for m in (base, changed))
-    new = _names_of((s for s in changed.shards if id(s) not in before), changed.index)
-    old = _names_of((s for s in base.shards if id(s) not in after), base.index)
+    new = names_of((s for s in changed.shards if id(s) not in before), changed.index)
+    old = names_of((s for s in base.shards if id(s) not in after), base.index)
     return new - old, old - new
 
 
-def _require_files(store: Path, base: Manifest, added: Iterable[str]) -> None:
-    """Reject new shards and indexes that are so old that a collector treated them as garbage."""
+def require_files(store: Path, base: Manifest, added: Iterable[str]) -> None:
+    """Check that new shards and indexes have not been removed.
+
+    Raises:
+        StoreError: They were so old that a collector treated them as garbage.
+    """
     for name in sorted(added):
         # Removed files do not come back, so a file that exists and is not announced now stays until
         # a generation announces it, and then this commit fails to get its number.
@@ -558,7 +608,7 @@ def joined_model(store: Path, stored: Manifest, model: ModelCard) -> ModelCard:
     if stored.model.identity != model.identity:
         raise IdentityError(
             f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
-            "embed into a new store"
+            "use that model, or a new store"
         )
     towers = {tower.modality: tower for tower in stored.model.towers}
     for tower in model.towers:
@@ -576,11 +626,15 @@ def joined_model(store: Path, stored: Manifest, model: ModelCard) -> ModelCard:
     return replace(stored.model, towers=tuple(towers.values()))
 
 
-def commit_index(store: Path, name: str, shards: tuple[str, ...]) -> Manifest:
-    """Commit an index folder to the store; the shards it was built from must still be there."""
+def commit_index(store: Path, name: str, shards: tuple[str, ...], space: str) -> Manifest:
+    """Commit an index folder to the store.
+
+    The shards it was built from must still be there, with vectors of the same space.
+    """
 
     def change(base: Manifest) -> Manifest:
-        if tuple(s.name for s in base.shards[: len(shards)]) != shards:
+        current = tuple(s.name for s in base.shards[: len(shards)])
+        if (current, base.model.identity) != (shards, space):
             raise StoreError(f"{store}: its shards changed while the index was built; run it again")
         description = store / "index" / name / "index.json"
         return replace(base, index=IndexCard(name, files.sha256(description)))

@@ -15,6 +15,7 @@ from mmalign.errors import IdentityError, StoreError, UsageError, shell_command
 from mmalign.progress import bar, say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import add_failures
+from mmalign.store.garbage import remove_drafts
 from mmalign.store.groups import Shard, StoredFile
 from mmalign.store.manifest import ModelCard
 from mmalign.store.reader import Store, open_store
@@ -54,8 +55,9 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> MergeReport:
     _require_free(out_path)
     model = _common_model(stores)
     remaining = _without_replaced(stores)
-    total = sum(len(set(s.files.values())) for shards in remaining for s in shards)
+    total = sum(len(set(s.current_files.values())) for shards in remaining for s in shards)
     files.make_folder(out_path.parent)
+    remove_drafts(out_path)
     with files.atomic_path(out_path) as draft, bar("merge", total, "files") as progress:
         for folder in (draft, draft / "shards", draft / "groups"):
             files.make_folder(folder)
@@ -170,11 +172,12 @@ class _Copy:
 
     def shard(self, store: Path, shard: Shard) -> Shard:
         """Copy the files of a shard; names get new ones if the new store has them already."""
-        name, named = shard.name, {f: f.name for f in shard.files.values()}
+        name, named = shard.name, {f: f.name for f in shard.current_files.values()}
         if self._names & {name, *named.values()}:
             # Two stores may be copies of the same store.
             name = secrets.token_hex(8)
-            named = {f: f"{name}-{role}.arrow" for role, f in reversed(shard.files.items())}
+            roles = reversed(shard.current_files.items())
+            named = {f: f"{name}-{role}.arrow" for role, f in roles}
         self._names |= {name, *named.values()}
         new = {}
         for file, new_name in named.items():
@@ -188,6 +191,7 @@ class _Copy:
             row_file=new[shard.row_file],
             vector_file=new[shard.vector_file],
             thumbnail_file=new[thumbnails] if thumbnails else None,
+            next=None,
         )
 
     def _file(self, store: Path, file: StoredFile, name: str) -> None:

@@ -104,7 +104,7 @@ class Store:
         """Return the shard of a row, and which vectors of the shard are those of the row."""
         self._require(modality)
         shard = self._shard(self.shard_of(number))
-        row = int(number - self._ends[self.shard_of(number)] + shard.shard.rows)
+        row = self.row_in_shard(number)
         return shard, slice(*shard.offsets(modality)[row : row + 2])
 
     def owners(self, modality: str) -> Ints:
@@ -138,6 +138,11 @@ class Store:
     def shard_of(self, number: int) -> int:
         """Return the number of the shard that holds a row."""
         return int(np.searchsorted(self._ends, number, side="right"))
+
+    def row_in_shard(self, number: int) -> int:
+        """Return the number that a row has in its shard."""
+        shard = self.shard_of(number)
+        return int(number - self._ends[shard] + self._sizes[shard])
 
     @cached_property
     def live(self) -> Bools | None:

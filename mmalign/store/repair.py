@@ -79,8 +79,8 @@ def repair(path: str | Path) -> RepairReport:
         lost = [s for s in found if _is_lost(s, damaged)]
         # First, so that a killed repair does not lose rows silently.
         listed = sum(_list_lost(store, shard) for shard in lost)
-        kept = [_without_thumbnails(s, damaged) for s in found if not _is_lost(s, damaged)]
-        shards = _append_saved(open_shards, kept, saved)
+        kept = [_without_damaged(s, damaged) for s in found if not _is_lost(s, damaged)]
+        shards = _append_saved(open_shards, kept, _of_model(saved, base.model))
         # Without a shard, the rows after it get other numbers.
         drop_index = lost or (base.index and base.index.name in indexes)
         removing = tuple(sorted({*base.removing, *announced}))
@@ -104,7 +104,11 @@ def repair(path: str | Path) -> RepairReport:
         tuple(s.name for s in lost),
         sum(s.rows - s.deleted_rows for s in lost),
         listed,
-        tuple(s.name for s in saved if s.name not in {b.name for b in before.shards}),
+        tuple(
+            s.name
+            for s in _of_model(saved, before.model)
+            if s.name not in {b.name for b in before.shards}
+        ),
         before.index is not None and after.index is None,
         tuple(moved),
     )
@@ -132,14 +136,21 @@ def _find_saved(
     announced: set[str],
     damage: dict[Path, str],
 ) -> list[Shard]:
-    """Return the shards of groups that only the evidence names; add damaged files to `damage`."""
+    """Return the shards of groups that only the evidence names; add damaged files to `damage`.
+
+    The vectors of a next space are left out: which one it is, only their generation knows.
+    """
     saved: dict[str, Shard] = {}
     for name in _named_groups(store, evidence):
         if name in manifest.groups or f"groups/{name}" in announced:
             continue
         with contextlib.suppress(ValueError, OSError, StoreError):
-            for shard in parse(read_either(store / "groups", name)):
-                if _is_whole(store, shard, manifest.model, announced, damage):
+            for named in parse(read_either(store / "groups", name)):
+                shard = replace(named, next=None)
+                # One of another space is in the evidence of a swap: its rows are read from the
+                # shard that had its name before, but what was deleted in it counts.
+                others = not _of_model([shard], manifest.model)
+                if others or _is_whole(store, shard, manifest.model, announced, damage):
                     saved[shard.name] = shard
     return list(saved.values())
 
@@ -165,7 +176,7 @@ def _is_whole(
     store: Path, shard: Shard, model: ModelCard, announced: set[str], damage: dict[Path, str]
 ) -> bool:
     """Return whether all files of a shard are there; add damaged ones to `damage`."""
-    for role, stored in shard.files.items():
+    for role, stored in shard.current_files.items():
         path = store / "shards" / stored.name
         if f"shards/{path.stem}" in announced:
             return False
@@ -189,19 +200,26 @@ def _with_saved_deletions(shards: Iterable[Shard], saved: Iterable[Shard]) -> li
     for shard in shards:
         newer = later.get(shard.name, shard)
         both_live = newer.rows == shard.rows
-        out.append(newer.with_live(newer.live & shard.live) if both_live else shard)
+        # After a swap, its vectors are of another space.
+        kept = replace(newer, next=shard.next) if newer.space == shard.space else shard
+        out.append(kept.with_live(newer.live & shard.live) if both_live else shard)
     return out
+
+
+def _of_model(shards: Iterable[Shard], model: ModelCard) -> list[Shard]:
+    """Return the shards whose vectors are those of a model."""
+    return [shard for shard in shards if shard.space in ("", model.identity)]
 
 
 def _is_lost(shard: Shard, damaged: set[str]) -> bool:
     return shard.row_file.name in damaged or shard.vector_file.name in damaged
 
 
-def _without_thumbnails(shard: Shard, damaged: set[str]) -> Shard:
-    thumbnails = shard.thumbnail_file
-    return (
-        replace(shard, thumbnail_file=None) if thumbnails and thumbnails.name in damaged else shard
-    )
+def _without_damaged(shard: Shard, damaged: set[str]) -> Shard:
+    """Return a shard without damaged thumbnails, and without damaged vectors of a next space."""
+    if shard.thumbnail_file and shard.thumbnail_file.name in damaged:
+        shard = replace(shard, thumbnail_file=None)
+    return replace(shard, next=None) if shard.next and shard.next.file.name in damaged else shard
 
 
 def _append_saved(

@@ -26,7 +26,7 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.modality import IMAGE, TEXT
 from mmalign.store import format2
 from mmalign.store.fields import ONLY_JSON, PREFIX
-from mmalign.store.groups import Shard, StoredFile
+from mmalign.store.groups import NextVectors, Shard, StoredFile
 from mmalign.store.manifest import ModelCard
 from mmalign.store.schema import (
     ID_HASH,
@@ -51,7 +51,9 @@ def write_shard(
     rows: pa.RecordBatch,
     vectors: pa.RecordBatch,
     thumbnails: pa.RecordBatch | None,
+    *,
     precision: str = "",
+    space: str = "",
 ) -> Shard:
     """Write the files of a new shard; hash the bytes to be written, not those read back.
 
@@ -66,7 +68,16 @@ def write_shard(
         write_file(store, f"{name}-thumbnails", thumbnails) if thumbnails else None,
         precision=precision,
         version=mmalign.__version__,
+        space=space,
     )
+
+
+def write_next(
+    store: Path, name: str, vectors: pa.RecordBatch, precision: str, space: str
+) -> NextVectors:
+    """Write the vectors of a shard in the space that is being built."""
+    file = write_file(store, f"{name}-vectors-{secrets.token_hex(4)}", vectors)
+    return NextVectors(file, space, precision, mmalign.__version__)
 
 
 def write_tables(
@@ -78,6 +89,7 @@ def write_tables(
     name: str = "",
     precision: str = "",
     version: str = "",
+    space: str = "",
 ) -> Shard:
     """Write rows as `ShardReader.tables` returns them as a new shard.
 
@@ -89,6 +101,7 @@ def write_tables(
         name: Of the shard, if it takes the place of one that has the same rows.
         precision: The arithmetic that the vectors were computed in.
         version: The version of mmalign that wrote them.
+        space: The identity of their model.
     """
     name = name or secrets.token_hex(8)
     token = secrets.token_hex(4)
@@ -105,8 +118,23 @@ def write_tables(
     written = {r: write_file(store, f"{name}-{r}-{token}", b) for r, b in batches.items()}
     return Shard(
         name, len(rows), written["rows"], written["vectors"], written.get("thumbnails"),
-        precision=precision, version=version,
+        precision=precision, version=version, space=space,
     )  # fmt: skip
+
+
+def write_rows_with(reader: "ShardReader", name: str, column: pa.Array) -> StoredFile:
+    """Write the file of the rows of a shard anew, with other values in one of its columns.
+
+    Raises:
+        StoreError: The present file is damaged: copied damage would get a matching hash.
+    """
+    file, shard = reader.file("rows"), reader.shard
+    if files.sha256(file.path) != shard.row_file.sha256:
+        raise file.refuse("damaged")
+    columns = [file.column(each) for each in ROW_SCHEMA.names]
+    columns[ROW_SCHEMA.names.index(name)] = column
+    stem = f"{shard.name}-rows-{secrets.token_hex(4)}"
+    return write_file(reader.store, stem, with_fields(columns))
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -189,7 +217,7 @@ class ShardReader:
             StoreError: It is missing, or does not match the manifest.
         """
         if role not in self._files:
-            stored = self.shard.files[role]
+            stored = self.shard.current_files[role]
             file = ArrowFile(self.store / "shards" / stored.name)
             rows = len(file.batch)
             if (file.bytes, rows) != (stored.bytes, self.shard.rows):
@@ -213,8 +241,8 @@ class ShardReader:
         return bool(schema == vector_schema(self.model.dim, tuple(held.items())))
 
     def open_all(self) -> None:
-        """Open all files, so that they can be read when they have been removed."""
-        for role in self.shard.files:
+        """Open all files that are read, so that they stay readable when they are removed."""
+        for role in self.shard.current_files:
             self.file(role)
 
     @property
@@ -230,7 +258,7 @@ class ShardReader:
         """Return a column of the rows, or their thumbnails; rows without one have empty bytes."""
         if name != "thumbnail":
             return self.file("rows").column(name)
-        if "thumbnails" in self.shard.files:
+        if self.shard.thumbnail_file:
             return self.file("thumbnails").column(name)
         return pa.repeat(pa.scalar(b"", pa.binary()), self.shard.rows)
 

@@ -4,7 +4,6 @@ Vectors, thumbnails, row numbers, deletions and the index stay. So does the stam
 covers its source: `embed` sees an unchanged source and keeps the row as it is.
 """
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmalign import files
 from mmalign.arrays import Ints
 from mmalign.errors import StoreError, UsageError, shell_command
 from mmalign.progress import bar
@@ -23,8 +21,8 @@ from mmalign.store.changes import refresh_times, unknown_ids
 from mmalign.store.groups import Shard, StoredFile
 from mmalign.store.manifest import Manifest, ModelCard
 from mmalign.store.reader import Store, open_store
-from mmalign.store.schema import ROW_SCHEMA, meta_values, with_fields
-from mmalign.store.shards import ShardReader, write_file
+from mmalign.store.schema import meta_values
+from mmalign.store.shards import ShardReader, write_rows_with
 from mmalign.store.upgrade import is_old
 from mmalign.values import json_value, to_json
 
@@ -142,25 +140,17 @@ def _rewrite(
         remedy = shell_command("upgrade", store)
         raise StoreError(f"{store}: has shards of format 2; run {remedy}")
     reader = ShardReader(store, shard, model)
-    file = reader.file("rows")
-    meta = file.column("meta")
+    meta = reader.column("meta")
     texts = zip(reader.ids(rows), meta.take(pa.array(rows)).to_pylist(), strict=True)
     new = [_patched_text(meta_values(*text), patch) for text in texts]
     changed = rows[[text is not None for text in new]]
     if not len(changed):
         return None
-    if files.sha256(file.path) != shard.row_file.sha256:
-        # Copied damage would get a matching hash.
-        raise file.refuse("damaged")
     is_changed = np.zeros(shard.rows, np.bool_)
     is_changed[changed] = True
     replacements = pa.array([text for text in new if text is not None], pa.string())
-    columns = [file.column(name) for name in ROW_SCHEMA.names]
-    columns[ROW_SCHEMA.names.index("meta")] = pc.replace_with_mask(
-        meta, pa.array(is_changed), replacements
-    )
-    batch = with_fields(columns)
-    return write_file(store, f"{shard.name}-rows-{secrets.token_hex(4)}", batch), changed
+    column = pc.replace_with_mask(meta, pa.array(is_changed), replacements)
+    return write_rows_with(reader, "meta", column), changed
 
 
 def _patched_text(meta: dict[str, Any], patch: dict[str, Any]) -> str | None:

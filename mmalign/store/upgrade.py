@@ -39,7 +39,8 @@ def upgrade(path: str | Path) -> UpgradeReport:
     with bar("upgrade", sum(shard.rows for shard in old), "rows") as progress:
         for shard in old:
             tables = undamaged_tables(store, shard, before.model)
-            written[shard.name] = write_tables(store, *tables, name=shard.name)
+            space = before.model.identity
+            written[shard.name] = write_tables(store, *tables, name=shard.name, space=space)
             progress.update(shard.rows)
 
     def change(base: Manifest) -> Manifest:

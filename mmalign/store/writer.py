@@ -1,17 +1,11 @@
 """Write rows to shards and commit shards in a generation; a crash loses only uncommitted rows."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from mmalign import files
-from mmalign.store import manifest as manifests
-from mmalign.store.groups import Groups
-from mmalign.store.ids import OpenShards
-from mmalign.store.manifest import Manifest, ModelCard
-from mmalign.store.schema import Row, row_batch, thumbnail_batch, vector_batch
-from mmalign.store.shards import write_shard
+from mmalign.store.manifest import ModelCard
+from mmalign.store.receipts import Committer, write_rows
+from mmalign.store.schema import Row
 
 ROWS_PER_SHARD = 10_000
 
@@ -46,23 +40,10 @@ class Writer:
         self.store, self.model, self.rows_per_shard = store, model, rows_per_shard
         self.precision = precision
         self._rows: dict[str, Row] = {}
-        self._replaced: set[str] = set()
-        self._open_shards, self._groups = OpenShards(store, model), Groups(store)
-        for folder in ("shards", "groups"):
-            files.make_folder(store / folder)
-        self.model = manifests.commit(store, self._check, model, groups=self._groups).model
+        self._committer = Committer(store, model)
 
-    def _check(self, base: Manifest) -> Manifest:
-        return replace(base, model=manifests.joined_model(self.store, base, self.model))
-
-    def add(self, row: Row, replaces: Sequence[str] = ()) -> bool:
-        """Add a row; return True if that filled a shard and committed it.
-
-        Args:
-            row: The row; it replaces the row with the same id.
-            replaces: Ids of other rows to delete in the same commit.
-        """
-        self._replaced.update(replaces)
+    def add(self, row: Row) -> bool:
+        """Add a row, which replaces the row with its id; return True if that led to a commit."""
         self._rows.pop(row.id, None)
         self._rows[row.id] = row
         if len(self._rows) < self.rows_per_shard:
@@ -74,25 +55,14 @@ class Writer:
         """Write the rows added since the last commit as one shard and commit it in a generation."""
         if not self._rows:
             return
-        ids = list(self._rows)
-        rows = list(self._rows.values())
-        shard = write_shard(
+        receipt = write_rows(
             self.store,
-            row_batch(rows),
-            vector_batch(rows, self.model.dim, self.model.positions),
-            thumbnail_batch([row.thumbnail for row in rows]),
-            self.precision,
+            self.model,
+            list(self._rows.values()),
+            precision=self.precision,
         )
-
-        def change(base: Manifest) -> Manifest:
-            base = self._check(base)
-            others = [s for s in base.shards if s.name != shard.name]
-            gone = [*ids, *self._replaced]
-            kept = self._open_shards.with_ids_deleted(others, gone)
-            return replace(base, shards=(*kept, shard))
-
-        manifests.commit(self.store, change, self.model, groups=self._groups)
-        self._rows, self._replaced = {}, set()
+        self._committer.commit([receipt])
+        self._rows = {}
 
     def __enter__(self) -> "Writer":
         return self

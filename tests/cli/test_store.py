@@ -39,6 +39,7 @@ def test_info_counts_what_is_live(store: Path) -> None:
         "format": 3,
         "model": {"identity": CARD.identity, "source": CARD.source, "dim": DIM},
         "towers": {"image": "", "text": ""},
+        "next": None,
         "precision": {"unknown": 25},
         "dim": DIM,
         "vectors": {"image": 25, "text": sum(n % 3 for n in range(COUNT))},

@@ -5,6 +5,7 @@ acknowledged: after an error or a kill, what may have been done is noted as comi
 """
 
 import contextlib
+import json
 import os
 import secrets
 import time
@@ -13,19 +14,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from disk import SimulatedDisk, using
-from ledger import CARD, Failures, Ledger, Rows, State, index_content, row
+from ledger import CARD, NEXT, Failures, Ledger, Rows, State, index_content, row
 
 from mmalign import files
 from mmalign.index import write_description
 from mmalign.store import (
+    NextSpace,
+    Receipt,
     Writer,
     add_failures,
+    changes,
     commit_index,
+    commit_receipts,
     compact,
     delete,
+    join_small_shards,
     open_store,
     repair,
+    write_rows,
 )
+from mmalign.store.shards import ShardReader
 
 ROWS_PER_SHARD = 4
 DAY_S = 86_400
@@ -73,19 +81,20 @@ def committing(rows: Rows, rows_per_shard: int = 100) -> Callable[[Life], None]:
 
     def act(life: Life) -> None:
         names = list(rows)
-        with Writer(life.path, CARD, rows_per_shard) as writer:
+        model = life.ledger.model
+        with Writer(life.path, model, rows_per_shard) as writer:
             for first in range(0, len(names), rows_per_shard):
                 part = {n: rows[n] for n in names[first : first + rows_per_shard]}
                 with life.doing(_with_rows(life.ledger, part)):
                     for name, version in part.items():
-                        writer.add(row(name, version))
+                        writer.add(row(name, version, model))
                     writer.commit()
 
     return act
 
 
 def _with_rows(ledger: Ledger, rows: Rows) -> State:
-    return State({**ledger.rows, **rows}, ledger.state.index if ledger.state else None)
+    return replace(ledger.state or State({}), rows={**ledger.rows, **rows})
 
 
 def create(life: Life) -> None:
@@ -101,13 +110,14 @@ def deleting(names: Sequence[str]) -> Callable[[Life], None]:
         # If all are gone, nothing is promised anew.
         if gone:
             kept = {n: v for n, v in life.ledger.rows.items() if n not in gone}
-            with life.doing(State(kept, life.ledger.state.index)):
+            with life.doing(replace(life.ledger.state, rows=kept)):
                 assert delete(life.path, gone) == len(gone)
 
     return act
 
 
 def index(life: Life) -> None:
+    assert life.ledger.state
     name = secrets.token_hex(6)
     folder = life.path / "index" / name
     files.make_folder(folder)
@@ -115,8 +125,8 @@ def index(life: Life) -> None:
     content = index_content(shards)
     files.write_through(folder / "image.faiss", lambda path: Path(path).write_bytes(content))
     write_description(folder, {"name": name, "shards": list(shards)})
-    with life.doing(State(life.ledger.rows, name)):
-        commit_index(life.path, name, shards)
+    with life.doing(replace(life.ledger.state, index=name)):
+        commit_index(life.path, name, shards, life.ledger.model.identity)
 
 
 def fail(life: Life) -> None:
@@ -129,7 +139,8 @@ def fail(life: Life) -> None:
 
 
 def compacting(life: Life, *, now: bool = False) -> None:
-    with life.doing(State(life.ledger.rows)):
+    assert life.ledger.state
+    with life.doing(replace(life.ledger.state, index=None)):
         compact(life.path, ROWS_PER_SHARD, now=now)
 
 
@@ -153,9 +164,10 @@ def damage(life: Life) -> None:
     place = file.read_bytes().index(row(lost[0]["id"], life.ledger.rows[lost[0]["id"]]).checksum)
     life.disk.flip(file, place * 8)
     names = {values["id"] for values in lost}
+    kept = {n: v for n, v in life.ledger.rows.items() if n not in names}
     life.ledger = replace(
         life.ledger,
-        state=State({n: v for n, v in life.ledger.rows.items() if n not in names}),
+        state=State(kept, None, life.ledger.model),
         failures_coming=({v["uri"]: f"lost: shard {shard.name} damaged" for v in lost},),
         damaged=True,
     )
@@ -166,6 +178,73 @@ def repairing(life: Life) -> None:
     with life.doing(life.ledger.state), life.listing(life.ledger.failures_coming[0]):
         repair(life.path)
     life.ledger = replace(life.ledger, damaged=False)
+
+
+def build(life: Life) -> None:
+    """Write the vectors of another model beside those of the store."""
+    assert life.ledger.state
+    with life.doing(life.ledger.state):
+        build_missing(life.path)
+
+
+def swap(life: Life) -> None:
+    """Let them take the place of those of the store, when all are there."""
+    with life.doing(State(life.ledger.rows, None, NEXT)):
+        build_missing(life.path)
+        while NextSpace(life.path, NEXT).swap({}):
+            build_missing(life.path)
+
+
+def build_missing(path: Path) -> None:
+    new = NextSpace(path, NEXT)
+    new.begin()
+    store, written = open_store(path), {}
+    for shard in store.manifest.shards:
+        if shard.next is None and not new.is_current(store.manifest):
+            reader = ShardReader(path, shard, store.manifest.model)
+            versions = [json.loads(meta)["version"] for meta in reader.column("meta").to_pylist()]
+            rows = [row(*one, NEXT) for one in zip(reader.ids(), versions, strict=True)]
+            written[shard.name] = None, new.write(shard, rows)
+    new.commit(written)
+
+
+def written(life: Life, rows: Rows, replaces: Rows | None = None) -> Receipt:
+    """Write rows and commit nothing; return the receipt as whoever commits it reads it."""
+    places = [(name, row(name, version).uri) for name, version in (replaces or {}).items()]
+    receipt = write_rows(life.path, CARD, [row(*one) for one in rows.items()], replaces=places)
+    return Receipt.from_json(receipt.to_json())
+
+
+def encoding(life: Life) -> None:
+    """Nobody commits what was written: it is garbage."""
+    assert life.ledger.state
+    with life.doing(life.ledger.state):
+        written(life, {"f0": 1, "a2": 2})
+
+
+def with_received(ledger: Ledger) -> State:
+    """What a store holds after `receiving`."""
+    after = _with_rows(ledger, {"f0": 2, "a2": 4, "f1": 1})
+    return State({name: v for name, v in after.rows.items() if name != "e1"}, after.index)
+
+
+def receiving(life: Life) -> None:
+    """Commit two receipts in one generation, and both once more."""
+    with life.doing(with_received(life.ledger)):
+        receipts = [written(life, {"f0": 2, "a2": 3}, {"e1": 1}), written(life, {"a2": 4, "f1": 1})]
+        commit_receipts(life.path, receipts, CARD)
+        commit_receipts(life.path, receipts[::-1], CARD)
+
+
+def joining(life: Life) -> None:
+    """Join small shards; two are enough."""
+    assert life.ledger.state
+    fewest, changes.FEWEST_JOINED = changes.FEWEST_JOINED, 2
+    try:
+        with life.doing(life.ledger.state):
+            join_small_shards(life.path)
+    finally:
+        changes.FEWEST_JOINED = fewest
 
 
 ACTS: dict[str, Callable[[Life], None]] = {
@@ -183,6 +262,13 @@ ACTS: dict[str, Callable[[Life], None]] = {
     "damage": damage,
     "repair": repairing,
     "again": committing({"d0": 3, "e0": 2}),
+    "encode": encoding,
+    "receive": receiving,
+    "join": joining,
+    "build": build,
+    "meanwhile": committing({"e1": 3, "g0": 1}),
+    "swap": swap,
+    "swapped": committing({"e0": 3, "h0": 1}),
 }
 
 

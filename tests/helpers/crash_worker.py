@@ -12,7 +12,7 @@ import importlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 from ledger import CARD, Rows, row
 
 from mmalign.errors import StoreError
-from mmalign.store import Writer, compact, delete
+from mmalign.store import Committer, Receipt, Writer, compact, delete
+from mmalign.store.manifest import Manifest
+from mmalign.store.shards import ShardReader
 
 
 def steps(name: str) -> Iterator[tuple[Rows, list[str]]]:
@@ -70,17 +72,19 @@ def embed_in_processes(store: Path, run: str, source: str, how: str) -> None:
 
 def embed_in_one(store: Path, run: str, source: str) -> None:
     """Embed, and say what was committed."""
-    from mmalign.embedding import embed
+    from mmalign.embedding import embed, work
 
-    embed.COMMIT_SECONDS = 0.0
-    commit = Writer.commit
+    work.COMMIT_SECONDS = 0.0
+    commit = Committer.commit
 
-    def said(writer: Writer) -> None:
-        names = list(writer._rows)
-        commit(writer)
-        print("has", *names, flush=True)
+    def said(committer: Committer, receipts: Sequence[Receipt]) -> Manifest:
+        after = commit(committer, receipts)
+        shards = (shard for receipt in receipts for shard in receipt.shards)
+        readers = (ShardReader(committer.store, shard, committer.model) for shard in shards)
+        print("has", *(i for reader in readers for i in reader.ids()), flush=True)
+        return after
 
-    Writer.commit = said  # type: ignore[method-assign]
+    Committer.commit = said  # type: ignore[method-assign]
     print("pid", os.getpid(), flush=True)
     embed.embed(run, [source], store, precision="float32")
 

@@ -18,6 +18,7 @@ from mmalign.store import ModelCard, Row, open_store, pair_vectors
 
 DIM = 8
 CARD = ModelCard("nano-0123", "somewhere/run", DIM)
+NEXT = ModelCard("tiny-4567", "somewhere/else", DIM + 4)
 COLUMNS = ("id", "uri", "captions", "meta", "thumbnail", "stamp", "checksum")
 
 Rows = dict[str, int]
@@ -32,6 +33,7 @@ class State:
 
     rows: Rows
     index: str | None = None
+    model: ModelCard = CARD
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Ledger:
     def rows(self) -> Rows:
         return self.state.rows if self.state else {}
 
+    @property
+    def model(self) -> ModelCard:
+        return self.state.model if self.state else CARD
+
 
 @cache
-def row(name: str, version: int) -> Row:
-    """Make a row; nothing of it is equal in two rows."""
+def row(name: str, version: int, model: ModelCard = CARD) -> Row:
+    """Make a row; nothing of it is equal in two rows, and no vector in two models."""
     rng = np.random.default_rng(zlib.crc32(f"{name} {version}".encode()))
-    vectors = rng.normal(size=(rng.integers(1, 5), DIM)).astype(np.float32)
+    vectors = rng.normal(size=(rng.integers(1, 5), model.dim)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     checksum = hashlib.sha256(f"{name} {version}".encode()).digest()
     return Row(
@@ -82,17 +88,20 @@ def observe(path: Path, *, thumbnails: bool = True) -> State:
     store = open_store(path)
     numbers = np.arange(store.manifest.physical_rows)
     numbers = numbers if store.live is None else numbers[store.live]
-    images = np.concatenate([np.zeros((0, DIM), np.float16), *store.vectors("image")])
-    texts = np.concatenate([np.zeros((0, DIM), np.float16), *store.vectors("text")])
+    model = store.manifest.model
+    assert model in (CARD, NEXT)
+    none = np.zeros((0, model.dim), np.float16)
+    images, texts = (np.concatenate([none, *store.vectors(m)]) for m in ("image", "text"))
     held: Rows = {}
     for number, values in zip(numbers, store.rows(numbers, COLUMNS), strict=True):
         name, version = values["id"], json.loads(values["meta"])["version"]
-        meant = row(name, version)
+        meant = row(name, version, model)
         wanted = {c: getattr(meant, c) for c in COLUMNS} | {"captions": list(meant.captions)}
         if not thumbnails and not values["thumbnail"]:
             wanted["thumbnail"] = b""
         assert values == wanted
-        assert np.array_equal(images[number], meant.vectors["image"][0].astype(np.float16))
+        its = images[store.owners("image") == number]
+        assert np.array_equal(its, meant.vectors["image"].astype(np.float16))
         its = texts[store.owners("text") == number]
         assert np.array_equal(its, meant.vectors["text"].astype(np.float16))
         assert name not in held, f"{name} is there twice"
@@ -100,7 +109,7 @@ def observe(path: Path, *, thumbnails: bool = True) -> State:
     assert len(store) == len(held)
     assert store.find([*held, "nobody"]).tolist() == [*numbers, -1]
     if store.manifest.index is None:
-        return State(held)
+        return State(held, None, model)
     folder = store.index_folder
     assert folder is not None
     described = json.loads((folder / "index.json").read_bytes())
@@ -108,4 +117,4 @@ def observe(path: Path, *, thumbnails: bool = True) -> State:
         s.name for s in store.manifest.shards[: len(described["shards"])]
     )
     assert (folder / "image.faiss").read_bytes() == index_content(described["shards"])
-    return State(held, store.manifest.index.name)
+    return State(held, store.manifest.index.name, model)

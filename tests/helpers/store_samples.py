@@ -73,7 +73,8 @@ def write_index(path: Path, name: str = "abc") -> Path:
     (folder / "image.faiss").write_bytes(bytes(range(256)) * 4)
     hashes = {"image.faiss": files.sha256(folder / "image.faiss")}
     files.write_json(folder / "index.json", {"name": name, "sha256": hashes})
-    commit_index(path, name, tuple(s.name for s in open_store(path).manifest.shards))
+    built = open_store(path).manifest
+    commit_index(path, name, tuple(s.name for s in built.shards), built.model.identity)
     return folder
 
 

@@ -166,7 +166,7 @@ def test_a_store_of_the_wrong_activation_is_refused_with_the_reason(
     )
     assert before.identity != encoder.identity
     store = Store(tmp_path, Manifest(1, ModelCard(before.identity, quick_tag, 32)))
-    with pytest.raises(IdentityError, match="GELU, not QuickGELU.*embed again into a new store"):
+    with pytest.raises(IdentityError, match="GELU, not QuickGELU.*: embed again"):
         Searcher(store, encoder)
 
 

@@ -151,7 +151,7 @@ def test_an_index_that_names_rows_beyond_is_not_believed(
     searcher = Searcher.open(indexed)
     expected = [h.id for h in searcher.search("a red circle", exact=True)]
     assert searcher.search("a red circle", k=3)
-    extended = searcher._snapshot._indexes["image", False]
+    extended = searcher._current.snapshot._indexes["image", False]
     monkeypatch.setattr(extended.index, "rows", 3)  # type: ignore[attr-defined]
     assert [h.id for h in searcher.search("a red circle")] == expected
     assert "returns rows beyond the 3" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,29 @@ def field(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda held: held.update(values)
 
 
+def beginning(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    """Begin with vectors of another model in the first shard."""
+    card = {**asdict(CARD), "identity": "tiny-4567", "towers": [["image", "", ""]]}
+    content = {"next": ["tiny-4567", "float32", "1"], "file": ["x.arrow", 1, "0" * 64], **changes}
+
+    def change(held: dict[str, Any]) -> None:
+        held["next"] = content.get("card", card)
+        held["shards"][0]["files"]["next"] = content["file"]
+        held["shards"][0]["next"] = content["next"]
+
+    return change
+
+
 HOSTILE = {
+    "next vectors elsewhere": beginning(file=["../x.arrow", 1, "0" * 64]),
+    "next vectors of no model": beginning(card=None),
+    "next vectors of a third model": beginning(next=["third", "", ""]),
+    "next vectors of a number": beginning(next=["tiny-4567", 1, ""]),
+    "next vectors that say nothing": beginning(next=None),
+    "a next model without dimensions": beginning(card={"identity": "t", "source": "", "dim": 0}),
+    "a next model of no kind": beginning(card="tiny-4567"),
+    "vectors of another space": shard(space="tiny-4567"),
+    "vectors of a number": shard(space=4567),
     "a shard elsewhere": shard(name="../../home/id_rsa"),
     "a file elsewhere": file(0, "../../home/id_rsa"),
     "a file by an absolute path": file(0, "/etc/passwd", "vectors"),

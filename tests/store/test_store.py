@@ -250,7 +250,7 @@ def test_bad_vectors_never_reach_the_disk(tmp_path: Path, vector: np.ndarray, me
 def test_an_index_over_vanished_shards_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, range(5))
     with pytest.raises(StoreError, match="shards changed"):
-        commit_index(tmp_path, "abc", ("other.arrow",))
+        commit_index(tmp_path, "abc", ("other.arrow",), CARD.identity)
     assert open_store(tmp_path).manifest.index is None
 
 
