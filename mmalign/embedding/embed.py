@@ -132,16 +132,8 @@ def embed(
             images of rows cannot be read again, so that the store keeps its model.
         UsageError: The store is a source, is inside one, or contains one.
     """
-    if not 1 <= part[0] <= part[1]:
-        raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
-    if drop_removed and part[1] > 1:
-        raise UsageError("--drop-removed needs all samples: run it without --shard")
     path, sources = Path(out), as_sources(sources)
-    refuse_own_sources(path, sources)
-    if isinstance(model, Encoder) and not model.source:
-        raise UsageError(
-            "this model was never saved, so a later search could not load it: call save_model first"
-        )
+    _refuse_misuse(model, sources, path, drop_removed, part)
     float32_encoder = to_fastest(model if isinstance(model, Encoder) else load_model(model))
     encoder, used_precision = in_precision(float32_encoder, precision)
     options = ScanOptions(sources, caption_keys, image_column, checksum, part)
@@ -181,6 +173,24 @@ def embed(
     )
     say(_summary(report, out))
     return report
+
+
+def _refuse_misuse(
+    model: str | Path | Encoder,
+    sources: Sequence[str],
+    path: Path,
+    drop_removed: bool,
+    part: tuple[int, int],
+) -> None:
+    if not 1 <= part[0] <= part[1]:
+        raise UsageError(f"--shard {part[0]}/{part[1]}: write i/n with i from 1 to n")
+    if drop_removed and part[1] > 1:
+        raise UsageError("--drop-removed needs all samples: run it without --shard")
+    refuse_own_sources(path, sources)
+    if isinstance(model, Encoder) and not model.source:
+        raise UsageError(
+            "this model was never saved, so a later search could not load it: call save_model first"
+        )
 
 
 def _drop(store: Store, gone: list[int], yes: bool) -> int:

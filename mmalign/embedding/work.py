@@ -202,7 +202,7 @@ def card_of(store: Store, encoder: Encoder, modalities: Iterable[str]) -> ModelC
     """
     own = model_card(encoder, sorted({*modalities}))
     own = replace(own, identity=store.manifest.model.identity)
-    return joined_model(store.path, store.manifest, own)
+    return joined_model(store.path, store.manifest.model, own)
 
 
 def _require_fit(item: WorkItem, stored: StoredRows, encoder: Encoder) -> None:

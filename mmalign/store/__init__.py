@@ -3,6 +3,7 @@
 schema.py     columns of a shard; what a row is
 fields.py     metadata as typed columns, beside the JSON
 manifest.py   one generation of a store: the only commit point
+model_card.py the model of a store: its space, and a tower for each modality
 groups.py     what a generation names: groups of shards, and their deleted rows
 shards.py     one shard: written once, checked before it is read
 ids.py        ids -> rows, by sorted hashes
@@ -30,12 +31,12 @@ from mmalign.store.changes import join_small_shards as join_small_shards
 from mmalign.store.changes import require_few as require_few
 from mmalign.store.failures import add_failures as add_failures
 from mmalign.store.health import verify as verify
-from mmalign.store.manifest import ModelCard as ModelCard
-from mmalign.store.manifest import Tower as Tower
 from mmalign.store.manifest import commit_index as commit_index
-from mmalign.store.manifest import joined_model as joined_model
 from mmalign.store.merge import MergeReport as MergeReport
 from mmalign.store.merge import merge as merge
+from mmalign.store.model_card import ModelCard as ModelCard
+from mmalign.store.model_card import Tower as Tower
+from mmalign.store.model_card import joined_model as joined_model
 from mmalign.store.reader import Store as Store
 from mmalign.store.reader import open_or_new as open_or_new
 from mmalign.store.reader import open_store as open_store

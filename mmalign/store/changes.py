@@ -21,7 +21,8 @@ from mmalign.store import manifest as manifests
 from mmalign.store.garbage import AGE_S, collect, index_in_the_making, waiting_bytes
 from mmalign.store.groups import Shard
 from mmalign.store.ids import OpenShards, with_rows_deleted
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import ModelCard
 from mmalign.store.reader import Store
 from mmalign.store.shards import ShardReader, write_tables
 from mmalign.store.writer import ROWS_PER_SHARD
@@ -236,7 +237,8 @@ def join_small_shards(path: str | Path) -> int:
     before = manifests.newest(store)
     manifests.require_format(store, before)
     group = _small_at_the_end(before.shards[_indexed(store, before) :])
-    if not group or index_in_the_making(store, before):
+    # New vectors that are being built belong to the shards as they are.
+    if not group or before.next or index_in_the_making(store, before):
         return 0
     written = tuple(_rewrite(store, group, before.model, ROWS_PER_SHARD))
 
@@ -244,6 +246,8 @@ def join_small_shards(path: str | Path) -> int:
         indexed = {shard.name for shard in base.shards[: _indexed(store, base)]}
         if indexed & {shard.name for shard in group} or index_in_the_making(store, base):
             raise StoreError(f"{store}: an index was built meanwhile; run it again")
+        if base.next:
+            raise StoreError(f"{store}: another model was begun meanwhile; run it again")
         return replace(base, shards=tuple(_replace_shards(store, base.shards, group, written)))
 
     manifests.commit(store, change, before.model)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmalign.arrays import Hashes, Ints
 from mmalign.store.groups import Shard
-from mmalign.store.manifest import ModelCard
+from mmalign.store.model_card import ModelCard
 from mmalign.store.schema import id_hashes
 from mmalign.store.shards import ShardReader
 

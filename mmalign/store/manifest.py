@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import files
-from mmalign.errors import IdentityError, StoreError, shell_command
-from mmalign.modality import IMAGE, POSITION_SIZES, TEXT
+from mmalign.errors import StoreError, shell_command
 from mmalign.progress import say
 from mmalign.store import format2
 from mmalign.store import groups as shard_groups
 from mmalign.store.groups import NAME, SHA256, Groups, Shard, is_count, matches
+from mmalign.store.model_card import ModelCard, invalid_model, model_card_of, model_values
 
 FORMAT = 3
 TRIES = 100
@@ -38,36 +38,6 @@ TRIES = 100
 KEPT = 16
 INDEX = re.compile(NAME)
 REMOVING = re.compile(rf"manifest-[0-9]{{8,18}}|(shards|index|groups)/{NAME}")
-MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")
-MOST_DIM, MOST_MODALITIES = 2**16, 64
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The tower of a model that made the vectors of one modality."""
-
-    modality: str
-    identity: str = ""
-    """Name and hash, as `Encoder.tower_identities` gives it; empty if unknown."""
-    position: str = ""
-    """The kind of position of its vectors, see `modality.py`."""
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """The model whose embeddings a store holds."""
-
-    identity: str
-    """Name and hash, as `Encoder.identity` gives it."""
-    source: str
-    """The run folder or open_clip name it was loaded from."""
-    dim: int
-    towers: tuple[Tower, ...] = (Tower(IMAGE.name), Tower(TEXT.name, position=TEXT.position))
-
-    @property
-    def positions(self) -> dict[str, int]:
-        """The modalities, and how many numbers are the position of a vector."""
-        return {tower.modality: POSITION_SIZES[tower.position] for tower in self.towers}
 
 
 @dataclass(frozen=True)
@@ -186,12 +156,6 @@ def _values(manifest: Manifest) -> dict[str, Any]:
     return values | {name: value for name, value in optional.items() if value}
 
 
-def model_values(model: ModelCard) -> dict[str, Any]:
-    """Return a model card as values for JSON."""
-    values = asdict(model)
-    return values | {"towers": [list(tower.values()) for tower in values["towers"]]}
-
-
 def parse(content: bytes, groups: Groups) -> Manifest:
     """Read a manifest from its JSON.
 
@@ -258,13 +222,6 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     )
 
 
-def model_card_of(values: dict[str, Any]) -> ModelCard:
-    """Return the model card of its values; see `invalid_model`."""
-    if "towers" in values:
-        values = {**values, "towers": tuple(Tower(*tower) for tower in values["towers"])}
-    return ModelCard(**values)
-
-
 def _invalid_values(manifest: Manifest) -> Iterator[str]:
     """Yield values that mmalign never writes: names outside the store, impossible sizes."""
     if not is_count(manifest.generation, 10**18):
@@ -285,23 +242,6 @@ def _invalid_values(manifest: Manifest) -> Iterator[str]:
             yield f"{retired.name!r}, retired by {retired.generation!r}"
     if manifest.previous and not matches(SHA256, manifest.previous):
         yield f"the hash {manifest.previous!r}"
-
-
-def invalid_model(model: ModelCard) -> Iterator[str]:
-    """Yield values of a model card that mmalign never writes."""
-    if not is_count(model.dim, MOST_DIM) or model.dim < 1:
-        yield f"{model.dim!r} dimensions"
-    if not {type(model.identity), type(model.source)} <= {str}:
-        yield f"the model {model.identity!r} of {model.source!r}"
-    for tower in model.towers:
-        if not matches(MODALITY, tower.modality) or type(tower.identity) is not str:
-            yield f"the tower {tower.identity!r} of {tower.modality!r}"
-        if tower.position not in POSITION_SIZES:
-            yield f"positions of the kind {tower.position!r}"
-    if len({tower.modality for tower in model.towers}) < len(model.towers) > 0:
-        yield "two towers of a modality"
-    if len(model.towers) > MOST_MODALITIES:
-        yield f"{len(model.towers)} modalities"
 
 
 def path_of(store: Path, generation: int) -> Path:
@@ -597,33 +537,6 @@ def require_format(store: Path, manifest: Manifest) -> None:
     if manifest.format < FORMAT:
         remedy = shell_command("upgrade", store)
         raise StoreError(f"{store}: format {manifest.format}, which is only read; run {remedy}")
-
-
-def joined_model(store: Path, stored: Manifest, model: ModelCard) -> ModelCard:
-    """Return the model of a store with the towers that a writer adds to it.
-
-    Raises:
-        IdentityError: The store holds embeddings of another model, or of another tower.
-    """
-    if stored.model.identity != model.identity:
-        raise IdentityError(
-            f"{store} holds embeddings of {stored.model.identity}, the model is {model.identity}: "
-            "use that model, or a new store"
-        )
-    towers = {tower.modality: tower for tower in stored.model.towers}
-    for tower in model.towers:
-        held = towers.setdefault(tower.modality, tower)
-        if held.identity and tower.identity and held.identity != tower.identity:
-            raise IdentityError(
-                f"{store} holds {tower.modality} vectors of the tower {held.identity}, "
-                f"the model has {tower.identity}: embed into a new store"
-            )
-        if held.position != tower.position:
-            raise IdentityError(
-                f"{store} holds {tower.modality} vectors with positions of the kind "
-                f"{held.position!r}, not {tower.position!r}: embed into a new store"
-            )
-    return replace(stored.model, towers=tuple(towers.values()))
 
 
 def commit_index(store: Path, name: str, shards: tuple[str, ...], space: str) -> Manifest:

@@ -17,7 +17,7 @@ from mmalign.store import manifest as manifests
 from mmalign.store.failures import add_failures
 from mmalign.store.garbage import remove_drafts
 from mmalign.store.groups import Shard, StoredFile
-from mmalign.store.manifest import ModelCard
+from mmalign.store.model_card import ModelCard
 from mmalign.store.reader import Store, open_store
 
 COPY_BYTES = 1 << 20

@@ -22,7 +22,8 @@ from mmalign.store.failures import read_failures
 from mmalign.store.fields import joined
 from mmalign.store.groups import Shard
 from mmalign.store.ids import candidates
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import ModelCard
 from mmalign.store.schema import FIELDS, embedding_column, fixed_lists, id_hashes
 from mmalign.store.shards import ShardReader
 

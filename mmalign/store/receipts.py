@@ -18,7 +18,14 @@ from mmalign.store import groups
 from mmalign.store import manifest as manifests
 from mmalign.store.groups import MOST_ROWS, Groups, Shard, is_count
 from mmalign.store.ids import OpenShards
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import (
+    ModelCard,
+    invalid_model,
+    joined_model,
+    model_card_of,
+    model_values,
+)
 from mmalign.store.schema import Row, row_batch, thumbnail_batch, vector_batch
 from mmalign.store.shards import ShardReader, write_shard
 
@@ -52,7 +59,7 @@ class Receipt:
         """Return the receipt as JSON; it begins like a group of shards."""
         values = {
             "shards": json.loads(groups.render(self.shards))["shards"],
-            "model": manifests.model_values(self.model),
+            "model": model_values(self.model),
             "replaces": self.replaces,
             "item": self.item,
             "range": [self.first, self.end],
@@ -74,7 +81,7 @@ class Receipt:
             shards = groups.parse(text if isinstance(text, bytes) else text.encode())
             first, end = values["range"]
             receipt = Receipt(
-                manifests.model_card_of(values["model"]),
+                model_card_of(values["model"]),
                 shards,
                 tuple((name, uri) for name, uri in values["replaces"]),
                 values["item"],
@@ -99,7 +106,7 @@ def _invalid(receipt: Receipt) -> Iterator[str]:
     replaced = (text for place in receipt.replaces for text in place)
     if not _are(str, (receipt.item, *replaced, *receipt.counts)):
         yield "a name that is no text"
-    yield from manifests.invalid_model(receipt.model)
+    yield from invalid_model(receipt.model)
     numbers = (receipt.first, receipt.end, *receipt.counts.values(), *receipt.moved_rows)
     if not all(is_count(number, MOST_ROWS) for number in numbers) or receipt.first > receipt.end:
         yield "a number that cannot be"
@@ -177,7 +184,7 @@ class Committer:
         )
 
     def _with_towers(self, base: Manifest, model: ModelCard) -> Manifest:
-        return replace(base, model=manifests.joined_model(self.store, base, model))
+        return replace(base, model=joined_model(self.store, base.model, model))
 
     def commit(self, receipts: Sequence[Receipt]) -> Manifest:
         """Commit receipts in one generation. Those committed before change nothing.

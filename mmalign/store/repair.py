@@ -18,7 +18,8 @@ from mmalign.store import failures, health
 from mmalign.store import manifest as manifests
 from mmalign.store.groups import SHA256, Shard, parse, read_either
 from mmalign.store.ids import OpenShards
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import ModelCard
 from mmalign.store.shards import ShardReader, read_damaged
 
 ANNOUNCED = rb'"((?:shards|index|groups)/[a-z0-9][a-z0-9_-]*)"'

@@ -27,7 +27,7 @@ from mmalign.modality import IMAGE, TEXT
 from mmalign.store import format2
 from mmalign.store.fields import ONLY_JSON, PREFIX
 from mmalign.store.groups import NextVectors, Shard, StoredFile
-from mmalign.store.manifest import ModelCard
+from mmalign.store.model_card import ModelCard
 from mmalign.store.schema import (
     ID_HASH,
     ID_ROW,

@@ -19,7 +19,8 @@ from mmalign.arrays import Floats, Ints
 from mmalign.errors import IdentityError, StoreError, shell_command
 from mmalign.store import manifest as manifests
 from mmalign.store.groups import Groups, NextVectors, Shard, StoredFile
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import ModelCard
 from mmalign.store.schema import Row, vector_batch
 from mmalign.store.shards import ShardReader, write_next, write_rows_with
 from mmalign.store.upgrade import is_old

@@ -19,7 +19,8 @@ from mmalign.progress import bar
 from mmalign.store import manifest as manifests
 from mmalign.store.changes import refresh_times, unknown_ids
 from mmalign.store.groups import Shard, StoredFile
-from mmalign.store.manifest import Manifest, ModelCard
+from mmalign.store.manifest import Manifest
+from mmalign.store.model_card import ModelCard
 from mmalign.store.reader import Store, open_store
 from mmalign.store.schema import meta_values
 from mmalign.store.shards import ShardReader, write_rows_with

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import TracebackType
 
-from mmalign.store.manifest import ModelCard
+from mmalign.store.model_card import ModelCard
 from mmalign.store.receipts import Committer, write_rows
 from mmalign.store.schema import Row
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from store_samples import CARD, fill, flip, ids_of, row, versions
 from mmalign import files
 from mmalign.errors import StoreError
 from mmalign.store import (
+    NextSpace,
     Writer,
     changes,
     commit_index,
@@ -242,3 +244,22 @@ def test_compaction_and_joining_go_together(tmp_path: Path) -> None:
     report = compact(tmp_path, 40)
     assert sizes(tmp_path) == [40]
     assert report.rows == 40
+
+
+def test_nothing_is_joined_while_another_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(tmp_path, 0, *[2] * 8)
+    before = sizes(tmp_path)
+    new = NextSpace(tmp_path, replace(CARD, identity="tiny-4567"))
+    rewrite = changes._rewrite
+
+    def while_it_begins(*args: object) -> object:
+        new.begin()
+        return rewrite(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(changes, "_rewrite", while_it_begins)
+    with pytest.raises(StoreError, match="another model was begun meanwhile"):
+        join_small_shards(tmp_path)
+    assert join_small_shards(tmp_path) == 0
+    assert sizes(tmp_path) == before
