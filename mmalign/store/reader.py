@@ -67,6 +67,7 @@ class Store:
         Raises:
             StoreError: A shard is missing or damaged.
         """
+        _ = self.live
         for shard in self._shards:
             shard.open_all()
 
