@@ -19,6 +19,7 @@ NAMES = (
     "tokens",
     "topk",
     "train",
+    "vectors",
 )
 
 
