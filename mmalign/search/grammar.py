@@ -20,6 +20,7 @@ length of the text.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -152,19 +153,19 @@ def _with_pairs_of_quotes(text: str) -> str:
     return before + after if text.count('"') % 2 else before + quote + after
 
 
-def quoted_words(words: str, phrases: list[str], *, added: bool) -> str:
+def quoted_words(words: str, phrases: deque[str], *, added: bool) -> str:
     """Return the content of a term from its words: what `Term.words` and `Term.phrases` undo.
 
     Args:
         words: Words without the quotes of phrases.
-        phrases: Phrases to find in the words, in order; those found are removed from the list.
+        phrases: Phrases to find in the words, in order; those found are removed.
         added: Whether the term is added; otherwise quotes keep words from being read as more.
     """
     every, content, first = tokens(words), list[str](), 0
     while first < len(every):
         phrase = phrases[0].split() if phrases and added else []
         if phrase and every[first : first + len(phrase)] == phrase:
-            content.append(f'"{phrases.pop(0)}"')
+            content.append(f'"{phrases.popleft()}"')
             first += len(phrase)
             continue
         token = every[first]

@@ -1,5 +1,6 @@
 """The query to a store, as a value."""
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,10 +115,10 @@ class Query:
 
         Items that cannot be written, as vectors, have no content. Other options are not part of it.
         """
-        phrases = list(self.phrases)
+        phrases = deque(self.phrases)
         terms = [_term(item, weight, phrases) for item, weight in self.items]
         excluded = [
-            replace(_term(item, -1, []), weight=1.0, excluded=True) for item in self.excluded
+            replace(_term(item, -1, deque()), weight=1.0, excluded=True) for item in self.excluded
         ]
         return Reading((*terms, *excluded), self.conditions)
 
@@ -164,8 +165,8 @@ def _item(term: Term) -> Any:
     return made(term.content) if made else term.words
 
 
-def _term(item: Any, weight: float, phrases: list[str]) -> Term:
-    """Write an item as a term; phrases that are found in it are removed from the list."""
+def _term(item: Any, weight: float, phrases: deque[str]) -> Term:
+    """Write an item as a term; phrases that are found in it are removed."""
     if isinstance(item, str):
         return Term(quoted_words(item, phrases, added=weight > 0), weight=weight)
     if isinstance(item, Row):

@@ -16,7 +16,7 @@ import numpy as np
 from mmalign.arrays import Bools, Floats
 from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.encoding.modalities import is_model_of
-from mmalign.errors import UsageError
+from mmalign.errors import UsageError, VectorError
 from mmalign.items import Row, unit_vector
 from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
@@ -240,6 +240,8 @@ class Searcher:
             vectors_MD[number] += vector_D if is_single_item else np.float32(weight) * vector_D
         for number, query in enumerate(queries):
             if len(query.items) > 1 or (query.items and query.items[0][1] != 1):
+                if not vectors_MD[number].any():
+                    raise VectorError("the items of the query cancel out: give them other weights")
                 vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
         excluded: dict[int, list[Floats]] = {}
         for (number, _), vector_D in zip(left, vectors[len(parts) :], strict=True):

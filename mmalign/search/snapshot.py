@@ -23,6 +23,9 @@ from mmalign.store import Store
 from mmalign.store.phrases import with_phrases
 from mmalign.store.where import where as rows_where
 
+# Each phrase reads all captions, and what `where` may take is limited too.
+MOST_FILTERS = 8
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -91,8 +94,12 @@ class Snapshot:
         """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
 
         Raises:
-            UsageError: A filter names no field, or does not fit it.
+            UsageError: A filter names no field, or does not fit it, or there are too many.
         """
+        count = len(selection.conditions) + len(selection.phrases)
+        if count > MOST_FILTERS:
+            told = f"the query has {count} filters and phrases"
+            raise UsageError(f"{told}; at most {MOST_FILTERS} are allowed: write --where")
         expressions = [] if selection.where is None else [selection.where]
         if selection.conditions:
             expressions.append(as_sql(selection.conditions, self.store.fields))

@@ -3,12 +3,14 @@
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from mmalign import Query
+from mmalign.search import grammar
 from mmalign.search.grammar import Condition, Reading, Term, read
 
 FIELDS = ("price", "label", "date", "颜色")
@@ -27,8 +29,9 @@ def out(content: str) -> Term:
     [
         "a red dress", "t-shirt", "24-70mm f/2.8", "16:9", "http://x.org/a?b=1", "C:/pictures",
         "black+white", "wow!", "红色的连衣裙", "T恤-红色", "price", "price:", "price: 3",
-        "size:large", "price:>", "price:>=", "price:..", "price:/x", "row:", "@home", "meet me @home",
-        "0:cats", "2:", "2:30pm", "-dash", "cats +", "cats -", "!", "+ +", "note:this", "x" * 300,
+        "size:large", "price:>", "price:>=", "price:..", "price:/x", "row:", "@home",
+        "meet me @home", "0:cats", "2:", "2:30pm", "-dash", "cats +", "cats -", "!", "+ +",
+        "note:this", "x" * 300,
     ],
 )  # fmt: skip
 def test_words_stay_words(words: str) -> None:
@@ -123,12 +126,20 @@ def test_parts_as_plain_values() -> None:
     }
 
 
+def test_the_guide_shows_the_grammar_of_the_module() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    rules = [line.split(";")[0].strip() for line in (grammar.__doc__ or "").splitlines()]
+    rules = [rule for rule in rules if " = " in rule]
+    assert len(rules) == 9
+    assert [rule for rule in rules if f"\n{rule} ;" not in guide] == []
+
+
 # ---------------------------------------------------------------- any text
 
 PIECES = [
     "+", "-", "!", "＋", "－", "！", " ", " ", " ", "\u3000", "\n", "\0", '"', '"', "“", "”", "＂",
-    ":", "：", "0", "1", "2", "2:", ".", "..", "a", "红", "x y", "price", "label:", "row:", "@", ">",
-    ">=", "<", "＝", "=", "/", "! ", " - ", "\ud800", "é", "(", "\\", "'",
+    ":", "：", "0", "1", "2", "2:", ".", "..", "a", "红", "x y", "price", "label:", "row:", "@",
+    ">", ">=", "<", "＝", "=", "/", "! ", " - ", "\ud800", "é", "(", "\\", "'",
 ]  # fmt: skip
 
 
@@ -160,11 +171,12 @@ def steps(call: Callable[[], Any]) -> int:
         count += event == "line"
         return trace
 
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return count
 
 
