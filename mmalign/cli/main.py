@@ -334,7 +334,7 @@ def search(
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
         return
     if not _is_plain(read_as):
-        say(f"read as: {read_as['text']}")
+        say(f"read as: {printable(read_as['text'])}")
     if not hits:
         narrowed = any(vars(hits.query.selection).values())
         say("nothing found: no row matches the filters" if narrowed else "nothing found")
@@ -405,7 +405,7 @@ def _content(named: Path, typed: str) -> bytes | Path:
 
     file = Path(os.path.expanduser(named))
     is_file, is_other = _what_is(file)
-    by_name = not typed.startswith("@") and os.path.expanduser(typed) == str(file)
+    by_name = not typed.startswith("@") and Path(os.path.expanduser(typed)) == file
     if not is_file and by_name:
         raise UsageError(f"{file}: cannot be used as an image: not a regular file")
     if not is_file:

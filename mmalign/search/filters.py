@@ -17,10 +17,10 @@ COLUMNS = ("id", "uri", "captions", "meta")
 def as_sql(conditions: Sequence[Condition], kinds: Mapping[str, str]) -> str:
     """Return the SQL expression that is true where all conditions hold.
 
-    A number is compared as a number. A text is equal in upper or lower case, and
-    is compared by as many letters as the value has, so that 2025-12-31 lies in 2024..2025. If the
-    value is a number, only texts that begin with a digit are compared; those that are numbers, as
-    numbers. Of a list one element has to fit.
+    A number is compared as a number. A text is equal in upper or lower case, and is compared by as
+    many letters as the value has, so that 2025-12-31 lies in 2024..2025. If the value is a number,
+    only texts that begin with a digit are compared; those that are numbers, as numbers. Of a list
+    one element has to fit.
 
     Args:
         conditions: At least one.

@@ -351,8 +351,11 @@ def test_json_has_the_reading_and_pages_go_on(scenes_store: Path, searcher: Sear
 def test_the_shell_lists_rows_without_a_score(scenes_store: Path) -> None:
     result = shell(scenes_store, "half:second", "-k", "2")
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [["1", "-"], ["2", "-"]]
-    nothing = shell(scenes_store, "half:third red")
-    assert nothing.stderr.splitlines()[1:] == ["nothing found: no row matches the filters"]
+    nothing = shell(scenes_store, 'red half:"a\x1b[2J\nb"')
+    assert nothing.stderr.splitlines() == [
+        'read as: half:"a\\x1b[2J\\nb" red',
+        "nothing found: no row matches the filters",
+    ]
 
 
 def test_files_of_terms_are_opened_in_the_shell(
