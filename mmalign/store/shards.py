@@ -283,15 +283,24 @@ class ShardReader:
 
         The second value says whether that is so: if not, the field is only in the JSON.
         """
-        file = self.file("rows")
-        schema = file.batch.schema
-        if PREFIX + name in schema.names:
-            return file.column(PREFIX + name), True
-        only_json = (schema.metadata or {}).get(ONLY_JSON)
+        if name in self.field_types:
+            return self.file("rows").column(PREFIX + name), True
+        return None, self.json_fields is not None and name not in self.json_fields
+
+    @cached_property
+    def field_types(self) -> dict[str, pa.DataType]:
+        """The fields of the metadata that are columns, and their types."""
+        fields = [f for f in self.file("rows").batch.schema if f.name.startswith(PREFIX)]
+        return {field.name.removeprefix(PREFIX): field.type for field in fields}
+
+    @cached_property
+    def json_fields(self) -> list[str] | None:
+        """The fields of the metadata that are only in the JSON; None if that was not noted."""
+        noted = (self.file("rows").batch.schema.metadata or {}).get(ONLY_JSON)
         try:
-            return None, only_json is not None and name not in json.loads(only_json)
+            return None if noted is None else list(json.loads(noted))
         except ValueError:
-            return None, False
+            return None
 
     def vectors(self, modality: str) -> Halves:
         """Return the vectors of a modality (V, D), in the order of their rows, zero-copy."""
