@@ -307,14 +307,14 @@ def search(
         told = f"put its words in quotes: {' '.join(query)!r}"
         raise UsageError(f"only one query is allowed: {told}")
     (typed,) = query
-    opened = open_store(store)
-    asked = _query(typed, opened.fields)
-    read_as = asked.read_as
-    asked = _with_images(asked, typed)
     if sheet:
         from mmalign.search.sheet import Strip, check_sheet, draw_sheet, tiles_of
 
         check_sheet(Path(sheet))
+    opened = open_store(store)
+    asked = _query(typed, opened.fields)
+    read_as = asked.read_as
+    asked = _with_images(asked, typed)
     searcher = Searcher(opened, model_of(opened, model))
     started = time.perf_counter()
     hits = searcher.search(asked, k, to=to, offset=offset, exact=exact, where=where)
