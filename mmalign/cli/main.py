@@ -280,6 +280,9 @@ def search(
     QUERY is an image if a file with this name exists, or if it begins with @ (@cat.jpg). Anything
     else is text. Put -- before a text that begins with a dash.
 
+    If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
+    code is 1 if all are unlikely, or there is none.
+
     \b
     Example:  mmalign search photos.store "a dog on a beach"
               mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
@@ -310,15 +313,21 @@ def search(
         answer = {
             "query": files.in_utf8(query[0]),
             "hits": rows,
+            "nothing_found": hits.nothing_found,
             "index": searcher.describe_index(),
         }
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
-        return
-    if not hits:
-        say("nothing found: no row matches --where" if where else "nothing found")
-    for hit in hits:
-        words = hit.caption or (hit.captions[0] if hit.captions else "")
-        show(_line(f"{hit.rank:>3}  {hit.score:.3f}", openable(hit.uri), words))
+    else:
+        for hit in hits:
+            words = hit.caption or (hit.captions[0] if hit.captions else "")
+            level = f"  {hit.level:<8}" if hit.level else ""
+            show(_line(f"{hit.rank:>3}  {hit.score:.3f}{level}", openable(hit.uri), words))
+    if hits.nothing_found:
+        why = (
+            ": these are only the nearest" if hits else ": no row matches --where" if where else ""
+        )
+        say(f"nothing found{why}")
+        click.get_current_context().exit(1)
 
 
 def _line(start: str, place: str, words: str) -> str:

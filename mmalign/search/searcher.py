@@ -43,6 +43,9 @@ class Hits(Sequence[Hit]):
 
     query: Query = field(compare=False)
     hits: tuple[Hit, ...] = ()
+    nothing_found: bool | None = None
+    """Whether no row is relevant: the best hit is unlikely, or there is none; None if relevance is
+    not known. The nearest rows are hits all the same."""
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -195,10 +198,14 @@ class Searcher:
             )  # fmt: skip
             for number, scores_K, rows_K in zip(numbers, scores_MK, rows_MK, strict=True):
                 query, first = queries[number], queries[number].offset
+                found = scores_K[rows_K >= 0]
+                judged = snapshot.judge(vectors_MD[number], found, to, _text_of(query))
                 hits = snapshot.hits(
-                    scores_K[first:], rows_K[first:], to, first=first + 1, extra=extra
-                )
-                answers[number] = Hits(query, tuple(hits))
+                    scores_K[first:], rows_K[first:], to, first=first + 1, extra=extra,
+                    judged=judged and judged.after(first),
+                )  # fmt: skip
+                nothing = judged.nothing if judged else None if len(found) else True
+                answers[number] = Hits(query, tuple(hits), nothing)
         return [answers[number] for number in range(len(queries))]
 
     @staticmethod
@@ -222,6 +229,12 @@ class Searcher:
             if len(query.items) > 1 or query.items[0][1] != 1:
                 vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
         return vectors_MD
+
+
+def _text_of(query: Query) -> str | None:
+    """Return the words of a query, if relevance is known for it: texts, none of them subtracted."""
+    items = [(item, weight) for item, weight in query.items if isinstance(item, str) and weight > 0]
+    return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
 
 
 def _vector_of(row: Row, store: Store) -> Floats:

@@ -15,8 +15,9 @@ import numpy as np
 from mmalign import modality as modalities
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, UsageError, nearest, shell_command
-from mmalign.index import Exact, Index, Owners, describe, open_index
+from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
+from mmalign.search.relevance import Judgement, Relevance, load
 from mmalign.store import Store
 from mmalign.store.where import where as rows_where
 
@@ -43,6 +44,11 @@ class Hit:
     """Metadata of the row, on request."""
     thumbnail: bytes | None = None
     """A small WebP picture, on request; empty if the store has none."""
+    relevance: float | None = None
+    """How relevant it is, from 0 to 1; None unless texts were asked of an index with a
+    calibration, see `mmalign.search.relevance`."""
+    level: str | None = None
+    """That in a word: "likely", "maybe" or "unlikely"."""
 
 
 class Snapshot:
@@ -55,6 +61,7 @@ class Snapshot:
         self.store = store
         store.open_all()
         self._indexes: dict[tuple[str, bool], Index] = {}
+        self._relevance: list[Relevance | None] = []
         self._lock = threading.Lock()
 
     def find(
@@ -82,6 +89,54 @@ class Snapshot:
                 raise
             index = self._replace_damaged_index(to, index, error)
             return index.search(vectors_MD, k, allowed_N, query_modality=kind)
+
+    @property
+    def relevance(self) -> Relevance | None:
+        """The calibration that belongs to the index; None if there is none, or it is damaged."""
+        with self._lock:
+            if not self._relevance:
+                self._relevance.append(self._load_relevance())
+            return self._relevance[0]
+
+    def _load_relevance(self) -> Relevance | None:
+        folder = self.store.index_folder
+        if folder is None:
+            return None
+        try:
+            return load(folder, describe(folder), self.store.manifest.model.dim)
+        except StoreError as error:
+            remedy = shell_command("index", self.store.path)
+            say(f"warning: {error}; hits have no relevance; run {remedy}")
+            return None
+
+    def judge(
+        self, vector_D: Floats, scores_K: Floats, to: str, text: str | None
+    ) -> Judgement | None:
+        """Judge the hits of a text; None if nothing is calibrated for them."""
+        if not text or to != self.main or self.relevance is None:
+            return None
+        return self.relevance.judge(vector_D, scores_K, text)
+
+    def likely(self, vector_D: Floats, to: str, text: str) -> Bools:
+        """Return which rows are likely to be what a text asks for, (N,): none without relevance.
+
+        Every vector is scored once, a second for a million of 512 dimensions.
+
+        Args:
+            vector_D: Unit vector of the text.
+            to: Modality of the vectors that rows are judged by.
+            text: Its language decides the thresholds.
+        """
+        likely_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
+        if to != self.main or self.relevance is None:
+            return likely_N
+        least = self.relevance.likely_score(vector_D, text)
+        vectors = VectorReader(self.store.vectors(to), self._live_vectors(to))
+        owners_N = self._owners(to)
+        for numbers_B, block_BD in vectors.blocks() if least <= 1 else ():
+            found = numbers_B[block_BD @ vector_D >= least]
+            likely_N[found if owners_N is None else owners_N[found]] = True
+        return likely_N
 
     def allowed(self, to: str, where: str | None) -> Bools | None:
         """Return which vectors may be found: those of live rows selected by `where`."""
@@ -133,7 +188,14 @@ class Snapshot:
         return {}
 
     def hits(
-        self, scores_K: Floats, numbers_K: Ints, to: str, *, first: int, extra: Sequence[str]
+        self,
+        scores_K: Floats,
+        numbers_K: Ints,
+        to: str,
+        *,
+        first: int,
+        extra: Sequence[str],
+        judged: Judgement | None = None,
     ) -> list[Hit]:
         """Read the rows of the vectors that were found.
 
@@ -143,6 +205,7 @@ class Snapshot:
             to: Modality of the vectors.
             first: Rank of the first one.
             extra: Columns to read in addition to those of every hit: "meta", "thumbnail".
+            judged: The relevance of each.
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
@@ -160,9 +223,12 @@ class Snapshot:
             start=first,
         ):
             captions = tuple(row["captions"])
-            more = {name: row[name] for name in extra} | {"position": position}
+            more: dict[str, Any] = {name: row[name] for name in extra} | {"position": position}
             if column and position is not None:
                 more["caption"] = row[column][int(position[0])]
+            if judged is not None:
+                at = rank - first
+                more |= {"relevance": float(judged.relevance_K[at]), "level": judged.levels_K[at]}
             if "meta" in more:
                 more["meta"] = json.loads(more["meta"])
             hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, **more))

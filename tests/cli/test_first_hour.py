@@ -103,7 +103,7 @@ def test_info_tells_of_an_index_in_a_line_and_how_to_build_one(own_store: Path) 
 
 def test_a_search_without_hits_says_so(store: Path) -> None:
     done = call("search", store, "red", "--where", "id = 'nobody'")
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "nothing found: no row matches --where\n"
 
 

@@ -1,0 +1,148 @@
+"""Whether a search knows that a store holds nothing of what is asked.
+
+    python -m bench nothing STORE ABSENT...
+
+STORE has an index with a relevance that was calibrated on captions. Its held-out captions are
+queries that are present; they are asked once more without their own image and its near-duplicates.
+Each ABSENT is another store of the same model, whose captions are queries that are absent, or a
+text file with one query per line; lines are encoded with the model of STORE.
+
+Three signs decide, each with the threshold that rejects 3 % of the captions that fitted the
+relevance: its own rank, the cosine of the best hit, and the largest step between two neighbours
+among the ten best scores (autocut). The relevance is used as it is stored. A row for each language.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import measure
+from mmalign.arrays import Bools, Floats
+from mmalign.index import describe
+from mmalign.modality import TEXT, is_of_rows
+from mmalign.search import calibrate, relevance
+from mmalign.search.model import model_of
+from mmalign.search.relevance import Doubles, Relevance, Signs
+from mmalign.store import Store, open_store
+
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each way to decide sees of some queries of one language; higher is more relevant."""
+
+    ranks_M: Doubles
+    relevance_M: Doubles
+    cosine_M: Doubles
+    jump_M: Doubles
+
+
+def top_scores(store: Store, queries_MD: Floats, below_M: Doubles | None = None) -> Doubles:
+    """Return the best scores of queries, (M, TOP): those up to `below_M`, if it is given."""
+    main = next(filter(is_of_rows, store.modalities))
+    rows_ND = np.concatenate(store.vectors(main)).astype(np.float32)
+    if store.live is not None and store.is_single(main):
+        rows_ND = rows_ND[store.live]
+    scores_MN = queries_MD @ rows_ND.T
+    if below_M is not None:
+        scores_MN = np.where(scores_MN <= below_M[:, None] + 1e-4, scores_MN, -1)
+    return -np.sort(-scores_MN, axis=1)[:, :TOP].astype(np.float64)
+
+
+def seen(calibration: Relevance, name: str, signs: Signs, top_MK: Doubles) -> Asked:
+    """Read the three signs of queries."""
+    scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
+    return Asked(
+        relevance.ranks(scale, signs, top_MK[:, 0]),
+        relevance.judge(scale, signs, top_MK[:, 0]).relevance_K,
+        top_MK[:, 0],
+        -np.diff(top_MK, axis=1).min(axis=1),
+    )
+
+
+def absent_queries(store: Store, source: str) -> tuple[Floats, list[str]]:
+    """Return the vectors and texts of queries: captions of a store, or the lines of a file."""
+    if Path(source).is_dir():
+        other = open_store(source)
+        vectors_MD = np.concatenate(other.vectors(TEXT.name)).astype(np.float32)
+        return vectors_MD, [text for captions in other.column("captions") for text in captions]
+    lines = [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line]
+    return model_of(store, None).encode_texts(lines), lines
+
+
+def rows_of(
+    name: str, fitted: Asked, present: Asked, without: Asked, others: dict[str, Asked],
+    unlikely: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Compare the three ways on the queries of one language."""
+    ways: dict[str, tuple[Callable[[Asked], Doubles], Callable[[Asked], Doubles]]] = {
+        "relevance": (lambda asked: asked.ranks_M, lambda asked: asked.relevance_M),
+        "cosine": (lambda asked: asked.cosine_M, lambda asked: asked.cosine_M),
+        "jump": (lambda asked: asked.jump_M, lambda asked: asked.jump_M),
+    }
+    rows = []
+    for way, (decide, order) in ways.items():
+        least = (
+            unlikely
+            if way == "relevance"
+            else float(np.quantile(decide(fitted), calibrate.REJECTED))
+        )
+        known_M = np.isfinite(without.cosine_M)
+        auc = calibrate.area(order(present), order(without)[known_M])
+        row: dict[str, Any] = {"language": name, "way": way}
+        row["present_rejected"] = told(decide(present) < least)
+        row["without_image_rejected"] = told(decide(without)[known_M] < least)
+        row["without_image_auc"] = "{:.3f} ({:.3f}-{:.3f})".format(*auc)
+        for source, asked in others.items():
+            row[f"rejected {source}"] = told(decide(asked) < least)
+        rows.append(row)
+    return rows
+
+
+def told(those_M: Bools) -> str:
+    """Write a share with its interval."""
+    low, high = calibrate.wilson(int(those_M.sum()), len(those_M))
+    return f"{those_M.mean():.3f} ({low:.3f}-{high:.3f}) of {len(those_M)}" if len(those_M) else ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run and record."""
+    parser = argparse.ArgumentParser(prog="bench nothing")
+    parser.add_argument("store")
+    parser.add_argument("absent", nargs="+")
+    options = parser.parse_args(arguments)
+    store = open_store(options.store)
+    folder = store.index_folder
+    calibration = folder and relevance.load(folder, describe(folder), store.manifest.model.dim)
+    captions = calibrate.ask_captions(store)
+    if not calibration or captions is None:
+        raise SystemExit(f"{options.store}: no relevance that was calibrated on captions")
+    fitting_M = calibrate.fits(store)[captions.rows_M]
+    sources = {Path(source).stem: absent_queries(store, source) for source in options.absent}
+    for name in sorted(set(captions.languages_M)):
+        members_M = np.array([other == name for other in captions.languages_M])
+        fitted, held = captions.of(members_M & fitting_M), captions.of(members_M & ~fitting_M)
+        others = {}
+        for source, (vectors_MD, texts) in sources.items():
+            spoken_M = np.array([relevance.language(text) == name for text in texts])
+            if spoken_M.any():
+                asked_MD = vectors_MD[spoken_M]
+                signs = relevance.signs_of(asked_MD, calibration.null_RD, calibration.bank_BD)
+                others[source] = seen(calibration, name, signs, top_scores(store, asked_MD))
+        scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
+        for row in rows_of(
+            name,
+            seen(calibration, name, fitted.signs, top_scores(store, fitted.queries_MD)),
+            seen(calibration, name, held.signs, top_scores(store, held.queries_MD)),
+            seen(
+                calibration, name, held.removed, top_scores(store, held.queries_MD, held.absent_M)
+            ),
+            others,
+            scale.unlikely,
+        ):
+            measure.append("nothing", {"store": Path(options.store).stem, **row})
