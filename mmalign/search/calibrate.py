@@ -23,7 +23,7 @@ from mmalign.search.relevance import ALL, MAX_ERROR, QUANTILES, Doubles, Scale, 
 from mmalign.store import Store
 
 # Random rows, captions that familiarity compares with, and captions that are asked.
-NULL_ROWS, BANK, ASKED = 4_096, 4_096, 4_000
+NULL_ROWS, BANK, ASKED = 2_048, 2_048, 2_000
 # With fewer rows nothing is calibrated; with fewer captions, the store counts as one without.
 MIN_ROWS = MIN_CAPTIONS = 100
 # Of a caption's nearest rows, so many are looked at for the best that is not its own.
