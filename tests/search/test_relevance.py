@@ -7,69 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from many_threads import together
 from store_samples import flip
+from topic_store import CARD, KNOWN, ROWS, TOPICS, Drawn, drawn, text_vector, write
 
-from mmalign import Searcher, open_store
+from mmalign import Query, Searcher, open_store
+from mmalign.cli.main import main
 from mmalign.errors import ModelError
 from mmalign.search import calibrate, relevance
 from mmalign.search.build import build_index
 from mmalign.search.phrases import PER_LANGUAGE, phrases
-from mmalign.store import ModelCard, Row, Writer, delete, pair_vectors
-
-DIM, ROWS, TOPICS, KNOWN = 64, 400, 200, 100
-CARD = ModelCard("drawn", "drawn", DIM)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
-
-
-# What there is in the world; the store holds the first `KNOWN`. Images and texts lie apart.
-WORLD = unit(np.random.default_rng(0).normal(size=(TOPICS, DIM)))
-GAP = unit(np.random.default_rng(1).normal(size=DIM))
-
-
-def drawn(topic: int, seed: int, side: float) -> np.ndarray:
-    noise = np.random.default_rng((topic, seed)).normal(size=DIM) * 0.5 / np.sqrt(DIM)
-    return unit(WORLD[topic] + noise + side * GAP)
-
-
-class Drawn:
-    """Texts are `topic NUMBER`, in either language; all others are of no topic."""
-
-    identity = space = source = name = "drawn"
-    dim = DIM
-
-    class tokenizer:
-        @staticmethod
-        def cut(texts: list[str]) -> list[str]:
-            return []
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        return np.stack([text_vector(text) for text in texts])
-
-    def encode(self, items: list[Any]) -> np.ndarray:
-        return self.encode_texts(items)
-
-
-def text_vector(text: str) -> np.ndarray:
-    number = "".join(c for c in text if c.isdigit())
-    if number:
-        return drawn(int(number), 7, 0.5)
-    return unit(np.random.default_rng(list(text.encode())).normal(size=DIM) + 4 * GAP)
-
-
-def write(path: Path, captions: bool = True) -> Path:
-    with Writer(path, CARD, 100) as writer:
-        for number in range(ROWS):
-            topic = number % KNOWN
-            words = (f"thing {topic}, seen {number}", f"东西 {topic}, 第{number}") * captions
-            texts = [drawn(topic, 1000 + number + 5000 * i, 0.5) for i in range(len(words))]
-            vectors = np.array(texts).reshape(-1, DIM)
-            image = drawn(topic, 100_000 + number, -0.5)
-            writer.add(Row(f"id{number}", f"{number}.jpg", words, pair_vectors(image, vectors)))
-    return path
+from mmalign.store import Row, Writer, delete, pair_vectors, verify
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +117,6 @@ def test_only_texts_that_are_added_have_relevance(built: Path) -> None:
 
 
 def mixed(*items: tuple[Any, float]) -> Any:
-    from mmalign import Query
-
     return Query(tuple(items))
 
 
@@ -227,6 +174,14 @@ def test_without_its_file_search_goes_on_and_says_so_once(
     for hits in found:
         assert hits.nothing_found is None
         assert [hit.id for hit in hits] == [hit.id for hit in before]
+
+
+def test_damage_of_its_file_is_found_by_verify(indexed: Path) -> None:
+    folder = open_store(indexed).index_folder
+    assert folder is not None
+    assert not verify(indexed)
+    flip(folder / relevance.FILE)
+    assert relevance.FILE in str(verify(indexed))
 
 
 def test_an_index_from_before_has_no_relevance_and_that_is_no_fault(
@@ -312,3 +267,28 @@ def test_the_bank_has_as_many_phrases_of_each_language() -> None:
     bank = phrases()
     assert len(set(bank)) == len(bank) == 2 * PER_LANGUAGE
     assert sum(relevance.language(text) == "zh" for text in bank) == PER_LANGUAGE
+
+
+def command(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
+    monkeypatch.setattr("mmalign.search.searcher.model_of", lambda *_: Drawn())
+    return CliRunner().invoke(main, ["search", str(path), *words])
+
+
+def test_the_command_shows_levels_and_ends_with_1_if_nothing_is_found(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = command(built, monkeypatch, "topic 3", "-k", "3")
+    assert (present.exit_code, present.stderr) == (0, "")
+    assert present.stdout.splitlines()[0].split()[2] in {"likely", "maybe"}
+    absent = command(built, monkeypatch, f"topic {KNOWN + 5}", "-k", "3")
+    assert (absent.exit_code, absent.stderr) == (1, "nothing found: these are only the nearest\n")
+    assert [line.split()[2] for line in absent.stdout.splitlines()] == ["unlikely"] * 3
+
+
+def test_json_says_whether_anything_was_found(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, nothing in (("topic 3", False), (f"topic {KNOWN + 5}", True)):
+        done = command(built, monkeypatch, text, "--json")
+        answer = json.loads(done.stdout)
+        assert done.exit_code == int(nothing)
+        assert answer["nothing_found"] is nothing
+        assert {"relevance", "level"} <= set(answer["hits"][0])
