@@ -63,7 +63,7 @@ class Asked:
     absent_M: Doubles
     """Score of the best hit once the images of the caption are left out; NaN if none is known."""
     other_M: Doubles
-    """Score of the best hit that no similar caption describes either; NaN if none is known."""
+    """Score of the best hit that no similar caption describes either, or more."""
     removed: Signs
     """Signs without captions of the images that were left out."""
 
@@ -294,6 +294,8 @@ def _ask(
         out_K = (nearest_KD @ own_MD[m] >= DUPLICATE) | same_K | (found_K == rows_M[m])
         similar = np.quantile(bank_BD @ queries_MD[m], 1 - SIMILAR)
         kin_K = out_K | (bank.nearest(queries_MD[m], found_K) >= similar)
+        # If all that were looked at are similar, the best of the others is no better than the last.
+        other_M[m] = scores_MK[m][len(found_K) - 1]
         for scores_M, left_out_K in ((absent_M, out_K), (other_M, kin_K)):
             if not left_out_K.all():
                 scores_M[m] = scores_MK[m][np.argmin(left_out_K)]
@@ -337,10 +339,8 @@ def fit(asked: Asked) -> Scale:
     )
     rank_M = relevance.ranks(scale, asked.signs, asked.present_M)
     scale = replace(scale, unlikely=float(np.quantile(rank_M, REJECTED)))
-    other = asked.of(~np.isnan(asked.other_M))
-    judged = relevance.judge(scale, other.removed, other.other_M)
-    likely = float(np.quantile(judged.relevance_K, 1 - MAX_ERROR)) if len(other.rows_M) else 1.0
-    return replace(scale, likely=likely)
+    judged = relevance.judge(scale, asked.removed, asked.other_M)
+    return replace(scale, likely=float(np.quantile(judged.relevance_K, 1 - MAX_ERROR)))
 
 
 def quantiles(values: Doubles) -> tuple[float, ...]:
@@ -384,9 +384,8 @@ def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
     """Measure a scale on captions that did not fit it."""
     known_M = ~np.isnan(asked.absent_M)
     absent = asked.of(known_M)
-    other = asked.of(~np.isnan(asked.other_M))
     present = relevance.judge(scale, asked.signs, asked.present_M)
-    unlike = relevance.judge(scale, other.removed, other.other_M)
+    unlike = relevance.judge(scale, asked.removed, asked.other_M)
     without = relevance.judge(scale, absent.removed, absent.absent_M)
     a, low, high = area(present.relevance_K, without.relevance_K)
     return {
@@ -399,7 +398,7 @@ def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
             "likely": _share([level == "likely" for level in without.levels_K]),
         },
         "without_similar": {
-            "captions": len(other.rows_M),
+            "captions": len(asked.rows_M),
             "likely": _share([level == "likely" for level in unlike.levels_K]),
         },
         "auc": {"area": round(a, 4), "low": round(low, 4), "high": round(high, 4)},
