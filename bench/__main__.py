@@ -20,6 +20,7 @@ NAMES = (
     "tokens",
     "topk",
     "train",
+    "vectors",
 )
 
 

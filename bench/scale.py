@@ -27,6 +27,7 @@ from mmalign.store import ModelCard, Row, Writer, delete, open_store
 from mmalign.store import manifest as manifests
 from mmalign.store.changes import shard_rows
 from mmalign.store.groups import Groups, Shard, StoredFile
+from mmalign.store.shards import with_deleted_files
 from mmalign.store.where import where
 
 FEW = 1_000
@@ -109,11 +110,19 @@ def open_group(path: Path) -> int:
     return max(found, key=lambda f: f.stat().st_mtime_ns).stat().st_size if found else 0
 
 
-def billion(path: Path, rows: int) -> dict[str, Any]:
-    """Open and commit to the manifest of so many rows."""
+def billion(path: Path, rows: int, deleted: float) -> dict[str, Any]:
+    """Open and commit to the manifest of so many rows, of which a share is deleted.
+
+    All shards share the files of their deletions, which are real.
+    """
     per_shard = shard_rows(rows)
-    shards = tuple(fake_shard(per_shard) for _ in range(-(-rows // per_shard)))
     path.mkdir()
+    (path / "shards").mkdir()
+    live_N = np.random.default_rng(0).random(per_shard) >= deleted
+    of_all = with_deleted_files(path, fake_shard(per_shard).with_live(live_N))
+    shards = tuple(
+        replace(of_all, **names_of(fake_shard(per_shard))) for _ in range(-(-rows // per_shard))
+    )
     card = ModelCard("bench-0000000000000000", "bench", 512)
     groups = Groups(path)
     names = groups.write(shards, frozenset())
@@ -141,6 +150,12 @@ def billion(path: Path, rows: int) -> dict[str, Any]:
         lambda: manifests.commit(path, delete_one, card), REPEATS
     )
     return found
+
+
+def names_of(shard: Shard) -> dict[str, Any]:
+    """Return the fields of a shard that name it and its files."""
+    names = ("name", "row_file", "vector_file", "thumbnail_file")
+    return {name: getattr(shard, name) for name in names}
 
 
 def fake_shard(rows: int) -> Shard:
@@ -181,7 +196,9 @@ def main(words: list[str]) -> None:
         row |= prefixed(
             "commits", many_commits(folder / "many.store", options.commits, options.dim)
         )
-        row |= prefixed("billion", billion(folder / "billion.store", options.billion))
+        for deleted, prefix in ((0.0, "billion"), (0.01, "billion_1%_deleted")):
+            found = billion(folder / f"{prefix}.store", options.billion, deleted)
+            row |= prefixed(prefix, found)
         measure.append("scale", {k: round(v, 3) for k, v in row.items()})
 
 

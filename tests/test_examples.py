@@ -24,8 +24,9 @@ def output(name: str, *words: str | Path, folder: Path) -> list[str]:
 def test_the_examples_run(store: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(jpeg())
     assert len(output("more_like_this.py", store, "a red circle", folder=tmp_path)) == 6
-    mixed = ("a red circle", "+0.5", "cat.jpg", "-0.5", "stripes")
-    assert len(output("mixed_query.py", store, *mixed, folder=tmp_path)) == 10
+    mixed = "a red circle + 0.5:@cat.jpg - 0.5:stripes"
+    read_as, *found = output("mixed_query.py", store, mixed, folder=tmp_path)
+    assert (read_as, len(found)) == (f"read as: {mixed}", 10)
     found = output("label_images.py", run, ".", "a red circle", "a star", folder=tmp_path)
     assert found in (["cat.jpg: a red circle"], ["cat.jpg: a star"])
 

@@ -5,9 +5,9 @@ to stdout (`--json`: one object), everything else to stderr. `errors.py` has the
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,10 @@ from mmalign.cli.options import where_option as _where
 from mmalign.errors import DataError, UsageError
 from mmalign.progress import to_stderr
 from mmalign.terminal import columns, openable, printable, shorten, width
+
+if TYPE_CHECKING:
+    from mmalign.search.query import Query
+    from mmalign.search.searcher import Hits
 
 Command = Callable[..., Any]
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
@@ -252,6 +256,7 @@ def index(
 @_store
 @click.argument("query", nargs=-1, required=True, metavar="QUERY")
 @click.option("-k", default=10, show_default=True, help="Number of results.")
+@click.option("--offset", default=0, show_default=True, help="Results to skip at the start.")
 @click.option(
     "--to", metavar="MODALITY", type=TEXT,
     help="What to search: image (the default), text for the captions, or what else the store has.",
@@ -268,6 +273,7 @@ def search(
     store: Path,
     query: tuple[str, ...],
     k: int,
+    offset: int,
     to: Any,
     where: str | None,
     exact: bool,
@@ -277,8 +283,10 @@ def search(
 ) -> None:
     """Find the images of a store that are nearest to a text or an image.
 
-    QUERY is an image if a file with this name exists, or if it begins with @ (@cat.jpg). Anything
-    else is text. Put -- before a text that begins with a dash.
+    QUERY is an image if a file with this name exists. Anything else is text, in which operators
+    between spaces count: + adds, - subtracts, ! excludes, and 2: in front is a weight. @cat.jpg is
+    an image, row:ID a row of the store; "words in quotes" must occur in a caption; FIELD:VALUE,
+    FIELD:>3 and FIELD:2..5 filter by metadata. Put -- before a text that begins with a dash.
 
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
@@ -287,47 +295,78 @@ def search(
     Example:  mmalign search photos.store "a dog on a beach"
               mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
               mmalign search photos.store cat.jpg --to text
-              mmalign search photos.store @cat.jpg
+              mmalign search photos.store "@cat.jpg + snow - 0.5:grass"
+              mmalign search photos.store "dress ! stripes price:<20"
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
     """
     import time
     from dataclasses import asdict
 
     from mmalign.progress import say
+    from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
+    from mmalign.store import open_store
 
-    asked = _query(query)
+    if len(query) > 1:
+        told = f"put its words in quotes: {' '.join(query)!r}"
+        raise UsageError(f"only one query is allowed: {told}")
+    (typed,) = query
     if sheet:
         from mmalign.search.sheet import Strip, check_sheet, draw_sheet, tiles_of
 
         check_sheet(Path(sheet))
-    searcher = Searcher.open(store, model)
+    opened = open_store(store)
+    asked = _query(typed, opened.fields)
+    read_as = asked.read_as
+    asked = _with_images(asked, typed)
+    searcher = Searcher(opened, model_of(opened, model))
     started = time.perf_counter()
-    hits = searcher.search(asked, k, to=to, exact=exact, where=where)
+    hits = searcher.search(asked, k, to=to, offset=offset, exact=exact, where=where)
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
-        picture = asked if isinstance(asked, bytes) else b""
-        draw_sheet([Strip(query[0], tiles_of(searcher.store, hits), picture)], Path(sheet))
+        pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
+        picture = pictures[0] if len(asked.items) == len(pictures) == 1 else b""
+        draw_sheet([Strip(typed, tiles_of(searcher.store, hits), picture)], Path(sheet))
     if as_json:
         rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
         answer = {
-            "query": files.in_utf8(query[0]),
+            "query": files.in_utf8(typed),
+            "read_as": read_as,
             "hits": rows,
             "nothing_found": hits.nothing_found,
             "index": searcher.describe_index(),
         }
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
     else:
-        for hit in hits:
-            words = hit.caption or (hit.captions[0] if hit.captions else "")
-            level = f"  {hit.level:<8}" if hit.level else ""
-            show(_line(f"{hit.rank:>3}  {hit.score:.3f}{level}", openable(hit.uri), words))
+        _show_hits(hits, read_as)
     if hits.nothing_found:
-        why = (
-            ": these are only the nearest" if hits else ": no row matches --where" if where else ""
-        )
-        say(f"nothing found{why}")
+        narrowed = any(vars(hits.query.selection).values())
+        why = ": no row matches the filters" if narrowed else ""
+        say(f"nothing found{': these are only the nearest' if hits else why}")
         click.get_current_context().exit(1)
+
+
+def _show_hits(hits: "Hits", read_as: dict[str, Any]) -> None:
+    from mmalign.progress import say
+
+    if not _is_plain(read_as):
+        say(f"read as: {printable(read_as['text'])}")
+    for hit in hits:
+        words = hit.caption or (hit.captions[0] if hit.captions else "")
+        score = f"{hit.score:.3f}" if hits.query.items else "-    "
+        level = f"  {hit.level:<8}" if hit.level else ""
+        show(_line(f"{hit.rank:>3}  {score}{level}", openable(hit.uri), words))
+
+
+def _is_plain(read_as: dict[str, Any]) -> bool:
+    """Return whether a query is one text or file, without weight, filter or phrase."""
+    (part, *others) = read_as["parts"]
+    return (
+        not others
+        and part["kind"] in ("text", "file")
+        and part["weight"] == 1
+        and not part["excluded"]
+    )
 
 
 def _line(start: str, place: str, words: str) -> str:
@@ -337,41 +376,69 @@ def _line(start: str, place: str, words: str) -> str:
     return f"{line}  {shorten(printable(words), room)}".rstrip()
 
 
-def _query(words: tuple[str, ...]) -> str | bytes | Path:
-    """Decide whether a query is a file or a text; of an image, its content is returned.
+def _query(typed: str, fields: Iterable[str]) -> "Query":
+    """Read a query: the name of a file, or the query language, where `@path` is a file.
 
     The name of an existing file is never searched as text, as nobody would notice; a name that
     matches no file is not refused, as it may be a text.
     """
-    if len(words) > 1:
-        raise UsageError(f"only one query is allowed: put its words in quotes: {' '.join(words)!r}")
-    from mmalign.modality import IMAGE, of_file
+    from mmalign.progress import say
+    from mmalign.search.query import Query
 
-    (typed,) = words
     named = typed.startswith("@")
     file = Path(os.path.expanduser(typed[1:] if named else typed))
-    try:
-        exists, is_file, is_folder = file.exists(), file.is_file(), file.is_dir()
-    except (OSError, ValueError):  # too long for a file name, or contains a NUL
-        exists = is_file = is_folder = False
-    if named and not is_file:
-        reason = "not a regular file" if exists else "no such image file"
+    is_file, is_other = _what_is(file)
+    if is_file or (is_other and (named or not file.is_dir())):
+        return Query(((file, 1.0),))
+    # A space in front of @ keeps it a text, as messages say.
+    asked = Query.parse(files.in_utf8(typed), fields=fields, files=not typed[:1].isspace())
+    for item in (*(item for item, _ in asked.items), *asked.excluded):
+        if isinstance(item, str) and (item.startswith(PATH_STARTS) or _ends_as_image(item)):
+            told = "looks like a file name, but there is no such file: it is searched as text"
+            say(f"{item!r} {told}")
+    return asked
+
+
+def _with_images(asked: "Query", typed: str) -> "Query":
+    """Put the content of image files in the place of their paths.
+
+    Images that cannot be decoded, and missing files, are refused before a model is loaded.
+    """
+    from dataclasses import replace
+
+    def opened(item: Any) -> Any:
+        return _content(item, typed) if isinstance(item, Path) else item
+
+    items = tuple((opened(item), weight) for item, weight in asked.items)
+    return replace(asked, items=items, excluded=tuple(map(opened, asked.excluded)))
+
+
+def _content(named: Path, typed: str) -> bytes | Path:
+    """Return the content of an image file; the path of a file of another modality."""
+    from mmalign.modality import IMAGE, of_file
+
+    file = Path(os.path.expanduser(named))
+    is_file, is_other = _what_is(file)
+    by_name = not typed.startswith("@") and Path(os.path.expanduser(typed)) == file
+    if not is_file and by_name:
+        raise UsageError(f"{file}: cannot be used as an image: not a regular file")
+    if not is_file:
+        reason = "not a regular file" if is_other else "no such image file"
         raise UsageError(
             f"{file}: {reason}; to search for text that begins with @, put a space before it"
         )
-    if is_file and of_file(file.name) is not IMAGE:
+    if of_file(file.name) is not IMAGE:
         return file
-    if is_file:
-        return _image(
-            file, "" if named else f"; to search for this text, add a space at its end: '{typed} '"
-        )
-    if exists and not is_folder:
-        raise UsageError(f"{file}: cannot be used as an image: not a regular file")
-    if typed.startswith(PATH_STARTS) or _ends_as_image(typed):
-        from mmalign.progress import say
+    hint = f"; to search for this text, add a space at its end: '{typed} '"
+    return _image(file, hint if by_name else "")
 
-        say(f"{typed!r} looks like a file name, but there is no such file: it is searched as text")
-    return files.in_utf8(typed)
+
+def _what_is(file: Path) -> tuple[bool, bool]:
+    """Return whether there is a file of a name, and whether there is something else."""
+    try:
+        return file.is_file(), file.exists() and not file.is_file()
+    except (OSError, ValueError):  # too long for a file name, or contains a NUL
+        return False, False
 
 
 def _ends_as_image(name: str) -> bool:

@@ -72,7 +72,7 @@ def write_dataset(store: Store, numbers: Ints, folder: Path, tick: Tick) -> None
         "license": "",
     }
     files.write_json(folder / "dataset_info.json", info)
-    chosen = json.dumps(asdict(store.manifest)).encode() + numbers.tobytes()
+    chosen = store.manifest.recorded_hash.encode() + numbers.tobytes()
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in file_names],
         "_fingerprint": hashlib.sha256(chosen).hexdigest()[:16],

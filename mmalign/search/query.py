@@ -1,11 +1,24 @@
 """The query to a store, as a value."""
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mmalign.errors import UsageError
-from mmalign.items import kind_of
+from mmalign.items import Row, kind_of
 from mmalign.modality import OTHER_KINDS
+from mmalign.search.grammar import Condition, Reading, Term, quoted_words, read
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a store a query is about."""
+
+    where: str | None = None
+    conditions: tuple[Condition, ...] = ()
+    phrases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -14,11 +27,14 @@ class Query:
 
     >>> Query((("a red dress", 1.0), ("stripes", -0.5)), where="price < 20", k=5).kind
     'text'
+    >>> str(Query.parse("a red dress - 0.5:stripes price:<20", fields=["price"]))
+    'price:<20 a red dress - 0.5:stripes'
     """
 
     items: tuple[tuple[Any, float], ...]
     """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
-    negative weight moves away from an item. See `mmalign.items` for what an item is."""
+    negative weight moves away from an item. See `mmalign.items` for what an item is. Without items,
+    the selected rows come in the order of the store."""
     to: str | None = None
     """The modality by whose vectors rows are found: "text" for their captions. None is the main one
     of the store, as a rule "image"."""
@@ -30,11 +46,17 @@ class Query:
     """Only rows for which this SQL expression is true, see `mmalign.store.where`."""
     exact: bool = False
     """Compare every row, even if there is an index."""
+    excluded: tuple[Any, ...] = ()
+    """Items; rows that are likely to match one are left out, see `mmalign.search.exclusion`."""
+    phrases: tuple[str, ...] = ()
+    """Only rows with each of these in a caption, in upper or lower case, of any width."""
+    conditions: tuple[Condition, ...] = ()
+    """Only rows for whose metadata these hold."""
 
     def __post_init__(self) -> None:
-        if not self.items:
+        if not (self.items or self.excluded or any(vars(self.selection).values())):
             raise UsageError("the query has no item")
-        for item, weight in self.items:
+        for item, weight in (*self.items, *((item, 1.0) for item in self.excluded)):
             kind_of(item)
             if isinstance(item, str) and not item.strip():
                 raise UsageError("the query is empty")
@@ -45,15 +67,83 @@ class Query:
         if self.offset < 0:
             raise UsageError(f"offset={self.offset} must be at least 0")
 
+    @classmethod
+    def parse(cls, text: str, *, fields: Iterable[str] = (), files: bool = False) -> "Query":
+        """Read a query in the query language, see `mmalign.search.grammar`.
+
+        What cannot be read in the language is words. `str` of the result writes it down; reading
+        that gives an equal query.
+
+        Args:
+            text: The query.
+            fields: The fields of the metadata that can be filtered by, as `Searcher.fields`.
+            files: Whether `@path` is a file. Leave it off where others write the query.
+
+        Raises:
+            UsageError: The text is empty.
+        """
+        reading = read(text, fields, files=files)
+        if not (reading.terms or reading.conditions):
+            raise UsageError("the query is empty")
+        return cls(
+            tuple((_item(term), term.weight) for term in reading.terms if not term.excluded),
+            excluded=tuple(_item(term) for term in reading.terms if term.excluded),
+            phrases=tuple(phrase for term in reading.terms for phrase in term.phrases),
+            conditions=reading.conditions,
+        )
+
     @property
     def kind(self) -> str | None:
-        """Return the modality of its weightiest item; None for a vector or a row.
+        """Return the modality of its weightiest item; None for a vector, a row or no item.
 
         An index is tuned for each query modality.
         """
+        if not self.items:
+            return None
         item, _ = max(self.items, key=lambda pair: abs(pair[1]))
         kind = kind_of(item)
         return None if kind in OTHER_KINDS else kind
+
+    @property
+    def selection(self) -> Selection:
+        """Return which rows may be found."""
+        return Selection(self.where, self.conditions, self.phrases)
+
+    @property
+    def reading(self) -> Reading:
+        """Return what it asks for, as the query language says it.
+
+        Items that cannot be written, as vectors, have no content. Other options are not part of it.
+        """
+        phrases = deque(self.phrases)
+        terms = [_term(item, weight, phrases) for item, weight in self.items]
+        excluded = [
+            replace(_term(item, -1, deque()), weight=1.0, excluded=True) for item in self.excluded
+        ]
+        return Reading((*terms, *excluded), self.conditions)
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """Return how it was read as plain values: its text in the query language, and its parts."""
+        reading = self.reading
+        parts: list[dict[str, Any]] = [
+            {"kind": "filter", "content": str(replace(c, excluded=False)), "weight": None,
+             "excluded": c.excluded}
+            for c in reading.conditions
+        ]  # fmt: skip
+        for term in reading.terms:
+            words = term.words if term.kind == "text" else term.content
+            parts.append(
+                {"kind": term.kind, "content": words, "weight": term.weight,
+                 "excluded": term.excluded}
+            )  # fmt: skip
+        for phrase in self.phrases:
+            parts.append({"kind": "phrase", "content": phrase, "weight": None, "excluded": False})
+        return {"text": str(reading), "parts": parts}
+
+    def __str__(self) -> str:
+        """Write it in the query language; an item that cannot be written is `<kind>`."""
+        return str(self.reading)
 
 
 def as_query(item: Any, **options: Any) -> Query:
@@ -67,3 +157,20 @@ def as_query(item: Any, **options: Any) -> Query:
     if isinstance(item, Query):
         return replace(item, **changes)
     return Query(((item, 1.0),), **changes)
+
+
+def _item(term: Term) -> Any:
+    """Return what a term stands for, see `mmalign.items`."""
+    made = {"row": Row, "file": Path}.get(term.kind)
+    return made(term.content) if made else term.words
+
+
+def _term(item: Any, weight: float, phrases: deque[str]) -> Term:
+    """Write an item as a term; phrases that are found in it are removed."""
+    if isinstance(item, str):
+        return Term(quoted_words(item, phrases, added=weight > 0), weight=weight)
+    if isinstance(item, Row):
+        return Term(item.id, "row", weight)
+    if isinstance(item, Path):
+        return Term(str(item), "file", weight)
+    return Term("", kind_of(item), weight)

@@ -115,6 +115,11 @@ class Relevance:
         self.bank_BD = bank_BD.astype(np.float32)
         self.scales = dict(scales)
 
+    @property
+    def on_captions(self) -> bool:
+        """Whether it was calibrated on captions of the store."""
+        return len(self.bank_BD) > 0
+
     def judge(self, query_D: Floats, scores_K: Floats, text: str) -> Judgement:
         """Judge hits by their scores, which may be in any order; `text` tells the language."""
         if not len(scores_K):

@@ -2,7 +2,7 @@
 
     query -> encoder -> index finds rows -> store reads the rows
 
-Shapes: M queries, D dimensions, K rows.
+Shapes: M queries, D dimensions, K rows, N rows of the store.
 """
 
 import threading
@@ -13,16 +13,17 @@ from typing import Any, overload
 
 import numpy as np
 
-from mmalign.arrays import Floats
+from mmalign.arrays import Bools, Floats
 from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.encoding.modalities import is_model_of
-from mmalign.errors import UsageError
+from mmalign.errors import UsageError, VectorError
 from mmalign.items import Row, unit_vector
 from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
+from mmalign.search.exclusion import Excluded, left_out
 from mmalign.search.model import model_of, require_model_of
-from mmalign.search.query import Query, as_query
+from mmalign.search.query import Query, Selection, as_query
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
@@ -45,7 +46,7 @@ class Hits(Sequence[Hit]):
     hits: tuple[Hit, ...] = ()
     nothing_found: bool | None = None
     """Whether no row is relevant: the best hit is unlikely, or there is none; None if relevance is
-    not known. The nearest rows are hits all the same."""
+    not known, or rows were listed. The nearest rows are hits all the same."""
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -97,6 +98,11 @@ class Searcher:
         """Return the encoder of the space that is searched."""
         return self._current.encoder
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the fields of the metadata: `Query.parse(text, fields=searcher.fields)`."""
+        return tuple(self.store.fields)
+
     def refresh(self) -> bool:
         """Switch to the newest generation of the store; return whether there was a newer one.
 
@@ -134,7 +140,8 @@ class Searcher:
 
         Args:
             query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
-                text. Or a `Query`; the other arguments replace its fields.
+                text. Or a `Query`, also one read by `Query.parse`; the other arguments replace its
+                fields.
             k: Number of rows, by default 10; fewer if the store has fewer.
             to: The modality to search: "text" for the captions; by default the main one of the
                 store, as a rule "image".
@@ -178,7 +185,10 @@ class Searcher:
         """Return the unit vectors of a list of queries, (M, D); see `search`."""
         if isinstance(queries, str | bytes | Query):
             raise UsageError("encode takes a list of queries: encode([query])")
-        return self._encode([as_query(query) for query in queries], self._current)
+        parsed = [as_query(query) for query in queries]
+        if not all(query.items for query in parsed):
+            raise UsageError("a query without items has no vector")
+        return self._encode(parsed, self._current)[0]
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the index over the images."""
@@ -186,34 +196,40 @@ class Searcher:
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
         current = self._current  # the same for the whole answer, even if `refresh` is called
-        snapshot, vectors_MD = current.snapshot, self._encode(queries, current)
+        snapshot = current.snapshot
+        vectors_MD, excluded = self._encode(queries, current)
+        selected = {s: snapshot.selected(s) for s in {query.selection for query in queries}}
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        groups = _group_by_search(queries, snapshot)
-        allowed = {key: snapshot.allowed(*key) for key in {group[:2] for group in groups}}
         answers: dict[int, Hits] = {}
-        for (to, where, exact, kind, wanted), numbers in groups.items():
-            scores_MK, rows_MK = snapshot.find(
-                vectors_MD[numbers], wanted, kind=kind, to=to, exact=exact,
-                allowed_N=allowed[to, where],
-            )  # fmt: skip
-            for number, scores_K, rows_K in zip(numbers, scores_MK, rows_MK, strict=True):
-                query, first = queries[number], queries[number].offset
-                found = scores_K[rows_K >= 0]
-                judged = snapshot.judge(vectors_MD[number], found, to, _text_of(query))
-                hits = snapshot.hits(
-                    scores_K[first:], rows_K[first:], to, first=first + 1, extra=extra,
-                    judged=judged and judged.after(first),
-                )  # fmt: skip
-                nothing = judged.nothing if judged else None if len(found) else True
-                answers[number] = Hits(query, tuple(hits), nothing)
+        for asked, numbers in _group_by_search(queries, snapshot).items():
+            vectors_GD = vectors_MD[numbers] if asked.by_vector else None
+            selected_N = selected[asked.selection]
+            if asked.excluding is not None:
+                query_D = None if vectors_GD is None else vectors_GD[0]
+                left_out_N = left_out(snapshot, excluded[asked.excluding], query_D, asked.to)
+                selected_N = ~left_out_N if selected_N is None else selected_N & ~left_out_N
+            group = [queries[number] for number in numbers]
+            found = _found(snapshot, asked, group, vectors_GD, selected_N, extra=extra)
+            answers |= zip(numbers, found, strict=True)
         return [answers[number] for number in range(len(queries))]
 
     @staticmethod
-    def _encode(queries: Sequence[Query], current: _Current) -> Floats:
-        """Encode all items of all queries in batches, and sum them by weight for each query."""
+    def _encode(
+        queries: Sequence[Query], current: _Current
+    ) -> tuple[Floats, dict[int, list[Excluded]]]:
+        """Encode all items of all queries in batches, and sum them by weight for each query.
+
+        Returns:
+            The vectors (M, D), zero for a query without items, and the excluded items of each
+            query that has some.
+        """
         encoder, store = current.encoder, current.snapshot.store
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
-        items = [_vector_of(item, store) if isinstance(item, Row) else item for _, item, _ in parts]
+        left = [(number, item) for number, q in enumerate(queries) for item in q.excluded]
+        items = [
+            _vector_of(item, store) if isinstance(item, Row) else item
+            for item in (*(item for _, item, _ in parts), *(item for _, item in left))
+        ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
         vectors = encode_items(encoder, items)
         truncated = len(encoder.tokenizer.cut(texts)) if texts else 0
@@ -222,13 +238,19 @@ class Searcher:
             it = "it was" if len(queries) == 1 else "they were"
             say(f"warning: {what} longer than {encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), encoder.dim), np.float32)
-        for (number, _, weight), vector_D in zip(parts, vectors, strict=True):
+        for (number, _, weight), vector_D in zip(parts, vectors, strict=False):
             is_single_item = len(queries[number].items) == 1 and weight == 1
             vectors_MD[number] += vector_D if is_single_item else np.float32(weight) * vector_D
         for number, query in enumerate(queries):
-            if len(query.items) > 1 or query.items[0][1] != 1:
+            if len(query.items) > 1 or (query.items and query.items[0][1] != 1):
+                if not vectors_MD[number].any():
+                    raise VectorError("the items of the query cancel out: give them other weights")
                 vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
-        return vectors_MD
+        excluded: dict[int, list[Excluded]] = {}
+        for (number, item), vector_D in zip(left, vectors[len(parts) :], strict=True):
+            words = item if isinstance(item, str) else None
+            excluded.setdefault(number, []).append((words, vector_D))
+        return vectors_MD, excluded
 
 
 def _text_of(query: Query) -> str | None:
@@ -249,13 +271,76 @@ def _vector_of(row: Row, store: Store) -> Floats:
     raise UsageError(f"{store.path}: the row {row.id!r} has no vector to search by")
 
 
-def _group_by_search(
-    queries: Sequence[Query], snapshot: Snapshot
-) -> dict[tuple[str, str | None, bool, str, int], list[int]]:
+@dataclass(frozen=True)
+class _Asked:
+    """What queries that are searched in one call have in common."""
+
+    to: str
+    selection: Selection
+    exact: bool
+    kind: str
+    wanted: int
+    by_vector: bool
+    excluding: int | None
+    """The number of a query that excludes items, which is searched alone."""
+
+
+def _found(
+    snapshot: Snapshot,
+    asked: _Asked,
+    queries: Sequence[Query],
+    vectors_MD: Floats | None,
+    selected_N: Bools | None,
+    *,
+    extra: Sequence[str],
+) -> list[Hits]:
+    """Answer queries that can be searched in one call.
+
+    Args:
+        snapshot: What is searched.
+        asked: What they have in common.
+        queries: The queries.
+        vectors_MD: Their vectors; None if they have no items, then rows are listed.
+        selected_N: Which rows may be found; None for all.
+        extra: Columns to read, see `Snapshot.hits`.
+    """
+    if vectors_MD is None:
+        return [_listed(snapshot, q, selected_N, extra) for q in queries]
+    scores_MK, numbers_MK = snapshot.find(
+        vectors_MD, asked.wanted, kind=asked.kind, to=asked.to, exact=asked.exact,
+        allowed_N=snapshot.allowed(asked.to, selected_N),
+    )  # fmt: skip
+    answers = []
+    for q, vector_D, scores_K, numbers_K in zip(
+        queries, vectors_MD, scores_MK, numbers_MK, strict=True
+    ):
+        page, found_K = slice(q.offset, None), scores_K[numbers_K >= 0]
+        judged = snapshot.judge(vector_D, found_K, asked.to, _text_of(q))
+        hits = snapshot.hits(
+            scores_K[page], numbers_K[page], asked.to, first=q.offset + 1, extra=extra,
+            judged=judged and judged.after(q.offset),
+        )  # fmt: skip
+        nothing = judged.nothing if judged else None if len(found_K) else True
+        answers.append(Hits(q, tuple(hits), nothing))
+    return answers
+
+
+def _listed(
+    snapshot: Snapshot, query: Query, selected_N: Bools | None, extra: Sequence[str]
+) -> Hits:
+    """List rows, of which none is nearer than another; the first page tells whether there are."""
+    hits = snapshot.listed(selected_N, first=query.offset + 1, k=query.k, extra=extra)
+    any_row = hits or snapshot.listed(selected_N, first=1, k=1, extra=())
+    return Hits(query, tuple(hits), None if any_row else True)
+
+
+def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Asked, list[int]]:
     """Group the numbers of queries that can be searched in one call."""
-    groups: dict[tuple[str, str | None, bool, str, int], list[int]] = {}
+    groups: dict[_Asked, list[int]] = {}
     for number, q in enumerate(queries):
-        to = snapshot.target(q.to)
-        key = (to, q.where, q.exact, q.kind or snapshot.main, q.k + q.offset)
-        groups.setdefault(key, []).append(number)
+        asked = _Asked(
+            snapshot.target(q.to), q.selection, q.exact, q.kind or snapshot.main, q.k + q.offset,
+            by_vector=bool(q.items), excluding=number if q.excluded else None,
+        )  # fmt: skip
+        groups.setdefault(asked, []).append(number)
     return groups

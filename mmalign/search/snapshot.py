@@ -17,9 +17,15 @@ from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
+from mmalign.search.filters import as_sql
+from mmalign.search.query import Selection
 from mmalign.search.relevance import Judgement, Relevance, load
 from mmalign.store import Store
+from mmalign.store.phrases import with_phrases
 from mmalign.store.where import where as rows_where
+
+# Each phrase reads all captions, and what `where` may take is limited too.
+MOST_FILTERS = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Hit:
     """Starts at 1; skipped results (`offset`) count."""
     id: str
     score: float
-    """Cosine similarity of the query and the best vector of the row."""
+    """Cosine similarity of the query and the best vector of the row; 0 if the query has no item to
+    compare rows with."""
     uri: str
     captions: tuple[str, ...]
     row: int
@@ -117,34 +124,61 @@ class Snapshot:
             return None
         return self.relevance.judge(vector_D, scores_K, text)
 
-    def likely(self, vector_D: Floats, to: str, text: str) -> Bools:
-        """Return which rows are likely to be what a text asks for, (N,): none without relevance.
+    def likely(self, vector_D: Floats, to: str, text: str | None) -> Bools | None:
+        """Return which rows (N,) are likely what a text asks for; None if nobody can say.
+
+        Nobody can of other items than texts, and in a store that was not calibrated on captions.
 
         Every vector is scored once, a second for a million of 512 dimensions.
 
         Args:
             vector_D: Unit vector of the text.
             to: Modality of the vectors that rows are judged by.
-            text: Its language decides the thresholds.
+            text: The text, whose language decides the thresholds; None for another item.
         """
+        if not text or to != self.main or self.relevance is None or not self.relevance.on_captions:
+            return None
         likely_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-        if to != self.main or self.relevance is None:
-            return likely_N
         least = self.relevance.likely_score(vector_D, text)
         vectors = VectorReader(self.store.vectors(to), self._live_vectors(to))
-        owners_N = self._owners(to)
+        owners_N = self.owners(to)
         for numbers_B, block_BD in vectors.blocks() if least <= 1 else ():
             found = numbers_B[block_BD @ vector_D >= least]
             likely_N[found if owners_N is None else owners_N[found]] = True
         return likely_N
 
-    def allowed(self, to: str, where: str | None) -> Bools | None:
-        """Return which vectors may be found: those of live rows selected by `where`."""
-        if where is None:
+    def selected(self, selection: Selection) -> Bools | None:
+        """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
+
+        Raises:
+            UsageError: A filter names no field, or does not fit it, or there are too many.
+        """
+        count = len(selection.conditions) + len(selection.phrases)
+        if count > MOST_FILTERS:
+            told = f"the query has {count} filters and phrases"
+            raise UsageError(f"{told}; at most {MOST_FILTERS} are allowed: write --where")
+        expressions = [] if selection.where is None else [selection.where]
+        if selection.conditions:
+            expressions.append(as_sql(selection.conditions, self.store.fields))
+        if not (expressions or selection.phrases):
+            return None
+        selected_N = np.ones(self.store.manifest.physical_rows, np.bool_)
+        for expression in expressions:
+            holds_N = np.zeros(len(selected_N), np.bool_)
+            holds_N[rows_where(self.store, expression)] = True
+            selected_N &= holds_N
+        if selection.phrases:
+            selected_N &= with_phrases(self.store, selection.phrases)
+        return selected_N
+
+    def allowed(self, to: str, selected_N: Bools | None) -> Bools | None:
+        """Return which vectors may be found: those of live rows that are selected; None for all."""
+        if selected_N is None:
             return self._live_vectors(to)
-        allowed_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-        allowed_N[rows_where(self.store, where)] = True
-        return self._of_vectors(allowed_N, to)
+        return self._of_vectors(self._live_of(selected_N), to)
+
+    def _live_of(self, selected_N: Bools) -> Bools:
+        return selected_N if self.store.live is None else selected_N & self.store.live
 
     def _live_vectors(self, to: str) -> Bools | None:
         """Return which vectors of a modality are those of live rows; None if all are."""
@@ -157,10 +191,10 @@ class Snapshot:
 
     def _of_vectors(self, mask: Bools, to: str) -> Bools:
         """Turn a mask of the rows into one of the vectors."""
-        owners_N = self._owners(to)
+        owners_N = self.owners(to)
         return mask if owners_N is None else mask[owners_N]
 
-    def _owners(self, to: str) -> Ints | None:
+    def owners(self, to: str) -> Ints | None:
         """Return the row of each vector; None if each row has one."""
         return None if self.store.is_single(to) else self.store.owners(to)
 
@@ -209,17 +243,51 @@ class Snapshot:
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
-        owners_N = self._owners(to)
+        owners_N = self.owners(to)
         owners = numbers if owners_N is None else owners_N[numbers]
-        rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
-        hits = []
         positions: list[tuple[float, ...] | None] = [None] * len(numbers)
         if self.store.manifest.model.positions[to]:
             positions = [tuple(p) for p in self.store.positions(to, numbers).tolist()]
         modality = modalities.find(to)
         column = modality.column if modality else ""
+        scores = scores_K[found].tolist()
+        return self._read_hits(
+            scores, positions, owners, column, first=first, extra=extra, judged=judged
+        )
+
+    def listed(
+        self, selected_N: Bools | None, *, first: int, k: int, extra: Sequence[str]
+    ) -> list[Hit]:
+        """Read k of the selected rows in the order of the store, as hits with the score 0.
+
+        Args:
+            selected_N: The rows; None for all.
+            first: Rank of the first one.
+            k: Number of rows at most.
+            extra: See `hits`.
+        """
+        every = self.store.manifest.physical_rows
+        selected_N = np.ones(every, np.bool_) if selected_N is None else selected_N
+        rows = np.flatnonzero(self._live_of(selected_N))[first - 1 : first - 1 + k]
+        nowhere = [None] * len(rows)
+        return self._read_hits([0.0] * len(rows), nowhere, rows, "", first=first, extra=extra)
+
+    def _read_hits(
+        self,
+        scores: Sequence[float],
+        positions: Sequence[tuple[float, ...] | None],
+        owners: Ints,
+        column: str,
+        *,
+        first: int,
+        extra: Sequence[str],
+        judged: Judgement | None = None,
+    ) -> list[Hit]:
+        """Read rows as hits; a position counts in a column, or in none if that is empty."""
+        rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
+        hits = []
         for rank, (score, position, owner, row) in enumerate(
-            zip(scores_K[found].tolist(), positions, owners.tolist(), rows, strict=True),
+            zip(scores, positions, owners.tolist(), rows, strict=True),
             start=first,
         ):
             captions = tuple(row["captions"])
@@ -255,7 +323,7 @@ class Snapshot:
                     raise StoreError(f"{self.store.path}: the store has no {to} vectors to search")
                 folder = None if exact else self.store.index_folder
                 try:
-                    self._indexes[to, exact] = open_index(folder, to, shards, self._owners(to))
+                    self._indexes[to, exact] = open_index(folder, to, shards, self.owners(to))
                 except StoreError as error:
                     if exact:
                         raise
@@ -273,4 +341,4 @@ class Snapshot:
         repair = f"; run {shell_command('repair', self.store.path)}"
         remedy = "" if "run `" in str(error) else repair  # or the error names its own
         say(f"warning: {self.store.path}: {error}; exact search is used instead{remedy}")
-        return Exact(self.store.vectors(to), owners=Owners.of(self._owners(to)))
+        return Exact(self.store.vectors(to), owners=Owners.of(self.owners(to)))

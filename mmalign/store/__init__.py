@@ -11,6 +11,7 @@ receipts.py   rows -> shards and a receipt -> manifest
 writer.py     rows one by one, written and committed together
 reader.py     a manifest -> memory-mapped vectors and rows
 where.py      select rows by SQL
+phrases.py    select rows by what their captions say
 failures.py   every sample without an embedding, and why
 changes.py    delete, compact, join small shards
 update.py     fields of meta, without embedding

@@ -360,7 +360,7 @@ def _replace_shards(
     now = shards[first : first + len(group)]
     if [s.name for s in now] != names:
         raise StoreError(f"{store}: another compaction finished first; run it again")
-    if [s.files for s in now] != [s.files for s in group]:
+    if [(s.current_files, s.next) for s in now] != [(s.current_files, s.next) for s in group]:
         raise StoreError(f"{store}: rows were updated during the compaction; run it again")
     still_live = _live(now)[_live(group)]
     ends = np.cumsum([s.rows for s in written])

@@ -60,6 +60,17 @@ def common_type(types: Iterable[pa.DataType]) -> pa.DataType | None:
     return found.pop() if len(found) == 1 else None
 
 
+def kind_of(types: Iterable[pa.DataType | None]) -> str:
+    """Return what a field holds: "number", "truth", "text", or "json" for whatever else.
+
+    Args:
+        types: Its types in the shards; None where it is only in the JSON.
+    """
+    known = list(types)
+    kind = None if None in known else common_type(known)
+    return {INTEGER: "number", REAL: "number", TRUTH: "truth", TEXT: "text"}.get(kind, "json")
+
+
 def joined(shards: Sequence[tuple[pa.Array | None, int]]) -> pa.ChunkedArray | None:
     """Join a field's column of each shard; None if there is no type for all.
 

@@ -8,21 +8,23 @@ N rows of a shard.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mmalign import files
 from mmalign.arrays import Bools
-from mmalign.errors import StoreError
+from mmalign.errors import StoreError, shell_command
 
 FOLDER = "groups"
 # A manifest may name only files inside its store, as manifests are untrusted input.
@@ -37,6 +39,8 @@ MOST_ROWS, MOST_BYTES = 2**31 - 1, 2**48
 BORDER, MOST_SHARDS = 64, 256
 NEXT = "next"
 ROLES = ("rows", "vectors", "thumbnails")
+DELETED = ("deleted", "deleted-copy")
+DELETED_SCHEMA = pa.schema([pa.field("deleted", pa.bool_(), nullable=False)])
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,21 @@ class Shard:
     deleted_rows: int = 0
     deleted: str = ""
     """Base64 of compressed bits, one for each row, the highest bit of a byte first; 1 is deleted.
-    Empty if no row is deleted."""
+    Empty if no row is deleted, or if there are files that say it."""
+    deleted_files: tuple[StoredFile, ...] = ()
+    """Two equal files of the deletions, if these are large: nothing else says what they say."""
+    store: Path | None = field(default=None, compare=False, repr=False)
+    """The folder of the store, if there are such files."""
 
     @property
     def files(self) -> dict[str, StoredFile]:
-        """All files by role: those that are read, and the vectors of the next space."""
-        return self.current_files | ({NEXT: self.next.file} if self.next else {})
+        """All files by role: of the rows, the vectors of the next space, large deletions."""
+        following = {NEXT: self.next.file} if self.next else {}
+        return self.current_files | following | dict(zip(DELETED, self.deleted_files, strict=False))
 
     @property
     def current_files(self) -> dict[str, StoredFile]:
-        """The files that are read, by role: rows, vectors, thumbnails."""
+        """The files of the rows, by role: rows, vectors, thumbnails."""
         every = zip(ROLES, (self.row_file, self.vector_file, self.thumbnail_file), strict=True)
         return {role: file for role, file in every if file}
 
@@ -107,7 +116,13 @@ class Shard:
 
     @property
     def live(self) -> Bools:
-        """Mask of the rows that are not deleted, shape (N,)."""
+        """Mask of the rows that are not deleted, shape (N,).
+
+        Raises:
+            StoreError: The files of the deletions are damaged or missing.
+        """
+        if self.deleted_files:
+            return ~_read_deleted(self)
         if not self.deleted:
             return np.ones(self.rows, np.bool_)
         bits = np.frombuffer(_bits(self), np.uint8)
@@ -126,7 +141,7 @@ class Shard:
         """Return the shard with only these rows live."""
         deleted = int(self.rows - live_N.sum())
         bits = compressed(np.packbits(~live_N).tobytes()) if deleted else ""
-        return replace(self, deleted_rows=deleted, deleted=bits)
+        return replace(self, deleted_rows=deleted, deleted=bits, deleted_files=())
 
     def with_rows_deleted(self, rows: Sequence[int]) -> "Shard":
         """Return the shard with these rows deleted too."""
@@ -147,6 +162,30 @@ def _bits(shard: Shard) -> bytes:
     most = (shard.rows + 7) // 8 + 1
     content = base64.b64decode(shard.deleted, validate=True)
     return zlib.decompressobj().decompress(content, most)
+
+
+def _read_deleted(shard: Shard) -> Bools:
+    """Read the deletions of a shard from the file that is undamaged."""
+    assert shard.store is not None
+    problem = ""
+    for file in shard.deleted_files:
+        path = shard.store / "shards" / file.name
+        try:
+            files.require_regular(path)
+            content = path.read_bytes()
+        except OSError as error:
+            problem = problem or f"{path}: {error.strerror or error}"
+            continue
+        if hashlib.sha256(content).hexdigest() == file.sha256:
+            # Even so the content is untrusted: anyone may have written both.
+            with contextlib.suppress(ValueError, IndexError, pa.ArrowException):
+                column = pa.ipc.open_file(content).get_batch(0).column(0)
+                column.validate(full=True)
+                deleted_N: Bools = column.to_numpy(zero_copy_only=False)
+                if deleted_N.shape == (shard.rows,) and deleted_N.sum() == shard.deleted_rows:
+                    return deleted_N.astype(np.bool_)
+        problem = f"{path}: deletions are damaged"
+    raise StoreError(f"{problem}; run {shell_command('repair', shard.store)}")
 
 
 def divide(shards: Sequence[Shard]) -> list[tuple[Shard, ...]]:
@@ -184,7 +223,7 @@ class Groups:
         """
         for name in names:
             if name not in self._shards:
-                self._keep(name, parse(read_either(self.folder, name)))
+                self._keep(name, parse(read_either(self.folder, name), self.folder.parent))
         return tuple(shard for name in names for shard in self._shards[name])
 
     def write(self, shards: Sequence[Shard], avoid: frozenset[str]) -> tuple[str, ...]:
@@ -267,14 +306,14 @@ def _values(shard: Shard) -> dict[str, Any]:
     return values | {name: getattr(shard, name) for name in optional if getattr(shard, name)}
 
 
-def parse(content: bytes) -> tuple[Shard, ...]:
-    """Read a group from its JSON.
+def parse(content: bytes, store: Path | None = None) -> tuple[Shard, ...]:
+    """Read a group of a store from its JSON.
 
     Raises:
         StoreError: It was not made by mmalign.
     """
     try:
-        shards = tuple(_shard(values) for values in json.loads(content)["shards"])
+        shards = tuple(_shard(values, store) for values in json.loads(content)["shards"])
         wrong = next((f"the shard {s.name!r} with {w}" for s in shards for w in invalid(s)), None)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError, zlib.error) as error:
         wrong = f"invalid fields: {error}"
@@ -283,7 +322,7 @@ def parse(content: bytes) -> tuple[Shard, ...]:
     return shards
 
 
-def _shard(values: dict[str, Any]) -> Shard:
+def _shard(values: dict[str, Any], store: Path | None) -> Shard:
     stored = {role: StoredFile(*file) for role, file in values["files"].items()}
     return Shard(
         values["name"],
@@ -292,6 +331,8 @@ def _shard(values: dict[str, Any]) -> Shard:
         stored["vectors"],
         stored.get("thumbnails"),
         next=NextVectors(stored[NEXT], *values[NEXT]) if NEXT in stored else None,
+        deleted_files=tuple(stored[role] for role in DELETED if role in stored),
+        store=store,
         **{k: v for k, v in values.items() if k not in ("name", "rows", "files", NEXT)},
     )
 
@@ -310,12 +351,15 @@ def invalid(shard: Shard) -> Iterator[str]:
     told = [shard.precision, shard.version, shard.space, shard.deleted]
     if shard.next:
         told += [shard.next.space, shard.next.precision, shard.next.version]
+    if len(shard.deleted_files) not in (0, len(DELETED)) or (shard.deleted_files and shard.deleted):
+        yield f"{len(shard.deleted_files)} files of deletions"
     if not {type(text) for text in told} <= {str}:
         yield f"the precision {shard.precision!r} and version {shard.version!r}"
     elif not is_count(shard.deleted_rows, shard.rows):
         yield f"{shard.deleted_rows!r} deleted of {shard.rows} rows"
     else:
-        expected = (shard.rows + 7) // 8 if shard.deleted_rows else 0
+        is_inline = shard.deleted_rows and not shard.deleted_files
+        expected = (shard.rows + 7) // 8 if is_inline else 0
         found = len(_bits(shard)) if shard.deleted else 0
         if found != expected:
             yield f"{found} bytes of deletions for {shard.rows} rows"

@@ -31,6 +31,7 @@ from mmalign.store import format2
 from mmalign.store import groups as shard_groups
 from mmalign.store.groups import NAME, SHA256, Groups, Shard, is_count, matches
 from mmalign.store.model_card import ModelCard, invalid_model, model_card_of, model_values
+from mmalign.store.shards import with_deleted_files
 
 FORMAT = 3
 TRIES = 100
@@ -434,6 +435,8 @@ def _following(
     store: Path, base: Manifest, changed: Manifest, found: Sequence[Path], groups: Groups
 ) -> tuple[Manifest, list[Path]]:
     """Return the generation to claim, with its groups written, and the files that it removes."""
+    shards = tuple(with_deleted_files(store, shard) for shard in changed.shards)
+    changed = replace(changed, shards=shards)
     added, dropped = _difference(base, changed)
     require_files(store, base, added)
     leaving = {f"groups/{name}" for name in base.groups}

@@ -172,6 +172,7 @@ class _Copy:
 
     def shard(self, store: Path, shard: Shard) -> Shard:
         """Copy the files of a shard; names get new ones if the new store has them already."""
+        shard = shard.with_live(shard.live)
         name, named = shard.name, {f: f.name for f in shard.current_files.values()}
         if self._names & {name, *named.values()}:
             # Two stores may be copies of the same store.

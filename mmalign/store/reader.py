@@ -19,7 +19,7 @@ from mmalign.errors import StoreError, nearest, shell_command
 from mmalign.progress import say
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
-from mmalign.store.fields import joined
+from mmalign.store.fields import joined, kind_of
 from mmalign.store.groups import Shard
 from mmalign.store.ids import candidates
 from mmalign.store.manifest import Manifest
@@ -67,6 +67,7 @@ class Store:
         Raises:
             StoreError: A shard is missing or damaged.
         """
+        _ = self.live
         for shard in self._shards:
             shard.open_all()
 
@@ -292,6 +293,20 @@ class Store:
             return None
         sizes = (shard.rows for shard in self.manifest.shards)
         return joined([(column, rows) for (column, _), rows in zip(found, sizes, strict=True)])
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """The fields of the metadata and what they hold: "number", "truth", "text" or "json".
+
+        "json" is any value, as a list. Fields that only rows of format 2 have are missing.
+        """
+        types: dict[str, set[pa.DataType | None]] = {}
+        for shard in self._shards:
+            for name in (*shard.field_types, *(shard.json_fields or ())):
+                types.setdefault(name, set()).add(shard.field_types.get(name))
+        if any(shard.json_fields is None for shard in self._shards):
+            return dict.fromkeys(types, "json")
+        return {name: kind_of(found) for name, found in types.items()}
 
     def column(self, name: str) -> list[Any]:
         """Read one column of all live rows, in row order."""

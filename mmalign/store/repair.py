@@ -76,11 +76,11 @@ def repair(path: str | Path) -> RepairReport:
     def change(base: Manifest) -> Manifest:
         nonlocal before, lost, listed
         before = base
-        found = _with_saved_deletions(base.shards, saved)
-        lost = [s for s in found if _is_lost(s, damaged)]
+        lost = [s for s in base.shards if _is_lost(s, damaged)]
         # First, so that a killed repair does not lose rows silently.
         listed = sum(_list_lost(store, shard) for shard in lost)
-        kept = [_without_damaged(s, damaged) for s in found if not _is_lost(s, damaged)]
+        found = [_without_damaged(s, damaged) for s in base.shards if not _is_lost(s, damaged)]
+        kept = _with_saved_deletions(found, saved)
         shards = _append_saved(open_shards, kept, _of_model(saved, base.model))
         # Without a shard, the rows after it get other numbers.
         drop_index = lost or (base.index and base.index.name in indexes)
@@ -146,14 +146,22 @@ def _find_saved(
         if name in manifest.groups or f"groups/{name}" in announced:
             continue
         with contextlib.suppress(ValueError, OSError, StoreError):
-            for named in parse(read_either(store / "groups", name)):
+            for named in parse(read_either(store / "groups", name), store):
                 shard = replace(named, next=None)
+                if not _tells_deleted_rows(shard):
+                    continue
                 # One of another space is in the evidence of a swap: its rows are read from the
                 # shard that had its name before, but what was deleted in it counts.
                 others = not _of_model([shard], manifest.model)
                 if others or _is_whole(store, shard, manifest.model, announced, damage):
                     saved[shard.name] = shard
     return list(saved.values())
+
+
+def _tells_deleted_rows(shard: Shard) -> bool:
+    with contextlib.suppress(StoreError):
+        return len(shard.live) == shard.rows
+    return False
 
 
 def _named_groups(store: Path, evidence: Sequence[bytes]) -> list[str]:
@@ -199,7 +207,10 @@ def _with_saved_deletions(shards: Iterable[Shard], saved: Iterable[Shard]) -> li
     later = {shard.name: shard for shard in saved}
     out = []
     for shard in shards:
-        newer = later.get(shard.name, shard)
+        newer = later.get(shard.name)
+        if newer is None:
+            out.append(shard)
+            continue
         both_live = newer.rows == shard.rows
         # After a swap, its vectors are of another space.
         kept = replace(newer, next=shard.next) if newer.space == shard.space else shard
@@ -213,11 +224,19 @@ def _of_model(shards: Iterable[Shard], model: ModelCard) -> list[Shard]:
 
 
 def _is_lost(shard: Shard, damaged: set[str]) -> bool:
-    return shard.row_file.name in damaged or shard.vector_file.name in damaged
+    """Return whether rows or vectors of a shard are damaged, or all that tells its deleted rows."""
+    deleted = [file.name in damaged for file in shard.deleted_files]
+    own = shard.row_file.name in damaged or shard.vector_file.name in damaged
+    return own or (len(deleted) > 0 and all(deleted))
 
 
 def _without_damaged(shard: Shard, damaged: set[str]) -> Shard:
-    """Return a shard without damaged thumbnails, and without damaged vectors of a next space."""
+    """Return a shard without damaged thumbnails, and without damaged vectors of a next space.
+
+    Deletions of which one file is damaged are written anew from the other.
+    """
+    if any(file.name in damaged for file in shard.deleted_files):
+        shard = shard.with_live(shard.live)
     if shard.thumbnail_file and shard.thumbnail_file.name in damaged:
         shard = replace(shard, thumbnail_file=None)
     return replace(shard, next=None) if shard.next and shard.next.file.name in damaged else shard
@@ -237,7 +256,9 @@ def _append_saved(
 
 def _list_lost(store: Path, shard: Shard) -> int:
     rows = read_damaged(store / "shards" / shard.row_file.name, ("id", "uri"))
-    live_N = shard.live
+    live_N = np.ones(shard.rows, np.bool_)
+    with contextlib.suppress(StoreError):
+        live_N = shard.live
     lost = [
         {"id": i, "uri": uri, "reason": f"lost: shard {shard.name} damaged", "embedded": False}
         for number, (i, uri) in enumerate(rows)

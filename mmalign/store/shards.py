@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mmalign.errors import StoreError, shell_command
 from mmalign.modality import IMAGE, TEXT
 from mmalign.store import format2
 from mmalign.store.fields import ONLY_JSON, PREFIX
-from mmalign.store.groups import NextVectors, Shard, StoredFile
+from mmalign.store.groups import DELETED, DELETED_SCHEMA, NextVectors, Shard, StoredFile
 from mmalign.store.model_card import ModelCard
 from mmalign.store.schema import (
     ID_HASH,
@@ -43,6 +44,8 @@ from mmalign.store.schema import (
 )
 
 MAGIC_BYTES = 8
+# Deletions of more characters have files of their own, so that groups stay small.
+MOST_INLINE = 1024
 ROW_COLUMNS = ROW_SCHEMA.names[:-2]
 
 
@@ -78,6 +81,19 @@ def write_next(
     """Write the vectors of a shard in the space that is being built."""
     file = write_file(store, f"{name}-vectors-{secrets.token_hex(4)}", vectors)
     return NextVectors(file, space, precision, mmalign.__version__)
+
+
+def with_deleted_files(store: Path, shard: Shard) -> Shard:
+    """Write the deletions of a shard to files of their own if they are large; else change nothing.
+
+    Written twice, as nothing else says which rows are deleted.
+    """
+    if len(shard.deleted) <= MOST_INLINE:
+        return shard
+    batch = pa.record_batch([pa.array(~shard.live)], schema=DELETED_SCHEMA)
+    token = secrets.token_hex(4)
+    written = tuple(write_file(store, f"{shard.name}-{role}-{token}", batch) for role in DELETED)
+    return replace(shard, deleted="", deleted_files=written, store=store)
 
 
 def write_tables(
@@ -267,15 +283,24 @@ class ShardReader:
 
         The second value says whether that is so: if not, the field is only in the JSON.
         """
-        file = self.file("rows")
-        schema = file.batch.schema
-        if PREFIX + name in schema.names:
-            return file.column(PREFIX + name), True
-        only_json = (schema.metadata or {}).get(ONLY_JSON)
+        if name in self.field_types:
+            return self.file("rows").column(PREFIX + name), True
+        return None, self.json_fields is not None and name not in self.json_fields
+
+    @cached_property
+    def field_types(self) -> dict[str, pa.DataType]:
+        """The fields of the metadata that are columns, and their types."""
+        fields = [f for f in self.file("rows").batch.schema if f.name.startswith(PREFIX)]
+        return {field.name.removeprefix(PREFIX): field.type for field in fields}
+
+    @cached_property
+    def json_fields(self) -> list[str] | None:
+        """The fields of the metadata that are only in the JSON; None if that was not noted."""
+        noted = (self.file("rows").batch.schema.metadata or {}).get(ONLY_JSON)
         try:
-            return None, only_json is not None and name not in json.loads(only_json)
+            return None if noted is None else list(json.loads(noted))
         except ValueError:
-            return None, False
+            return None
 
     def vectors(self, modality: str) -> Halves:
         """Return the vectors of a modality (V, D), in the order of their rows, zero-copy."""

@@ -22,7 +22,7 @@ CALLS = {
     "train": ("train --data {tmp} --out {tmp}/run", "mmalign.training.train.train"),
     "embed": ("embed --model m --data {tmp} --out {tmp}/s", "mmalign.embedding.embed.embed"),
     "index": ("index {tmp}/s", "mmalign.search.build.build_index"),
-    "search": ("search {tmp}/s red", "mmalign.search.searcher.Searcher.open"),
+    "search": ("search {tmp}/s red", "mmalign.store.open_store"),
     "evaluate": ("evaluate --model m --data {tmp}", "mmalign.evaluation.evaluate.evaluate"),
     "info": ("info {tmp}/s", "mmalign.store.open_store"),
     "verify": ("verify {tmp}/s", "mmalign.store.verify"),

@@ -48,7 +48,9 @@ def hits(text: str, monkeypatch: pytest.MonkeyPatch) -> list[Hit]:
     searcher = SimpleNamespace(
         search=lambda *_, **__: answered, describe_index=lambda: {"kind": "exact"}, store=None
     )
-    monkeypatch.setattr("mmalign.search.searcher.Searcher.open", lambda *_: searcher)
+    monkeypatch.setattr("mmalign.store.open_store", lambda _: SimpleNamespace(fields=()))
+    monkeypatch.setattr("mmalign.search.model.model_of", lambda *_: None)
+    monkeypatch.setattr("mmalign.search.searcher.Searcher", lambda *_: searcher)
     return found
 
 

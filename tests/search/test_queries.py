@@ -133,7 +133,7 @@ def test_a_file_that_is_no_image_is_refused_and_not_searched_by_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "mmalign.search.searcher.model_of", lambda *_: pytest.fail("loaded for nothing")
+        "mmalign.search.model.model_of", lambda *_: pytest.fail("loaded for nothing")
     )
     Path(name).write_text("<svg/>")
     for query in (name, f"@{name}", tmp_path / name):

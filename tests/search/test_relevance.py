@@ -18,6 +18,7 @@ from mmalign.errors import ModelError
 from mmalign.search import calibrate, relevance
 from mmalign.search.build import build_index
 from mmalign.search.phrases import PER_LANGUAGE, phrases
+from mmalign.search.snapshot import Snapshot
 from mmalign.store import Row, Writer, delete, pair_vectors, verify
 
 
@@ -120,24 +121,55 @@ def mixed(*items: tuple[Any, float]) -> Any:
     return Query(tuple(items))
 
 
+def test_queries_with_phrases_are_judged_and_listings_are_not(built: Path) -> None:
+    searcher = searcher_of(built)
+    words = open_store(built).rows([4], ("captions",))[0]["captions"][0]
+    for topic, nothing in ((4, False), (5, True)):
+        query = Query(((f"topic {topic}", 1.0),), phrases=(words,))
+        assert searcher.search(query).nothing_found is nothing
+    listing = Query((), phrases=(words,), k=1)
+    assert searcher.search(listing).nothing_found is None
+    assert searcher.search(listing, offset=ROWS)[:] == ()
+    assert searcher.search(listing, offset=ROWS).nothing_found is None
+    assert searcher.search(Query((), phrases=("not a caption",))).nothing_found is True
+
+
+def test_rows_that_are_likely_what_an_excluded_text_says_are_left_out(built: Path) -> None:
+    searcher = searcher_of(built)
+    everything = {hit.row for hit in searcher.search("topic 3", ROWS)}
+    likely = {hit.row for hit in searcher.search("topic 4", ROWS) if hit.level == "likely"}
+    assert likely
+    for items in ((), (("topic 3", 1.0),)):
+        found = searcher.search(Query(items, excluded=("topic 4",)), ROWS)
+        assert {hit.row for hit in found} == everything - likely
+
+
+def test_only_of_texts_and_the_main_modality_it_is_known_what_is_likely(built: Path) -> None:
+    snapshot = searcher_of(built)._current.snapshot
+    assert snapshot.likely(text_vector("4"), "image", None) is None
+    assert snapshot.likely(text_vector("4"), "text", "4") is None
+
+
+def likely_rows(snapshot: Snapshot, text: str) -> list[int]:
+    likely_N = snapshot.likely(text_vector(text), "image", text)
+    assert likely_N is not None
+    return np.flatnonzero(likely_N).tolist()
+
+
 def test_likely_rows_are_those_that_a_search_calls_likely(built: Path) -> None:
     snapshot = searcher_of(built)._current.snapshot
     for topic in (0, 7, KNOWN + 1):
         text = f"topic {topic}"
-        rows = np.flatnonzero(snapshot.likely(text_vector(text), "image", text))
+        rows = likely_rows(snapshot, text)
         hits = searcher_of(built).search(text, ROWS)
         assert set(rows) == {hit.row for hit in hits if hit.level == "likely"}
-    topics = {
-        row % KNOWN for row in np.flatnonzero(snapshot.likely(text_vector("1"), "image", "1"))
-    }
-    assert topics == {1}
+    assert {row % KNOWN for row in likely_rows(snapshot, "1")} == {1}
 
 
 def test_deleted_rows_are_not_likely(indexed: Path) -> None:
     delete(indexed, [f"id{n}" for n in range(ROWS) if n % KNOWN == 7][:2])
     snapshot = searcher_of(indexed)._current.snapshot
-    rows = np.flatnonzero(snapshot.likely(text_vector("7"), "image", "7"))
-    assert len(rows) == 2
+    assert len(likely_rows(snapshot, "7")) == 2
 
 
 def test_what_was_measured_is_written_with_intervals(built: Path) -> None:
@@ -270,7 +302,7 @@ def test_the_bank_has_as_many_phrases_of_each_language() -> None:
 
 
 def command(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
-    monkeypatch.setattr("mmalign.search.searcher.model_of", lambda *_: Drawn())
+    monkeypatch.setattr("mmalign.search.model.model_of", lambda *_: Drawn())
     return CliRunner().invoke(main, ["search", str(path), *words])
 
 
