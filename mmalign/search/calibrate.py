@@ -1,5 +1,8 @@
 """The relevance of a store is calibrated: on its own captions, or on phrases where it has none.
 
+Captions are long. Phrases of the bank that captions name are short queries of which it is known
+that the store holds them; with them, short queries are rejected as seldom as captions.
+
 A caption is a query whose image is known to be in the store. With this image, its near-duplicates
 and all images of the same caption left out, it is a query that nothing may answer. One caption of
 a row is used in each language, so that intervals hold; half of the rows fit, the others measure.
@@ -15,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from mmalign.arrays import Bools, Floats, Halves, Ints
+from mmalign.errors import ModelError
 from mmalign.index import Exact, VectorReader
 from mmalign.modality import TEXT, is_of_rows
+from mmalign.progress import say
 from mmalign.search import relevance
-from mmalign.search.phrases import phrases
+from mmalign.search.phrases import LANGUAGES, Phrase, phrases, told_by
 from mmalign.search.relevance import ALL, MAX_ERROR, QUANTILES, Doubles, Scale, Signs
 from mmalign.store import Store
 
@@ -26,6 +31,11 @@ from mmalign.store import Store
 NULL_ROWS, BANK, ASKED = 2_048, 2_048, 2_000
 # With fewer rows nothing is calibrated; with fewer captions, the store counts as one without.
 MIN_ROWS = MIN_CAPTIONS = 100
+# Phrases of each language that are present, and as many that are absent. With fewer present ones
+# that fit, short queries are read as captions are.
+PHRASES, MIN_PHRASES = 300, 30
+# Rows whose captions tell what is present.
+READ_ROWS = 20_000
 # Of a caption's nearest rows, so many are looked at for the best that is not its own.
 NEAREST = 64
 # Cosine of two images from which one is a near-duplicate of the other.
@@ -35,8 +45,8 @@ SIMILAR = 0.05
 # Ranks among phrases that a store without captions goes by; most phrases are of nothing in it.
 UNLIKELY_RANK, LIKELY_RANK = 0.5, 0.95
 PRODUCT_QUERIES = 256
-# Share of the fitting captions that is rejected, a little below `MAX_ERROR` so that as a rule the
-# others stay below it.
+# Share of the fitting captions, and of the fitting phrases, that is rejected: a little below
+# `MAX_ERROR`, so that as a rule the others stay below it.
 REJECTED = 0.03
 Z = 1.96
 
@@ -78,6 +88,33 @@ class Asked:
             self.absent_M[chosen_M],
             self.other_M[chosen_M],
             self.removed.of(chosen_M),
+        )
+
+
+@dataclass(frozen=True)
+class Short:
+    """Phrases that were asked, and whether the captions say that the store holds them."""
+
+    texts_M: list[str]
+    signs: Signs
+    best_M: Doubles
+    """Score of the best hit."""
+    present_M: Bools
+    fitting_M: Bools
+    """Those of half of the things; the others measure."""
+
+    def spoken(self, name: str) -> "Short":
+        """Return the phrases in one language, or in `ALL`."""
+        return self.of(np.array([name in (ALL, relevance.language(t)) for t in self.texts_M]))
+
+    def of(self, chosen_M: Bools) -> "Short":
+        """Return some of the phrases."""
+        return Short(
+            [text for text, chosen in zip(self.texts_M, chosen_M, strict=True) if chosen],
+            self.signs.of(chosen_M),
+            self.best_M[chosen_M],
+            self.present_M[chosen_M],
+            self.fitting_M[chosen_M],
         )
 
 
@@ -129,13 +166,24 @@ def calibrate(store: Store, encode_texts: Callable[[Sequence[str]], Floats]) -> 
 
     Args:
         store: The store.
-        encode_texts: Encodes phrases; called only if there are too few captions.
+        encode_texts: Encodes phrases.
+
+    Raises:
+        ModelError: Phrases cannot be encoded, and there are too few captions.
     """
     searched = _searched(store)
     if searched is None:
         return None
-    asked = _ask_captions(searched)
-    return _on_phrases(searched, encode_texts) if asked is None else _on_captions(searched, *asked)
+    found = _ask_captions(searched)
+    if found is None:
+        return _on_phrases(searched, encode_texts)
+    asked, bank = found
+    try:
+        short = ask_phrases(searched, bank.vectors_BD, encode_texts)
+    except ModelError as error:
+        say(f"warning: short queries are rejected too often, as phrases cannot be encoded: {error}")
+        short = None
+    return _on_captions(searched, asked, bank, short)
 
 
 def ask_captions(store: Store) -> Asked | None:
@@ -197,6 +245,10 @@ def summary(content: dict[str, Any]) -> str:
             f"({low:.1%} to {high:.1%}), area under the ROC curve without their image "
             f"{auc['area']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})"
         )
+        for kind, told in part.get("phrases", {}).items():
+            if told["phrases"]:
+                share = told["rejected"]["share"]
+                parts[-1] += f", {share:.1%} of {told['phrases']} {kind} phrases rejected"
     return f"relevance: {'; '.join(parts) if parts else content['how']}"
 
 
@@ -243,7 +295,47 @@ def _ask_captions(searched: _Searched) -> tuple[Asked, _Bank] | None:
     return asked, bank
 
 
-def _on_captions(searched: _Searched, asked: Asked, bank: _Bank) -> Calibration:
+def ask_phrases(
+    searched: _Searched, bank_BD: Halves, encode_texts: Callable[[Sequence[str]], Floats]
+) -> Short | None:
+    """Ask phrases of which captions tell whether the store holds them; None if there are none."""
+    rng = np.random.default_rng(6)
+    drawn: list[tuple[Phrase, bool]] = []
+    captions = _some_captions(searched.store)
+    for name in LANGUAGES:
+        texts = [text for text in captions if relevance.language(text) == name]
+        if len(texts) < MIN_CAPTIONS:
+            continue
+        for bank, present in zip(told_by(texts, name), (True, False), strict=True):
+            chosen = rng.permutation(len(bank))[:PHRASES].tolist()
+            drawn += [(bank[i], present) for i in chosen]
+    if not drawn:
+        return None
+    texts = [phrase.text for phrase, _ in drawn]
+    things = sorted({phrase.thing for phrase, _ in drawn})
+    fitting = dict(zip(things, rng.random(len(things)) < 0.5, strict=True))
+    vectors_MD = encode_texts(texts)
+    scores_M1 = searched.exact.search(vectors_MD, 1, searched.vectors.live_N)[0]
+    null_RD, captions_BD = (v.astype(np.float32) for v in (searched.null_RD, bank_BD))
+    signs = [relevance.signs_of(vectors_MD[i], null_RD, captions_BD) for i in _parts(len(texts))]
+    return Short(
+        texts,
+        Signs.joined(signs),
+        scores_M1[:, 0].astype(np.float64),
+        np.array([present for _, present in drawn], np.bool_),
+        np.array([fitting[phrase.thing] for phrase, _ in drawn], np.bool_),
+    )
+
+
+def _some_captions(store: Store) -> list[str]:
+    live_N = np.ones(store.manifest.physical_rows, np.bool_) if store.live is None else store.live
+    rows = np.random.default_rng(7).permutation(np.flatnonzero(live_N))[:READ_ROWS]
+    return [t for row in store.rows(np.sort(rows), ("captions",)) for t in row["captions"]]
+
+
+def _on_captions(
+    searched: _Searched, asked: Asked, bank: _Bank, short: Short | None
+) -> Calibration:
     fitting_M = fits(searched.store)[asked.rows_M]
     languages = {ALL: np.ones(len(asked.rows_M), np.bool_)}
     for name in sorted(set(asked.languages_M)):
@@ -252,8 +344,11 @@ def _on_captions(searched: _Searched, asked: Asked, bank: _Bank) -> Calibration:
             languages[name] = members_M
     content: dict[str, Any] = {"how": "calibrated on captions", "languages": {}}
     for name, members_M in languages.items():
-        scale = fit(asked.of(members_M & fitting_M))
+        known = None if short is None else short.spoken(name)
+        scale = fit(asked.of(members_M & fitting_M), known)
         measured = _measure(scale, asked.of(members_M & ~fitting_M))
+        if known is not None:
+            measured["phrases"] = _measure_phrases(scale, known.of(~known.fitting_M))
         content["languages"][name] = {**measured, "scale": relevance.to_json(scale)}
     return Calibration(searched.null_RD, bank.vectors_BD, content)
 
@@ -325,22 +420,34 @@ def _parts(count: int) -> Iterator[Ints]:
         yield np.arange(start, min(count, start + PRODUCT_QUERIES))
 
 
-def fit(asked: Asked) -> Scale:
-    """Fit a scale: its thresholds keep `MAX_ERROR` on the captions that they are fitted on."""
+def fit(asked: Asked, short: Short | None) -> Scale:
+    """Fit a scale: its thresholds keep `MAX_ERROR` on the queries that they are fitted on.
+
+    Captions count as much as short phrases that are present, if there are enough of those.
+    """
     known_M = ~np.isnan(asked.absent_M)
     present_MF = relevance.features(asked.signs, asked.present_M)
     absent_MF = relevance.features(asked.removed, asked.absent_M)[known_M]
+    kinds = [(asked.signs, asked.present_M)]
+    chosen = None if short is None else short.of(short.present_M & short.fitting_M)
+    if chosen is not None and len(chosen.texts_M) >= MIN_PHRASES:
+        kinds.append((chosen.signs, chosen.best_M))
     scale = Scale(
-        lift=quantiles(asked.present_M - asked.signs.mean_M),
+        lift=_quantiles_of_all([best_M - signs.mean_M for signs, best_M in kinds]),
         unlikely=0.0,
         likely=0.0,
-        familiarity=quantiles(asked.signs.familiarity_M),
+        familiarity=_quantiles_of_all([signs.familiarity_M for signs, _ in kinds]),
         weights=logistic_weights(present_MF, absent_MF),
     )
-    rank_M = relevance.ranks(scale, asked.signs, asked.present_M)
-    scale = replace(scale, unlikely=float(np.quantile(rank_M, REJECTED)))
+    lowest = [np.quantile(relevance.ranks(scale, *kind), REJECTED) for kind in kinds]
+    scale = replace(scale, unlikely=float(min(lowest)))
     judged = relevance.judge(scale, asked.removed, asked.other_M)
     return replace(scale, likely=float(np.quantile(judged.relevance_K, 1 - MAX_ERROR)))
+
+
+def _quantiles_of_all(kinds: Sequence[Doubles]) -> tuple[float, ...]:
+    """Return the quantiles of several kinds of queries that count the same, however many."""
+    return quantiles(np.concatenate([quantiles(values_M) for values_M in kinds]))
 
 
 def quantiles(values: Doubles) -> tuple[float, ...]:
@@ -405,6 +512,17 @@ def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
     }
 
 
+def _measure_phrases(scale: Scale, short: Short) -> dict[str, Any]:
+    """Measure a scale on phrases that did not fit it."""
+    levels_M = relevance.judge(scale, short.signs, short.best_M).levels_K
+    rejected_M = np.array([level == "unlikely" for level in levels_M], np.bool_)
+    parts = {"present": rejected_M[short.present_M], "absent": rejected_M[~short.present_M]}
+    return {
+        name: {"phrases": len(part), "rejected": _share(part.tolist())}
+        for name, part in parts.items()
+    }
+
+
 def _share(these: Sequence[bool]) -> dict[str, float]:
     low, high = wilson(sum(these), len(these))
     share = sum(these) / max(len(these), 1)
@@ -415,7 +533,7 @@ def _on_phrases(
     searched: _Searched, encode_texts: Callable[[Sequence[str]], Floats]
 ) -> Calibration:
     """Rank hits among those of phrases; nobody knows which of these are present."""
-    bank = phrases()
+    bank = [phrase.text for phrase in phrases()]
     vectors = encode_texts(bank)
     found_M1 = searched.exact.search(vectors, 1, searched.vectors.live_N)[0]
     best_M = found_M1[:, 0].astype(np.float64)

@@ -1,9 +1,13 @@
 """A bank of short phrases in English and Chinese: what people might ask of any picture.
 
-It stands in for captions where a store has none. What a store holds of it is not known; see
-`relevance.uncalibrated`.
+Captions tell of some phrases that a store holds them, and of others that it does not. Where there
+are no captions, what it holds of them is not known; see `calibrate.UNCALIBRATED`.
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 
 # Things, each with its Chinese name.
@@ -33,55 +37,111 @@ bench 长椅|statue 雕像|painting 油画|drawing 图画|fountain 喷泉|campfi
 snowman 雪人|tent 帐篷|ladder 梯子|robot 机器人|microscope 显微镜|X-ray of a chest 胸部X光片
 smiling face 笑脸|red heart 红心|arrow 箭头|coin 硬币|gift 礼物|balloon 气球
 """
-# What is said of a thing, with {} for its name.
+# What is said of a thing, with {} for its name, and the word by which captions say it.
 _SAID = """
-{}|{}
-a photo of a {}|一张{}的照片
-a drawing of a {}|一幅{}的画
-a small {}|一个小小的{}
-a big {}|很大的{}
-a red {}|红色的{}
-a blue {}|蓝色的{}
-a green {}|绿色的{}
-a yellow {}|黄色的{}
-a white {}|白色的{}
-a black {}|黑色的{}
-an old {}|旧的{}
-two of them: {}|两个{}
-many of the kind: {}|许多{}
-a {} at night|夜里的{}
-a {} in the snow|雪中的{}
-a {} in the rain|雨中的{}
-a {} by the sea|海边的{}
-a {} on a table|桌上的{}
-a {} in the grass|草地上的{}
-a {} in the city|城市里的{}
-a {} indoors|室内的{}
-a {} in the sun|阳光下的{}
-a {} from above|从上面看的{}
-a {} up close|{}的特写
-someone with a {}|一个人和{}
-a {} beside a wall|墙边的{}
-a {} in black and white|黑白的{}
+{}|{}||
+a photo of a {}|一张{}的照片||
+a drawing of a {}|一幅{}的画|drawing|画
+a small {}|一个小小的{}|small|小
+a big {}|很大的{}|big|大
+a red {}|红色的{}|red|红
+a blue {}|蓝色的{}|blue|蓝
+a green {}|绿色的{}|green|绿
+a yellow {}|黄色的{}|yellow|黄
+a white {}|白色的{}|white|白
+a black {}|黑色的{}|black|黑
+an old {}|旧的{}|old|旧
+two of them: {}|两个{}|two|两
+many of the kind: {}|许多{}|many|许多
+a {} at night|夜里的{}|night|夜
+a {} in the snow|雪中的{}|snow|雪
+a {} in the rain|雨中的{}|rain|雨
+a {} by the sea|海边的{}|sea|海
+a {} on a table|桌上的{}|table|桌
+a {} in the grass|草地上的{}|grass|草
+a {} in the city|城市里的{}|city|城市
+a {} indoors|室内的{}|indoors|室内
+a {} in the sun|阳光下的{}|sun|阳光
+a {} from above|从上面看的{}|above|上面
+a {} up close|{}的特写|close up|特写
+someone with a {}|一个人和{}|someone|人
+a {} beside a wall|墙边的{}|wall|墙
+a {} in black and white|黑白的{}|black and white|黑白
 """
 # No language has more phrases than this in the bank.
 PER_LANGUAGE = 2_000
+# Captions that must name a thing, so that the store holds it.
+ENOUGH = 2
+LANGUAGES = ("other", "zh")
 
 
-def phrases() -> list[str]:
+@dataclass(frozen=True)
+class Phrase:
+    """A phrase of the bank."""
+
+    text: str
+    language: str
+    """One of `LANGUAGES`, as `relevance.language` tells it."""
+    thing: str
+    said: str
+    """A word for what is said of the thing; empty if nothing is."""
+
+
+def phrases() -> list[Phrase]:
     """Return the bank, always the same: as many phrases in English as in Chinese, none twice.
 
-    >>> len(phrases()), phrases()[:2]
+    >>> len(phrases()), [phrase.text for phrase in phrases()[:2]]
     (4000, ['dog', '一张狗的照片'])
     """
+    columns = [every_phrase(language)[:PER_LANGUAGE] for language in LANGUAGES]
+    return [phrase for row in zip(*columns, strict=True) for phrase in row]
+
+
+def every_phrase(language: str) -> list[Phrase]:
+    """Return all that is said of all things; the first ones are of all things."""
+    number = LANGUAGES.index(language)
     pairs = [entry.rpartition(" ")[::2] for entry in _THINGS.replace("\n", "|").split("|") if entry]
     said = [line.split("|") for line in _SAID.strip().splitlines()]
-    drawn: tuple[dict[str, None], dict[str, None]] = ({}, {})
-    for language, found in enumerate(drawn):
-        # Each round gives every thing the next sentence, so that all are in the bank early.
-        for turn in range(len(said)):
-            frames = islice(cycle(said), turn + language, None)
-            for names, frame in zip(pairs, frames, strict=False):
-                found.setdefault(frame[language].format(names[language]))
-    columns = [list(found)[:PER_LANGUAGE] for found in drawn]
-    return [phrase for row in zip(*columns, strict=True) for phrase in row]
+    found: dict[str, Phrase] = {}
+    # Each round gives every thing the next sentence.
+    for turn in range(len(said)):
+        for names, frame in zip(pairs, islice(cycle(said), turn + number, None), strict=False):
+            text = frame[number].format(names[number])
+            found.setdefault(text, Phrase(text, language, names[number], frame[number + 2]))
+    return list(found.values())
+
+
+def told_by(captions: Sequence[str], language: str) -> tuple[list[Phrase], list[Phrase]]:
+    """Return the phrases of a language that captions in it say are there, and say are not.
+
+    There is what a few captions name together with what is said of it; no word of what is not there
+    is in any caption.
+
+    >>> there, not_there = told_by(["A red car.", "two cars, one red"], "other")
+    >>> sorted(p.text for p in there), "a small dog" in [p.text for p in not_there]
+    (['a photo of a car', 'a red car', 'car'], True)
+    """
+    texts = [_spaced(caption) for caption in captions]
+
+    @cache
+    def naming(word: str) -> set[int]:
+        if language == "zh":
+            return {i for i, text in enumerate(texts) if word in text}
+        forms = [_spaced(word + ending) for ending in ("", "s", "es")]
+        return {i for i, text in enumerate(texts) if any(form in text for form in forms)}
+
+    def is_there(phrase: Phrase) -> bool:
+        named = naming(phrase.thing)
+        return len(named & naming(phrase.said) if phrase.said else named) >= ENOUGH
+
+    def is_not_there(phrase: Phrase) -> bool:
+        return not any(naming(word) for word in phrase.thing.split() if word not in ("a", "of"))
+
+    bank = every_phrase(language)
+    return [p for p in bank if is_there(p)], [p for p in bank if is_not_there(p)]
+
+
+def _spaced(text: str) -> str:
+    """Return the words of a text, each between two spaces."""
+    words = re.findall(r"[^\W_]+", text.casefold())
+    return f" {' '.join(words)} "

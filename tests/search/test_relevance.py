@@ -17,7 +17,7 @@ from mmalign.cli.main import main
 from mmalign.errors import ModelError
 from mmalign.search import calibrate, relevance
 from mmalign.search.build import build_index
-from mmalign.search.phrases import PER_LANGUAGE, phrases
+from mmalign.search.phrases import PER_LANGUAGE, every_phrase, phrases, told_by
 from mmalign.search.snapshot import Snapshot
 from mmalign.store import Row, Writer, delete, pair_vectors, verify
 
@@ -248,7 +248,7 @@ def test_a_store_without_captions_goes_by_phrases(
     searcher = searcher_of(path)
     assert searcher.search("topic 3")[0].level == "likely"
     # Phrases are of no topic here, so one of them is nothing special.
-    some = [searcher.search(phrase).nothing_found for phrase in phrases()[:60]]
+    some = [searcher.search(phrase.text).nothing_found for phrase in phrases()[:60]]
     assert 0.2 < np.mean(some) < 0.8
 
 
@@ -264,6 +264,63 @@ def test_without_captions_and_model_there_is_an_index_and_no_relevance(
     assert "no such model" in capfd.readouterr().err
     assert part_of(path) is None
     assert searcher_of(path).search("topic 3").nothing_found is None
+
+
+def test_a_phrase_is_there_if_captions_name_its_thing_with_what_is_said_of_it() -> None:
+    captions = ["A red dog.", "Two dogs, one is RED", "a boxy hat", "A black cat"]
+    there, not_there = ({p.text for p in part} for part in told_by(captions, "other"))
+    assert {"dog", "a photo of a dog", "a red dog"} <= there
+    # Only one caption has a cat, none a black dog, and a boxy hat is no box.
+    assert not {"cat", "a black dog", "box"} & there
+    assert "a small box" in not_there
+    assert not {"dog", "a blue dog", "cat"} & not_there
+    there, not_there = ({p.text for p in part} for part in told_by(["红狗", "一只红色的狗"], "zh"))
+    assert there == {"狗", "一张狗的照片", "红色的狗"}
+    assert "一个小小的猫" in not_there
+
+
+class Short(Drawn):
+    """The first things of the bank are topics."""
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return np.stack([short_vector(text) for text in texts])
+
+
+def short_vector(text: str) -> np.ndarray:
+    topics = [n for n, thing in enumerate(THINGS) if thing in text.split()]
+    return drawn(topics[0], len(text), 1.5) if topics else text_vector(text)
+
+
+THINGS = [p.text for p in every_phrase("other") if p.text == p.thing and " " not in p.text]
+
+
+def test_short_queries_are_accepted_as_often_as_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short texts lie apart from captions, so they look foreign if only captions are asked."""
+    monkeypatch.setattr(
+        "mmalign.search.searcher.encode_items", lambda _, items: [*map(short_vector, items)]
+    )
+    rejected = {}
+    for name in ("captions", "both"):
+        path = tmp_path / f"{name}.store"
+        with Writer(path, CARD, 100) as writer:
+            for number in range(ROWS):
+                topic = number % KNOWN
+                words = (f"seen today: one {THINGS[topic]}, number {number}",)
+                vectors = drawn(topic, 1000 + number, 0.5)[None]
+                image = drawn(topic, 100_000 + number, -0.5)
+                writer.add(Row(f"id{number}", f"{number}.jpg", words, pair_vectors(image, vectors)))
+        if name == "both":
+            monkeypatch.setattr("mmalign.search.build.model_of", lambda *_: Short())
+        build_index(path)
+        rejected[name] = np.mean(
+            [searcher_of(path).search(thing).nothing_found for thing in THINGS[:KNOWN]]
+        )
+    assert rejected["both"] <= 0.1 < rejected["captions"]
+    told = part_of(path)["languages"]["other"]["phrases"]
+    assert told["present"]["rejected"]["low"] <= relevance.MAX_ERROR
+    assert told["absent"]["rejected"]["share"] > 0.5
 
 
 def test_few_rows_are_not_calibrated(tmp_path: Path) -> None:
@@ -298,7 +355,8 @@ def test_area_and_its_interval_on_known_distributions() -> None:
 def test_the_bank_has_as_many_phrases_of_each_language() -> None:
     bank = phrases()
     assert len(set(bank)) == len(bank) == 2 * PER_LANGUAGE
-    assert sum(relevance.language(text) == "zh" for text in bank) == PER_LANGUAGE
+    assert sum(phrase.language == "zh" for phrase in bank) == PER_LANGUAGE
+    assert all(relevance.language(phrase.text) == phrase.language for phrase in bank)
 
 
 def command(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
