@@ -4,18 +4,22 @@
 
 STORE has an index with a relevance that was calibrated on captions. Its held-out captions are
 queries that are present; they are asked once more without their own image and its near-duplicates.
+So are phrases of the bank that captions name; others, that no caption names, are absent. Each half
+of the phrases is rejected by thresholds that captions and the other half fit.
 Each ABSENT is another store of the same model, whose captions are queries that are absent, or a
 text file with one query per line; lines are encoded with the model of STORE.
 
-Three signs decide, each with the threshold that rejects 3 % of the captions that fitted the
-relevance: its own rank, the cosine of the best hit, and the largest step between two neighbours
-among the ten best scores (autocut). The relevance is used as it is stored. A row for each language
-and sign; `without_image_auc` tells captions from the same captions without their image, and
-`relevance_leads_by` compares its area with that of the relevance.
+Three signs decide: the rank of the relevance, the cosine of the best hit, and the largest step
+between two neighbours among the ten best scores (autocut). Each has the threshold that rejects 3 %
+of the captions or of the present phrases that fitted the relevance, whichever is lower; the
+relevance is used as it is stored. A row for each language and sign. `short_auc` tells held-out
+present phrases from each kind of absent queries, whatever the threshold; `without_image_auc` tells
+captions from the same captions without their image, and `relevance_leads_by` compares its area with
+that of the relevance.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,19 @@ from mmalign.arrays import Bools, Floats
 from mmalign.index import describe
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.search import calibrate, relevance
+from mmalign.search.calibrate import Short
 from mmalign.search.model import model_of
-from mmalign.search.relevance import Doubles, Relevance, Signs
+from mmalign.search.relevance import Doubles, Scale, Signs
 from mmalign.store import Store, open_store
 
 TOP, RESAMPLES = 10, 1_000
+PRESENT, ABSENT = "present phrases", "absent phrases"
+# What each way rejects by, and orders captions by.
+WAYS = {
+    "relevance": ("ranks_M", "relevance_M"),
+    "cosine": ("cosine_M", "cosine_M"),
+    "jump": ("jump_M", "jump_M"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,23 @@ def top_scores(store: Store, queries_MD: Floats, below_M: Doubles | None = None)
     return -np.sort(-scores_MN, axis=1)[:, :TOP].astype(np.float64)
 
 
-def seen(calibration: Relevance, name: str, signs: Signs, top_MK: Doubles) -> Asked:
+def seen(scale: Scale, signs: Signs, top_MK: Doubles) -> Asked:
     """Read the three signs of queries."""
-    scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
     return Asked(
         relevance.ranks(scale, signs, top_MK[:, 0]),
         relevance.judge(scale, signs, top_MK[:, 0]).relevance_K,
         top_MK[:, 0],
         -np.diff(top_MK, axis=1).min(axis=1),
     )
+
+
+def cuts(scale: Scale, fitted: Sequence[Asked]) -> dict[str, float]:
+    """Return below what each way rejects; each kind of the fitted queries counts."""
+    cosine, jump = (
+        float(min(np.quantile(getattr(kind, name), calibrate.REJECTED) for kind in fitted))
+        for name in ("cosine_M", "jump_M")
+    )
+    return {"relevance": scale.unlikely, "cosine": cosine, "jump": jump}
 
 
 def absent_queries(store: Store, source: str) -> tuple[Floats, list[str]]:
@@ -78,35 +98,32 @@ def absent_queries(store: Store, source: str) -> tuple[Floats, list[str]]:
 
 
 def rows_of(
-    name: str, fitted: Asked, present: Asked, without: Asked, others: dict[str, Asked],
-    unlikely: float,
+    name: str, least: dict[str, float], present: Asked, without: Asked, others: dict[str, Asked],
+    halves: Sequence[tuple[dict[str, float], dict[str, Asked]]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Compare the three ways on the queries of one language."""
-    ways: dict[str, tuple[Callable[[Asked], Doubles], Callable[[Asked], Doubles]]] = {
-        "relevance": (lambda asked: asked.ranks_M, lambda asked: asked.relevance_M),
-        "cosine": (lambda asked: asked.cosine_M, lambda asked: asked.cosine_M),
-        "jump": (lambda asked: asked.jump_M, lambda asked: asked.jump_M),
-    }
     rows = []
     known_M = np.isfinite(without.cosine_M)
-    for way, (decide, order) in ways.items():
-        least = (
-            unlikely
-            if way == "relevance"
-            else float(np.quantile(decide(fitted), calibrate.REJECTED))
-        )
-        auc = calibrate.area(order(present), order(without)[known_M])
+    for way, (sign, order) in WAYS.items():
+        orders = getattr(present, order), getattr(without, order)
+        auc = calibrate.area(orders[0], orders[1][known_M])
         row: dict[str, Any] = {"language": name, "way": way}
-        row["present_rejected"] = told(decide(present) < least)
-        row["without_image_rejected"] = told(decide(without)[known_M] < least)
+        row["present_rejected"] = told(getattr(present, sign) < least[way])
+        row["without_image_rejected"] = told(getattr(without, sign)[known_M] < least[way])
         row["without_image_auc"] = "{:.3f} ({:.3f}-{:.3f})".format(*auc)
         row["relevance_leads_by"] = lead(
             [(x[known_M], y[known_M]) for x, y in (
-                (present.relevance_M, without.relevance_M), (order(present), order(without)),
+                (present.relevance_M, without.relevance_M), orders,
             )]
         )  # fmt: skip
         for source, asked in others.items():
-            row[f"rejected {source}"] = told(decide(asked) < least)
+            parts = [getattr(asked, sign) < least[way]]
+            if source in (PRESENT, ABSENT):
+                parts = [getattr(half[source], sign) < cut[way] for cut, half in halves]
+            row[f"rejected {source}"] = told(np.concatenate(parts))
+            if source != PRESENT and PRESENT in others:
+                area = calibrate.area(getattr(others[PRESENT], sign), getattr(asked, sign))
+                row[f"short_auc {source}"] = "{:.3f} ({:.3f}-{:.3f})".format(*area)
         rows.append(row)
     return rows
 
@@ -137,30 +154,50 @@ def main(arguments: Sequence[str]) -> None:
     store = open_store(options.store)
     folder = store.index_folder
     calibration = folder and relevance.load(folder, describe(folder), store.manifest.model.dim)
-    captions = calibrate.ask_captions(store)
-    if not calibration or captions is None:
+    found = calibrate.ask(store, lambda texts: model_of(store, None).encode_texts(texts))
+    if not calibration or found is None:
         raise SystemExit(f"{options.store}: no relevance that was calibrated on captions")
+    captions, short = found
     fitting_M = calibrate.fits(store)[captions.rows_M]
     sources = {Path(source).stem: absent_queries(store, source) for source in options.absent}
     for name in sorted(set(captions.languages_M)):
         members_M = np.array([other == name for other in captions.languages_M])
-        fitted, held = captions.of(members_M & fitting_M), captions.of(members_M & ~fitting_M)
-        others = {}
+        fitting, held = captions.of(members_M & fitting_M), captions.of(members_M & ~fitting_M)
+        top_MK = top_scores(store, fitting.queries_MD)
+        known = None if short is None else short.spoken(name)
+
+        def phrases_seen(scale: Scale, known: Short) -> dict[str, Asked]:
+            asked = seen(scale, known.signs, top_scores(store, known.queries_MD))
+            kinds = {PRESENT: known.present_M, ABSENT: ~known.present_M}
+            return {
+                kind: Asked(*(values_M[of_kind_M] for values_M in vars(asked).values()))
+                for kind, of_kind_M in kinds.items()
+            }
+
+        def limits(
+            scale: Scale, known: Short | None, fitting: calibrate.Asked = fitting,
+            top_MK: Doubles = top_MK,
+        ) -> dict[str, float]:  # fmt: skip
+            kinds = [seen(scale, fitting.signs, top_MK)]
+            if known is not None and known.present_M.sum() >= calibrate.MIN_PHRASES:
+                kinds.append(phrases_seen(scale, known)[PRESENT])
+            return cuts(scale, kinds)
+
+        scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
+        halves, others = [], {}
+        if known is not None:
+            others = phrases_seen(scale, known)
+            for first_M in (known.first_M, ~known.first_M):
+                half = known.of(first_M)
+                fitted = calibrate.fit(fitting, half)
+                halves.append((limits(fitted, half), phrases_seen(fitted, known.of(~first_M))))
         for source, (vectors_MD, texts) in sources.items():
             spoken_M = np.array([relevance.language(text) == name for text in texts])
             if spoken_M.any():
                 asked_MD = vectors_MD[spoken_M]
                 signs = relevance.signs_of(asked_MD, calibration.null_RD, calibration.bank_BD)
-                others[source] = seen(calibration, name, signs, top_scores(store, asked_MD))
-        scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
-        for row in rows_of(
-            name,
-            seen(calibration, name, fitted.signs, top_scores(store, fitted.queries_MD)),
-            seen(calibration, name, held.signs, top_scores(store, held.queries_MD)),
-            seen(
-                calibration, name, held.removed, top_scores(store, held.queries_MD, held.absent_M)
-            ),
-            others,
-            scale.unlikely,
-        ):
+                others[source] = seen(scale, signs, top_scores(store, asked_MD))
+        present = seen(scale, held.signs, top_scores(store, held.queries_MD))
+        without = seen(scale, held.removed, top_scores(store, held.queries_MD, held.absent_M))
+        for row in rows_of(name, limits(scale, known), present, without, others, halves):
             measure.append("nothing", {"store": Path(options.store).stem, **row})

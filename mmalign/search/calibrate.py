@@ -96,12 +96,13 @@ class Short:
     """Phrases that were asked, and whether the captions say that the store holds them."""
 
     texts_M: list[str]
+    queries_MD: Floats
     signs: Signs
     best_M: Doubles
     """Score of the best hit."""
     present_M: Bools
-    fitting_M: Bools
-    """Those of half of the things; the others measure."""
+    first_M: Bools
+    """Those of half of the things: each half is measured by what the other half fits."""
 
     def spoken(self, name: str) -> "Short":
         """Return the phrases in one language, or in `ALL`."""
@@ -111,10 +112,11 @@ class Short:
         """Return some of the phrases."""
         return Short(
             [text for text, chosen in zip(self.texts_M, chosen_M, strict=True) if chosen],
+            self.queries_MD[chosen_M],
             self.signs.of(chosen_M),
             self.best_M[chosen_M],
             self.present_M[chosen_M],
-            self.fitting_M[chosen_M],
+            self.first_M[chosen_M],
         )
 
 
@@ -179,18 +181,23 @@ def calibrate(store: Store, encode_texts: Callable[[Sequence[str]], Floats]) -> 
         return _on_phrases(searched, encode_texts)
     asked, bank = found
     try:
-        short = ask_phrases(searched, bank.vectors_BD, encode_texts)
+        short = _ask_phrases(searched, bank.vectors_BD, encode_texts)
     except ModelError as error:
         say(f"warning: short queries are rejected too often, as phrases cannot be encoded: {error}")
         short = None
     return _on_captions(searched, asked, bank, short)
 
 
-def ask_captions(store: Store) -> Asked | None:
-    """Ask the captions that calibrate a store; None if it has too few rows or captions."""
+def ask(
+    store: Store, encode_texts: Callable[[Sequence[str]], Floats]
+) -> tuple[Asked, Short | None] | None:
+    """Ask what calibrates a store; None if it has too few rows or captions."""
     searched = _searched(store)
-    asked = None if searched is None else _ask_captions(searched)
-    return None if asked is None else asked[0]
+    found = None if searched is None else _ask_captions(searched)
+    if searched is None or found is None:
+        return None
+    asked, bank = found
+    return asked, _ask_phrases(searched, bank.vectors_BD, encode_texts)
 
 
 def fits(store: Store) -> Bools:
@@ -295,7 +302,7 @@ def _ask_captions(searched: _Searched) -> tuple[Asked, _Bank] | None:
     return asked, bank
 
 
-def ask_phrases(
+def _ask_phrases(
     searched: _Searched, bank_BD: Halves, encode_texts: Callable[[Sequence[str]], Floats]
 ) -> Short | None:
     """Ask phrases of which captions tell whether the store holds them; None if there are none."""
@@ -313,17 +320,18 @@ def ask_phrases(
         return None
     texts = [phrase.text for phrase, _ in drawn]
     things = sorted({phrase.thing for phrase, _ in drawn})
-    fitting = dict(zip(things, rng.random(len(things)) < 0.5, strict=True))
+    first = dict(zip(things, rng.random(len(things)) < 0.5, strict=True))
     vectors_MD = encode_texts(texts)
     scores_M1 = searched.exact.search(vectors_MD, 1, searched.vectors.live_N)[0]
     null_RD, captions_BD = (v.astype(np.float32) for v in (searched.null_RD, bank_BD))
     signs = [relevance.signs_of(vectors_MD[i], null_RD, captions_BD) for i in _parts(len(texts))]
     return Short(
         texts,
+        vectors_MD,
         Signs.joined(signs),
         scores_M1[:, 0].astype(np.float64),
         np.array([present for _, present in drawn], np.bool_),
-        np.array([fitting[phrase.thing] for phrase, _ in drawn], np.bool_),
+        np.array([first[phrase.thing] for phrase, _ in drawn], np.bool_),
     )
 
 
@@ -348,7 +356,7 @@ def _on_captions(
         scale = fit(asked.of(members_M & fitting_M), known)
         measured = _measure(scale, asked.of(members_M & ~fitting_M))
         if known is not None:
-            measured["phrases"] = _measure_phrases(scale, known.of(~known.fitting_M))
+            measured["phrases"] = _measure_phrases(asked.of(members_M & fitting_M), known)
         content["languages"][name] = {**measured, "scale": relevance.to_json(scale)}
     return Calibration(searched.null_RD, bank.vectors_BD, content)
 
@@ -429,7 +437,7 @@ def fit(asked: Asked, short: Short | None) -> Scale:
     present_MF = relevance.features(asked.signs, asked.present_M)
     absent_MF = relevance.features(asked.removed, asked.absent_M)[known_M]
     kinds = [(asked.signs, asked.present_M)]
-    chosen = None if short is None else short.of(short.present_M & short.fitting_M)
+    chosen = None if short is None else short.of(short.present_M)
     if chosen is not None and len(chosen.texts_M) >= MIN_PHRASES:
         kinds.append((chosen.signs, chosen.best_M))
     scale = Scale(
@@ -512,10 +520,13 @@ def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _measure_phrases(scale: Scale, short: Short) -> dict[str, Any]:
-    """Measure a scale on phrases that did not fit it."""
-    levels_M = relevance.judge(scale, short.signs, short.best_M).levels_K
-    rejected_M = np.array([level == "unlikely" for level in levels_M], np.bool_)
+def _measure_phrases(asked: Asked, short: Short) -> dict[str, Any]:
+    """Measure phrases, each by a scale that the captions and the other half of the things fit."""
+    rejected_M = np.zeros(len(short.texts_M), np.bool_)
+    for fitting_M in (short.first_M, ~short.first_M):
+        others = short.of(~fitting_M)
+        judged = relevance.judge(fit(asked, short.of(fitting_M)), others.signs, others.best_M)
+        rejected_M[~fitting_M] = [level == "unlikely" for level in judged.levels_K]
     parts = {"present": rejected_M[short.present_M], "absent": rejected_M[~short.present_M]}
     return {
         name: {"phrases": len(part), "rejected": _share(part.tolist())}

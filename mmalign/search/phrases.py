@@ -70,8 +70,6 @@ a {} in black and white|黑白的{}|black and white|黑白
 """
 # No language has more phrases than this in the bank.
 PER_LANGUAGE = 2_000
-# Captions that must name a thing, so that the store holds it.
-ENOUGH = 2
 LANGUAGES = ("other", "zh")
 
 
@@ -114,12 +112,12 @@ def every_phrase(language: str) -> list[Phrase]:
 def told_by(captions: Sequence[str], language: str) -> tuple[list[Phrase], list[Phrase]]:
     """Return the phrases of a language that captions in it say are there, and say are not.
 
-    There is what a few captions name together with what is said of it; no word of what is not there
-    is in any caption.
+    There is what a caption names together with what is said of it; no word of what is not there is
+    in any caption.
 
-    >>> there, not_there = told_by(["A red car.", "two cars, one red"], "other")
+    >>> there, not_there = told_by(["Two cars, one RED."], "other")
     >>> sorted(p.text for p in there), "a small dog" in [p.text for p in not_there]
-    (['a photo of a car', 'a red car', 'car'], True)
+    (['a photo of a car', 'a red car', 'car', 'two of them: car'], True)
     """
     texts = [_spaced(caption) for caption in captions]
 
@@ -132,7 +130,7 @@ def told_by(captions: Sequence[str], language: str) -> tuple[list[Phrase], list[
 
     def is_there(phrase: Phrase) -> bool:
         named = naming(phrase.thing)
-        return len(named & naming(phrase.said) if phrase.said else named) >= ENOUGH
+        return bool(named & naming(phrase.said) if phrase.said else named)
 
     def is_not_there(phrase: Phrase) -> bool:
         return not any(naming(word) for word in phrase.thing.split() if word not in ("a", "of"))

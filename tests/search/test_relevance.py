@@ -267,14 +267,14 @@ def test_without_captions_and_model_there_is_an_index_and_no_relevance(
 
 
 def test_a_phrase_is_there_if_captions_name_its_thing_with_what_is_said_of_it() -> None:
-    captions = ["A red dog.", "Two dogs, one is RED", "a boxy hat", "A black cat"]
+    captions = ["Two dogs, one is RED", "a boxy hat", "A black cat"]
     there, not_there = ({p.text for p in part} for part in told_by(captions, "other"))
-    assert {"dog", "a photo of a dog", "a red dog"} <= there
-    # Only one caption has a cat, none a black dog, and a boxy hat is no box.
-    assert not {"cat", "a black dog", "box"} & there
+    assert {"dog", "a photo of a dog", "a red dog", "two of them: dog", "a black cat"} <= there
+    # No caption has a black dog, and a boxy hat is no box.
+    assert not {"a black dog", "a red cat", "box"} & there
     assert "a small box" in not_there
     assert not {"dog", "a blue dog", "cat"} & not_there
-    there, not_there = ({p.text for p in part} for part in told_by(["红狗", "一只红色的狗"], "zh"))
+    there, not_there = ({p.text for p in part} for part in told_by(["一只红色的狗"], "zh"))
     assert there == {"狗", "一张狗的照片", "红色的狗"}
     assert "一个小小的猫" in not_there
 
