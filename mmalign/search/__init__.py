@@ -8,6 +8,6 @@ filters.py    filters of a query -> SQL
 exclusion.py  which rows a query leaves out
 searcher.py   query -> hits
 relevance.py  scores -> relevance of each hit, and whether anything was found
-phrases.py    phrases that stand in for captions where a store has none
+phrases.py    short phrases, and which of them captions name
 sheet.py      hits as an image
 """

@@ -1,16 +1,16 @@
 """How likely a hit is what was asked for, and whether a store holds anything like it at all.
 
 A cosine says little by itself: texts of one style score higher against every image than texts of
-another, and each model and store has a range of its own. Three signs are read instead, each ranked
-among the captions of the store, which are known to be present:
+another, and each model and store has a range of its own. Three signs are read instead, the first
+two ranked among captions of the store and phrases that they name, which are known to be present:
 
     lift          how far a hit lies above the mean score of the query over random rows
     familiarity   how near the query is to captions of the store
     probability   a logistic of the score, of its lift in standard deviations and of its distance to
                   the query's .99 quantile, fitted on captions with and without their own image
 
-A hit is unlikely if its lift or the familiarity of its query is lower than that of nearly all
-captions. Why these, and what else was tried: docs/decisions/0013-relevance.md.
+A hit is unlikely if the familiarity of its query is lower than that of nearly all present queries,
+or its own lift is far lower. Why these, and what else was tried: docs/decisions/0013-relevance.md.
 
 Shapes: M queries, D dimensions, K hits, R random rows, B captions of the bank, Q quantiles.
 """
@@ -37,6 +37,9 @@ LEVELS = ("unlikely", "maybe", "likely")
 # Captions of the bank that familiarity is the mean cosine with.
 NEAREST = 10
 QUANTILES = 401
+# How many times the rank of the lift counts beside that of familiarity, which tells more of a
+# query; the lift tells the hits of one query apart.
+LENIENCE = 6
 # The aim: at most this share of the captions is rejected though present, and at most this share of
 # the best hits is likely once the images of the caption and of similar captions are gone.
 MAX_ERROR = 0.05
@@ -50,13 +53,13 @@ class Scale:
     """How the signs of queries in one language are read."""
 
     lift: tuple[float, ...]
-    """Quantiles of the lift of the best hits of captions, from the lowest to the highest."""
+    """Quantiles of the lift of the best hits of present queries, from the lowest to the highest."""
     unlikely: float
-    """A hit whose rank among the captions, from 0 to 1, is below this is unlikely."""
+    """A hit whose rank among the present queries, from 0 to 1, is below this is unlikely."""
     likely: float
     """A hit of at least this relevance is likely, unless it is unlikely."""
     familiarity: tuple[float, ...] = ()
-    """Quantiles of the familiarity of captions; empty if the store has no captions."""
+    """Quantiles of that of present queries; empty if the store has no captions."""
     weights: tuple[float, ...] = ()
     """Of score, standardized lift and standardized tail, none below 0, and the constant; empty if
     not fitted."""
@@ -152,7 +155,7 @@ def judge(scale: Scale, signs: Signs, scores_K: Doubles) -> Judgement:
     rank_K = ranks(scale, signs, scores_K)
     relevance_K = rank_K
     if scale.weights:
-        # What nearly all captions exceed is not relevant, whatever else speaks for it.
+        # What nearly all present queries exceed is not relevant, whatever else speaks for it.
         share_K = np.minimum(1, rank_K / max(scale.unlikely, 1e-9))
         relevance_K = share_K * logistic(features(signs, scores_K) @ np.array(scale.weights))
     level_K = np.where(relevance_K >= scale.likely, 2, 1) * (rank_K >= scale.unlikely)
@@ -205,10 +208,11 @@ def features(signs: Signs, scores_K: Doubles) -> Doubles:
 
 
 def ranks(scale: Scale, signs: Signs, scores_K: Doubles) -> Doubles:
-    """Return the lowest rank of the signs of each hit among those of captions, from 0 to 1."""
+    """Return the lower rank of both signs of each hit among those of present queries, 0 to 1."""
     rank_K = _rank(scale.lift, scores_K - signs.mean_M)
     if scale.familiarity:
-        rank_K = np.minimum(rank_K, _rank(scale.familiarity, signs.familiarity_M))
+        lenient_K = np.minimum(1, LENIENCE * rank_K)
+        rank_K = np.minimum(lenient_K, _rank(scale.familiarity, signs.familiarity_M))
     return rank_K
 
 
