@@ -2,10 +2,10 @@
 
     python -m bench nothing STORE ABSENT...
 
-STORE has an index with a relevance that was calibrated on captions. Its held-out captions are
-queries that are present; they are asked once more without their own image and its near-duplicates.
-So are phrases of the bank that captions name; others, that no caption names, are absent. Each half
-of the phrases is rejected by thresholds that captions and the other half fit.
+STORE has an index with a relevance that was calibrated on captions, and its model is at hand. Its
+held-out captions are queries that are present; they are asked once more without their own image and
+its near-duplicates. Phrases of the bank that captions name are present too, and those that no
+caption names are absent; each half is rejected by thresholds that captions and the other half fit.
 Each ABSENT is another store of the same model, whose captions are queries that are absent, or a
 text file with one query per line; lines are encoded with the model of STORE.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from topic_store import KNOWN, write
+from topic_store import KNOWN, Drawn, write
 
 from bench import nothing
 from mmalign.search.build import build_index
@@ -17,6 +17,8 @@ def test_every_way_is_measured_in_both_languages(
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(nothing.measure, "append", lambda name, row: rows.append(row))
     monkeypatch.setattr(nothing, "RESAMPLES", 20)
+    for module in ("bench.nothing", "mmalign.search.build"):
+        monkeypatch.setattr(f"{module}.model_of", lambda *_: Drawn())
     store = write(tmp_path / "present.store")
     build_index(store)
     absent = write(tmp_path / "absent.store", first=KNOWN)
@@ -28,6 +30,7 @@ def test_every_way_is_measured_in_both_languages(
         if row["way"] == "relevance":
             assert float(row["present_rejected"].split()[0]) <= 0.1
             assert float(row["rejected absent"].split()[0]) >= 0.95
+            assert float(row["rejected absent phrases"].split()[0]) >= 0.95
 
 
 def test_a_lead_over_itself_is_none() -> None:
