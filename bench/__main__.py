@@ -10,6 +10,7 @@ NAMES = (
     "engines",
     "index",
     "loss",
+    "nothing",
     "ranks",
     "rows",
     "scale",

@@ -326,6 +326,6 @@ def test_the_sheet_shows_the_hits(store: Path, tmp_path: Path) -> None:
     assert answer["query"] == "两个红色星形"
     assert [h["rank"] for h in answer["hits"]] == [1, 2, 3, 4]
     assert set(answer["hits"][0]) == {"rank", "id", "score", "uri", "captions"}
-    assert {"hits", "index", "took_ms", "query", "read_as"} == set(answer)
+    assert {"hits", "nothing_found", "index", "took_ms", "query", "read_as"} == set(answer)
     with Image.open(sheet) as drawn:
         assert drawn.height > 150

@@ -1,7 +1,7 @@
 """How a command ends: one line for a mistake, a traceback for a bug, an exit code for each.
 
 0    success
-1    failure; also a bug, which keeps its traceback
+1    failure; also a search that found nothing, and a bug, which keeps its traceback
 2    the arguments of the call are wrong
 130  interrupted, by Ctrl-C or SIGTERM
 """

@@ -26,6 +26,7 @@ from mmalign.terminal import columns, openable, printable, shorten, width
 
 if TYPE_CHECKING:
     from mmalign.search.query import Query
+    from mmalign.search.searcher import Hits
 
 Command = Callable[..., Any]
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
@@ -287,6 +288,9 @@ def search(
     an image, row:ID a row of the store; "words in quotes" must occur in a caption; FIELD:VALUE,
     FIELD:>3 and FIELD:2..5 filter by metadata. Put -- before a text that begins with a dash.
 
+    If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
+    code is 1 if all are unlikely, or there is none.
+
     \b
     Example:  mmalign search photos.store "a dog on a beach"
               mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
@@ -329,19 +333,29 @@ def search(
             "query": files.in_utf8(typed),
             "read_as": read_as,
             "hits": rows,
+            "nothing_found": hits.nothing_found,
             "index": searcher.describe_index(),
         }
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
-        return
+    else:
+        _show_hits(hits, read_as)
+    if hits.nothing_found:
+        narrowed = any(vars(hits.query.selection).values())
+        why = ": no row matches the filters" if narrowed else ""
+        say(f"nothing found{': these are only the nearest' if hits else why}")
+        click.get_current_context().exit(1)
+
+
+def _show_hits(hits: "Hits", read_as: dict[str, Any]) -> None:
+    from mmalign.progress import say
+
     if not _is_plain(read_as):
         say(f"read as: {printable(read_as['text'])}")
-    if not hits:
-        narrowed = any(vars(hits.query.selection).values())
-        say("nothing found: no row matches the filters" if narrowed else "nothing found")
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
-        score = f"{hit.score:.3f}" if asked.items else "-    "
-        show(_line(f"{hit.rank:>3}  {score}", openable(hit.uri), words))
+        score = f"{hit.score:.3f}" if hits.query.items else "-    "
+        level = f"  {hit.level:<8}" if hit.level else ""
+        show(_line(f"{hit.rank:>3}  {score}{level}", openable(hit.uri), words))
 
 
 def _is_plain(read_as: dict[str, Any]) -> bool:

@@ -1,10 +1,13 @@
 """Answers from a store: the commands `index` and `search`.
 
 build.py      store -> index, its recall by row measured on held-out queries
+calibrate.py  store -> how relevance is read from scores, its errors measured
 grammar.py    the query language: text -> reading, and back
 query.py      what can be asked, as a value
 filters.py    filters of a query -> SQL
 exclusion.py  which rows a query leaves out
 searcher.py   query -> hits
+relevance.py  scores -> relevance of each hit, and whether anything was found
+phrases.py    short phrases, and which of them captions name
 sheet.py      hits as an image
 """

@@ -4,6 +4,7 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.arrays import Ints
+from mmalign.arrays import Floats, Ints
 from mmalign.encoding.batches import report_truncated
 from mmalign.errors import (
     DataError,
+    ModelError,
     StoreError,
     UsageError,
     shell_command,
@@ -23,6 +25,7 @@ from mmalign.errors import (
 from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
+from mmalign.search import calibrate, relevance
 from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
 
@@ -82,6 +85,7 @@ def build_index(
     try:
         with files.scratch_in(store.path):
             modalities = _build_all(store, folder, recall, budget, user_queries)
+            calibration = _calibrate(store, folder, model)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,
@@ -91,6 +95,7 @@ def build_index(
             "shards": list(shard_names),
             "seconds": round(time.monotonic() - started, 3),
             "modalities": modalities,
+            "relevance": calibration,
         }
         write_description(folder, content)
     except BaseException:
@@ -101,6 +106,8 @@ def build_index(
     commit_index(store.path, name, shard_names, store.manifest.model.identity)
     for modality, part in modalities.items():
         _report(modality, part)
+    if calibration is not None:
+        say(calibrate.summary(calibration))
     return describe(folder)
 
 
@@ -152,6 +159,25 @@ def _build_all(
             owners=_owners(store, name),
         )  # fmt: skip
     return modalities
+
+
+def _calibrate(store: Store, folder: Path, model: str | Path | None) -> dict[str, Any] | None:
+    """Calibrate relevance; return what index.json says of it, or None if it is not calibrated."""
+
+    def encode_texts(texts: Sequence[str]) -> Floats:
+        encoder = model_of(store, model)
+        parts = [encoder.encode_texts(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        return np.concatenate(parts)
+
+    try:
+        found = calibrate.calibrate(store, encode_texts)
+    except ModelError as error:
+        say(f"warning: no relevance, as phrases cannot be encoded: {error}")
+        return None
+    if found is None:
+        return None
+    relevance.save(folder, found.null_RD, found.bank_BD)
+    return found.content
 
 
 def _owners(store: Store, modality: str) -> Ints | None:

@@ -14,36 +14,32 @@ from mmalign.search.snapshot import Snapshot
 
 VECTORS_AT_A_TIME = 65_536
 
-
-def likely(snapshot: Snapshot, vector_D: Floats, to: str) -> Bools | None:
-    """Return which rows (N,) likely match a vector; None if the store is not calibrated.
-
-    No store is, yet: this is the one place where calibrated relevance decides what is left out.
-    """
-    return None
+Excluded = tuple[str | None, Floats]
+"""An item: its words, if it is a text, and its unit vector (D,)."""
 
 
 def left_out(
-    snapshot: Snapshot, excluded: Sequence[Floats], query_D: Floats | None, to: str
+    snapshot: Snapshot, excluded: Sequence[Excluded], query_D: Floats | None, to: str
 ) -> Bools:
     """Return which rows (N,) are left out.
 
-    In a store that is not calibrated, a row is left out if its score to an excluded item is higher
-    than its score to the rest of the query.
+    A row is left out if it is likely what an excluded text asks for, see `Snapshot.likely`. Where
+    nobody can say what is likely, it is left out if its score to an excluded item is higher than
+    its score to the rest of the query.
 
     Args:
         snapshot: What is searched.
-        excluded: The unit vectors (D,) of the excluded items.
+        excluded: The excluded items.
         query_D: The unit vector of the rest of the query; None if there is none.
         to: The modality whose vectors are compared; a row is compared by its best.
 
     Raises:
-        UsageError: The store is not calibrated, and the query only excludes.
+        UsageError: Nobody can say what is likely, and the query only excludes.
     """
     left_out_N = np.zeros(snapshot.store.manifest.physical_rows, np.bool_)
     rest_N = None
-    for vector_D in excluded:
-        likely_N = likely(snapshot, vector_D, to)
+    for text, vector_D in excluded:
+        likely_N = snapshot.likely(vector_D, to, text)
         if likely_N is None:
             if query_D is None:
                 raise UsageError("the query only excludes: say before ! what is to be found")

@@ -21,7 +21,7 @@ from mmalign.items import Row, unit_vector
 from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
-from mmalign.search.exclusion import left_out
+from mmalign.search.exclusion import Excluded, left_out
 from mmalign.search.model import model_of, require_model_of
 from mmalign.search.query import Query, Selection, as_query
 from mmalign.search.snapshot import Hit, Snapshot
@@ -44,6 +44,9 @@ class Hits(Sequence[Hit]):
 
     query: Query = field(compare=False)
     hits: tuple[Hit, ...] = ()
+    nothing_found: bool | None = None
+    """Whether no row is relevant: the best hit is unlikely, or there is none; None if relevance is
+    not known, or rows were listed. The nearest rows are hits all the same."""
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -213,12 +216,12 @@ class Searcher:
     @staticmethod
     def _encode(
         queries: Sequence[Query], current: _Current
-    ) -> tuple[Floats, dict[int, list[Floats]]]:
+    ) -> tuple[Floats, dict[int, list[Excluded]]]:
         """Encode all items of all queries in batches, and sum them by weight for each query.
 
         Returns:
-            The vectors (M, D), zero for a query without items, and those of the excluded items of
-            each query that has some.
+            The vectors (M, D), zero for a query without items, and the excluded items of each
+            query that has some.
         """
         encoder, store = current.encoder, current.snapshot.store
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
@@ -243,10 +246,17 @@ class Searcher:
                 if not vectors_MD[number].any():
                     raise VectorError("the items of the query cancel out: give them other weights")
                 vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
-        excluded: dict[int, list[Floats]] = {}
-        for (number, _), vector_D in zip(left, vectors[len(parts) :], strict=True):
-            excluded.setdefault(number, []).append(vector_D)
+        excluded: dict[int, list[Excluded]] = {}
+        for (number, item), vector_D in zip(left, vectors[len(parts) :], strict=True):
+            words = item if isinstance(item, str) else None
+            excluded.setdefault(number, []).append((words, vector_D))
         return vectors_MD, excluded
+
+
+def _text_of(query: Query) -> str | None:
+    """Return the words of a query, if relevance is known for it: texts, none of them subtracted."""
+    items = [(item, weight) for item, weight in query.items if isinstance(item, str) and weight > 0]
+    return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
 
 
 def _vector_of(row: Row, store: Store) -> Floats:
@@ -295,22 +305,33 @@ def _found(
         extra: Columns to read, see `Snapshot.hits`.
     """
     if vectors_MD is None:
-        return [
-            Hits(q, tuple(snapshot.listed(selected_N, first=q.offset + 1, k=q.k, extra=extra)))
-            for q in queries
-        ]
+        return [_listed(snapshot, q, selected_N, extra) for q in queries]
     scores_MK, numbers_MK = snapshot.find(
         vectors_MD, asked.wanted, kind=asked.kind, to=asked.to, exact=asked.exact,
         allowed_N=snapshot.allowed(asked.to, selected_N),
     )  # fmt: skip
     answers = []
-    for q, scores_K, numbers_K in zip(queries, scores_MK, numbers_MK, strict=True):
-        page = slice(q.offset, None)
+    for q, vector_D, scores_K, numbers_K in zip(
+        queries, vectors_MD, scores_MK, numbers_MK, strict=True
+    ):
+        page, found_K = slice(q.offset, None), scores_K[numbers_K >= 0]
+        judged = snapshot.judge(vector_D, found_K, asked.to, _text_of(q))
         hits = snapshot.hits(
-            scores_K[page], numbers_K[page], asked.to, first=q.offset + 1, extra=extra
-        )
-        answers.append(Hits(q, tuple(hits)))
+            scores_K[page], numbers_K[page], asked.to, first=q.offset + 1, extra=extra,
+            judged=judged and judged.after(q.offset),
+        )  # fmt: skip
+        nothing = judged.nothing if judged else None if len(found_K) else True
+        answers.append(Hits(q, tuple(hits), nothing))
     return answers
+
+
+def _listed(
+    snapshot: Snapshot, query: Query, selected_N: Bools | None, extra: Sequence[str]
+) -> Hits:
+    """List rows, of which none is nearer than another; the first page tells whether there are."""
+    hits = snapshot.listed(selected_N, first=query.offset + 1, k=query.k, extra=extra)
+    any_row = hits or snapshot.listed(selected_N, first=1, k=1, extra=())
+    return Hits(query, tuple(hits), None if any_row else True)
 
 
 def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Asked, list[int]]:

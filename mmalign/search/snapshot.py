@@ -15,10 +15,11 @@ import numpy as np
 from mmalign import modality as modalities
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, UsageError, nearest, shell_command
-from mmalign.index import Exact, Index, Owners, describe, open_index
+from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
 from mmalign.search.filters import as_sql
 from mmalign.search.query import Selection
+from mmalign.search.relevance import Judgement, Relevance, load
 from mmalign.store import Store
 from mmalign.store.phrases import with_phrases
 from mmalign.store.where import where as rows_where
@@ -50,6 +51,11 @@ class Hit:
     """Metadata of the row, on request."""
     thumbnail: bytes | None = None
     """A small WebP picture, on request; empty if the store has none."""
+    relevance: float | None = None
+    """How relevant it is, from 0 to 1; None unless texts were asked of an index with a
+    calibration, see `mmalign.search.relevance`."""
+    level: str | None = None
+    """That in a word: "likely", "maybe" or "unlikely"."""
 
 
 class Snapshot:
@@ -62,6 +68,7 @@ class Snapshot:
         self.store = store
         store.open_all()
         self._indexes: dict[tuple[str, bool], Index] = {}
+        self._relevance: list[Relevance | None] = []
         self._lock = threading.Lock()
 
     def find(
@@ -89,6 +96,56 @@ class Snapshot:
                 raise
             index = self._replace_damaged_index(to, index, error)
             return index.search(vectors_MD, k, allowed_N, query_modality=kind)
+
+    @property
+    def relevance(self) -> Relevance | None:
+        """The calibration that belongs to the index; None if there is none, or it is damaged."""
+        with self._lock:
+            if not self._relevance:
+                self._relevance.append(self._load_relevance())
+            return self._relevance[0]
+
+    def _load_relevance(self) -> Relevance | None:
+        folder = self.store.index_folder
+        if folder is None:
+            return None
+        try:
+            return load(folder, describe(folder), self.store.manifest.model.dim)
+        except StoreError as error:
+            remedy = shell_command("index", self.store.path)
+            say(f"warning: {error}; hits have no relevance; run {remedy}")
+            return None
+
+    def judge(
+        self, vector_D: Floats, scores_K: Floats, to: str, text: str | None
+    ) -> Judgement | None:
+        """Judge the hits of a text; None if nothing is calibrated for them."""
+        if not text or to != self.main or self.relevance is None:
+            return None
+        return self.relevance.judge(vector_D, scores_K, text)
+
+    def likely(self, vector_D: Floats, to: str, text: str | None) -> Bools | None:
+        """Return which rows (N,) are likely what a text asks for; None if nobody can say.
+
+        Nobody can of other items than texts, and in a store that was not calibrated on captions.
+
+        Every vector is scored once, a second for a million of 512 dimensions.
+
+        Args:
+            vector_D: Unit vector of the text.
+            to: Modality of the vectors that rows are judged by.
+            text: The text, whose language decides the thresholds; None for another item.
+        """
+        if not text or to != self.main or self.relevance is None or not self.relevance.on_captions:
+            return None
+        likely_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
+        least = self.relevance.likely_score(vector_D, text)
+        vectors = VectorReader(self.store.vectors(to), self._live_vectors(to))
+        owners_N = self.owners(to)
+        for numbers_B, block_BD in vectors.blocks() if least <= 1 else ():
+            found = numbers_B[block_BD @ vector_D >= least]
+            likely_N[found if owners_N is None else owners_N[found]] = True
+        return likely_N
 
     def selected(self, selection: Selection) -> Bools | None:
         """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
@@ -165,7 +222,14 @@ class Snapshot:
         return {}
 
     def hits(
-        self, scores_K: Floats, numbers_K: Ints, to: str, *, first: int, extra: Sequence[str]
+        self,
+        scores_K: Floats,
+        numbers_K: Ints,
+        to: str,
+        *,
+        first: int,
+        extra: Sequence[str],
+        judged: Judgement | None = None,
     ) -> list[Hit]:
         """Read the rows of the vectors that were found.
 
@@ -175,6 +239,7 @@ class Snapshot:
             to: Modality of the vectors.
             first: Rank of the first one.
             extra: Columns to read in addition to those of every hit: "meta", "thumbnail".
+            judged: The relevance of each.
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
@@ -186,7 +251,9 @@ class Snapshot:
         modality = modalities.find(to)
         column = modality.column if modality else ""
         scores = scores_K[found].tolist()
-        return self._read_hits(scores, positions, owners, column, first=first, extra=extra)
+        return self._read_hits(
+            scores, positions, owners, column, first=first, extra=extra, judged=judged
+        )
 
     def listed(
         self, selected_N: Bools | None, *, first: int, k: int, extra: Sequence[str]
@@ -214,6 +281,7 @@ class Snapshot:
         *,
         first: int,
         extra: Sequence[str],
+        judged: Judgement | None = None,
     ) -> list[Hit]:
         """Read rows as hits; a position counts in a column, or in none if that is empty."""
         rows = self.store.rows(owners, ("id", "uri", "captions", *extra))
@@ -223,9 +291,12 @@ class Snapshot:
             start=first,
         ):
             captions = tuple(row["captions"])
-            more = {name: row[name] for name in extra} | {"position": position}
+            more: dict[str, Any] = {name: row[name] for name in extra} | {"position": position}
             if column and position is not None:
                 more["caption"] = row[column][int(position[0])]
+            if judged is not None:
+                at = rank - first
+                more |= {"relevance": float(judged.relevance_K[at]), "level": judged.levels_K[at]}
             if "meta" in more:
                 more["meta"] = json.loads(more["meta"])
             hits.append(Hit(rank, row["id"], score, row["uri"], captions, owner, **more))

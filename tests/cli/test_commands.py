@@ -268,7 +268,7 @@ def test_class_names_may_be_long_but_must_be_known(run: Path, scenes: Path) -> N
 
 def test_search_prints_one_object(store: Path) -> None:
     found = answer("search", store, "a red circle", "-k", "4")
-    assert set(found) == {"query", "read_as", "hits", "index", "took_ms"}
+    assert set(found) == {"query", "read_as", "hits", "nothing_found", "index", "took_ms"}
     assert found["query"] == "a red circle"
     assert [h["rank"] for h in found["hits"]] == [1, 2, 3, 4]
     assert all({"id", "score", "uri", "captions"} <= set(h) for h in found["hits"])

@@ -70,7 +70,8 @@ def test_examples_of_every_help_work_as_they_are_printed(
         elif words[0] == "merge":
             shutil.copytree("photos.store", "more.store")
         done = call(*words, *few)
-        assert done.exit_code == 0, (words, done.output)
+        # What a hardly trained model finds is left open: 1 is "nothing found".
+        assert done.exit_code in ((0, 1) if words[0] == "search" else (0,)), (words, done.output)
 
 
 # ---------------------------------------------------------------- answers
@@ -103,7 +104,7 @@ def test_info_tells_of_an_index_in_a_line_and_how_to_build_one(own_store: Path) 
 
 def test_a_search_without_hits_says_so(store: Path) -> None:
     done = call("search", store, "red", "--where", "id = 'nobody'")
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "nothing found: no row matches the filters\n"
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from mmalign import progress
 from mmalign.cli.main import main
-from mmalign.search.searcher import Hit
+from mmalign.search.searcher import Hit, Hits, Query
 from mmalign.terminal import ACTIVE, UNSEEN_COLUMNS, openable, printable, shorten, width
 
 HOSTILE = {
@@ -44,8 +44,9 @@ def hits(text: str, monkeypatch: pytest.MonkeyPatch) -> list[Hit]:
         Hit(2, "id", 0.4, "s3://bucket/x.tar#a.jpg", (), 1),
         Hit(3, "id3", -0.4, "table.csv#row=3", ("no", text), 2, text),
     ]
+    answered = Hits(Query((("red", 1.0),)), tuple(found))
     searcher = SimpleNamespace(
-        search=lambda *_, **__: found, describe_index=lambda: {"kind": "exact"}, store=None
+        search=lambda *_, **__: answered, describe_index=lambda: {"kind": "exact"}, store=None
     )
     monkeypatch.setattr("mmalign.store.open_store", lambda _: SimpleNamespace(fields=()))
     monkeypatch.setattr("mmalign.search.model.model_of", lambda *_: None)

@@ -17,10 +17,10 @@ from store_samples import encoder_of
 from mmalign import Query, Row, Searcher, open_store
 from mmalign.cli.main import main
 from mmalign.errors import UsageError
-from mmalign.search import exclusion
 from mmalign.search.filters import as_sql
 from mmalign.search.grammar import Condition
 from mmalign.search.searcher import Hits
+from mmalign.search.snapshot import Snapshot
 from mmalign.store import delete, update_rows
 
 pytest.importorskip("duckdb", reason="filters need DuckDB: pip install 'mmalign[sql]'")
@@ -254,10 +254,10 @@ def test_rows_nearer_to_what_is_excluded_are_left_out(listed: Searcher, to: str)
 def test_a_calibrated_store_says_itself_what_is_likely(
     listed: Searcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def even(snapshot: Any, vector_D: Any, to: str) -> Any:
+    def even(snapshot: Snapshot, vector_D: Any, to: str, text: str | None) -> Any:
         return np.arange(snapshot.store.manifest.physical_rows) % 2 == 0
 
-    monkeypatch.setattr(exclusion, "likely", even)
+    monkeypatch.setattr(Snapshot, "likely", even)
     odd = [n for n in range(COUNT) if n % 2 and n not in GONE]
     assert numbers(find(listed, "! row:id1")) == odd
     assert numbers(find(listed, "count:<9 ! row:id1")) == [n for n in odd if n < 9]

@@ -1,0 +1,384 @@
+"""Relevance: texts of what a store holds are accepted, others are rejected, and it says which."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from many_threads import together
+from store_samples import flip
+from topic_store import CARD, KNOWN, ROWS, TOPICS, Drawn, drawn, text_vector, write
+
+from mmalign import Query, Searcher, open_store
+from mmalign.cli.main import main
+from mmalign.errors import ModelError
+from mmalign.search import calibrate, relevance
+from mmalign.search.build import build_index
+from mmalign.search.phrases import PER_LANGUAGE, every_phrase, phrases, told_by
+from mmalign.search.snapshot import Snapshot
+from mmalign.store import Row, Writer, delete, pair_vectors, verify
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write(tmp_path_factory.mktemp("relevance") / "drawn.store")
+    build_index(path)
+    return path
+
+
+@pytest.fixture
+def indexed(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "drawn.store"))
+
+
+def searcher_of(path: Path) -> Searcher:
+    encoder: Any = Drawn()
+    return Searcher(open_store(path), encoder)
+
+
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items are encoded by drawing them."""
+
+    def encode(encoder: Any, items: list[Any]) -> list[np.ndarray]:
+        return [text_vector(i) if isinstance(i, str) else np.asarray(i) for i in items]
+
+    monkeypatch.setattr("mmalign.search.searcher.encode_items", encode)
+
+
+def part_of(path: Path) -> dict[str, Any]:
+    folder = open_store(path).index_folder
+    assert folder is not None
+    return json.loads((folder / "index.json").read_text())["relevance"]
+
+
+@pytest.mark.parametrize("words", ["topic {}", "东西 {}"])
+def test_what_the_store_holds_is_accepted_and_what_it_lacks_is_rejected(
+    built: Path, words: str
+) -> None:
+    searcher = searcher_of(built)
+    present = [searcher.search(words.format(n)).nothing_found for n in range(KNOWN)]
+    absent = [searcher.search(words.format(n)).nothing_found for n in range(KNOWN, TOPICS)]
+    assert np.mean(present) <= 0.1
+    assert np.mean(absent) >= 0.95
+
+
+def test_hits_carry_relevance_that_falls_with_their_score(built: Path) -> None:
+    hits = searcher_of(built).search("topic 3", 40)
+    values = [hit.relevance for hit in hits]
+    assert all(value is not None and 0 <= value <= 1 for value in values)
+    assert values == sorted(values, reverse=True)  # type: ignore[type-var]
+    assert hits.nothing_found is False
+    assert hits[-1].level == "unlikely"
+    assert {hit.level for hit in hits} <= set(relevance.LEVELS)
+
+
+def test_the_nearest_come_though_nothing_is_found(built: Path) -> None:
+    hits = searcher_of(built).search(f"topic {KNOWN + 5}", 3)
+    assert hits.nothing_found is True
+    assert [hit.level for hit in hits] == ["unlikely"] * 3
+
+
+def test_a_later_page_says_of_its_hits_what_the_first_page_would(built: Path) -> None:
+    searcher = searcher_of(built)
+    both = searcher.search("topic 4", 12)
+    page = searcher.search("topic 4", 6, offset=6)
+    assert [(h.id, h.relevance, h.level) for h in page] == [
+        (h.id, h.relevance, h.level) for h in both[6:]
+    ]
+    assert page.nothing_found is both.nothing_found is False
+    assert searcher.search("topic 4", 5, offset=1000).nothing_found is False
+
+
+def test_under_a_filter_without_the_topic_nothing_is_found(built: Path) -> None:
+    pytest.importorskip("duckdb")
+    searcher = searcher_of(built)
+    others = ", ".join(f"'id{n}'" for n in range(ROWS) if n % KNOWN != 4)
+    assert searcher.search("topic 4", where=f"id in ({others})").nothing_found is True
+    assert searcher.search("topic 4", where="id = 'id4'").nothing_found is False
+    assert searcher.search("topic 4", where="id = 'none'").nothing_found is True
+
+
+def test_only_texts_that_are_added_have_relevance(built: Path) -> None:
+    searcher = searcher_of(built)
+    vector = drawn(3, 7, 0.5)
+    for query in (
+        vector,
+        mixed((vector, 1.0), ("topic 3", 1.0)),
+        mixed(("topic 3", 1.0), ("topic 4", -1.0)),
+    ):
+        hits = searcher.search(query)
+        assert hits.nothing_found is None
+        assert hits[0].relevance is hits[0].level is None
+    assert searcher.search("topic 3", to="text").nothing_found is None
+    assert searcher.search(mixed(("topic 3", 1.0), ("topic 3", 0.5))).nothing_found is False
+
+
+def mixed(*items: tuple[Any, float]) -> Any:
+    return Query(tuple(items))
+
+
+def test_queries_with_phrases_are_judged_and_listings_are_not(built: Path) -> None:
+    searcher = searcher_of(built)
+    words = open_store(built).rows([4], ("captions",))[0]["captions"][0]
+    for topic, nothing in ((4, False), (5, True)):
+        query = Query(((f"topic {topic}", 1.0),), phrases=(words,))
+        assert searcher.search(query).nothing_found is nothing
+    listing = Query((), phrases=(words,), k=1)
+    assert searcher.search(listing).nothing_found is None
+    assert searcher.search(listing, offset=ROWS)[:] == ()
+    assert searcher.search(listing, offset=ROWS).nothing_found is None
+    assert searcher.search(Query((), phrases=("not a caption",))).nothing_found is True
+
+
+def test_rows_that_are_likely_what_an_excluded_text_says_are_left_out(built: Path) -> None:
+    searcher = searcher_of(built)
+    everything = {hit.row for hit in searcher.search("topic 3", ROWS)}
+    likely = {hit.row for hit in searcher.search("topic 4", ROWS) if hit.level == "likely"}
+    assert likely
+    for items in ((), (("topic 3", 1.0),)):
+        found = searcher.search(Query(items, excluded=("topic 4",)), ROWS)
+        assert {hit.row for hit in found} == everything - likely
+
+
+def test_only_of_texts_and_the_main_modality_it_is_known_what_is_likely(built: Path) -> None:
+    snapshot = searcher_of(built)._current.snapshot
+    assert snapshot.likely(text_vector("4"), "image", None) is None
+    assert snapshot.likely(text_vector("4"), "text", "4") is None
+
+
+def likely_rows(snapshot: Snapshot, text: str) -> list[int]:
+    likely_N = snapshot.likely(text_vector(text), "image", text)
+    assert likely_N is not None
+    return np.flatnonzero(likely_N).tolist()
+
+
+def test_likely_rows_are_those_that_a_search_calls_likely(built: Path) -> None:
+    snapshot = searcher_of(built)._current.snapshot
+    for topic in (0, 7, KNOWN + 1):
+        text = f"topic {topic}"
+        rows = likely_rows(snapshot, text)
+        hits = searcher_of(built).search(text, ROWS)
+        assert set(rows) == {hit.row for hit in hits if hit.level == "likely"}
+    assert {row % KNOWN for row in likely_rows(snapshot, "1")} == {1}
+
+
+def test_deleted_rows_are_not_likely(indexed: Path) -> None:
+    delete(indexed, [f"id{n}" for n in range(ROWS) if n % KNOWN == 7][:2])
+    snapshot = searcher_of(indexed)._current.snapshot
+    assert len(likely_rows(snapshot, "7")) == 2
+
+
+def test_what_was_measured_is_written_with_intervals(built: Path) -> None:
+    languages = part_of(built)["languages"]
+    assert set(languages) == {"all", "other", "zh"}
+    for part in languages.values():
+        for share in (part["rejected"], part["likely"], part["without_image"]["accepted"]):
+            assert 0 <= share["low"] <= share["share"] <= share["high"] <= 1
+        assert part["rejected"]["low"] <= relevance.MAX_ERROR
+        assert part["auc"]["low"] <= part["auc"]["area"] <= part["auc"]["high"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "cut"])
+def test_without_its_file_search_goes_on_and_says_so_once(
+    indexed: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = searcher_of(indexed).search("topic 3")
+    folder = open_store(indexed).index_folder
+    assert folder is not None
+    file = folder / relevance.FILE
+    if damage == "flip":
+        flip(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        file.unlink()
+    searcher = searcher_of(indexed)
+    capfd.readouterr()
+    found = together(lambda: searcher.search("topic 3"))
+    said = capfd.readouterr().err
+    assert said.count("warning") == said.count("hits have no relevance") == 1
+    assert str(file) in said
+    assert "mmalign index" in said
+    for hits in found:
+        assert hits.nothing_found is None
+        assert [hit.id for hit in hits] == [hit.id for hit in before]
+
+
+def test_damage_of_its_file_is_found_by_verify(indexed: Path) -> None:
+    folder = open_store(indexed).index_folder
+    assert folder is not None
+    assert not verify(indexed)
+    flip(folder / relevance.FILE)
+    assert relevance.FILE in str(verify(indexed))
+
+
+def test_an_index_from_before_has_no_relevance_and_that_is_no_fault(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(indexed)
+    folder = store.index_folder
+    assert folder is not None
+    content = json.loads((folder / "index.json").read_text())
+    del content["relevance"]
+    monkeypatch.setattr("mmalign.search.snapshot.describe", lambda _: content)
+    capfd.readouterr()
+    assert searcher_of(indexed).search("topic 3").nothing_found is None
+    assert capfd.readouterr().err == ""
+
+
+def test_many_threads_read_one_calibration(built: Path) -> None:
+    searcher = searcher_of(built)
+    alone = [(hit.id, hit.relevance) for hit in searcher_of(built).search("topic 3")]
+    for hits in together(lambda: searcher.search("topic 3")):
+        assert [(hit.id, hit.relevance) for hit in hits] == alone
+
+
+def test_a_store_without_captions_goes_by_phrases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "bare.store", captions=False)
+    monkeypatch.setattr("mmalign.search.build.model_of", lambda *_: Drawn())
+    build_index(path)
+    assert "uncalibrated: no captions" in capfd.readouterr().err
+    assert part_of(path)["how"] == "uncalibrated: no captions"
+    searcher = searcher_of(path)
+    assert searcher.search("topic 3")[0].level == "likely"
+    # Phrases are of no topic here, so one of them is nothing special.
+    some = [searcher.search(phrase.text).nothing_found for phrase in phrases()[:60]]
+    assert 0.2 < np.mean(some) < 0.8
+
+
+def test_without_captions_and_model_there_is_an_index_and_no_relevance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: object) -> None:
+        raise ModelError("run: no such model")
+
+    path = write(tmp_path / "bare.store", captions=False)
+    monkeypatch.setattr("mmalign.search.build.model_of", gone)
+    build_index(path)
+    assert "no such model" in capfd.readouterr().err
+    assert part_of(path) is None
+    assert searcher_of(path).search("topic 3").nothing_found is None
+
+
+def test_a_phrase_is_there_if_captions_name_its_thing_with_what_is_said_of_it() -> None:
+    captions = ["Two dogs, one is RED", "a boxy hat", "A black cat"]
+    there, not_there = ({p.text for p in part} for part in told_by(captions, "other"))
+    assert {"dog", "a photo of a dog", "a red dog", "two of them: dog", "a black cat"} <= there
+    # No caption has a black dog, and a boxy hat is no box.
+    assert not {"a black dog", "a red cat", "box"} & there
+    assert "a small box" in not_there
+    assert not {"dog", "a blue dog", "cat"} & not_there
+    there, not_there = ({p.text for p in part} for part in told_by(["一只红色的狗"], "zh"))
+    assert there == {"狗", "一张狗的照片", "红色的狗"}
+    assert "一个小小的猫" in not_there
+
+
+class Short(Drawn):
+    """The first things of the bank are topics."""
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return np.stack([short_vector(text) for text in texts])
+
+
+def short_vector(text: str) -> np.ndarray:
+    topics = [n for n, thing in enumerate(THINGS) if thing in text.split()]
+    return drawn(topics[0], len(text), 1.5) if topics else text_vector(text)
+
+
+THINGS = [p.text for p in every_phrase("other") if p.text == p.thing and " " not in p.text]
+
+
+def test_short_queries_are_accepted_as_often_as_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short texts lie apart from captions, so they look foreign if only captions are asked."""
+    monkeypatch.setattr(
+        "mmalign.search.searcher.encode_items", lambda _, items: [*map(short_vector, items)]
+    )
+    rejected = {}
+    for name in ("captions", "both"):
+        path = tmp_path / f"{name}.store"
+        with Writer(path, CARD, 100) as writer:
+            for number in range(ROWS):
+                topic = number % KNOWN
+                words = (f"seen today: one {THINGS[topic]}, number {number}",)
+                vectors = drawn(topic, 1000 + number, 0.5)[None]
+                image = drawn(topic, 100_000 + number, -0.5)
+                writer.add(Row(f"id{number}", f"{number}.jpg", words, pair_vectors(image, vectors)))
+        if name == "both":
+            monkeypatch.setattr("mmalign.search.build.model_of", lambda *_: Short())
+        build_index(path)
+        rejected[name] = np.mean(
+            [searcher_of(path).search(thing).nothing_found for thing in THINGS[:KNOWN]]
+        )
+    assert rejected["both"] <= 0.1 < rejected["captions"]
+    told = part_of(path)["languages"]["other"]["phrases"]
+    assert told["present"]["rejected"]["low"] <= relevance.MAX_ERROR
+    assert told["absent"]["rejected"]["low"] > told["present"]["rejected"]["high"]
+
+
+def test_few_rows_are_not_calibrated(tmp_path: Path) -> None:
+    with Writer(tmp_path / "few.store", CARD) as writer:
+        for number in range(calibrate.MIN_ROWS - 1):
+            image = drawn(number, 1, -0.5)
+            vectors = pair_vectors(image, image[None])
+            writer.add(Row(f"id{number}", f"{number}.jpg", (f"a {number}",), vectors))
+    assert calibrate.calibrate(open_store(tmp_path / "few.store"), lambda _: np.zeros(0)) is None
+
+
+def test_relevance_is_never_learned_to_fall_with_a_sign() -> None:
+    rng = np.random.default_rng(0)
+    present = np.c_[rng.normal(1, 1, 500), rng.normal(-2, 1, 500), rng.normal(0, 1, 500)]
+    absent = rng.normal(0, 1, (500, 3))
+    ones = np.ones((500, 1))
+    weights = calibrate.logistic_weights(np.c_[present, ones], np.c_[absent, ones])
+    assert weights[0] > 0.5
+    assert weights[1] == 0
+    assert min(weights[:3]) >= 0
+
+
+def test_area_and_its_interval_on_known_distributions() -> None:
+    rng = np.random.default_rng(0)
+    # Two normal distributions one standard deviation apart: Phi(1 / sqrt 2).
+    area, low, high = calibrate.area(rng.normal(1, 1, 4000), rng.normal(0, 1, 4000))
+    assert abs(area - 0.7602) < 0.015
+    assert low < 0.7602 < high
+    assert calibrate.area(np.zeros(10), np.zeros(10))[0] == 0.5
+
+
+def test_the_bank_has_as_many_phrases_of_each_language() -> None:
+    bank = phrases()
+    assert len(set(bank)) == len(bank) == 2 * PER_LANGUAGE
+    assert sum(phrase.language == "zh" for phrase in bank) == PER_LANGUAGE
+    assert all(relevance.language(phrase.text) == phrase.language for phrase in bank)
+
+
+def command(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
+    monkeypatch.setattr("mmalign.search.model.model_of", lambda *_: Drawn())
+    return CliRunner().invoke(main, ["search", str(path), *words])
+
+
+def test_the_command_shows_levels_and_ends_with_1_if_nothing_is_found(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = command(built, monkeypatch, "topic 3", "-k", "3")
+    assert (present.exit_code, present.stderr) == (0, "")
+    assert present.stdout.splitlines()[0].split()[2] in {"likely", "maybe"}
+    absent = command(built, monkeypatch, f"topic {KNOWN + 5}", "-k", "3")
+    assert (absent.exit_code, absent.stderr) == (1, "nothing found: these are only the nearest\n")
+    assert [line.split()[2] for line in absent.stdout.splitlines()] == ["unlikely"] * 3
+
+
+def test_json_says_whether_anything_was_found(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, nothing in (("topic 3", False), (f"topic {KNOWN + 5}", True)):
+        done = command(built, monkeypatch, text, "--json")
+        answer = json.loads(done.stdout)
+        assert done.exit_code == int(nothing)
+        assert answer["nothing_found"] is nothing
+        assert {"relevance", "level"} <= set(answer["hits"][0])
