@@ -173,6 +173,10 @@ def _read_deleted(shard: Shard) -> Bools:
         try:
             files.require_regular(path)
             content = path.read_bytes()
+        except FileNotFoundError:
+            again = "if the store was compacted since it was opened, open it again"
+            problem = problem or f"{path}: deletions are missing ({again})"
+            continue
         except OSError as error:
             problem = problem or f"{path}: {error.strerror or error}"
             continue

@@ -273,8 +273,10 @@ PAIRS = [
     (act, other)
     for act in SINGLE
     for other in OTHERS
-    # A damaged shard is neither copied nor indexed.
-    if act != "create" and (act != "repair" or other in ("write", "delete"))
+    # A damaged shard is neither copied nor indexed; receipts are of the model before a swap.
+    if act != "create"
+    and (act != "repair" or other in ("write", "delete"))
+    and (act, other) != ("receive", "swap")
 ]
 QUICK = [
     ("replace", "write"),

@@ -104,6 +104,13 @@ def test_without_both_files_nobody_knows_what_was_deleted(path: Path) -> None:
     assert verify(path) == []
 
 
+def test_a_reader_of_files_that_a_compaction_removed_is_told_to_open_again(path: Path) -> None:
+    before = open_store(path)
+    compact(path, now=True)
+    with pytest.raises(StoreError, match="deletions are missing .* open it again"):
+        _ = before.live
+
+
 def only_first(path: Path) -> Shard:
     return open_store(path).manifest.shards[0]
 
