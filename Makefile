@@ -58,7 +58,7 @@ test-wheel: $(READY)  ## build the wheel, install it alone, and run the examples
 docs: $(READY)  ## write the API reference from docstrings to build/api
 	$(BIN)/python docs/api.py build/api
 
-test-crash: $(READY)  ## kill writers at every operation of the disk and at random: minutes
+test-crash: $(READY)  ## kill writers at every operation of the disk and at random: hours
 	MMALIGN_CRASH=full $(BIN)/python -m pytest -q tests/store/test_crash*.py
 
 test-pretrained: $(READY)  ## compare every name of open_clip's list with open_clip: minutes

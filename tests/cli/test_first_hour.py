@@ -108,6 +108,11 @@ def test_a_search_without_hits_says_so(store: Path) -> None:
     assert done.stderr == "nothing found: no row matches the filters\n"
 
 
+def test_a_modality_that_the_store_does_not_have_is_refused(store: Path) -> None:
+    said = complaint(2, "search", store, "red", "--to", "texts")
+    assert "no 'texts' vectors to search: did you mean 'text'" in said
+
+
 def test_a_row_whose_id_is_its_place_is_shown_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,9 +27,7 @@ from mmalign.store import manifest as manifests
 from mmalign.store.failures import read_failures
 
 FULL = os.environ.get("MMALIGN_CRASH") == "full"
-POWER_CUTS = 8 if FULL else 1
-# Of the cuts after a death, whose number is that of the operations squared, one in so many.
-CUTS_AFTER_DEATHS = 5
+POWER_CUTS = 40 if FULL else 1
 CASES: Counter[str] = Counter()
 SINGLE = [name for name in ACTS if name != "damage"]
 SOME = SINGLE if FULL else ["create", "replace", "fail", "compact", "repair"]
@@ -172,9 +170,6 @@ def test_a_process_dies_and_another_does_it_again(tmp_path: Path, act: str) -> N
         again.ledger = replace(again.ledger, torn=True)
 
         def cut(second: int, operation: str, path: Path) -> None:
-            drawn = random.Random(f"{act} {number} {second}").randrange(CUTS_AFTER_DEATHS)
-            if drawn and operation != "end":
-                return
             with case("deaths, then power cuts", act, number, second):
                 left = Life(again.disk.cut(tmp_path / "left", None), again.ledger)
                 with using(left.disk):
