@@ -84,7 +84,7 @@ class Lexical:
         Raises:
             StoreError: The index names rows that do not exist.
         """
-        terms = [_hash(word) for word in asked_words(text)]
+        terms = [hash_of(word) for word in asked_words(text)]
         scores_N = np.zeros(self.rows, np.float32)
         matched_N = np.zeros(self.rows, np.uint32)
         found = [[part.of(term) for part in self.parts] for term in terms]
@@ -119,7 +119,7 @@ def postings(captions: Iterator[Sequence[str]]) -> Postings:
             words.extend([numbers.setdefault(w, len(numbers)) for w in indexed_words(caption)])
         lengths.append(len(words) - before)
     lengths_N = np.array(lengths, np.uint32)
-    hashes = np.array([_hash(word) for word in numbers], np.uint64)
+    hashes = np.array([hash_of(word) for word in numbers], np.uint64)
     order = np.argsort(hashes)
     rank = np.empty(len(order), np.uint64)
     rank[order] = np.arange(len(order), dtype=np.uint64)
@@ -204,5 +204,6 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"lexical.{name}.npy"
 
 
-def _hash(word: str) -> int:
+def hash_of(word: str) -> int:
+    """Return the 64-bit hash that stands for a word."""
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest())

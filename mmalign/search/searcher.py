@@ -6,7 +6,7 @@ Shapes: M queries, D dimensions, K rows, N rows of the store.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -195,7 +195,7 @@ class Searcher:
         parsed = [as_query(query) for query in queries]
         if not all(query.items for query in parsed):
             raise UsageError("a query without items has no vector")
-        return self._encode(parsed, self._current)[0]
+        return self.encode_queries(parsed, self.encoder, [self.store])[0]
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the index over the images."""
@@ -203,10 +203,34 @@ class Searcher:
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
         current = self._current  # the same for the whole answer, even if `refresh` is called
-        snapshot = current.snapshot
-        vectors_MD, excluded = self._encode(queries, current)
-        selected = {s: snapshot.selected(s) for s in {query.selection for query in queries}}
+        vectors_MD, excluded = self.encode_queries(
+            queries, current.encoder, [current.snapshot.store]
+        )
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
+        return self.answers(current.snapshot, queries, vectors_MD, excluded, extra=extra)
+
+    @staticmethod
+    def answers(
+        snapshot: Snapshot,
+        queries: Sequence[Query],
+        vectors_MD: Floats,
+        excluded: Mapping[int, list[Excluded]],
+        *,
+        extra: Sequence[str],
+        elsewhere: Iterable[str] = (),
+    ) -> list[Hits]:
+        """Answer queries that are encoded.
+
+        Args:
+            snapshot: What is searched.
+            queries: The queries.
+            vectors_MD: Their vectors, see `encode_queries`.
+            excluded: The excluded items of queries, see `encode_queries`.
+            extra: Columns to read, see `Snapshot.hits`.
+            elsewhere: Fields that only other stores have, see `Snapshot.selected`.
+        """
+        selections = {query.selection for query in queries}
+        selected = {s: snapshot.selected(s, elsewhere) for s in selections}
         answers: dict[int, Hits] = {}
         for asked, numbers in _group_by_search(queries, snapshot).items():
             vectors_GD = vectors_MD[numbers] if asked.by_vector else None
@@ -221,20 +245,21 @@ class Searcher:
         return [answers[number] for number in range(len(queries))]
 
     @staticmethod
-    def _encode(
-        queries: Sequence[Query], current: _Current
+    def encode_queries(
+        queries: Sequence[Query], encoder: Encoder, stores: Sequence[Store]
     ) -> tuple[Floats, dict[int, list[Excluded]]]:
         """Encode all items of all queries in batches, and sum them by weight for each query.
+
+        A `Row` is looked for in the stores, in their order.
 
         Returns:
             The vectors (M, D), zero for a query without items, and the excluded items of each
             query that has some.
         """
-        encoder, store = current.encoder, current.snapshot.store
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
         left = [(number, item) for number, q in enumerate(queries) for item in q.excluded]
         items = [
-            _vector_of(item, store) if isinstance(item, Row) else item
+            _vector_of(item, stores) if isinstance(item, Row) else item
             for item in (*(item for _, item, _ in parts), *(item for _, item in left))
         ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
@@ -266,10 +291,14 @@ def _text_of(query: Query) -> str | None:
     return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
 
 
-def _vector_of(row: Row, store: Store) -> Floats:
-    number = int(store.find([row.id])[0]) if len(store) else -1
-    if number < 0:
-        raise UsageError(f"{store.path}: no row has the id {row.id!r}")
+def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:
+    for store in stores:
+        number = int(store.find([row.id])[0]) if len(store) else -1
+        if number >= 0:
+            break
+    else:
+        places = ", ".join(str(store.path) for store in stores)
+        raise UsageError(f"{places}: no row has the id {row.id!r}")
     # What the row is, rather than what is said of it.
     for modality in sorted(store.modalities, key=is_of_rows, reverse=True):
         vectors_VD = store.vectors_of(modality, number)

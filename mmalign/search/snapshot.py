@@ -5,7 +5,7 @@ Shapes: N vectors of one modality, M queries, D dimensions, K rows.
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -221,8 +221,12 @@ class Snapshot:
             likely_N[found if owners_N is None else owners_N[found]] = True
         return likely_N
 
-    def selected(self, selection: Selection) -> Bools | None:
+    def selected(self, selection: Selection, elsewhere: Iterable[str] = ()) -> Bools | None:
         """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
+
+        Args:
+            selection: Filters and phrases.
+            elsewhere: Fields that other stores of the same search have; no row has them here.
 
         Raises:
             UsageError: A filter names no field, or does not fit it, or there are too many.
@@ -233,7 +237,8 @@ class Snapshot:
             raise UsageError(f"{told}; at most {MOST_FILTERS} are allowed: write --where")
         expressions = [] if selection.where is None else [selection.where]
         if selection.conditions:
-            expressions.append(as_sql(selection.conditions, self.store.fields))
+            kinds = dict.fromkeys(elsewhere, "none") | self.store.fields
+            expressions.append(as_sql(selection.conditions, kinds))
         if not (expressions or selection.phrases):
             return None
         selected_N = np.ones(self.store.manifest.physical_rows, np.bool_)
