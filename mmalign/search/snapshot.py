@@ -80,6 +80,8 @@ class Snapshot:
         self._indexes: dict[tuple[str, bool], Index] = {}
         self._relevance: list[Relevance | None] = []
         self._lexical: list[Lexical] = []
+        # Reading all captions takes seconds, during which queries without words go on.
+        self._lexical_lock = threading.Lock()
         self._lock = threading.Lock()
 
     def find(
@@ -138,7 +140,7 @@ class Snapshot:
     @property
     def lexical(self) -> Lexical:
         """The words of all captions: those of the index, and of rows that came after it."""
-        with self._lock:
+        with self._lexical_lock:
             if not self._lexical:
                 self._lexical.append(self._load_lexical())
             return self._lexical[0]
@@ -162,7 +164,7 @@ class Snapshot:
         try:
             return opened.match(text)
         except StoreError as error:
-            with self._lock:
+            with self._lexical_lock:
                 if self._lexical[0] is opened:
                     self._warn_of_words(error)
                     self._lexical[0] = lexical.open_lexical(self.store, None)
