@@ -143,9 +143,9 @@ def on_store(path: str) -> None:
         record(store.path, spoken, "captions", recalls(rows_ND, changed, asked), len(asked))
 
 
-def record(path: Path, spoken: str, kind: str, values: dict[str, float], count: int) -> None:
+def record(path: Path, spoken: str, asked: str, values: dict[str, float], count: int) -> None:
     """Write a row of the results."""
-    row = {"store": path.stem, "language": spoken, "kind": kind, "queries": count, **values}
+    row = {"store": path.stem, "language": spoken, "asked": asked, "queries": count, **values}
     measure.append("lexical", row)
 
 
