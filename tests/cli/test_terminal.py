@@ -92,7 +92,7 @@ def test_json_is_readable_where_it_can_be(hits: list[Hit], text: str) -> None:
 def test_lines_keep_to_the_width_of_the_terminal(
     hits: list[Hit], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmalign.cli.main.columns", lambda: columns)
+    monkeypatch.setattr("mmalign.cli.hits.columns", lambda: columns)
     for line, hit in zip(search("utf-8").stdout.splitlines(), hits, strict=True):
         # A place is whole, as one that is cut cannot be opened; what is left goes to the words.
         assert printable(openable(hit.uri)) in line
