@@ -38,8 +38,14 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 )
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
-    "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
-)
+    "--model", metavar="RUN_OR_NAME", type=PLACE,
+    help="The model, if it was moved since embedding; for a folder, the model to embed with.",
+)  # fmt: skip
+@click.option("--here", is_flag=True, help="Keep the store of a folder in it, hidden.")
+@click.option(
+    "--yes", is_flag=True,
+    help="For a folder: download the default model, and drop many rows, without a question.",
+)  # fmt: skip
 @json_option
 def search(
     *,
@@ -53,6 +59,8 @@ def search(
     lexical: bool,
     sheet: str | None,
     model: str | None,
+    here: bool,
+    yes: bool,
     as_json: bool,
 ) -> None:
     """Find the images of a store that are nearest to a text or an image.
@@ -63,11 +71,15 @@ def search(
     of the store; "words in quotes" must occur in a caption; FIELD:VALUE, FIELD:>3 and FIELD:2..5
     filter by metadata. Put -- before a text that begins with a dash.
 
+    A folder of images may stand in the place of a store. Its new and changed images are embedded
+    first, into a store that is kept in your cache folder, or with --here in the folder.
+
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
 
     \b
-    Example:  mmalign search photos.store "a dog on a beach"
+    Example:  mmalign search photos/ "a dog on a beach" --model run
+              mmalign search photos.store "a dog on a beach"
               mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
               mmalign search photos.store cat.jpg --to text
               mmalign search photos.store "@cat.jpg + snow - 0.5:grass"
@@ -78,6 +90,7 @@ def search(
     import time
     from dataclasses import asdict
 
+    from mmalign.cli.folder import is_plain_folder, up_to_date
     from mmalign.progress import say
     from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
@@ -95,7 +108,11 @@ def search(
         from mmalign.search.sheet import Strip, check_sheet, draw_sheet
 
         check_sheet(Path(sheet))
-    opened = [open_store(store) for store in stores]
+    places = [
+        up_to_date(place, model, here=here, yes=yes) if is_plain_folder(place) else place
+        for place in stores
+    ]
+    opened = [open_store(place) for place in places]
     asked = _query(typed, {name: None for store in opened for name in store.fields})
     read_as = asked.read_as
     asked = _with_images(asked, typed)

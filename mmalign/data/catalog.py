@@ -200,6 +200,8 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
 def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
     """Refuse an output folder that is a source, lies in a source folder, or contains a source.
 
+    A hidden folder in a source is allowed, as a scan passes over it.
+
     Raises:
         UsageError: It is, lies in, or contains a source.
         DataError: A source does not exist.
@@ -212,6 +214,8 @@ def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
         if _is_same(folder, source):
             how = "is a source"
         elif _lies_in(folder, source):
+            if any(part.startswith(".") for part in os.path.relpath(folder, source).split(os.sep)):
+                continue
             how = f"is inside the source {place}"
         elif _lies_in(source, folder):
             how = f"contains the source {place}"

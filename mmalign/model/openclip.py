@@ -41,6 +41,7 @@ __all__ = [
     "OpenClipTowers",
     "blank",
     "build",
+    "has_weights",
     "load",
     "module",
     "names",
@@ -153,6 +154,11 @@ def _require_known(name: str, pretrained: str | None) -> None:
     raise ModelError(
         f"{name} has no pretrained weights {pretrained!r}: {known} (or give {name}:FILE)"
     )
+
+
+def has_weights(name: str, tag: str) -> bool:
+    """Return whether the weights of a tag are on this machine."""
+    return _cached_tag(tag_config(name, tag)) is not None
 
 
 def _require_tag(name: str, tag: str) -> None:

@@ -25,6 +25,7 @@ swap.py       vectors of a new model beside the current ones, and the swap
 """
 
 from mmalign.store.changes import CompactReport as CompactReport
+from mmalign.store.changes import ManyDeletions as ManyDeletions
 from mmalign.store.changes import compact as compact
 from mmalign.store.changes import delete as delete
 from mmalign.store.changes import delete_rows as delete_rows
@@ -65,6 +66,7 @@ __all__ = [
     "UNKNOWN",
     "Committer",
     "CompactReport",
+    "ManyDeletions",
     "MergeReport",
     "ModelCard",
     "NextSpace",

@@ -56,14 +56,18 @@ JOINED_AGE_S = 24 * 3600.0
 MOST_DELETED = 0.1
 
 
+class ManyDeletions(StoreError):
+    """More than a tenth of the rows would be deleted; nothing was."""
+
+
 def require_few(path: str | Path, count: int, rows: int, yes: bool) -> None:
     """Refuse to delete more than a tenth of the rows unless the caller confirms it.
 
     Raises:
-        StoreError: It is more than a tenth, and `yes` is false.
+        ManyDeletions: It is more than a tenth, and `yes` is false.
     """
     if count > MOST_DELETED * rows and not yes:
-        raise StoreError(
+        raise ManyDeletions(
             f"{path}: {count} of {rows} rows would be deleted, more than a tenth: "
             "nothing was deleted; to delete them anyway, add --yes (Python: yes=True)"
         )

@@ -157,9 +157,7 @@ def test_sources_that_are_none(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s.store").exists()
 
 
-@pytest.mark.parametrize(
-    "words", [["search", "q"], ["index"], ["info"], ["verify"], ["info", "--json"]]
-)
+@pytest.mark.parametrize("words", [["index"], ["info"], ["verify"], ["info", "--json"]])
 def test_what_is_no_store(tmp_path: Path, words: list[str]) -> None:
     command, *rest = words
     for place, why in ((tmp_path, "is a folder without a manifest"), (tmp_path / "x", "not exist")):

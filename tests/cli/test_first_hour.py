@@ -47,6 +47,7 @@ def test_examples_of_every_help_work_as_they_are_printed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMALIGN_STORES", str(tmp_path / "stores"))
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, name in enumerate(("cat", "dog", *map(str, range(22)))):
@@ -67,8 +68,8 @@ def test_examples_of_every_help_work_as_they_are_printed(
         elif not Path("photos.store").exists():
             shutil.rmtree("run", ignore_errors=True)
             shutil.copytree(run, "run")
-        elif words[0] == "merge":
-            shutil.copytree("photos.store", "more.store")
+        for other in {"more.store", "scans.store"} & set(words):
+            shutil.copytree("photos.store", other)
         done = call(*words, *few)
         # What a hardly trained model finds is left open: 1 is "nothing found".
         assert done.exit_code in ((0, 1) if words[0] == "search" else (0,)), (words, done.output)

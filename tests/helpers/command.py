@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from mmalign.cli.main import main
 
 
-def call(*words: str | Path) -> Result:
-    """Call `mmalign`; an escaped exception is a failure of the test."""
-    result = CliRunner().invoke(main, [str(w) for w in words], prog_name="mmalign")
+def call(*words: str | Path, typed: str | None = None) -> Result:
+    """Call `mmalign`, with what is typed in; an escaped exception is a failure of the test."""
+    result = CliRunner().invoke(main, [str(w) for w in words], prog_name="mmalign", input=typed)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
