@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmalign import files
-from mmalign.cli.hits import show_hits
-from mmalign.cli.options import PLACE, TEXT, FolderPath, json_option, print_values, where_option
+from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
+from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
 from mmalign.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
 )
-@json_option
+@format_options
 def search(
     *,
     stores: tuple[Path, ...],
@@ -53,7 +53,7 @@ def search(
     lexical: bool,
     sheet: str | None,
     model: str | None,
-    as_json: bool,
+    **formats: bool,
 ) -> None:
     """Find the images of a store that are nearest to a text or an image.
 
@@ -66,6 +66,8 @@ def search(
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
 
+    Hits are a table on a terminal, and tab-separated values with a header anywhere else.
+
     \b
     Example:  mmalign search photos.store "a dog on a beach"
               mmalign search photos.store "沙滩上的狗" -k 5 --sheet hits.png
@@ -74,9 +76,9 @@ def search(
               mmalign search photos.store "dress ! stripes price:<20"
               mmalign search photos.store scans.store "Prof. Zorvex" --lexical
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
+              mmalign search photos.store "red" -k 100 --csv
     """
     import time
-    from dataclasses import asdict
 
     from mmalign.progress import say
     from mmalign.search.model import model_of
@@ -85,6 +87,7 @@ def search(
     from mmalign.store import open_store
 
     typed = query
+    form = chosen(formats)
     if not stores:
         raise click.MissingParameter(param_hint="'QUERY'", param_type="argument")
     if len(stores) > 1 and not all(store.is_dir() for store in stores[1:]):
@@ -113,19 +116,18 @@ def search(
         pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
         picture = pictures[0] if len(asked.items) == len(pictures) == 1 else b""
         draw_sheet([Strip(typed, _tiles(opened, hits), picture)], Path(sheet))
-    if as_json:
-        rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
+    if form == "json":
         answer = {
             "query": files.in_utf8(typed),
             "read_as": read_as,
-            "hits": rows,
+            "hits": [json_fields(hit) for hit in hits],
             "nothing_found": hits.nothing_found,
         }
         if not isinstance(searcher, MultiSearcher):
             answer["index"] = searcher.describe_index()
-        print_values({**answer, "took_ms": round(took_ms, 3)}, as_json)
+        print_values({**answer, "took_ms": round(took_ms, 3)}, as_json=True)
     else:
-        show_hits(hits, read_as)
+        print_hits(form, hits, read_as)
     if hits.nothing_found:
         narrowed = any(vars(hits.query.selection).values())
         why = ": no row matches the filters" if narrowed else ""
