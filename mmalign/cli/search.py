@@ -23,7 +23,10 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 
 
 @click.command()
-@click.argument("stores", nargs=-1, metavar="STORE [STORE]...", type=FolderPath())
+@click.argument(
+    "stores", nargs=-1, metavar="STORE [STORE]...", type=FolderPath(),
+    shell_complete=PLACE.shell_complete,  # the last one may be an image
+)  # fmt: skip
 @click.argument("query")
 @click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option("--offset", default=0, show_default=True, help="Results to skip at the start.")
@@ -55,7 +58,7 @@ def search(
     model: str | None,
     **formats: bool,
 ) -> None:
-    """Find the images of a store that are nearest to a text or an image.
+    """Find the images of a store nearest to a text or an image.
 
     The last argument is the query, those before it are stores of one model. QUERY is an image if a
     file with this name exists. Anything else is text, in which operators between spaces count: +
