@@ -48,7 +48,8 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that is called; suggest the nearest ones if there is none."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
+        known = ctx.resilient_parsing or not args or args[0] in self.commands
+        if not known and not args[0].startswith("-"):
             raise click.UsageError(
                 f"no command is called {args[0]!r}: {nearest(args[0], self.commands)}", ctx
             )

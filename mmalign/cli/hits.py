@@ -1,29 +1,174 @@
-"""How the hits of a search are printed."""
+"""How the hits of a search are printed: a table for people, other formats for programs."""
 
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mmalign.cli.options import show
+import click
+
+from mmalign.cli.options import print_values, show
 from mmalign.terminal import columns, openable, printable, shorten, width
 
 if TYPE_CHECKING:
     from mmalign.search.searcher import Hits
+    from mmalign.search.snapshot import Hit
 
+FORMATS = {
+    "table": "Print a table, as on a terminal.",
+    "tsv": "Print tab-separated values, as into a file or another program.",
+    "csv": "Print comma-separated values.",
+    "json": "Print one JSON object.",
+    "jsonl": "Print one JSON object for each hit.",
+    "paths0": "Print the paths of local files, each with a NUL character behind it.",
+}
+# Columns of TSV and CSV. Programs rely on them: new ones are added at the end.
+COLUMNS = (
+    "rank", "id", "score", "level", "relevance", "uri", "caption", "position", "words", "found_by",
+    "store",
+)  # fmt: skip
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
 MAX_PLACE, MIN_WORDS = 4096, 20
+# How a byte of a name that is not UTF-8 is written in a uri.
+ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
+LINE_BREAKS_AND_TABS = re.compile("([\t\n\r])")
 
 
-def show_hits(hits: "Hits", read_as: dict[str, Any]) -> None:
-    """Print the hits as a table, a line each; say how the query was read if that is not plain."""
+def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for each format; `chosen` reads them."""
+    for name, told in reversed(FORMATS.items()):
+        command = click.option(f"--{name}", is_flag=True, help=told)(command)
+    return command
+
+
+def chosen(flags: Mapping[str, bool]) -> str:
+    """Return the format of the one flag that is set; by default that which suits stdout.
+
+    Raises:
+        click.UsageError: Several are set.
+    """
+    given = [name for name in FORMATS if flags[name]]
+    if len(given) > 1:
+        names = " and ".join(f"--{name}" for name in given)
+        raise click.UsageError(f"{names} are different formats: give one of them")
+    return given[0] if given else "table" if sys.stdout.isatty() else "tsv"
+
+
+def print_hits(form: str, hits: "Hits", read_as: dict[str, Any]) -> None:
+    """Print hits in any format but "json"; say how the query was read if that is not plain."""
     from mmalign.progress import say
 
     if not _is_plain(read_as):
         say(f"read as: {printable(read_as['text'])}")
+    {
+        "table": _print_table,
+        "tsv": _print_tsv,
+        "csv": _print_csv,
+        "jsonl": _print_jsonl,
+        "paths0": _print_paths,
+    }[form](hits)
+
+
+def json_fields(hit: "Hit") -> dict[str, Any]:
+    """Return what JSON says of a hit."""
+    return {k: v for k, v in asdict(hit).items() if k != "row" and v is not None}
+
+
+def local_file(uri: str) -> bytes | None:
+    """Return the path of the file that a uri names, in the bytes of the file system.
+
+    None for URLs, members of archives, rows of tables and relative paths, and if there is no such
+    file.
+    """
+    from mmalign.data.places import is_url, local_path
+
+    path = "" if is_url(uri) else local_path(uri)
+    if not os.path.isabs(path):
+        return None
+    named = ESCAPED_BYTE.sub(lambda found: chr(int(found[1], 16)), path)
+    names = (_in_bytes(path), _in_bytes(named))
+    return next((name for name in names if os.path.isfile(name)), None)
+
+
+def _in_bytes(path: str) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:  # the locale of this process has no letters for the name
+        return path.encode("utf-8", "surrogateescape")
+
+
+def _print_table(hits: "Hits") -> None:
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
         score = f"{hit.score:.3f}" if hits.query.items else "-    "
         level = f"  {hit.level:<8}" if hit.level else ""
         by_words = "  words" if hit.words else ""
         show(_line(f"{hit.rank:>3}  {score}{level}{by_words}", openable(hit.uri), words))
+
+
+def _print_tsv(hits: "Hits") -> None:
+    for cells in (COLUMNS, *_rows(hits)):
+        click.echo("\t".join(map(_escaped, cells)))
+
+
+def _print_csv(hits: "Hits") -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([COLUMNS, *(map(_without_controls, row) for row in _rows(hits))])
+    # Written as bytes: UTF-8 and these line ends, whatever the system has.
+    click.echo(text.getvalue().encode(), nl=False)
+
+
+def _print_jsonl(hits: "Hits") -> None:
+    for hit in hits:
+        print_values(json_fields(hit), as_json=True)
+
+
+def _print_paths(hits: "Hits") -> None:
+    from mmalign.progress import say
+
+    found = [local_file(hit.uri) for hit in hits]
+    for path in filter(None, found):
+        click.echo(path + b"\0", nl=False)
+    if left := found.count(None):
+        kinds = "URLs, members of archives, rows of tables, or files that are gone"
+        say(f"{left} of {len(found)} hits left out, which are no files here: {kinds}")
+
+
+def _rows(hits: "Hits") -> Iterator[list[str]]:
+    """Yield the cells of each hit; empty where there is no value."""
+    for hit in hits:
+        values = {
+            **vars(hit),
+            "score": hit.score if hits.query.items else None,
+            "caption": next(iter(hit.captions), None) if hit.caption is None else hit.caption,
+            "position": None if hit.position is None else list(hit.position),
+        }
+        yield ["" if values[name] is None else str(values[name]) for name in COLUMNS]
+
+
+def _escaped(cell: str) -> str:
+    r"""Escape as Python does: backslashes, control characters, and what stdout cannot print.
+
+    >>> _escaped("a\tb\\c")
+    'a\\tb\\\\c'
+    """
+    encoding = sys.stdout.encoding or "ascii"
+    text = printable(cell.replace("\\", "\\\\"))
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _without_controls(cell: str) -> str:
+    r"""Escape what would act on a terminal, except line breaks and tabs, which CSV may contain.
+
+    >>> _without_controls("a\n\x1b[31m")
+    'a\n\\x1b[31m'
+    """
+    parts = LINE_BREAKS_AND_TABS.split(cell)
+    return "".join(p if p in ("\t", "\n", "\r") else printable(p) for p in parts)
 
 
 def _is_plain(read_as: dict[str, Any]) -> bool:

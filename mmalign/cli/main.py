@@ -13,6 +13,7 @@ import click
 
 from mmalign import __version__
 from mmalign.cli import store as cli_store
+from mmalign.cli.completion import completion
 from mmalign.cli.errors import Commands
 from mmalign.cli.options import PLACE, TEXT
 from mmalign.cli.options import json_option as _json
@@ -295,5 +296,5 @@ def _class_names(classes: str) -> list[str]:
     return names
 
 
-for _command in (search, evaluate, *cli_store.COMMANDS):
+for _command in (search, evaluate, *cli_store.COMMANDS, completion):
     main.add_command(_command)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mmalign import files
 from mmalign.terminal import printable
@@ -37,15 +38,21 @@ class _Place(ParamType):
     """A path or URL; expands `~` to the home folder, which a shell does only for a bare `~`."""
 
     name = "text"
+    completed = "file"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         return os.path.expanduser(str(value))
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Leave it to the shell to complete a path."""
+        return [CompletionItem(incomplete, type=self.completed)]
 
 
 class FolderPath(_Place):
     """A folder."""
 
     name = "path"
+    completed = "dir"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return a path."""

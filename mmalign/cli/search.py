@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmalign import files
-from mmalign.cli.hits import show_hits
-from mmalign.cli.options import PLACE, TEXT, FolderPath, json_option, print_values, where_option
+from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
+from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
 from mmalign.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 
 
 @click.command()
-@click.argument("stores", nargs=-1, metavar="STORE [STORE]...", type=FolderPath())
+@click.argument(
+    "stores", nargs=-1, metavar="STORE [STORE]...", type=FolderPath(),
+    shell_complete=PLACE.shell_complete,  # the last one may be an image
+)  # fmt: skip
 @click.argument("query")
 @click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option("--offset", default=0, show_default=True, help="Results to skip at the start.")
@@ -46,7 +49,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
     "--yes", is_flag=True,
     help="For a folder: download the default model, and drop many rows, without a question.",
 )  # fmt: skip
-@json_option
+@format_options
 def search(
     *,
     stores: tuple[Path, ...],
@@ -61,9 +64,9 @@ def search(
     model: str | None,
     here: bool,
     yes: bool,
-    as_json: bool,
+    **formats: bool,
 ) -> None:
-    """Find the images of a store that are nearest to a text or an image.
+    """Find the images of a store nearest to a text or an image.
 
     The last argument is the query, those before it are stores of one model. QUERY is an image if a
     file with this name exists. Anything else is text, in which operators between spaces count: +
@@ -77,6 +80,8 @@ def search(
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
 
+    Hits are a table on a terminal, and tab-separated values with a header anywhere else.
+
     \b
     Example:  mmalign search photos/ "a dog on a beach" --model run
               mmalign search photos.store "a dog on a beach"
@@ -86,9 +91,9 @@ def search(
               mmalign search photos.store "dress ! stripes price:<20"
               mmalign search photos.store scans.store "Prof. Zorvex" --lexical
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
+              mmalign search photos.store "red" -k 100 --csv
     """
     import time
-    from dataclasses import asdict
 
     from mmalign.cli.folder import is_plain_folder, up_to_date
     from mmalign.progress import say
@@ -98,6 +103,7 @@ def search(
     from mmalign.store import open_store
 
     typed = query
+    form = chosen(formats)
     if not stores:
         raise click.MissingParameter(param_hint="'QUERY'", param_type="argument")
     if len(stores) > 1 and not all(store.is_dir() for store in stores[1:]):
@@ -130,19 +136,18 @@ def search(
         pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
         picture = pictures[0] if len(asked.items) == len(pictures) == 1 else b""
         draw_sheet([Strip(typed, _tiles(opened, hits), picture)], Path(sheet))
-    if as_json:
-        rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
+    if form == "json":
         answer = {
             "query": files.in_utf8(typed),
             "read_as": read_as,
-            "hits": rows,
+            "hits": [json_fields(hit) for hit in hits],
             "nothing_found": hits.nothing_found,
         }
         if not isinstance(searcher, MultiSearcher):
             answer["index"] = searcher.describe_index()
-        print_values({**answer, "took_ms": round(took_ms, 3)}, as_json)
+        print_values({**answer, "took_ms": round(took_ms, 3)}, as_json=True)
     else:
-        show_hits(hits, read_as)
+        print_hits(form, hits, read_as)
     if hits.nothing_found:
         narrowed = any(vars(hits.query.selection).values())
         why = ": no row matches the filters" if narrowed else ""

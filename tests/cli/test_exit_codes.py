@@ -35,6 +35,7 @@ CALLS = {
     "get": ("get {tmp}/s an-id", "mmalign.store.open_store"),
     "merge": ("merge {tmp}/a {tmp}/b --out {tmp}/s", "mmalign.store.merge"),
     "export": ("export {tmp}/s --to {tmp}/x --format npy", "mmalign.exchange.export.export"),
+    "completion": ("completion bash", "click.shell_completion.BashComplete.source"),
     "import": ("import {tmp} --out {tmp}/s --model m", "mmalign.exchange.imports.import_parts"),
 }
 

@@ -69,7 +69,7 @@ def test_examples_of_every_help_work_as_they_are_printed(
             shutil.rmtree("run", ignore_errors=True)
             shutil.copytree(run, "run")
         for other in {"more.store", "scans.store"} & set(words):
-            shutil.copytree("photos.store", other)
+            shutil.copytree("photos.store", other, dirs_exist_ok=True)
         done = call(*words, *few)
         # What a hardly trained model finds is left open: 1 is "nothing found".
         assert done.exit_code in ((0, 1) if words[0] == "search" else (0,)), (words, done.output)
@@ -104,7 +104,7 @@ def test_info_tells_of_an_index_in_a_line_and_how_to_build_one(own_store: Path) 
 
 
 def test_a_search_without_hits_says_so(store: Path) -> None:
-    done = call("search", store, "red", "--where", "id = 'nobody'")
+    done = call("search", store, "red", "--where", "id = 'nobody'", "--table")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "nothing found: no row matches the filters\n"
 

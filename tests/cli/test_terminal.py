@@ -64,7 +64,9 @@ def search(encoding: str, *words: str) -> Result:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_hits_are_lines_that_do_nothing(hits: list[Hit], encoding: str) -> None:
     # click takes ASCII for a locale that nobody has set, and prints UTF-8.
-    out = search(encoding).stdout_bytes.decode("utf-8" if encoding == "ascii" else encoding)
+    out = search(encoding, "--table").stdout_bytes.decode(
+        "utf-8" if encoding == "ascii" else encoding
+    )
     assert out.count("\n") == len(hits)
     assert not ACTIVE.search(out.replace("\n", ""))
     for line, hit in zip(out.splitlines(), hits, strict=True):
@@ -93,7 +95,7 @@ def test_lines_keep_to_the_width_of_the_terminal(
     hits: list[Hit], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmalign.cli.hits.columns", lambda: columns)
-    for line, hit in zip(search("utf-8").stdout.splitlines(), hits, strict=True):
+    for line, hit in zip(search("utf-8", "--table").stdout.splitlines(), hits, strict=True):
         # A place is whole, as one that is cut cannot be opened; what is left goes to the words.
         assert printable(openable(hit.uri)) in line
         place = width(f"{hit.rank:>3}  {hit.score:.3f}  {printable(openable(hit.uri))}  ")

@@ -331,7 +331,7 @@ def shell(store: Path, *words: str) -> Result:
 
 
 def test_the_shell_says_how_a_query_was_read(scenes_store: Path) -> None:
-    result = shell(scenes_store, "red ＋ 2:stars half:FIRST", "-k", "3")
+    result = shell(scenes_store, "red ＋ 2:stars half:FIRST", "-k", "3", "--table")
     assert (result.exit_code, result.stderr) == (0, "read as: half:FIRST red + 2:stars\n")
     assert len(result.stdout.splitlines()) == 3
     assert shell(scenes_store, "red stars").stderr == ""
@@ -349,7 +349,7 @@ def test_json_has_the_reading_and_pages_go_on(scenes_store: Path, searcher: Sear
 
 
 def test_the_shell_lists_rows_without_a_score(scenes_store: Path) -> None:
-    result = shell(scenes_store, "half:second", "-k", "2")
+    result = shell(scenes_store, "half:second", "-k", "2", "--table")
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [["1", "-"], ["2", "-"]]
     nothing = shell(scenes_store, 'red half:"a\x1b[2J\nb"')
     assert nothing.stderr.splitlines() == [

@@ -367,10 +367,10 @@ def command(path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
 def test_the_command_shows_levels_and_ends_with_1_if_nothing_is_found(
     built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    present = command(built, monkeypatch, "topic 3", "-k", "3")
+    present = command(built, monkeypatch, "topic 3", "-k", "3", "--table")
     assert (present.exit_code, present.stderr) == (0, "")
     assert present.stdout.splitlines()[0].split()[2] in {"likely", "maybe"}
-    absent = command(built, monkeypatch, f"topic {KNOWN + 5}", "-k", "3")
+    absent = command(built, monkeypatch, f"topic {KNOWN + 5}", "-k", "3", "--table")
     assert (absent.exit_code, absent.stderr) == (1, "nothing found: these are only the nearest\n")
     assert [line.split()[2] for line in absent.stdout.splitlines()] == ["unlikely"] * 3
 

@@ -185,7 +185,7 @@ def test_lexical_in_the_shell(built: list[Path]) -> None:
     found = {hit["store"]: hit for hit in json.loads(said.stdout)["hits"] if hit["words"]}
     assert len(found) == 2
     assert all(hit["found_by"] in ("words", "both") for hit in found.values())
-    shown = run(built[0], "zorvex", "--lexical").stdout.splitlines()
+    shown = run(built[0], "zorvex", "--lexical", "--table").stdout.splitlines()
     assert ["  words  " in line for line in shown] == [True] + 9 * [False]
     assert "lexical" not in run(built[0], "zorvex").output
     assert run(built[0], "row:id3", "--lexical").exit_code == 2
