@@ -269,6 +269,10 @@ def index(
 @click.option(
     "--lexical", is_flag=True, help="Also find captions that have words of the query, by rank."
 )
+@click.option(
+    "--diversity", default=0.0, show_default=True, metavar="0..1",
+    help="From the nearest (0) to rows that are as unlike each other as may be (1).",
+)  # fmt: skip
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
@@ -284,6 +288,7 @@ def search(
     where: str | None,
     exact: bool,
     lexical: bool,
+    diversity: float,
     sheet: str | None,
     model: str | None,
     as_json: bool,
@@ -339,8 +344,9 @@ def search(
     )
     started = time.perf_counter()
     hits = searcher.search(
-        asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical
-    )
+        asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical,
+        diversity=diversity,
+    )  # fmt: skip
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
         pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
@@ -354,7 +360,7 @@ def search(
             "hits": rows,
             "nothing_found": hits.nothing_found,
         }
-        if isinstance(searcher, Searcher):
+        if not isinstance(searcher, MultiSearcher):
             answer["index"] = searcher.describe_index()
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
     else:
