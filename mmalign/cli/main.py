@@ -273,6 +273,10 @@ def index(
     "--diversity", default=0.0, show_default=True, metavar="0..1",
     help="From the nearest (0) to rows that are as unlike each other as may be (1).",
 )  # fmt: skip
+@click.option(
+    "--group/--no-group", default=None,
+    help="Show near-duplicates as one hit; the default for the table of one store.",
+)  # fmt: skip
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
@@ -289,6 +293,7 @@ def search(
     exact: bool,
     lexical: bool,
     diversity: float,
+    group: bool | None,
     sheet: str | None,
     model: str | None,
     as_json: bool,
@@ -342,10 +347,12 @@ def search(
     searcher: Searcher | MultiSearcher = (
         MultiSearcher(opened, encoder) if others else Searcher(first, encoder)
     )
+    if group is None:
+        group = bool(asked.items) and not (as_json or others)
     started = time.perf_counter()
     hits = searcher.search(
         asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical,
-        diversity=diversity,
+        diversity=diversity, group=group,
     )  # fmt: skip
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
@@ -382,7 +389,8 @@ def _show_hits(hits: "Hits", read_as: dict[str, Any]) -> None:
         score = f"{hit.score:.3f}" if hits.query.items else "-    "
         level = f"  {hit.level:<8}" if hit.level else ""
         by_words = "  words" if hit.words else ""
-        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}", openable(hit.uri), words))
+        alike = f"  +{len(hit.like)} alike" if hit.like else ""
+        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}{alike}", openable(hit.uri), words))
 
 
 def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":

@@ -5,12 +5,13 @@ Shapes: M queries, G queries of one group, D dimensions, K candidates, N rows of
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
-from mmalign.arrays import Bools, Floats
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.search.diversity import candidates, diverse_order
+from mmalign.search.duplicates import MOST, groups
 from mmalign.search.exclusion import Excluded, left_out
 from mmalign.search.fusion import depth
 from mmalign.search.query import Query, Selection
@@ -122,53 +123,83 @@ def _found(
         allowed_N=snapshot.allowed(asked.to, selected_N),
     )  # fmt: skip
     return [
-        _answer(snapshot, q, vector_D, near, to=asked.to, selected_N=selected_N, extra=extra)
-        for q, vector_D, *near in zip(queries, vectors_MD, scores_MK, numbers_MK, strict=True)
+        _answer(
+            snapshot, asked, q, vector_D, (scores_K, numbers_K), selected_N=selected_N, extra=extra
+        )
+        for q, vector_D, scores_K, numbers_K in zip(
+            queries, vectors_MD, scores_MK, numbers_MK, strict=True
+        )
     ]
 
 
 def _answer(
     snapshot: Snapshot,
+    asked: _Asked,
     query: Query,
     vector_D: Floats,
-    near: Sequence[Any],
+    near: tuple[Floats, Ints],
     *,
-    to: str,
     selected_N: Bools | None,
     extra: Sequence[str],
 ) -> Hits:
     """Choose the hits of one query from what is near to it, or has its words.
 
-    Something is found as well if a row has all the words.
+    Something is found as well if a row has all the words. If there are too few groups of
+    near-duplicates, more of the nearest rows are looked at.
     """
-    scores_K, numbers_K = (values_K[near[1] >= 0] for values_K in near)
+    to = asked.to
+    is_found_K = near[1] >= 0
+    scores_K, numbers_K = near[0][is_found_K], near[1][is_found_K]
+    is_all = len(numbers_K) < asked.wanted
     fused = None
     if query.lexical:
         matches = snapshot.match(query.words)
-        fused = snapshot.fuse(vector_D, (near[0], near[1]), to, matches, selected_N)
+        fused = snapshot.fuse(vector_D, near, to, matches, selected_N)
         scores_K, numbers_K = fused.scores_K, fused.numbers_K
+    rows_K = snapshot.rows_of(numbers_K, to)
+    order, first_K = _arranged(snapshot, query, scores_K, rows_K)
+    too_few = query.group and len(np.unique(first_K)) < _chosen_from(query)
+    if too_few and not is_all and asked.wanted < MOST:
+        wider = replace(asked, wanted=min(4 * asked.wanted, MOST))
+        return _found(snapshot, wider, [query], vector_D[None], selected_N, extra=extra)[0]
     judged = snapshot.judge(vector_D, scores_K, to, _text_of(query))
     nothing = None if len(scores_K) else True
     if fused and judged:
         nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
     elif judged:
         nothing = judged.nothing
-    order = np.arange(len(scores_K))
-    if query.diversity:
-        vectors_KD = snapshot.vectors_of(snapshot.rows_of(numbers_K, to))
-        order = diverse_order(scores_K, vectors_KD, query.diversity, query.k + query.offset)
     page = order[query.offset : query.offset + query.k]
     hits = snapshot.hits(
         scores_K[page], numbers_K[page], to, first=query.offset + 1, extra=extra,
         judged=judged and judged.of(page),
     )  # fmt: skip
-    if fused:
-        told = zip(hits, page.tolist(), strict=True)
-        hits = [
-            replace(hit, words=float(fused.words_K[i]), found_by=fused.found_by_K[i])
-            for hit, i in told
-        ]
+    for at, place in enumerate(page.tolist()):
+        if fused:
+            words, found_by = float(fused.words_K[place]), fused.found_by_K[place]
+            hits[at] = replace(hits[at], words=words, found_by=found_by)
+        if query.group:
+            like_L = rows_K[np.flatnonzero(first_K == place)[1:]]
+            like = tuple(row["id"] for row in snapshot.store.rows(like_L, ("id",)))
+            hits[at] = replace(hits[at], like=like)
     return Hits(query, tuple(hits), nothing)
+
+
+def _arranged(
+    snapshot: Snapshot, query: Query, scores_K: Floats, rows_K: Ints
+) -> tuple[Ints, Ints]:
+    """Return the candidates that are hits, in their order, and the first of each one's group."""
+    every_K = first_K = order = np.arange(len(rows_K))
+    if not (query.group or query.diversity):
+        return order, first_K
+    vectors_KD = snapshot.vectors_of(rows_K)
+    if query.group:
+        first_K = groups(vectors_KD)
+        order = np.flatnonzero(first_K == every_K)
+    if query.diversity:
+        count = query.k + query.offset
+        chosen = diverse_order(scores_K[order], vectors_KD[order], query.diversity, count)
+        order = order[chosen]
+    return order, first_K
 
 
 def _listed(
@@ -193,9 +224,13 @@ def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Aske
     return groups
 
 
-def _wanted(query: Query) -> int:
-    """Return how many of the nearest rows are looked at."""
+def _chosen_from(query: Query) -> int:
+    """Return how many rows, or groups of them, the hits of a query are chosen from."""
     wanted = query.k + query.offset
-    if query.diversity:
-        return candidates(wanted)
-    return depth(wanted) if query.lexical else wanted
+    return candidates(wanted) if query.diversity else wanted
+
+
+def _wanted(query: Query) -> int:
+    """Return how many of the nearest rows are looked at, at first."""
+    wanted = _chosen_from(query)
+    return depth(wanted) if query.lexical or query.group else wanted

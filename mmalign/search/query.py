@@ -51,6 +51,8 @@ class Query:
     diversity: float = 0.0
     """From 0, the nearest rows, to 1, rows as unlike each other as may be; see
     `mmalign.search.diversity`."""
+    group: bool = False
+    """Near-duplicates are one hit, see `mmalign.search.duplicates`; `k` and `offset` count hits."""
     excluded: tuple[Any, ...] = ()
     """Items; rows that are likely to match one are left out, see `mmalign.search.exclusion`."""
     phrases: tuple[str, ...] = ()
@@ -78,6 +80,8 @@ class Query:
             raise UsageError(f"diversity={self.diversity} must be from 0 to 1")
         if self.diversity and not self.items:
             raise UsageError("diversity weighs nearness to a query: filters alone have none")
+        if self.group and not self.items:
+            raise UsageError("group needs something to search for: filters alone list every row")
         if self.diversity and self.lexical:
             raise UsageError("diversity goes by vectors alone: leave it out, or lexical")
 

@@ -110,6 +110,7 @@ class Searcher:
         exact: bool | None = None,
         lexical: bool | None = None,
         diversity: float | None = None,
+        group: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> Hits:
@@ -131,6 +132,8 @@ class Searcher:
                 `mmalign.search.fusion`.
             diversity: From 0, the nearest rows, to 1, rows as unlike each other as may be, see
                 `mmalign.search.diversity`.
+            group: Near-duplicates are one hit, `Hit.like` names the others; `k` and `offset` count
+                these hits.
             meta: Read the metadata of each hit.
             thumbnails: Read the thumbnail of each hit.
 
@@ -143,6 +146,7 @@ class Searcher:
         parsed = as_query(
             query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical,
             diversity=diversity,
+            group=group,
         )  # fmt: skip
         return self._answer([parsed], meta=meta, thumbnails=thumbnails)[0]
 
@@ -157,6 +161,7 @@ class Searcher:
         exact: bool | None = None,
         lexical: bool | None = None,
         diversity: float | None = None,
+        group: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> list[Hits]:
@@ -173,6 +178,7 @@ class Searcher:
                 exact=exact,
                 lexical=lexical,
                 diversity=diversity,
+                group=group,
             )
             for query in queries
         ]

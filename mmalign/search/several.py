@@ -129,8 +129,10 @@ class MultiSearcher:
             raise UsageError("search_many takes a list of queries; search takes one")
         current = self._current
         asked = [as_query(query, k=k, **options) for query in queries]
-        if any(query.diversity for query in asked):
-            raise UsageError("diversity is known in one store only: search the stores one by one")
+        if any(query.diversity or query.group for query in asked):
+            raise UsageError(
+                "diversity and group compare the rows of one store: search the stores one by one"
+            )
         stores = [snapshot.store for snapshot in current.snapshots]
         fields = {name for store in stores for name in store.fields}
         vectors_MD, excluded = Searcher.encode_queries(asked, current.encoder, stores)

@@ -64,6 +64,9 @@ class Hit:
     unless `lexical` was asked. Like the score, it has no meaning beyond its query."""
     found_by: str | None = None
     """What found it: "vectors", "words" or "both"; None unless `lexical` was asked."""
+    like: tuple[str, ...] | None = None
+    """The ids of its near-duplicates, which are no hits of their own; None unless `group` was
+    asked."""
     store: str | None = None
     """The store that has the row, if several were searched."""
 
