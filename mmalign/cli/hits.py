@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ FORMATS = {
 # Columns of TSV and CSV. Programs rely on them: new ones are added at the end.
 COLUMNS = (
     "rank", "id", "score", "level", "relevance", "uri", "caption", "position", "words", "found_by",
-    "store",
+    "store", "like",
 )  # fmt: skip
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
 MAX_PLACE, MIN_WORDS = 4096, 20
@@ -107,7 +108,8 @@ def _print_table(hits: "Hits") -> None:
         score = f"{hit.score:.3f}" if hits.query.items else "-    "
         level = f"  {hit.level:<8}" if hit.level else ""
         by_words = "  words" if hit.words else ""
-        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}", openable(hit.uri), words))
+        alike = f"  +{len(hit.like)} alike" if hit.like else ""
+        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}{alike}", openable(hit.uri), words))
 
 
 def _print_tsv(hits: "Hits") -> None:
@@ -146,6 +148,7 @@ def _rows(hits: "Hits") -> Iterator[list[str]]:
             "score": hit.score if hits.query.items else None,
             "caption": next(iter(hit.captions), None) if hit.caption is None else hit.caption,
             "position": None if hit.position is None else list(hit.position),
+            "like": json.dumps(hit.like, ensure_ascii=False) if hit.like else None,
         }
         yield ["" if values[name] is None else str(values[name]) for name in COLUMNS]
 

@@ -39,6 +39,14 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 @click.option(
     "--lexical", is_flag=True, help="Also find captions that have words of the query, by rank."
 )
+@click.option(
+    "--diversity", default=0.0, show_default=True, metavar="0..1",
+    help="From the nearest (0) to rows that are as unlike each other as may be (1).",
+)  # fmt: skip
+@click.option(
+    "--group/--no-group", default=None,
+    help="Show near-duplicates as one hit; the default for the table of one store.",
+)  # fmt: skip
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE,
@@ -60,6 +68,8 @@ def search(
     where: str | None,
     exact: bool,
     lexical: bool,
+    diversity: float,
+    group: bool | None,
     sheet: str | None,
     model: str | None,
     here: bool,
@@ -127,10 +137,13 @@ def search(
     searcher: Searcher | MultiSearcher = (
         MultiSearcher(opened, encoder) if others else Searcher(first, encoder)
     )
+    if group is None:
+        group = bool(asked.items) and form == "table" and not others
     started = time.perf_counter()
     hits = searcher.search(
-        asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical
-    )
+        asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical,
+        diversity=diversity, group=group,
+    )  # fmt: skip
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
         pictures = [item for item, _ in asked.items if isinstance(item, bytes)]

@@ -7,6 +7,9 @@ query.py      what can be asked, as a value
 filters.py    filters of a query -> SQL
 exclusion.py  which rows a query leaves out
 searcher.py   query -> hits
+answers.py    encoded queries -> hits of one generation of a store
+diversity.py  hits that are unlike each other
+duplicates.py near-duplicates as one hit
 words.py      text -> the words it is found by
 lexical.py    rows by words of their captions
 fusion.py     rankings by vectors and words -> one

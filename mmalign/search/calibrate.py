@@ -23,6 +23,7 @@ from mmalign.index import Exact, VectorReader
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
 from mmalign.search import relevance
+from mmalign.search.duplicates import are_duplicates
 from mmalign.search.phrases import LANGUAGES, Phrase, phrases, told_by
 from mmalign.search.relevance import ALL, MAX_ERROR, QUANTILES, Doubles, Scale, Signs
 from mmalign.store import Store
@@ -38,8 +39,6 @@ PHRASES, MIN_PHRASES = 300, 30
 READ_ROWS = 20_000
 # Of a caption's nearest rows, so many are looked at for the best that is not its own.
 NEAREST = 64
-# Cosine of two images from which one is a near-duplicate of the other.
-DUPLICATE = 0.96
 # Share of the captions of a store that count as similar to a query.
 SIMILAR = 0.05
 # Ranks among phrases that a store without captions goes by; most phrases are of nothing in it.
@@ -394,7 +393,8 @@ def _ask(
         found_K = found_MK[m][found_MK[m] >= 0]
         nearest_KD = vectors.gather(numbers_MK[m][: len(found_K)]).astype(np.float32)
         same_K = np.array([text in captions_of[row] for row in found_K.tolist()], np.bool_)
-        out_K = (nearest_KD @ own_MD[m] >= DUPLICATE) | same_K | (found_K == rows_M[m])
+        like_K = are_duplicates(nearest_KD, own_MD[m : m + 1])[:, 0]
+        out_K = like_K | same_K | (found_K == rows_M[m])
         similar = np.quantile(bank_BD @ queries_MD[m], 1 - SIMILAR)
         kin_K = out_K | (bank.nearest(queries_MD[m], found_K) >= similar)
         # If all that were looked at are similar, the best of the others is no better than the last.

@@ -34,13 +34,6 @@ class Fused:
     complete: bool
     """Whether one of them has all the words."""
 
-    def cut(self, page: slice) -> "Fused":
-        """Return a part of them."""
-        return Fused(
-            self.scores_K[page], self.numbers_K[page], self.words_K[page], self.found_by_K[page],
-            self.complete,
-        )  # fmt: skip
-
 
 def depth(wanted: int) -> int:
     """Return how many rows of each ranking are fused for so many results."""

@@ -48,6 +48,11 @@ class Query:
     """Compare every row, even if there is an index."""
     lexical: bool = False
     """Also find rows whose captions have words of the query, and fuse both by rank."""
+    diversity: float = 0.0
+    """From 0, the nearest rows, to 1, rows as unlike each other as may be; see
+    `mmalign.search.diversity`."""
+    group: bool = False
+    """Near-duplicates are one hit, see `mmalign.search.duplicates`; `k` and `offset` count hits."""
     excluded: tuple[Any, ...] = ()
     """Items; rows that are likely to match one are left out, see `mmalign.search.exclusion`."""
     phrases: tuple[str, ...] = ()
@@ -70,6 +75,15 @@ class Query:
             raise UsageError(f"offset={self.offset} must be at least 0")
         if self.lexical and not self.words:
             raise UsageError("lexical matches words with captions: the query has none")
+
+        if not 0 <= self.diversity <= 1:
+            raise UsageError(f"diversity={self.diversity} must be from 0 to 1")
+        if self.diversity and not self.items:
+            raise UsageError("diversity weighs nearness to a query: filters alone have none")
+        if self.group and not self.items:
+            raise UsageError("group needs something to search for: filters alone list every row")
+        if self.diversity and self.lexical:
+            raise UsageError("diversity goes by vectors alone: leave it out, or lexical")
 
     @classmethod
     def parse(cls, text: str, *, fields: Iterable[str] = (), files: bool = False) -> "Query":

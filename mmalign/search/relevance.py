@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign import files
-from mmalign.arrays import Bools, Floats, Halves
+from mmalign.arrays import Bools, Floats, Halves, Ints
 from mmalign.errors import StoreError
 
 Doubles = NDArray[np.float64]
@@ -101,9 +101,10 @@ class Judgement:
         """Whether the first hit is unlikely, or there is none."""
         return self.levels_K[:1] in ((), LEVELS[:1])
 
-    def after(self, skipped: int) -> "Judgement":
-        """Return what is said of the hits after the first ones."""
-        return Judgement(self.relevance_K[skipped:], self.levels_K[skipped:])
+    def of(self, places_P: Ints) -> "Judgement":
+        """Return what is said of some of the hits."""
+        levels = tuple(self.levels_K[place] for place in places_P.tolist())
+        return Judgement(self.relevance_K[places_P], levels)
 
 
 class Relevance:

@@ -6,14 +6,14 @@ Shapes: M queries, D dimensions, K rows, N rows of the store.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from mmalign.arrays import Bools, Floats, Ints
+from mmalign.arrays import Floats
 from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.encoding.modalities import is_model_of
 from mmalign.errors import UsageError, VectorError
@@ -21,10 +21,10 @@ from mmalign.items import Row, unit_vector
 from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
-from mmalign.search.exclusion import Excluded, left_out
-from mmalign.search.fusion import depth
+from mmalign.search.answers import Hits, answers
+from mmalign.search.exclusion import Excluded
 from mmalign.search.model import model_of, require_model_of
-from mmalign.search.query import Query, Selection, as_query
+from mmalign.search.query import Query, as_query
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
@@ -37,30 +37,6 @@ class _Current:
 
     encoder: Encoder
     snapshot: Snapshot
-
-
-@dataclass(frozen=True)
-class Hits(Sequence[Hit]):
-    """The hits of one query, best first."""
-
-    query: Query = field(compare=False)
-    hits: tuple[Hit, ...] = ()
-    nothing_found: bool | None = None
-    """Whether no row is relevant: the best hit is unlikely, or there is none; None if relevance is
-    not known, or rows were listed. The nearest rows are hits all the same."""
-
-    def __len__(self) -> int:
-        return len(self.hits)
-
-    def __iter__(self) -> Iterator[Hit]:
-        return iter(self.hits)
-
-    @overload
-    def __getitem__(self, index: int) -> Hit: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Hit]: ...
-    def __getitem__(self, index: int | slice) -> Hit | Sequence[Hit]:
-        return self.hits[index]
 
 
 class Searcher:
@@ -133,6 +109,8 @@ class Searcher:
         where: str | None = None,
         exact: bool | None = None,
         lexical: bool | None = None,
+        diversity: float | None = None,
+        group: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> Hits:
@@ -152,6 +130,10 @@ class Searcher:
             exact: Compare every row, even if there is an index.
             lexical: Also find rows whose captions have words of the query, see
                 `mmalign.search.fusion`.
+            diversity: From 0, the nearest rows, to 1, rows as unlike each other as may be, see
+                `mmalign.search.diversity`.
+            group: Near-duplicates are one hit, `Hit.like` names the others; `k` and `offset` count
+                these hits.
             meta: Read the metadata of each hit.
             thumbnails: Read the thumbnail of each hit.
 
@@ -162,8 +144,10 @@ class Searcher:
             VectorError: The vector has another number of dimensions, or is not finite.
         """
         parsed = as_query(
-            query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical
-        )
+            query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical,
+            diversity=diversity,
+            group=group,
+        )  # fmt: skip
         return self._answer([parsed], meta=meta, thumbnails=thumbnails)[0]
 
     def search_many(
@@ -176,6 +160,8 @@ class Searcher:
         where: str | None = None,
         exact: bool | None = None,
         lexical: bool | None = None,
+        diversity: float | None = None,
+        group: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> list[Hits]:
@@ -183,7 +169,17 @@ class Searcher:
         if isinstance(queries, str | bytes | Query):
             raise UsageError("search_many takes a list of queries; search takes one")
         parsed = [
-            as_query(query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical)
+            as_query(
+                query,
+                k=k,
+                to=to,
+                offset=offset,
+                where=where,
+                exact=exact,
+                lexical=lexical,
+                diversity=diversity,
+                group=group,
+            )
             for query in queries
         ]
         return self._answer(parsed, meta=meta, thumbnails=thumbnails)
@@ -207,42 +203,7 @@ class Searcher:
             queries, current.encoder, [current.snapshot.store]
         )
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        return self.answers(current.snapshot, queries, vectors_MD, excluded, extra=extra)
-
-    @staticmethod
-    def answers(
-        snapshot: Snapshot,
-        queries: Sequence[Query],
-        vectors_MD: Floats,
-        excluded: Mapping[int, list[Excluded]],
-        *,
-        extra: Sequence[str],
-        elsewhere: Iterable[str] = (),
-    ) -> list[Hits]:
-        """Answer queries that are encoded.
-
-        Args:
-            snapshot: What is searched.
-            queries: The queries.
-            vectors_MD: Their vectors, see `encode_queries`.
-            excluded: The excluded items of queries, see `encode_queries`.
-            extra: Columns to read, see `Snapshot.hits`.
-            elsewhere: Fields that only other stores have, see `Snapshot.selected`.
-        """
-        selections = {query.selection for query in queries}
-        selected = {s: snapshot.selected(s, elsewhere) for s in selections}
-        answers: dict[int, Hits] = {}
-        for asked, numbers in _group_by_search(queries, snapshot).items():
-            vectors_GD = vectors_MD[numbers] if asked.by_vector else None
-            selected_N = selected[asked.selection]
-            if asked.excluding is not None:
-                query_D = None if vectors_GD is None else vectors_GD[0]
-                left_out_N = left_out(snapshot, excluded[asked.excluding], query_D, asked.to)
-                selected_N = ~left_out_N if selected_N is None else selected_N & ~left_out_N
-            group = [queries[number] for number in numbers]
-            found = _found(snapshot, asked, group, vectors_GD, selected_N, extra=extra)
-            answers |= zip(numbers, found, strict=True)
-        return [answers[number] for number in range(len(queries))]
+        return answers(current.snapshot, queries, vectors_MD, excluded, extra=extra)
 
     @staticmethod
     def encode_queries(
@@ -285,12 +246,6 @@ class Searcher:
         return vectors_MD, excluded
 
 
-def _text_of(query: Query) -> str | None:
-    """Return the words of a query, if relevance is known for it: texts, none of them subtracted."""
-    items = [(item, weight) for item, weight in query.items if isinstance(item, str) and weight > 0]
-    return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
-
-
 def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:
     for store in stores:
         number = int(store.find([row.id])[0]) if len(store) else -1
@@ -305,114 +260,3 @@ def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:
         if len(vectors_VD):
             return mean_vector(vectors_VD)
     raise UsageError(f"{store.path}: the row {row.id!r} has no vector to search by")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What queries that are searched in one call have in common."""
-
-    to: str
-    selection: Selection
-    exact: bool
-    kind: str
-    wanted: int
-    by_vector: bool
-    excluding: int | None
-    """The number of a query that excludes items, which is searched alone."""
-
-
-def _found(
-    snapshot: Snapshot,
-    asked: _Asked,
-    queries: Sequence[Query],
-    vectors_MD: Floats | None,
-    selected_N: Bools | None,
-    *,
-    extra: Sequence[str],
-) -> list[Hits]:
-    """Answer queries that can be searched in one call.
-
-    Args:
-        snapshot: What is searched.
-        asked: What they have in common.
-        queries: The queries.
-        vectors_MD: Their vectors; None if they have no items, then rows are listed.
-        selected_N: Which rows may be found; None for all.
-        extra: Columns to read, see `Snapshot.hits`.
-    """
-    if vectors_MD is None:
-        return [_listed(snapshot, q, selected_N, extra) for q in queries]
-    scores_MK, numbers_MK = snapshot.find(
-        vectors_MD, asked.wanted, kind=asked.kind, to=asked.to, exact=asked.exact,
-        allowed_N=snapshot.allowed(asked.to, selected_N),
-    )  # fmt: skip
-    answers = []
-    for q, vector_D, scores_K, numbers_K in zip(
-        queries, vectors_MD, scores_MK, numbers_MK, strict=True
-    ):
-        if q.lexical:
-            answers.append(_found_with_words(
-                snapshot, q, vector_D, (scores_K, numbers_K), to=asked.to, selected_N=selected_N,
-                extra=extra,
-            ))  # fmt: skip
-            continue
-        page, found_K = slice(q.offset, None), scores_K[numbers_K >= 0]
-        judged = snapshot.judge(vector_D, found_K, asked.to, _text_of(q))
-        hits = snapshot.hits(
-            scores_K[page], numbers_K[page], asked.to, first=q.offset + 1, extra=extra,
-            judged=judged and judged.after(q.offset),
-        )  # fmt: skip
-        nothing = judged.nothing if judged else None if len(found_K) else True
-        answers.append(Hits(q, tuple(hits), nothing))
-    return answers
-
-
-def _found_with_words(
-    snapshot: Snapshot,
-    query: Query,
-    vector_D: Floats,
-    near: tuple[Floats, Ints],
-    *,
-    to: str,
-    selected_N: Bools | None,
-    extra: Sequence[str],
-) -> Hits:
-    """Fuse what is near to one query with what has its words.
-
-    Something is found as well if a row has all the words.
-    """
-    matches = snapshot.match(query.words)
-    fused = snapshot.fuse(vector_D, near, to, matches, selected_N)
-    judged = snapshot.judge(vector_D, fused.scores_K, to, _text_of(query))
-    nothing = None if len(fused.scores_K) else True
-    if judged:
-        nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
-    fused = fused.cut(slice(query.offset, query.offset + query.k))
-    hits = snapshot.hits(
-        fused.scores_K, fused.numbers_K, to, first=query.offset + 1, extra=extra,
-        judged=judged and judged.after(query.offset),
-    )  # fmt: skip
-    told = zip(hits, fused.words_K.tolist(), fused.found_by_K, strict=True)
-    return Hits(query, tuple(replace(h, words=w, found_by=by) for h, w, by in told), nothing)
-
-
-def _listed(
-    snapshot: Snapshot, query: Query, selected_N: Bools | None, extra: Sequence[str]
-) -> Hits:
-    """List rows, of which none is nearer than another; the first page tells whether there are."""
-    hits = snapshot.listed(selected_N, first=query.offset + 1, k=query.k, extra=extra)
-    any_row = hits or snapshot.listed(selected_N, first=1, k=1, extra=())
-    return Hits(query, tuple(hits), None if any_row else True)
-
-
-def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Asked, list[int]]:
-    """Group the numbers of queries that can be searched in one call."""
-    groups: dict[_Asked, list[int]] = {}
-    for number, q in enumerate(queries):
-        asked = _Asked(
-            snapshot.target(q.to), q.selection, q.exact, q.kind or snapshot.main,
-            depth(q.k + q.offset) if q.lexical else q.k + q.offset,
-            by_vector=bool(q.items), excluding=number if q.excluded else None,
-        )  # fmt: skip
-        groups.setdefault(asked, []).append(number)
-    return groups

@@ -15,10 +15,11 @@ import numpy as np
 from mmalign.encoding.modalities import is_model_of
 from mmalign.errors import IdentityError, UsageError
 from mmalign.model import Encoder
+from mmalign.search.answers import Hits, answers
 from mmalign.search.fusion import WORDS, depth, fused_order
 from mmalign.search.model import model_of
 from mmalign.search.query import Query, as_query
-from mmalign.search.searcher import Hits, Searcher
+from mmalign.search.searcher import Searcher
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
@@ -128,6 +129,10 @@ class MultiSearcher:
             raise UsageError("search_many takes a list of queries; search takes one")
         current = self._current
         asked = [as_query(query, k=k, **options) for query in queries]
+        if any(query.diversity or query.group for query in asked):
+            raise UsageError(
+                "diversity and group compare the rows of one store: search the stores one by one"
+            )
         stores = [snapshot.store for snapshot in current.snapshots]
         fields = {name for store in stores for name in store.fields}
         vectors_MD, excluded = Searcher.encode_queries(asked, current.encoder, stores)
@@ -137,13 +142,11 @@ class MultiSearcher:
         for snapshot in current.snapshots:
             if not len(snapshot.store):
                 continue
-            answers = Searcher.answers(
-                snapshot, wider, vectors_MD, excluded, extra=extra, elsewhere=fields
-            )
+            told = answers(snapshot, wider, vectors_MD, excluded, extra=extra, elsewhere=fields)
             name = str(snapshot.store.path)
             found.append([
                 replace(hits, hits=tuple(replace(hit, store=name) for hit in hits))
-                for hits in answers
+                for hits in told
             ])  # fmt: skip
         return [_merged(query, [of[i] for of in found]) for i, query in enumerate(asked)]
 
@@ -153,13 +156,13 @@ def _wanted(query: Query) -> int:
     return depth(wanted) if query.lexical else wanted
 
 
-def _merged(query: Query, answers: Sequence[Hits]) -> Hits:
+def _merged(query: Query, found: Sequence[Hits]) -> Hits:
     """Merge the answers of the stores to one query; nothing is found if none found anything."""
-    hits = [hit for answer in answers for hit in answer]
+    hits = [hit for answer in found for hit in answer]
     if query.items:
         hits = [hits[i] for i in _order(hits, fused=query.lexical)]
     page = hits[query.offset : query.offset + query.k]
-    told = [answer.nothing_found for answer in answers]
+    told = [answer.nothing_found for answer in found]
     nothing = False if False in told else None if None in told else True
     ranked = (replace(hit, rank=query.offset + i) for i, hit in enumerate(page, start=1))
     return Hits(query, tuple(ranked), nothing)

@@ -64,6 +64,9 @@ class Hit:
     unless `lexical` was asked. Like the score, it has no meaning beyond its query."""
     found_by: str | None = None
     """What found it: "vectors", "words" or "both"; None unless `lexical` was asked."""
+    like: tuple[str, ...] | None = None
+    """The ids of its near-duplicates, which are no hits of their own; None unless `group` was
+    asked."""
     store: str | None = None
     """The store that has the row, if several were searched."""
 
@@ -185,20 +188,47 @@ class Snapshot:
         """
         is_found_K = near[1] >= 0
         scores_K, numbers_K = near[0][is_found_K], near[1][is_found_K]
-        owners_N = self.owners(to)
-        rows_K = numbers_K if owners_N is None else owners_N[numbers_K]
+        rows_K = self.rows_of(numbers_K, to)
         allowed_N = self.store.live if selected_N is None else self._live_of(selected_N)
         rows_W = np.sort(fusion.best_rows(matches, allowed_N, len(near[0])))
-        numbers_V, owners_V = rows_W, rows_W
-        if owners_N is not None:
-            owned = [np.searchsorted(owners_N, rows_W, side) for side in ("left", "right")]
-            counts_W = owned[1] - owned[0]
-            owners_V = np.repeat(rows_W, counts_W)
-            ends_W = np.cumsum(counts_W)
-            numbers_V = np.arange(len(owners_V)) + np.repeat(owned[0] - ends_W + counts_W, counts_W)
+        numbers_V, owners_V = self._vectors_with(rows_W, to)
         vectors_VD = VectorReader(self.store.vectors(to)).gather(numbers_V)
         worded = fusion.best_vectors(vector_D, vectors_VD.astype(np.float32), numbers_V, owners_V)
         return fusion.fuse((scores_K, numbers_K, rows_K), worded, matches)
+
+    def vectors_of(self, rows_K: Ints) -> Floats:
+        """Return a unit vector for each row (K, D), the mean of those of the main modality.
+
+        It is zero for a row without any.
+        """
+        numbers_V, owners_V = self._vectors_with(rows_K, self.main)
+        vectors_VD = VectorReader(self.store.vectors(self.main)).gather(numbers_V)
+        if self.store.is_single(self.main):
+            return vectors_VD.astype(np.float32)
+        unique_U, place_V = np.unique(owners_V, return_inverse=True)
+        sums_UD = np.zeros((len(unique_U), self.store.manifest.model.dim), np.float32)
+        np.add.at(sums_UD, place_V, vectors_VD)
+        sums_UD /= np.maximum(np.linalg.norm(sums_UD, axis=1, keepdims=True), 1e-9)
+        means_KD = np.zeros((len(rows_K), sums_UD.shape[1]), np.float32)
+        has_K = np.isin(rows_K, unique_U)
+        means_KD[has_K] = sums_UD[np.searchsorted(unique_U, rows_K[has_K])]
+        return means_KD
+
+    def _vectors_with(self, rows_W: Ints, to: str) -> tuple[Ints, Ints]:
+        """Return the numbers of all vectors of rows, and the row of each."""
+        owners_N = self.owners(to)
+        if owners_N is None:
+            return rows_W, rows_W
+        first_W, end_W = (np.searchsorted(owners_N, rows_W, side) for side in ("left", "right"))
+        counts_W = end_W - first_W
+        owners_V = np.repeat(rows_W, counts_W)
+        before_W = np.cumsum(counts_W) - counts_W
+        return np.arange(len(owners_V)) + np.repeat(first_W - before_W, counts_W), owners_V
+
+    def rows_of(self, numbers_K: Ints, to: str) -> Ints:
+        """Return the row of each vector."""
+        owners_N = self.owners(to)
+        return numbers_K if owners_N is None else owners_N[numbers_K]
 
     def likely(self, vector_D: Floats, to: str, text: str | None) -> Bools | None:
         """Return which rows (N,) are likely what a text asks for; None if nobody can say.
@@ -324,8 +354,7 @@ class Snapshot:
         """
         found = numbers_K >= 0
         numbers = numbers_K[found]
-        owners_N = self.owners(to)
-        owners = numbers if owners_N is None else owners_N[numbers]
+        owners = self.rows_of(numbers, to)
         positions: list[tuple[float, ...] | None] = [None] * len(numbers)
         if self.store.manifest.model.positions[to]:
             positions = [tuple(p) for p in self.store.positions(to, numbers).tolist()]

@@ -1,0 +1,195 @@
+"""Near-duplicates as one hit: the groups, pages, and the shell."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from topic_store import CARD, Drawn, drawn, text_vector, unit
+
+from mmalign import MultiSearcher, Query, Searcher
+from mmalign.cli.main import main
+from mmalign.errors import UsageError
+from mmalign.search import duplicates
+from mmalign.search.duplicates import are_duplicates, groups
+from mmalign.search.searcher import Hits
+from mmalign.store import Row, Writer, delete, pair_vectors
+
+# Topic 0 has as many pictures as all others; each other topic has three.
+MANY, TOPICS = 300, 100
+TOPIC_OF = [0] * MANY + [n for n in range(1, TOPICS) for _ in range(3)]
+
+
+def write(path: Path, topics: list[int]) -> Path:
+    with Writer(path, CARD, 100) as writer:
+        for n, topic in enumerate(topics):
+            image = unit(drawn(topic, 2, -0.5) + 0.01 * drawn(topic, 50 + n, 0))
+            texts = np.array([drawn(topic, 100 + n, 0.5)])
+            caption = f"{'zorvex ' * (n % 2)}topic {topic}"
+            writer.add(Row(f"id{n}", f"{n}.jpg", (caption,), pair_vectors(image, texts)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("duplicates") / "takes.store", TOPIC_OF)
+
+
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(encoder: Any, items: list[Any]) -> list[np.ndarray]:
+        return [text_vector(i) if isinstance(i, str) else np.asarray(i) for i in items]
+
+    monkeypatch.setattr("mmalign.search.searcher.encode_items", encode)
+    for place in ("mmalign.search.model.find_model", "mmalign.search.model.load_model"):
+        monkeypatch.setattr(place, lambda *args, **words: Drawn())
+
+
+@pytest.fixture
+def searcher(path: Path) -> Searcher:
+    return Searcher.open(path)
+
+
+def topics(hits: Hits) -> list[int]:
+    return [TOPIC_OF[hit.row] for hit in hits]
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+def test_a_row_joins_the_first_that_it_is_like(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    # On a circle, so that chains of near-duplicates are likely.
+    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, 60)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    vectors[[5, 30]] = 0
+    wanted: list[int] = []
+    for i in range(60):
+        firsts = [j for j in range(i) if wanted[j] == j]
+        like = [j for j in firsts if float(vectors[i] @ vectors[j]) >= duplicates.THRESHOLD]
+        wanted.append(like[0] if like else i)
+    assert groups(vectors).tolist() == wanted
+    assert 5 < len(set(wanted)) < 30
+    assert groups(vectors)[[5, 30]].tolist() == [5, 30]
+    for count in (0, 1, 20):
+        assert groups(vectors[:count]).tolist() == wanted[:count]
+
+
+def test_the_threshold_decides() -> None:
+    cosines = np.float32([1, duplicates.THRESHOLD + 1e-3, duplicates.THRESHOLD - 1e-3, 0])
+    vectors = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
+    one = np.float32([[1, 0]])
+    assert are_duplicates(vectors, one)[:, 0].tolist() == [True, True, False, False]
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_k_different_hits_come_and_name_the_others(searcher: Searcher) -> None:
+    plain, found = searcher.search("topic 0"), searcher.search("topic 0", group=True)
+    assert set(topics(plain)) == {0}
+    assert all(hit.like is None for hit in plain)
+    # 256 rows are not enough: all of them are of topic 0.
+    assert len(set(topics(found))) == 10
+    assert (found[0].row, found[0].score) == (plain[0].row, plain[0].score)
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+    for hit in found:
+        same = {f"id{n}" for n, topic in enumerate(TOPIC_OF) if topic == TOPIC_OF[hit.row]}
+        assert {hit.id, *(hit.like or ())} == same
+        assert len(hit.like or ()) == len(same) - 1
+    assert len(searcher.search("topic 0", 1000, group=True)) == TOPICS
+
+
+def test_the_first_of_a_group_is_the_best(searcher: Searcher) -> None:
+    found = searcher.search("topic 7", group=True)
+    every = {hit.id: hit.score for hit in searcher.search("topic 7", 1000)}
+    for hit in found:
+        assert all(every[other] <= hit.score for other in hit.like or ())
+
+
+def test_offset_counts_groups(searcher: Searcher) -> None:
+    whole = searcher.search("topic 0", 40, group=True)
+    pages = [searcher.search("topic 0", 10, offset=i, group=True) for i in range(0, 40, 10)]
+    assert [hit for page in pages for hit in page] == list(whole)
+    assert [hit.rank for hit in whole] == list(range(1, 41))
+
+
+def test_so_many_rows_are_looked_at_and_no_more(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmalign.search.answers.MOST", 300)
+    (only,) = searcher.search("topic 0", group=True)
+    assert len(only.like or ()) == MANY - 1
+
+
+def test_groups_go_with_words_filters_captions_and_diversity(searcher: Searcher) -> None:
+    words = searcher.search("zorvex topic 3", 20, lexical=True, group=True)
+    assert len(set(topics(words))) == 20
+    assert {hit.found_by for hit in words} <= {"both", "vectors", "words"}
+    query = Query((("topic 3", 1.0),), phrases=("zorvex",), group=True)
+    for hit in searcher.search(query):
+        assert all(int(other[2:]) % 2 for other in (hit.id, *(hit.like or ())))
+    captions = searcher.search("topic 3", to="text", group=True)
+    assert len(set(topics(captions))) == 10
+    diverse = searcher.search("topic 0", 20, diversity=0.5, group=True)
+    assert len(set(topics(diverse))) == 20
+    assert len(diverse[0].like or ()) == MANY - 1
+
+
+def test_deleted_rows_are_in_no_group(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.store", [1, 1, 1, 2])
+    delete(path, ["id1"])
+    found = Searcher.open(path).search("topic 1", group=True)
+    assert [{hit.id, *(hit.like or ())} for hit in found] == [{"id0", "id2"}, {"id3"}]
+
+
+def test_what_makes_no_sense_is_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="filters alone list every row"):
+        Query((), phrases=("zorvex",), group=True)
+    both = MultiSearcher.open([path, write(tmp_path / "other.store", [1, 2])])
+    with pytest.raises(UsageError, match="search the stores one by one"):
+        both.search("topic 1", group=True)
+
+
+# ---------------------------------------------------------------- shell
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(main, ["search", *map(str, words)])
+
+
+def test_the_table_shows_groups_and_json_only_where_asked(path: Path) -> None:
+    table = run(path, "topic 7", "-k", 3).stdout.splitlines()
+    assert "  +2 alike  " in table[0]
+    assert len(table) == 3
+    every = run(path, "topic 7", "-k", 3, "--no-group").stdout
+    assert len(every.splitlines()) == 3
+    assert "alike" not in every
+    plain = json.loads(run(path, "topic 7", "--json").stdout)["hits"]
+    assert not any("like" in hit for hit in plain)
+    grouped = json.loads(run(path, "topic 7", "--json", "--group").stdout)["hits"]
+    assert {grouped[0]["id"], *grouped[0]["like"]} == {hit["id"] for hit in plain[:3]}
+    assert len(grouped) == 10
+
+
+def test_several_stores_show_every_row(path: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.store", [1, 2])
+    assert "alike" not in run(path, other, "topic 7").stdout
+    refused = run(path, other, "topic 7", "--group")
+    assert refused.exit_code == 2
+    assert "search the stores one by one" in refused.output
+
+
+def test_a_list_shows_every_row(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb")
+    path = tmp_path / "s.store"
+    with Writer(path, CARD, 100) as writer:
+        for n in range(3):
+            vectors = pair_vectors(drawn(1, 2, -0.5), drawn(1, n, 0.5)[None])
+            writer.add(Row(f"id{n}", f"{n}.jpg", ("a",), vectors, meta='{"label": "dress"}'))
+    assert len(run(path, "label:dress").stdout.splitlines()) == 3
+    assert run(path, "label:dress", "--group").exit_code == 2
+    assert len(run(path, "topic 1 label:dress").stdout.splitlines()) == 1
