@@ -9,6 +9,7 @@ import click
 
 from mmalign import files
 from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
+from mmalign.cli.local import open_files
 from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
 from mmalign.errors import DataError, UsageError
 
@@ -39,6 +40,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 @click.option(
     "--lexical", is_flag=True, help="Also find captions that have words of the query, by rank."
 )
+@click.option("--open", "opens", is_flag=True, help="Open the image files of the hits, at most 10.")
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
@@ -54,6 +56,7 @@ def search(
     where: str | None,
     exact: bool,
     lexical: bool,
+    opens: bool,
     sheet: str | None,
     model: str | None,
     **formats: bool,
@@ -136,6 +139,8 @@ def search(
         why = ": no row matches the filters" if narrowed else ""
         say(f"nothing found{': these are only the nearest' if hits else why}")
         click.get_current_context().exit(1)
+    if opens:
+        open_files(hits)
 
 
 def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":
