@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmalign.cli.local import local_file
 from mmalign.cli.options import print_values, show
 from mmalign.terminal import columns, openable, printable, shorten, width
 
@@ -34,8 +34,6 @@ COLUMNS = (
 )  # fmt: skip
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
 MAX_PLACE, MIN_WORDS = 4096, 20
-# How a byte of a name that is not UTF-8 is written in a uri.
-ESCAPED_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 LINE_BREAKS_AND_TABS = re.compile("([\t\n\r])")
 
 
@@ -77,29 +75,6 @@ def print_hits(form: str, hits: "Hits", read_as: dict[str, Any]) -> None:
 def json_fields(hit: "Hit") -> dict[str, Any]:
     """Return what JSON says of a hit."""
     return {k: v for k, v in asdict(hit).items() if k != "row" and v is not None}
-
-
-def local_file(uri: str) -> bytes | None:
-    """Return the path of the file that a uri names, in the bytes of the file system.
-
-    None for URLs, members of archives, rows of tables and relative paths, and if there is no such
-    file.
-    """
-    from mmalign.data.places import is_url, local_path
-
-    path = "" if is_url(uri) else local_path(uri)
-    if not os.path.isabs(path):
-        return None
-    named = ESCAPED_BYTE.sub(lambda found: chr(int(found[1], 16)), path)
-    names = (_in_bytes(path), _in_bytes(named))
-    return next((name for name in names if os.path.isfile(name)), None)
-
-
-def _in_bytes(path: str) -> bytes:
-    try:
-        return os.fsencode(path)
-    except UnicodeEncodeError:  # the locale of this process has no letters for the name
-        return path.encode("utf-8", "surrogateescape")
 
 
 def _print_table(hits: "Hits") -> None:

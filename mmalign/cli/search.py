@@ -9,6 +9,7 @@ import click
 
 from mmalign import files
 from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
+from mmalign.cli.local import open_files
 from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
 from mmalign.errors import DataError, UsageError
 
@@ -47,6 +48,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
     "--group/--no-group", default=None,
     help="Show near-duplicates as one hit; the default for the table of one store.",
 )  # fmt: skip
+@click.option("--open", "opens", is_flag=True, help="Open the image files of the hits, at most 10.")
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE,
@@ -70,6 +72,7 @@ def search(
     lexical: bool,
     diversity: float,
     group: bool | None,
+    opens: bool,
     sheet: str | None,
     model: str | None,
     here: bool,
@@ -105,30 +108,19 @@ def search(
     """
     import time
 
-    from mmalign.cli.folder import is_plain_folder, up_to_date
     from mmalign.progress import say
     from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
     from mmalign.search.several import MultiSearcher
-    from mmalign.store import open_store
 
     typed = query
     form = chosen(formats)
-    if not stores:
-        raise click.MissingParameter(param_hint="'QUERY'", param_type="argument")
-    if len(stores) > 1 and not all(store.is_dir() for store in stores[1:]):
-        words = " ".join([*map(str, stores[1:]), typed])
-        told = f"put its words in quotes: {words!r}"
-        raise UsageError(f"only the last argument is the query, and others are stores: {told}")
+    _refuse_loose_words(stores, typed)
     if sheet:
         from mmalign.search.sheet import Strip, check_sheet, draw_sheet
 
         check_sheet(Path(sheet))
-    places = [
-        up_to_date(place, model, here=here, yes=yes) if is_plain_folder(place) else place
-        for place in stores
-    ]
-    opened = [open_store(place) for place in places]
+    opened = _opened(stores, model, here=here, yes=yes)
     asked = _query(typed, {name: None for store in opened for name in store.fields})
     read_as = asked.read_as
     asked = _with_images(asked, typed)
@@ -166,6 +158,31 @@ def search(
         why = ": no row matches the filters" if narrowed else ""
         say(f"nothing found{': these are only the nearest' if hits else why}")
         click.get_current_context().exit(1)
+    if opens:
+        open_files(hits)
+
+
+def _refuse_loose_words(stores: Sequence[Path], typed: str) -> None:
+    """Refuse a call without a store, or with a query whose words are arguments of their own."""
+    if not stores:
+        raise click.MissingParameter(param_hint="'QUERY'", param_type="argument")
+    if len(stores) > 1 and not all(store.is_dir() for store in stores[1:]):
+        words = " ".join([*map(str, stores[1:]), typed])
+        told = f"put its words in quotes: {words!r}"
+        raise UsageError(f"only the last argument is the query, and others are stores: {told}")
+
+
+def _opened(places: Sequence[Path], model: str | None, *, here: bool, yes: bool) -> "list[Store]":
+    """Open the stores; those of folders of images are brought up to date before."""
+    from mmalign.cli.folder import is_plain_folder, up_to_date
+    from mmalign.store import open_store
+
+    return [
+        open_store(
+            up_to_date(place, model, here=here, yes=yes) if is_plain_folder(place) else place
+        )
+        for place in places
+    ]
 
 
 def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 from command import call, complaint
 
-from mmalign.cli.hits import COLUMNS, FORMATS, local_file
+from mmalign.cli.hits import COLUMNS, FORMATS
+from mmalign.cli.local import MOST_OPENED, local_file
 from mmalign.cli.main import main
 from mmalign.search.searcher import Hit, Hits, Query
 
@@ -60,9 +61,9 @@ def unescaped(cell: str) -> str:
 def expected(text: Callable[[str], str] = str) -> list[list[str]]:
     hostile = text(HOSTILE)
     return [
-        ["1", "a", "0.5", "likely", "0.75", "s3://bucket/a.jpg", "first", "", "", "", ""],
-        ["2", hostile, "0.25", "", "", "t.tar#b", "", "", "0.0", "vectors", "一.store"],
-        ["3", "c", "-0.125", "", "", "/c", hostile, "[0.0, 0.5, 1.0, 1.0]", "", "", ""],
+        ["1", "a", "0.5", "likely", "0.75", "s3://bucket/a.jpg", "first", "", "", "", "", ""],
+        ["2", hostile, "0.25", "", "", "t.tar#b", "", "", "0.0", "vectors", "一.store", ""],
+        ["3", "c", "-0.125", "", "", "/c", hostile, "[0.0, 0.5, 1.0, 1.0]", "", "", "", ""],
     ]
 
 
@@ -182,6 +183,67 @@ def test_paths_of_a_store_are_those_of_its_images(
     assert sorted(paths) == ["", *(str(tmp_path / f"photos/00{n}.jpg") for n in range(3))]
 
 
+# ---------------------------------------------------------------- opening
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was opened; the system has a program for it."""
+    files: list[str] = []
+    monkeypatch.setattr("click.launch", lambda file: files.append(file) or 0)
+    return files
+
+
+def hits_of(*uris: str | Path, nothing_found: bool = False) -> Hits:
+    found = (Hit(n + 1, str(n), 0.5, str(uri), (), n) for n, uri in enumerate(uris))
+    return Hits(Query((("red", 1.0),)), tuple(found), nothing_found)
+
+
+def test_images_are_opened_and_nothing_else(
+    answer: Answer, opened: list[str], tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("狗 1.JPG", "run.exe", "page.svg", "a.desktop", "b.png")]
+    for file in files:
+        file.write_bytes(b"")
+    answer(hits_of(*files, "https://host/a.jpg", f"{tmp_path}/gone.jpg"))
+    assert search().stderr == ""
+    assert opened == []
+    result = search("--open", "--table")
+    assert opened == [str(files[0]), str(files[4])]
+    assert len(result.stdout.splitlines()) == 7
+    assert result.stderr == "5 of 7 hits not opened, which are no image files here\n"
+
+
+def test_only_the_first_images_are_opened_and_none_if_nothing_was_found(
+    answer: Answer, opened: list[str], tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{n}.jpg" for n in range(12)]
+    for file in files:
+        file.write_bytes(b"")
+    answer(hits_of(*files, nothing_found=True))
+    assert CliRunner().invoke(main, ["search", "s", "red", "--open"]).exit_code == 1
+    assert opened == []
+    answer(hits_of(*files))
+    said = "12 image files were found, of which the first 10 are opened\n"
+    assert search("--open").stderr == said
+    assert opened == [str(file) for file in files[:MOST_OPENED]]
+
+
+def test_a_system_that_opens_no_files_is_one_line(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"")
+    answer(hits_of(file))
+    monkeypatch.setattr("click.launch", lambda _: 1)
+    result = CliRunner().invoke(main, ["search", "s", "red", "--open"])
+    told = "no program was found that opens files (on Linux it is xdg-open)"
+    assert result.stderr == f"mmalign: {file}: cannot be opened: {told}\n"
+    assert result.exit_code == 1
+
+
+# ---------------------------------------------------------------- a reader that leaves
+
 LEAVES = """
 import os, sys
 from types import SimpleNamespace
@@ -196,7 +258,7 @@ main(["search", "s", "red", *sys.argv[2:]])
 """
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("form", ["tsv", "paths0"])  # text and bytes
 def test_a_reader_that_leaves_is_not_talked_of(form: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     file.write_bytes(b"")

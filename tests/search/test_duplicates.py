@@ -162,10 +162,10 @@ def run(*words: object) -> Any:
 
 
 def test_the_table_shows_groups_and_json_only_where_asked(path: Path) -> None:
-    table = run(path, "topic 7", "-k", 3).stdout.splitlines()
+    table = run(path, "topic 7", "-k", 3, "--table").stdout.splitlines()
     assert "  +2 alike  " in table[0]
     assert len(table) == 3
-    every = run(path, "topic 7", "-k", 3, "--no-group").stdout
+    every = run(path, "topic 7", "-k", 3, "--no-group", "--table").stdout
     assert len(every.splitlines()) == 3
     assert "alike" not in every
     plain = json.loads(run(path, "topic 7", "--json").stdout)["hits"]
@@ -177,7 +177,7 @@ def test_the_table_shows_groups_and_json_only_where_asked(path: Path) -> None:
 
 def test_several_stores_show_every_row(path: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other.store", [1, 2])
-    assert "alike" not in run(path, other, "topic 7").stdout
+    assert "alike" not in run(path, other, "topic 7", "--table").stdout
     refused = run(path, other, "topic 7", "--group")
     assert refused.exit_code == 2
     assert "search the stores one by one" in refused.output
@@ -190,6 +190,6 @@ def test_a_list_shows_every_row(tmp_path: Path) -> None:
         for n in range(3):
             vectors = pair_vectors(drawn(1, 2, -0.5), drawn(1, n, 0.5)[None])
             writer.add(Row(f"id{n}", f"{n}.jpg", ("a",), vectors, meta='{"label": "dress"}'))
-    assert len(run(path, "label:dress").stdout.splitlines()) == 3
+    assert len(run(path, "label:dress", "--table").stdout.splitlines()) == 3
     assert run(path, "label:dress", "--group").exit_code == 2
-    assert len(run(path, "topic 1 label:dress").stdout.splitlines()) == 1
+    assert len(run(path, "topic 1 label:dress", "--table").stdout.splitlines()) == 1
