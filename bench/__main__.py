@@ -12,6 +12,7 @@ NAMES = (
     "loss",
     "nothing",
     "ranks",
+    "relevance",
     "rows",
     "scale",
     "search",
