@@ -9,6 +9,7 @@ NAMES = (
     "embed",
     "engines",
     "index",
+    "lexical",
     "loss",
     "nothing",
     "ranks",

@@ -33,15 +33,16 @@ if TYPE_CHECKING:
     from mmalign.search.build import build_index as build_index
     from mmalign.search.query import Query as Query
     from mmalign.search.searcher import Searcher as Searcher
+    from mmalign.search.several import MultiSearcher as MultiSearcher
     from mmalign.store import open_store as open_store
     from mmalign.training.settings import TrainConfig as TrainConfig
     from mmalign.training.train import train as train
 
 __version__ = "0.1.0"
 __all__ = [
-    "Decoded", "Encoder", "Modality", "ModalityEncoder", "Query", "Row", "SampleProblem",
-    "Searcher", "TrainConfig", "__version__", "build_index", "embed", "evaluate", "load_model",
-    "open_store", "register_modality", "train",
+    "Decoded", "Encoder", "Modality", "ModalityEncoder", "MultiSearcher", "Query", "Row",
+    "SampleProblem", "Searcher", "TrainConfig", "__version__", "build_index", "embed", "evaluate",
+    "load_model", "open_store", "register_modality", "train",
 ]  # fmt: skip
 
 _HOME = {
@@ -49,6 +50,7 @@ _HOME = {
     "Encoder": "mmalign.model",
     "Modality": "mmalign.modality",
     "ModalityEncoder": "mmalign.encoding.modality_encoder",
+    "MultiSearcher": "mmalign.search.several",
     "Query": "mmalign.search.query",
     "Row": "mmalign.items",
     "SampleProblem": "mmalign.data",

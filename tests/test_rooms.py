@@ -32,7 +32,7 @@ DOORS = {
     "timm": set(),
     "triton": {"mmalign.kernels.triton_loss", "mmalign.kernels.triton_topk"},
     "tokenizers": {"mmalign.model.tokenizer"},
-    "safetensors": {"mmalign.model.checkpoint"},
+    "safetensors": {"mmalign.model.checkpoint", "mmalign.model.weights"},
     "pyarrow": {
         "mmalign.store",
         "mmalign.exchange",

@@ -5,7 +5,7 @@ to stdout (`--json`: one object), everything else to stderr. `errors.py` has the
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import click
 from mmalign import __version__, files
 from mmalign.cli import store as cli_store
 from mmalign.cli.errors import Commands
-from mmalign.cli.options import PLACE, TEXT, show
+from mmalign.cli.options import PLACE, TEXT, FolderPath, show
 from mmalign.cli.options import json_option as _json
 from mmalign.cli.options import model_option as _model
 from mmalign.cli.options import print_values as _print
@@ -27,6 +27,9 @@ from mmalign.terminal import columns, openable, printable, shorten, width
 if TYPE_CHECKING:
     from mmalign.search.query import Query
     from mmalign.search.searcher import Hits
+    from mmalign.search.sheet import Tile
+    from mmalign.search.snapshot import Hit
+    from mmalign.store import Store
 
 Command = Callable[..., Any]
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
@@ -253,8 +256,8 @@ def index(
 
 
 @main.command()
-@_store
-@click.argument("query", nargs=-1, required=True, metavar="QUERY")
+@click.argument("stores", nargs=-1, metavar="STORE [STORE]...", type=FolderPath())
+@click.argument("query")
 @click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option("--offset", default=0, show_default=True, help="Results to skip at the start.")
 @click.option(
@@ -263,6 +266,9 @@ def index(
 )  # fmt: skip
 @_where
 @click.option("--exact", is_flag=True, help="Compare every row, even if there is an index.")
+@click.option(
+    "--lexical", is_flag=True, help="Also find captions that have words of the query, by rank."
+)
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE, help="The model, if it was moved since embedding."
@@ -270,23 +276,25 @@ def index(
 @_json
 def search(
     *,
-    store: Path,
-    query: tuple[str, ...],
+    stores: tuple[Path, ...],
+    query: str,
     k: int,
     offset: int,
     to: Any,
     where: str | None,
     exact: bool,
+    lexical: bool,
     sheet: str | None,
     model: str | None,
     as_json: bool,
 ) -> None:
     """Find the images of a store that are nearest to a text or an image.
 
-    QUERY is an image if a file with this name exists. Anything else is text, in which operators
-    between spaces count: + adds, - subtracts, ! excludes, and 2: in front is a weight. @cat.jpg is
-    an image, row:ID a row of the store; "words in quotes" must occur in a caption; FIELD:VALUE,
-    FIELD:>3 and FIELD:2..5 filter by metadata. Put -- before a text that begins with a dash.
+    The last argument is the query, those before it are stores of one model. QUERY is an image if a
+    file with this name exists. Anything else is text, in which operators between spaces count: +
+    adds, - subtracts, ! excludes, and 2: in front is a weight. @cat.jpg is an image, row:ID a row
+    of the store; "words in quotes" must occur in a caption; FIELD:VALUE, FIELD:>3 and FIELD:2..5
+    filter by metadata. Put -- before a text that begins with a dash.
 
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
@@ -297,6 +305,7 @@ def search(
               mmalign search photos.store cat.jpg --to text
               mmalign search photos.store "@cat.jpg + snow - 0.5:grass"
               mmalign search photos.store "dress ! stripes price:<20"
+              mmalign search photos.store scans.store "Prof. Zorvex" --lexical
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
     """
     import time
@@ -305,28 +314,38 @@ def search(
     from mmalign.progress import say
     from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
+    from mmalign.search.several import MultiSearcher
     from mmalign.store import open_store
 
-    if len(query) > 1:
-        told = f"put its words in quotes: {' '.join(query)!r}"
-        raise UsageError(f"only one query is allowed: {told}")
-    (typed,) = query
+    typed = query
+    if not stores:
+        raise click.MissingParameter(param_hint="'QUERY'", param_type="argument")
+    if len(stores) > 1 and not all(store.is_dir() for store in stores[1:]):
+        words = " ".join([*map(str, stores[1:]), typed])
+        told = f"put its words in quotes: {words!r}"
+        raise UsageError(f"only the last argument is the query, and others are stores: {told}")
     if sheet:
-        from mmalign.search.sheet import Strip, check_sheet, draw_sheet, tiles_of
+        from mmalign.search.sheet import Strip, check_sheet, draw_sheet
 
         check_sheet(Path(sheet))
-    opened = open_store(store)
-    asked = _query(typed, opened.fields)
+    opened = [open_store(store) for store in stores]
+    asked = _query(typed, {name: None for store in opened for name in store.fields})
     read_as = asked.read_as
     asked = _with_images(asked, typed)
-    searcher = Searcher(opened, model_of(opened, model))
+    encoder = model_of(opened[0], model)
+    (first, *others) = opened
+    searcher: Searcher | MultiSearcher = (
+        MultiSearcher(opened, encoder) if others else Searcher(first, encoder)
+    )
     started = time.perf_counter()
-    hits = searcher.search(asked, k, to=to, offset=offset, exact=exact, where=where)
+    hits = searcher.search(
+        asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical
+    )
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
         pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
         picture = pictures[0] if len(asked.items) == len(pictures) == 1 else b""
-        draw_sheet([Strip(typed, tiles_of(searcher.store, hits), picture)], Path(sheet))
+        draw_sheet([Strip(typed, _tiles(opened, hits), picture)], Path(sheet))
     if as_json:
         rows = [{k: v for k, v in asdict(h).items() if k != "row" and v is not None} for h in hits]
         answer = {
@@ -334,8 +353,9 @@ def search(
             "read_as": read_as,
             "hits": rows,
             "nothing_found": hits.nothing_found,
-            "index": searcher.describe_index(),
         }
+        if isinstance(searcher, Searcher):
+            answer["index"] = searcher.describe_index()
         _print({**answer, "took_ms": round(took_ms, 3)}, as_json)
     else:
         _show_hits(hits, read_as)
@@ -355,7 +375,16 @@ def _show_hits(hits: "Hits", read_as: dict[str, Any]) -> None:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
         score = f"{hit.score:.3f}" if hits.query.items else "-    "
         level = f"  {hit.level:<8}" if hit.level else ""
-        show(_line(f"{hit.rank:>3}  {score}{level}", openable(hit.uri), words))
+        by_words = "  words" if hit.words else ""
+        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}", openable(hit.uri), words))
+
+
+def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":
+    """Make the tiles of hits, each from its store."""
+    from mmalign.search.sheet import tiles_of
+
+    held = {str(store.path): store for store in stores}
+    return [t for hit in hits for t in tiles_of(held.get(hit.store or "", stores[0]), [hit])]
 
 
 def _is_plain(read_as: dict[str, Any]) -> bool:

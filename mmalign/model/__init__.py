@@ -6,8 +6,10 @@ towers.py         the networks of our own presets
 presets.py        nano, tiny, small: architecture, size and target machine of each
 tokenizer.py      byte-level BPE trained on captions
 openclip.py       open_clip's models by name: network, weights and preprocessing
-clip_networks.py  the only file that imports open_clip
-fast_clip.py      shortcuts through open_clip's networks, compared with its own functions
+clip_catalog.py   what open_clip knows of its models, without importing its networks
+clip_networks.py  the only file that imports open_clip as a whole
+clip_layers.py    CLIP's vision and text transformers, with open_clip's names of weights
+clip_towers.py    open_clip models as towers: our networks, or open_clip's where it has others
 weights.py        weight files: what they are, or why they cannot be loaded
 torchscript.py    weights from OpenAI's archives
 devices.py        the device that an encoder runs on

@@ -17,15 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmalign import files
 from mmalign.errors import ModelError, nearest, same, shell_command
 from mmalign.model import openclip, tokenizer
-from mmalign.model.encoder import Encoder, Preprocess
-from mmalign.model.identity import Origin
+from mmalign.model.encoder import Encoder, Preprocess, Towers
+from mmalign.model.identity import MODALITIES, Origin
 from mmalign.model.presets import PRESETS, Preset
 from mmalign.model.towers import OwnTowers
 from mmalign.model.weights import reason, require_numbers
@@ -63,7 +62,7 @@ UNFIT = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)
 WEIGHTS, ONLY_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors"), "model.safetensors"
 
 
-def load_model(name: str | Path, wanted: str | None = None) -> Encoder:
+def load_model(name: str | Path, wanted: str | None = None, *, lazily: bool = False) -> Encoder:
     """Load a run folder, or an open_clip model.
 
     The latter are written `NAME:TAG`, `NAME:FILE`, `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
@@ -72,10 +71,18 @@ def load_model(name: str | Path, wanted: str | None = None) -> Encoder:
         name: The model's name or folder.
         wanted: An identity or space. For a run that has been trained further since: load the
             weights that give it to the model, if the run has them, else the newest.
+        lazily: Read the weights of an image tower when the first image is encoded, where possible.
 
     Raises:
         ModelError: The model does not exist, has no trained weights yet, or its files are damaged.
     """
+    encoder = _loaded(name, wanted)
+    # A text tower is read now: it is what tells a model apart.
+    encoder.towers.read(*(("text",) if lazily else MODALITIES))
+    return encoder
+
+
+def _loaded(name: str | Path, wanted: str | None) -> Encoder:
     run = Path(name)
     if run.is_dir():
         return _load_run(run, wanted)
@@ -221,13 +228,7 @@ def blank_model(run: Path) -> Encoder:
         encoder.origin = Origin.from_json(description.get("origin"))
     except UNFIT as error:
         _damaged(run, error)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for weight in encoder.towers.parameters():
-            weight.normal_(std=0.02, generator=generator)
-        openclip.compare_with_public(encoder)
-        for weight in encoder.towers.parameters():
-            weight.fill_(torch.nan)
+    openclip.with_memory(encoder.towers)
     return encoder
 
 
@@ -278,16 +279,26 @@ def _load_run(run: Path, wanted: str | None) -> Encoder:
         raise ModelError(f"{run}: not a run folder: {weights.name} is missing")
     try:
         encoder = _build(run, description)
-        encoder.towers.load_state_dict(load_file(files.utf8_name(weights)))
+        _fill(encoder.towers, weights)
         # Earlier weights have the space that follows from where the run started.
         recorded = description if weights == named else description.get("origin")
         encoder.origin = Origin.from_json(recorded)
     except UNFIT as error:
         _damaged(run, error)
-    require_numbers(encoder.towers, str(weights))
-    openclip.compare_with_public(encoder)
     encoder.source = str(run.absolute())
     return encoder
+
+
+def _fill(towers: Towers, weights: Path) -> None:
+    state = load_file(files.utf8_name(weights))
+    if isinstance(towers, openclip.OpenClipTowers) and towers.log_scale.is_meta:
+        inner = {k.removeprefix("clip."): v for k, v in state.items() if k != "_bias"}
+        towers.map_file(inner, weights)
+        if "_bias" in state:
+            towers.load_state_dict({"_bias": state["_bias"]}, strict=False)
+        return
+    towers.load_state_dict(state)
+    require_numbers(towers.state_dict(), str(weights))
 
 
 def _description(run: Path) -> dict[str, Any]:
@@ -326,10 +337,11 @@ def _build(run: Path, description: dict[str, Any]) -> Encoder:
     # The preprocessing used in training, whatever open_clip's current default is.
     preprocess = Preprocess(**description["preprocess"])
     if architecture["kind"] == "open_clip":
-        clip = openclip.blank(architecture)
-        encoder = openclip.wrap(clip, description["name"], architecture)
-        encoder.preprocess = preprocess
-        return encoder
+        towers, own_words = (
+            openclip.unfilled(architecture),
+            openclip.OpenClipTokenizer(architecture),
+        )
+        return Encoder(description["name"], towers, own_words, preprocess, architecture)
     words = tokenizer.from_json((run / "tokenizer.json").read_text(encoding="utf-8"))
     return Encoder(description["name"], _towers(architecture), words, preprocess, architecture)
 

@@ -1,4 +1,4 @@
-"""open_clip's networks and tokenizers; the only file that imports open_clip and its hub.
+"""open_clip's networks, tokenizers and hub; the only file that imports open_clip as a whole.
 
 torchvision and torch must come from the same source; otherwise open_clip's import fails with an
 unhelpful message, which is replaced here.
@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mmalign.errors import InstallError, ModelError
 from mmalign.model import weights as weight_files
+from mmalign.model.clip_catalog import config_of, part
 from mmalign.model.encoder import Tokenizer
 
 TORCH_MISMATCH = (
@@ -33,16 +34,6 @@ TORCH_MISMATCH = (
 )
 FOLDER, CONFIG = "local-dir", "open_clip_config.json"
 REACH_SECONDS = 5
-# Settings of open_clip that change no vector of a built network.
-TRAINING_ONLY = (
-    "timm_drop", "timm_drop_path", "patch_dropout", "timm_model_pretrained", "hf_model_pretrained",
-    "output_tokens",
-)  # fmt: skip
-# Those that belong to one tower, to heads, or to the class that holds both towers.
-NOT_SHARED = (
-    "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "init_logit_scale",
-    "init_logit_bias", "nonscalar_logit_scale",
-)  # fmt: skip
 
 
 def module() -> Any:
@@ -54,16 +45,6 @@ def module() -> Any:
             raise InstallError(f"{TORCH_MISMATCH} ({error})") from None
         raise
     return open_clip
-
-
-def names() -> list[str]:
-    """Return the names of all model architectures that open_clip knows."""
-    return list(module().list_models())
-
-
-def tags(name: str) -> list[str]:
-    """Return the tags of the pretrained weights that open_clip knows for a model."""
-    return list(module().list_pretrained_tags_by_model(name))
 
 
 class OpenClipTokenizer(Tokenizer):
@@ -90,20 +71,19 @@ class OpenClipTokenizer(Tokenizer):
             weight_files.refuse(f"the tokenizer of {self.name or 'this model'}", error)
 
     def _backend(self, folder: str | None) -> Any:
-        if self.name:
-            hub = self.text.get("hf_tokenizer_name")
-            if hub and not cached(hub, ("tokenizer_config.json",)):
+        hub = self.text.get("hf_tokenizer_name")
+        if self.name and hub:
+            if not cached(hub, ("tokenizer_config.json",)):
                 if find_spec("transformers") is None:
                     raise ImportError(name="transformers")
                 require_network(hub, "the tokenizer's files")
             return module().get_tokenizer(self.name)
         kept = {k: v for k, v in self.text.items() if k != "hf_tokenizer_name"}
         words = {**kept.pop("tokenizer_kwargs", {}), **kept}
-        if "hf_tokenizer_name" in self.text:
-            source = folder or self.text["hf_tokenizer_name"]
-            return module().tokenizer.HFTokenizer(source, **words)
+        if hub:
+            return module().tokenizer.HFTokenizer(folder or hub, **words)
         words.pop("tokenizer_mode", None)
-        return module().SimpleTokenizer(**words)
+        return part("tokenizer").SimpleTokenizer(**words)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids (B, T), T the model's context length."""
@@ -134,32 +114,11 @@ class OpenClipTokenizer(Tokenizer):
 
 def _text_config(architecture: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine the tokens of a text."""
-    text = _config(architecture).get("text_cfg", {})
+    text = config_of(architecture).get("text_cfg", {})
     keys = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
     return {
         "context_length": text.get("context_length", 77),
         **{key: text[key] for key in keys if text.get(key)},
-    }
-
-
-def _config(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return open_clip's model_cfg of an architecture."""
-    return architecture.get("config") or module().get_model_config(architecture["name"]) or {}
-
-
-def tower_config(modality: str, architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide the vectors of one tower, with its activation."""
-    config = _config(architecture)
-    tower = config["vision_cfg" if modality == "image" else "text_cfg"]
-    # Networks of other libraries and ResNets have an activation of their own.
-    others = tower.get("timm_model_name") or tower.get("hf_model_name")
-    takes_activation = not others and not isinstance(tower.get("layers"), list)
-    quick = architecture.get("quick_gelu") or config.get("quick_gelu")
-    return {
-        "kind": architecture["kind"],
-        "tower": {k: v for k, v in tower.items() if k not in TRAINING_ONLY},
-        "quick_gelu": bool(takes_activation and quick),
-        **{k: v for k, v in config.items() if k not in NOT_SHARED},
     }
 
 

@@ -62,6 +62,9 @@ class Towers(nn.Module, ABC):
         `image_features` then takes uint8, and `takes_pixels` is set.
         """
 
+    def read(self, *modalities: str) -> None:
+        """Read the weights of these towers from their file, if that was put off."""
+
     @abstractmethod
     def image_features(self, images_B3SS: Tensor) -> Tensor:
         """Map normalised images to features (B, D), not normalised to unit length."""

@@ -85,7 +85,7 @@ def _load(place: str, wanted: str, towers: Mapping[str, str]) -> Encoder:
         raise ModelError(f"{place} does not exist")
     if run.is_dir() and describes(run, wanted) is False:
         raise IdentityError(f"{place} holds another model")
-    encoder = load_model(place, wanted)
+    encoder = load_model(place, wanted, lazily=True)
     if not _fits(encoder, wanted, towers):
         fault = encoder.former_fault(wanted)
         raise IdentityError(f"{place} is {encoder.space}" + (f" ({fault})" if fault else ""))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.errors import ModelError, nearest
 from mmalign.model import weights as weight_files
+from mmalign.model.clip_catalog import config_of, names, part, tag_config, tags
 from mmalign.model.clip_networks import (
     CONFIG,
     FOLDER,
@@ -23,14 +24,12 @@ from mmalign.model.clip_networks import (
     cached,
     create,
     module,
-    names,
     quiet,
     require_network,
-    tags,
     with_memory,
 )
+from mmalign.model.clip_towers import OpenClipTowers, adopted, own_towers
 from mmalign.model.encoder import Encoder, Preprocess
-from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
 from mmalign.model.presets import PRESETS
 from mmalign.model.torchscript import is_archive, read_archive
 from mmalign.progress import say
@@ -42,7 +41,6 @@ __all__ = [
     "OpenClipTowers",
     "blank",
     "build",
-    "compare_with_public",
     "load",
     "module",
     "names",
@@ -50,6 +48,8 @@ __all__ = [
     "plan_of_tag",
     "preprocess_of",
     "tags",
+    "unfilled",
+    "with_memory",
     "wrap",
 ]
 
@@ -70,6 +70,16 @@ INTERPOLATIONS: dict[str, Literal["bicubic", "bilinear"]] = {
     "bicubic": "bicubic",
     "bilinear": "bilinear",
     "random": "bicubic",  # open_clip's choice for untrained models
+}
+
+
+# open_clip's preprocessing where neither tag nor configuration says otherwise.
+DEFAULTS: dict[str, Any] = {
+    "size": 224,
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
 }
 
 
@@ -147,14 +157,14 @@ def _require_known(name: str, pretrained: str | None) -> None:
 
 def _require_tag(name: str, tag: str) -> None:
     """Reject a tag whose weights are neither on this machine nor reachable."""
-    plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
+    plan, cfg = plan_of_tag(name, tag), tag_config(name, tag)
     if not cfg.get("file") and _cached_tag(cfg) is None:
         where = cfg.get("hf_hub") or cfg.get("url", "")
         require_network(plan.shown, where, f"{_with_activation(plan)}:FILE")
 
 
 def load(name: str, pretrained: str | None) -> Encoder:
-    """Build an open_clip model.
+    """Build an open_clip model; its towers are read from a file when `Towers.read` says so.
 
     Args:
         name: An architecture of open_clip; or `hf-hub:ORG/REPO`, `local-dir:FOLDER`.
@@ -184,7 +194,7 @@ def load(name: str, pretrained: str | None) -> Encoder:
 
 def plan_of_tag(name: str, tag: str) -> Plan:
     """Return what a tag specifies for a network, without its weights."""
-    cfg = module().get_pretrained_cfg(name, tag)
+    cfg = tag_config(name, tag)
     return Plan(
         f"{name}:{tag}",
         name,
@@ -197,14 +207,56 @@ def plan_of_tag(name: str, tag: str) -> Plan:
 def wrap(
     clip: Any, name: str, architecture: dict[str, Any], tokenizer: OpenClipTokenizer | None = None
 ) -> Encoder:
-    """Wrap a built open_clip model in an encoder."""
+    """Wrap a network that open_clip built, with its weights, in an encoder."""
     preprocess = preprocess_of(name, module().get_model_preprocess_cfg(clip))
     words = tokenizer or OpenClipTokenizer(architecture)
-    return Encoder(name, OpenClipTowers(clip), words, preprocess, architecture)
+    return Encoder(name, adopted(clip, architecture, name), words, preprocess, architecture)
+
+
+def unfilled(architecture: dict[str, Any]) -> OpenClipTowers:
+    """Build towers without weights: parameters without memory, or NaN if a tower is open_clip's."""
+    towers = own_towers(architecture)
+    if towers is not None:
+        return towers
+    clip = blank(architecture)
+    towers = own_towers(architecture, clip.visual, getattr(clip, "text", None))
+    return OpenClipTowers(clip) if towers is None else with_memory(towers)
 
 
 def _encoder(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder:
     """Build, load the weights, and check both."""
+    encoder = _mapped(plan, tokenizer) or _built(plan, tokenizer)
+    encoder.source = plan.source
+    return encoder
+
+
+def _mapped(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder | None:
+    """Build our networks around the weights of a file; None if open_clip is needed for either."""
+    towers = own_towers(plan.architecture) if plan.file else None
+    if towers is None or plan.file is None:
+        return None
+    size = config_of(plan.architecture)["vision_cfg"].get("image_size", DEFAULTS["size"])
+    # Check before gigabytes are read.
+    preprocess = preprocess_of(plan.name, {**DEFAULTS, **plan.preprocess, "size": size})
+    try:
+        weights = _plain_weights(plan.file)
+        if weights is None:
+            return None
+        towers.map_file(weights, plan.file)
+    except Exception:  # open_clip converts other forms, and says what is wrong
+        return None
+    return Encoder(plan.name, towers, tokenizer, preprocess, plan.architecture)
+
+
+def _plain_weights(file: Path) -> dict[str, Tensor] | None:
+    if not is_archive(file):
+        return weight_files.mapped(file)
+    others = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+    return {k: v.float() for k, v in read_archive(file)[0].items() if k not in others}
+
+
+def _built(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder:
+    """Let open_clip build the networks and load the weights."""
     try:
         if plan.file is None:
             clip = create(plan.architecture, plan.preprocess, device="cpu")
@@ -212,14 +264,10 @@ def _encoder(plan: Plan, tokenizer: OpenClipTokenizer) -> Encoder:
             clip = build(plan.architecture, plan.preprocess)
     except Exception as error:  # of timm, transformers, the hub
         weight_files.refuse(plan.shown, error)
-    # Check before gigabytes are read.
     preprocess_of(plan.name, module().get_model_preprocess_cfg(clip))
     if plan.file is not None:
         _fill(with_memory(clip), plan)
-    encoder = wrap(clip, plan.name, plan.architecture, tokenizer)
-    encoder.source = plan.source
-    compare_with_public(encoder)
-    return encoder
+    return wrap(clip, plan.name, plan.architecture, tokenizer)
 
 
 def _fill(clip: Any, plan: Plan) -> None:
@@ -235,7 +283,7 @@ def _fill(clip: Any, plan: Plan) -> None:
         raise
     except Exception as error:  # pickle, safetensors and shape errors of many libraries
         weight_files.refuse(where, error)
-    weight_files.require_numbers(clip, str(plan.file))
+    weight_files.require_numbers(clip.state_dict(), str(plan.file))
 
 
 def _archived(clip: Any, file: Path) -> dict[str, Tensor]:
@@ -247,19 +295,19 @@ def _archived(clip: Any, file: Path) -> dict[str, Tensor]:
 
 def _architecture(name: str, *, quick_gelu: bool) -> dict[str, Any]:
     """Record an activation only if it is not the name's default, to keep other identities."""
-    own = bool((module().get_model_config(name) or {}).get("quick_gelu"))
+    own = bool(config_of({"name": name}).get("quick_gelu"))
     noted = {"quick_gelu": True} if quick_gelu and not own else {}
     return {"kind": "open_clip", "name": name, **noted}
 
 
 def _from_tag(name: str, tag: str) -> Plan:
-    plan, cfg = plan_of_tag(name, tag), module().get_pretrained_cfg(name, tag)
+    plan, cfg = plan_of_tag(name, tag), tag_config(name, tag)
     _require_tag(name, tag)
     file = _cached_tag(cfg)
     if file is None:
         try:
             with quiet():
-                file = Path(module().download_pretrained(cfg))
+                file = Path(part("pretrained").download_pretrained(cfg))
         except Exception as error:  # from the hub or urllib
             why = weight_files.reason(error)
             raise ModelError(
@@ -279,7 +327,7 @@ def plan_of_file(name: str, file: Path) -> Plan:
     """Use what most tags of a name share; a file states neither activation nor preprocessing."""
     weight_files.require_weights(file)
     shown, quick = f"{name}:{file}", False
-    cfgs = [module().get_pretrained_cfg(name, tag) for tag in tags(name)]
+    cfgs = [tag_config(name, tag) for tag in tags(name)]
     if is_archive(file):
         quick = read_archive(file)[1]
     elif any(c.get("quick_gelu") for c in cfgs) and f"{name}-quickgelu" in names():
@@ -325,7 +373,7 @@ def _from_hub(repo: str) -> Plan:
     config, file = cached(repo, (CONFIG,)), cached(repo, HUB_WEIGHTS)
     if config is None or file is None:
         require_network(shown, repo, f"{FOLDER}:FOLDER")
-        fetch = module().pretrained.download_pretrained_from_hf
+        fetch = part("pretrained").download_pretrained_from_hf
         try:
             with quiet():
                 config, file = Path(fetch(repo, CONFIG)), Path(fetch(repo))

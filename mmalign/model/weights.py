@@ -4,11 +4,16 @@ Only tensors are read. A file that holds other Python objects is rejected, never
 """
 
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from mmalign import files
 from mmalign.errors import ModelError, reason_of
 
 # First bytes of files often found in place of weights.
@@ -98,15 +103,41 @@ def _more(names: list[str], told: int = TOLD) -> str:
     return f" and {len(names) - told} more" if len(names) > told else ""
 
 
-def require_numbers(network: nn.Module, where: str) -> None:
+def require_numbers(weights: Mapping[str, Tensor], where: str) -> None:
     """Reject weights that are not finite numbers, before anything is computed with them.
 
     Raises:
         ModelError: A weight is NaN or infinite, or was not in the file.
     """
-    for name, weight in network.state_dict().items():
-        if weight.is_floating_point() and not weight.isfinite().all():
+    for name, weight in weights.items():
+        # A sum is read once and stores nothing; it is finite only if every number is.
+        if not weight.is_floating_point() or weight.detach().sum().isfinite():
+            continue
+        if not weight.isfinite().all():
             raise ModelError(
                 f"{where}: the weights contain NaN or infinity, first in {name}: the file is "
                 "damaged, or its training diverged"
             )
+
+
+def mapped(file: Path) -> dict[str, Tensor] | None:
+    """Return the weights of a file as views of its content; None if it is not a plain one.
+
+    Weights that are stored in another precision are copies in float32.
+
+    Raises:
+        RuntimeError: It is damaged, as other errors of torch and safetensors.
+    """
+    if file.suffix == ".safetensors":
+        found: Any = load_file(files.utf8_name(file))
+    elif zipfile.is_zipfile(file):
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        found = found.get("state_dict", found) if isinstance(found, dict) else None
+    else:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        return None
+    plain = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    if next(iter(plain), "").startswith("module."):
+        plain = {k.removeprefix("module."): v for k, v in plain.items()}
+    return plain

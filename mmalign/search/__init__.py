@@ -7,6 +7,10 @@ query.py      what can be asked, as a value
 filters.py    filters of a query -> SQL
 exclusion.py  which rows a query leaves out
 searcher.py   query -> hits
+words.py      text -> the words it is found by
+lexical.py    rows by words of their captions
+fusion.py     rankings by vectors and words -> one
+several.py    several stores of one space -> hits
 relevance.py  scores -> relevance of each hit, and whether anything was found
 phrases.py    short phrases, and which of them captions name
 sheet.py      hits as an image

@@ -25,7 +25,7 @@ from mmalign.errors import (
 from mmalign.index import Queries, VectorReader, describe, table, write_description, write_index
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
-from mmalign.search import calibrate, relevance
+from mmalign.search import calibrate, lexical, relevance
 from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
 
@@ -86,6 +86,7 @@ def build_index(
         with files.scratch_in(store.path):
             modalities = _build_all(store, folder, recall, budget, user_queries)
             calibration = _calibrate(store, folder, model)
+            words = _index_words(store, folder)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,
@@ -96,6 +97,7 @@ def build_index(
             "seconds": round(time.monotonic() - started, 3),
             "modalities": modalities,
             "relevance": calibration,
+            "lexical": words,
         }
         write_description(folder, content)
     except BaseException:
@@ -178,6 +180,15 @@ def _calibrate(store: Store, folder: Path, model: str | Path | None) -> dict[str
         return None
     relevance.save(folder, found.null_RD, found.bank_BD)
     return found.content
+
+
+def _index_words(store: Store, folder: Path) -> dict[str, int] | None:
+    """Index the words of captions; return what index.json says of it, or None if there are none."""
+    found = lexical.postings(lexical.captions_of(store))
+    if not len(found.terms):
+        return None
+    lexical.save(folder, found)
+    return {"rows": len(found.lengths), "words": len(found.terms), "matches": len(found.rows)}
 
 
 def _owners(store: Store, modality: str) -> Ints | None:

@@ -24,7 +24,7 @@ def as_sql(conditions: Sequence[Condition], kinds: Mapping[str, str]) -> str:
 
     Args:
         conditions: At least one.
-        kinds: The kind of each field, as `Store.fields` gives it.
+        kinds: The kind of each field, as `Store.fields` gives it; "none" if no row here has it.
 
     Raises:
         UsageError: There is no such field, or it holds nothing that the value can be compared with.
@@ -49,6 +49,8 @@ def as_sql(conditions: Sequence[Condition], kinds: Mapping[str, str]) -> str:
 def _test(condition: Condition, kind: str) -> str:
     name = '"' + condition.field.replace('"', '""') + '"'
     bounds = _bounds(condition)
+    if kind == "none":
+        return "false"
     if kind == "number":
         if not all(_is_number(value) for _, value in bounds):
             raise UsageError(f"the filter {condition}: {condition.field} is a number")

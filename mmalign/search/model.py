@@ -26,7 +26,7 @@ def model_of(store: Store, model: str | Path | None = None) -> Encoder:
         towers = {m: name for m, name in recorded.items() if m == TEXT.name}
         return find_model(card.source, card.identity, towers=towers, near=store.path)
     # A run that was trained further keeps the weights that made this store.
-    encoder = load_model(model, card.identity)
+    encoder = load_model(model, card.identity, lazily=True)
     require_model_of(store, encoder)
     return encoder
 

@@ -46,6 +46,8 @@ class Query:
     """Only rows for which this SQL expression is true, see `mmalign.store.where`."""
     exact: bool = False
     """Compare every row, even if there is an index."""
+    lexical: bool = False
+    """Also find rows whose captions have words of the query, and fuse both by rank."""
     excluded: tuple[Any, ...] = ()
     """Items; rows that are likely to match one are left out, see `mmalign.search.exclusion`."""
     phrases: tuple[str, ...] = ()
@@ -66,6 +68,8 @@ class Query:
             raise UsageError(f"k={self.k} must be at least 1")
         if self.offset < 0:
             raise UsageError(f"offset={self.offset} must be at least 0")
+        if self.lexical and not self.words:
+            raise UsageError("lexical matches words with captions: the query has none")
 
     @classmethod
     def parse(cls, text: str, *, fields: Iterable[str] = (), files: bool = False) -> "Query":
@@ -103,6 +107,11 @@ class Query:
         item, _ = max(self.items, key=lambda pair: abs(pair[1]))
         kind = kind_of(item)
         return None if kind in OTHER_KINDS else kind
+
+    @property
+    def words(self) -> str:
+        """Return its texts that are not subtracted, for a match with captions."""
+        return " ".join(item for item, w in self.items if isinstance(item, str) and w > 0)
 
     @property
     def selection(self) -> Selection:

@@ -6,14 +6,14 @@ Shapes: M queries, D dimensions, K rows, N rows of the store.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from mmalign.arrays import Bools, Floats
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.encoding.modalities import is_model_of
 from mmalign.errors import UsageError, VectorError
@@ -22,6 +22,7 @@ from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
 from mmalign.search.exclusion import Excluded, left_out
+from mmalign.search.fusion import depth
 from mmalign.search.model import model_of, require_model_of
 from mmalign.search.query import Query, Selection, as_query
 from mmalign.search.snapshot import Hit, Snapshot
@@ -131,6 +132,7 @@ class Searcher:
         offset: int | None = None,
         where: str | None = None,
         exact: bool | None = None,
+        lexical: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> Hits:
@@ -148,6 +150,8 @@ class Searcher:
             offset: Results to skip at the start, by default none.
             where: Only rows for which this SQL is true, see `store.where`.
             exact: Compare every row, even if there is an index.
+            lexical: Also find rows whose captions have words of the query, see
+                `mmalign.search.fusion`.
             meta: Read the metadata of each hit.
             thumbnails: Read the thumbnail of each hit.
 
@@ -157,7 +161,9 @@ class Searcher:
             DataError: The image cannot be read or decoded.
             VectorError: The vector has another number of dimensions, or is not finite.
         """
-        parsed = as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
+        parsed = as_query(
+            query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical
+        )
         return self._answer([parsed], meta=meta, thumbnails=thumbnails)[0]
 
     def search_many(
@@ -169,6 +175,7 @@ class Searcher:
         offset: int | None = None,
         where: str | None = None,
         exact: bool | None = None,
+        lexical: bool | None = None,
         meta: bool = False,
         thumbnails: bool = False,
     ) -> list[Hits]:
@@ -176,7 +183,7 @@ class Searcher:
         if isinstance(queries, str | bytes | Query):
             raise UsageError("search_many takes a list of queries; search takes one")
         parsed = [
-            as_query(query, k=k, to=to, offset=offset, where=where, exact=exact)
+            as_query(query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical)
             for query in queries
         ]
         return self._answer(parsed, meta=meta, thumbnails=thumbnails)
@@ -188,7 +195,7 @@ class Searcher:
         parsed = [as_query(query) for query in queries]
         if not all(query.items for query in parsed):
             raise UsageError("a query without items has no vector")
-        return self._encode(parsed, self._current)[0]
+        return self.encode_queries(parsed, self.encoder, [self.store])[0]
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the index over the images."""
@@ -196,10 +203,34 @@ class Searcher:
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
         current = self._current  # the same for the whole answer, even if `refresh` is called
-        snapshot = current.snapshot
-        vectors_MD, excluded = self._encode(queries, current)
-        selected = {s: snapshot.selected(s) for s in {query.selection for query in queries}}
+        vectors_MD, excluded = self.encode_queries(
+            queries, current.encoder, [current.snapshot.store]
+        )
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
+        return self.answers(current.snapshot, queries, vectors_MD, excluded, extra=extra)
+
+    @staticmethod
+    def answers(
+        snapshot: Snapshot,
+        queries: Sequence[Query],
+        vectors_MD: Floats,
+        excluded: Mapping[int, list[Excluded]],
+        *,
+        extra: Sequence[str],
+        elsewhere: Iterable[str] = (),
+    ) -> list[Hits]:
+        """Answer queries that are encoded.
+
+        Args:
+            snapshot: What is searched.
+            queries: The queries.
+            vectors_MD: Their vectors, see `encode_queries`.
+            excluded: The excluded items of queries, see `encode_queries`.
+            extra: Columns to read, see `Snapshot.hits`.
+            elsewhere: Fields that only other stores have, see `Snapshot.selected`.
+        """
+        selections = {query.selection for query in queries}
+        selected = {s: snapshot.selected(s, elsewhere) for s in selections}
         answers: dict[int, Hits] = {}
         for asked, numbers in _group_by_search(queries, snapshot).items():
             vectors_GD = vectors_MD[numbers] if asked.by_vector else None
@@ -214,20 +245,21 @@ class Searcher:
         return [answers[number] for number in range(len(queries))]
 
     @staticmethod
-    def _encode(
-        queries: Sequence[Query], current: _Current
+    def encode_queries(
+        queries: Sequence[Query], encoder: Encoder, stores: Sequence[Store]
     ) -> tuple[Floats, dict[int, list[Excluded]]]:
         """Encode all items of all queries in batches, and sum them by weight for each query.
+
+        A `Row` is looked for in the stores, in their order.
 
         Returns:
             The vectors (M, D), zero for a query without items, and the excluded items of each
             query that has some.
         """
-        encoder, store = current.encoder, current.snapshot.store
         parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
         left = [(number, item) for number, q in enumerate(queries) for item in q.excluded]
         items = [
-            _vector_of(item, store) if isinstance(item, Row) else item
+            _vector_of(item, stores) if isinstance(item, Row) else item
             for item in (*(item for _, item, _ in parts), *(item for _, item in left))
         ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
@@ -259,10 +291,14 @@ def _text_of(query: Query) -> str | None:
     return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
 
 
-def _vector_of(row: Row, store: Store) -> Floats:
-    number = int(store.find([row.id])[0]) if len(store) else -1
-    if number < 0:
-        raise UsageError(f"{store.path}: no row has the id {row.id!r}")
+def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:
+    for store in stores:
+        number = int(store.find([row.id])[0]) if len(store) else -1
+        if number >= 0:
+            break
+    else:
+        places = ", ".join(str(store.path) for store in stores)
+        raise UsageError(f"{places}: no row has the id {row.id!r}")
     # What the row is, rather than what is said of it.
     for modality in sorted(store.modalities, key=is_of_rows, reverse=True):
         vectors_VD = store.vectors_of(modality, number)
@@ -314,6 +350,12 @@ def _found(
     for q, vector_D, scores_K, numbers_K in zip(
         queries, vectors_MD, scores_MK, numbers_MK, strict=True
     ):
+        if q.lexical:
+            answers.append(_found_with_words(
+                snapshot, q, vector_D, (scores_K, numbers_K), to=asked.to, selected_N=selected_N,
+                extra=extra,
+            ))  # fmt: skip
+            continue
         page, found_K = slice(q.offset, None), scores_K[numbers_K >= 0]
         judged = snapshot.judge(vector_D, found_K, asked.to, _text_of(q))
         hits = snapshot.hits(
@@ -323,6 +365,35 @@ def _found(
         nothing = judged.nothing if judged else None if len(found_K) else True
         answers.append(Hits(q, tuple(hits), nothing))
     return answers
+
+
+def _found_with_words(
+    snapshot: Snapshot,
+    query: Query,
+    vector_D: Floats,
+    near: tuple[Floats, Ints],
+    *,
+    to: str,
+    selected_N: Bools | None,
+    extra: Sequence[str],
+) -> Hits:
+    """Fuse what is near to one query with what has its words.
+
+    Something is found as well if a row has all the words.
+    """
+    matches = snapshot.match(query.words)
+    fused = snapshot.fuse(vector_D, near, to, matches, selected_N)
+    judged = snapshot.judge(vector_D, fused.scores_K, to, _text_of(query))
+    nothing = None if len(fused.scores_K) else True
+    if judged:
+        nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
+    fused = fused.cut(slice(query.offset, query.offset + query.k))
+    hits = snapshot.hits(
+        fused.scores_K, fused.numbers_K, to, first=query.offset + 1, extra=extra,
+        judged=judged and judged.after(query.offset),
+    )  # fmt: skip
+    told = zip(hits, fused.words_K.tolist(), fused.found_by_K, strict=True)
+    return Hits(query, tuple(replace(h, words=w, found_by=by) for h, w, by in told), nothing)
 
 
 def _listed(
@@ -339,7 +410,8 @@ def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Aske
     groups: dict[_Asked, list[int]] = {}
     for number, q in enumerate(queries):
         asked = _Asked(
-            snapshot.target(q.to), q.selection, q.exact, q.kind or snapshot.main, q.k + q.offset,
+            snapshot.target(q.to), q.selection, q.exact, q.kind or snapshot.main,
+            depth(q.k + q.offset) if q.lexical else q.k + q.offset,
             by_vector=bool(q.items), excluding=number if q.excluded else None,
         )  # fmt: skip
         groups.setdefault(asked, []).append(number)

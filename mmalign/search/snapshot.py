@@ -5,7 +5,7 @@ Shapes: N vectors of one modality, M queries, D dimensions, K rows.
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,10 @@ from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
+from mmalign.search import fusion, lexical
 from mmalign.search.filters import as_sql
+from mmalign.search.fusion import Fused
+from mmalign.search.lexical import Lexical, Matches
 from mmalign.search.query import Selection
 from mmalign.search.relevance import Judgement, Relevance, load
 from mmalign.store import Store
@@ -56,6 +59,13 @@ class Hit:
     calibration, see `mmalign.search.relevance`."""
     level: str | None = None
     """That in a word: "likely", "maybe" or "unlikely"."""
+    words: float | None = None
+    """How well the captions match the words of the query: BM25, 0 if they have none of them. None
+    unless `lexical` was asked. Like the score, it has no meaning beyond its query."""
+    found_by: str | None = None
+    """What found it: "vectors", "words" or "both"; None unless `lexical` was asked."""
+    store: str | None = None
+    """The store that has the row, if several were searched."""
 
 
 class Snapshot:
@@ -69,6 +79,9 @@ class Snapshot:
         store.open_all()
         self._indexes: dict[tuple[str, bool], Index] = {}
         self._relevance: list[Relevance | None] = []
+        self._lexical: list[Lexical] = []
+        # Reading all captions takes seconds, during which queries without words go on.
+        self._lexical_lock = threading.Lock()
         self._lock = threading.Lock()
 
     def find(
@@ -124,6 +137,69 @@ class Snapshot:
             return None
         return self.relevance.judge(vector_D, scores_K, text)
 
+    @property
+    def lexical(self) -> Lexical:
+        """The words of all captions: those of the index, and of rows that came after it."""
+        with self._lexical_lock:
+            if not self._lexical:
+                self._lexical.append(self._load_lexical())
+            return self._lexical[0]
+
+    def _load_lexical(self) -> Lexical:
+        folder = self.store.index_folder
+        if folder is not None:
+            try:
+                return lexical.open_lexical(self.store, lexical.load(folder, describe(folder)))
+            except StoreError as error:
+                self._warn_of_words(error)
+        return lexical.open_lexical(self.store, None)
+
+    def _warn_of_words(self, error: StoreError) -> None:
+        remedy = shell_command("index", self.store.path)
+        say(f"warning: {error}; the captions are read instead; run {remedy}")
+
+    def match(self, text: str) -> Matches:
+        """Score all rows by the words of a text. A damaged index is reported once."""
+        opened = self.lexical
+        try:
+            return opened.match(text)
+        except StoreError as error:
+            with self._lexical_lock:
+                if self._lexical[0] is opened:
+                    self._warn_of_words(error)
+                    self._lexical[0] = lexical.open_lexical(self.store, None)
+            return self.lexical.match(text)
+
+    def fuse(
+        self, vector_D: Floats, near: tuple[Floats, Ints], to: str, matches: Matches,
+        selected_N: Bools | None,
+    ) -> Fused:  # fmt: skip
+        """Fuse what is near to a query with what has its words.
+
+        Args:
+            vector_D: Unit vector of the query.
+            near: Scores and vector numbers (K,) of the nearest rows; -1 if there are fewer.
+            to: Modality of the vectors.
+            matches: Of the words of the query.
+            selected_N: Which rows may be found; None for all.
+        """
+        is_found_K = near[1] >= 0
+        scores_K, numbers_K = near[0][is_found_K], near[1][is_found_K]
+        owners_N = self.owners(to)
+        rows_K = numbers_K if owners_N is None else owners_N[numbers_K]
+        allowed_N = self.store.live if selected_N is None else self._live_of(selected_N)
+        rows_W = np.sort(fusion.best_rows(matches, allowed_N, len(near[0])))
+        numbers_V, owners_V = rows_W, rows_W
+        if owners_N is not None:
+            owned = [np.searchsorted(owners_N, rows_W, side) for side in ("left", "right")]
+            counts_W = owned[1] - owned[0]
+            owners_V = np.repeat(rows_W, counts_W)
+            ends_W = np.cumsum(counts_W)
+            numbers_V = np.arange(len(owners_V)) + np.repeat(owned[0] - ends_W + counts_W, counts_W)
+        vectors_VD = VectorReader(self.store.vectors(to)).gather(numbers_V)
+        worded = fusion.best_vectors(vector_D, vectors_VD.astype(np.float32), numbers_V, owners_V)
+        return fusion.fuse((scores_K, numbers_K, rows_K), worded, matches)
+
     def likely(self, vector_D: Floats, to: str, text: str | None) -> Bools | None:
         """Return which rows (N,) are likely what a text asks for; None if nobody can say.
 
@@ -147,8 +223,12 @@ class Snapshot:
             likely_N[found if owners_N is None else owners_N[found]] = True
         return likely_N
 
-    def selected(self, selection: Selection) -> Bools | None:
+    def selected(self, selection: Selection, elsewhere: Iterable[str] = ()) -> Bools | None:
         """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
+
+        Args:
+            selection: Filters and phrases.
+            elsewhere: Fields that other stores of the same search have; no row has them here.
 
         Raises:
             UsageError: A filter names no field, or does not fit it, or there are too many.
@@ -159,7 +239,8 @@ class Snapshot:
             raise UsageError(f"{told}; at most {MOST_FILTERS} are allowed: write --where")
         expressions = [] if selection.where is None else [selection.where]
         if selection.conditions:
-            expressions.append(as_sql(selection.conditions, self.store.fields))
+            kinds = dict.fromkeys(elsewhere, "none") | self.store.fields
+            expressions.append(as_sql(selection.conditions, kinds))
         if not (expressions or selection.phrases):
             return None
         selected_N = np.ones(self.store.manifest.physical_rows, np.bool_)

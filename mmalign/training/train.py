@@ -277,6 +277,7 @@ def _new_encoder(config: TrainConfig, records: Sequence[Record]) -> Encoder:
             from mmalign.model import openclip
 
             encoder = openclip.load(config.model, config.pretrained)
+            encoder.towers.read("image", "text")
             if encoder.source:  # it has trained weights
                 encoder.origin = encoder.described(encoder.towers.state_dict())
         else:

@@ -196,11 +196,9 @@ def test_a_name_and_its_configuration_have_the_same_towers(small_clip: str) -> N
 
     named = openclip.load(small_clip, None)
     config = openclip.module().get_model_config(small_clip)
-    other = wrap(
-        named.towers.clip,  # type: ignore[arg-type]
-        "open_clip",
-        {"kind": "open_clip", "config": config},
-    )
+    architecture = {"kind": "open_clip", "config": config}
+    words = openclip.OpenClipTokenizer(architecture)
+    other = replace(named, name="open_clip", architecture=architecture, tokenizer=words)
     assert other.identity != named.identity
     assert other.tower_identities == named.tower_identities
 

@@ -32,32 +32,40 @@ def clip(small_clip: str) -> Encoder:
     return openclip.load(small_clip, None)
 
 
+@pytest.fixture(scope="module")
+def public(clip: Encoder) -> Any:
+    """open_clip's own network with the same weights."""
+    network = openclip.blank(clip.architecture)
+    network.load_state_dict(clip.towers.clip.state_dict())  # type: ignore[union-attr]
+    return network.eval()
+
+
 def pixels(encoder: Encoder, count: int = 4) -> np.ndarray:
     side = encoder.preprocess.size
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def test_texts_are_cut_without_a_change(clip: Encoder) -> None:
+def test_texts_are_cut_without_a_change(clip: Encoder, public: Any) -> None:
     assert clip.towers.cuts_texts
     tokens = clip.tokenizer(CAPTIONS)
     lengths = clip.text_lengths(tokens)
     # CLIP's token of "!" is 0, as padding is; its end-of-text token comes behind.
     assert lengths.tolist() == [4, 8, *lengths[2:3].tolist(), 3, 2, 5]
     with torch.no_grad():
-        whole = clip.towers.clip.encode_text(tokens, normalize=True)  # type: ignore[union-attr,operator]
+        whole = public.encode_text(tokens, normalize=True)
         for token, length, wanted in zip(tokens, lengths, whole, strict=True):
             cut = clip.text_vectors(token[None, :length])[0]
             assert torch.allclose(cut, wanted, atol=1e-6)
     assert np.allclose(clip.encode_texts(CAPTIONS), whole.numpy(), atol=1e-6)
 
 
-def test_texts_are_left_whole_where_padding_is_read(clip: Encoder) -> None:
-    pool = clip.towers.clip.text_pool_type  # type: ignore[union-attr]
-    try:
-        clip.towers.clip.text_pool_type = "last"  # type: ignore[union-attr]
-        assert not openclip.OpenClipTowers(clip.towers.clip).cuts_texts  # type: ignore[arg-type]
-    finally:
-        clip.towers.clip.text_pool_type = pool  # type: ignore[union-attr]
+@pytest.mark.parametrize("setting", [{"pool_type": "last"}, {"no_causal_mask": True}])
+def test_texts_are_left_whole_where_padding_is_read(
+    setting: dict[str, Any], small_clip: str
+) -> None:
+    config = openclip.module().get_model_config(small_clip)
+    config["text_cfg"] |= setting
+    assert not openclip.unfilled({"kind": "open_clip", "config": config}).cuts_texts
 
 
 def test_many_texts_come_back_in_their_order() -> None:
@@ -353,22 +361,6 @@ def test_eight_bits_without_support_are_refused(
     monkeypatch.setattr(precision, "has_int8", lambda: False)
     with pytest.raises(UsageError, match="int8 needs a CPU"):
         in_precision(clip, "int8")
-
-
-def test_the_last_block_for_one_token_is_exact(
-    clip: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert clip.towers.pools_images
-    tokens = clip.tokenizer(CAPTIONS)
-    images = torch.randn(3, 3, clip.preprocess.size, clip.preprocess.size)
-    with torch.no_grad():
-        wanted = clip.towers.clip.encode_image(images)  # type: ignore[union-attr,operator]
-        assert torch.allclose(clip.towers.image_features(images), wanted, atol=1e-5)
-        wanted = clip.towers.clip.encode_text(tokens)  # type: ignore[union-attr,operator]
-        assert torch.allclose(clip.towers.text_features(tokens), wanted, atol=1e-5)
-        monkeypatch.setattr(clip.towers, "pools_images", False)
-        wanted = clip.towers.clip.encode_image(images)  # type: ignore[union-attr,operator]
-        assert torch.equal(clip.towers.image_features(images), wanted)
 
 
 @pytest.mark.parametrize(

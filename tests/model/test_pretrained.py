@@ -22,7 +22,6 @@ from torch import nn
 from mmalign import load_model
 from mmalign.errors import IdentityError, InstallError, ModelError
 from mmalign.model import Encoder, clip_networks, openclip, require_preset, save_model
-from mmalign.model.fast_clip import OpenClipTowers, compare_with_public
 from mmalign.store import ModelCard
 from mmalign.store.manifest import Manifest
 from mmalign.store.reader import Store
@@ -387,7 +386,7 @@ def test_without_a_network_the_way_with_a_file_is_said(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(clip_networks, "urlopen", unreachable)
-    monkeypatch.setattr(open_clip, "download_pretrained", never)
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", never)
     with pytest.raises(ModelError, match=f"cannot be reached.*{instead}") as caught:
         load_model(name)
     assert "\n" not in str(caught.value)
@@ -481,62 +480,6 @@ def test_a_configuration_that_is_not_supported_is_said(own_config: Path) -> None
     file.write_text("{}")
     with pytest.raises(ModelError, match="cannot be used: KeyError: 'model_cfg'"):
         load_model(f"local-dir:{own_config}")
-
-
-@pytest.mark.parametrize("missing", ["_embeds", "text_eos_id", "resblocks", "positional_embedding"])
-def test_what_another_open_clip_lacks_costs_a_shortcut_and_no_answer(
-    missing: str, small_clip: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """open_clip 3.0 and 4.2 lack parts that our shortcuts read."""
-    torch.manual_seed(0)
-    encoder = openclip.load(small_clip, None)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    wanted = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
-    encoder.towers = without(encoder, missing)
-    capsys.readouterr()
-    compare_with_public(encoder)
-    assert capsys.readouterr().err.count("warning: ") == 1
-    assert np.allclose(encoder.encode_images(pixels), wanted[0], atol=1e-5)
-    assert np.allclose(encoder.encode_texts(TEXTS), wanted[1], atol=1e-5)
-
-
-def without(encoder: Encoder, part: str) -> OpenClipTowers:
-    """Towers whose network has a part under another name, which open_clip's own functions know."""
-    assert isinstance(encoder.towers, OpenClipTowers)
-    towers = OpenClipTowers(encoder.towers.clip).eval()
-
-    class Renamed:
-        def __init__(self, real: Any) -> None:
-            self.real = real
-
-        def __getattr__(self, name: str) -> Any:
-            if name == part:
-                raise AttributeError(f"{type(self.real).__name__!r} has no attribute {name!r}")
-            value = getattr(self.real, name)
-            return Renamed(value) if name in ("visual", "transformer") else value
-
-        def __call__(self, *args: Any, **words: Any) -> Any:
-            return self.real(*args, **words)
-
-    if part == "text_eos_id":
-        towers.clip.text_pool_type = "eos"
-        towers.clip.text_eos_id = 49407
-    towers._modules.pop("clip")
-    object.__setattr__(towers, "clip", Renamed(encoder.towers.clip))
-    return towers
-
-
-def test_a_shortcut_that_differs_is_not_taken(
-    small_clip: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("mmalign.model.fast_clip._one_token", lambda transformer, x, *_: x[:, -1])
-    encoder = openclip.load(small_clip, None)
-    assert not encoder.towers.cuts_texts
-    assert not encoder.towers.pools_images  # type: ignore[union-attr]
-    said = capsys.readouterr().err
-    assert "images (" in said
-    assert "and texts (" in said
-    assert said.count("\n") == 1
 
 
 def test_loading_leaves_the_programs_logging_alone(
