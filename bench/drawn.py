@@ -141,12 +141,12 @@ class Drawn:
     store: Store
     encoder: Encoder
 
-    def without_captions(self) -> "Drawn":
-        """Return a store of the same scenes, as a photo folder is."""
-        tar, store = self.folder / "plain.tar", self.folder / "plain.store"
-        if not tar.exists():
-            write(tar, len(self.store), SEED, captions="none")
-            embed(self.folder / "run", [str(tar)], store)
+    def captioned(self, captions: str) -> "Drawn":
+        """Return a store of the same scenes with other captions, see `write`."""
+        tar, store = (self.folder / f"{captions}.{kind}" for kind in ("tar", "store"))
+        if not store.exists():
+            write(tar, len(self.store), SEED, captions=captions)
+            embed(self.folder / "run", [str(tar)], store, caption_keys=KEYS)
             build_index(store)
         return Drawn(self.folder, open_store(store), self.encoder)
 

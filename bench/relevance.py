@@ -12,9 +12,14 @@ English and Chinese:
 
 Ways to reject: the relevance as it is stored, a cosine of the best hit, and the largest step among
 ten scores, each with a threshold from the captions and phrases that calibrate the store (3 % of
-the kind that has the lower values is rejected). The cutoffs are also shown with the threshold that
-rejects 5 % of the present combinations, which no store knows. Then the same for a store without
-captions. For stores of other data: `bench nothing`.
+the kind that has the lower values is rejected). They are also shown with the threshold that rejects
+5 % of the present combinations, which no store knows. Areas under the ROC curve are those of the
+stored relevance, of the rank by which it rejects, and of the other two. Once a scene is gone, its
+query can only be told from before if it came first: `first hit right` is that share, for captions
+their recall@1, and the areas are given for those queries by themselves too.
+
+Then the same for a store of the same scenes with short captions beside the complete one, and for
+one without captions. For stores of other data: `bench nothing`.
 """
 
 import argparse
@@ -25,16 +30,25 @@ import numpy as np
 
 from bench import measure
 from bench.drawn import LANGUAGES, Drawn, combinations, drawn
-from bench.drawn import Asked as Combination
 from bench.nothing import WAYS, Asked, cuts, lead, seen, told
 from mmalign.arrays import Bools, Floats, Ints
-from mmalign.index import describe
+from mmalign.index import VectorReader, describe
 from mmalign.search import calibrate, relevance
 from mmalign.search.phrases import every_phrase
 from mmalign.search.relevance import Doubles, Relevance, Signs
 
 TOP = 10
 FOREIGN = 300
+KINDS = {"en": "other", "zh": "zh"}
+ORDERS = {"relevance": "relevance_M", "rank": "ranks_M", "cosine": "cosine_M", "jump": "jump_M"}
+# What each kind of absent queries is told from, and which are the same queries.
+PRESENT_OF = {
+    "removed": "present",
+    "foreign": "present",
+    "files": "present",
+    "captions without image": "captions",
+}
+PAIRED = ("removed", "captions without image")
 # Phrases of the bank name these too.
 DRAWN_THINGS = ("star", "moon", "heart", "星", "月", "心", "cross", "square", "圆")
 
@@ -45,30 +59,42 @@ def top_of(scores_MN: Floats) -> Doubles:
 
 
 def combination_signs(
-    world: Drawn, known: Relevance, asked: Sequence[Combination], queries_MD: Floats,
-    bank_rows_B: Ints, *, removed: bool,
-) -> tuple[Signs, Doubles]:  # fmt: skip
-    """Read signs and best scores of combinations, with the scenes that fit or without them."""
-    scores_MN = queries_MD @ world.vectors_ND.T
-    allowed_MB = None
-    if removed:
-        fit_MN = np.stack([world.truth(c.within) for c in asked])
-        scores_MN = np.where(fit_MN, -1, scores_MN)
-        allowed_MB = ~fit_MN[:, bank_rows_B] if len(bank_rows_B) else None
-    signs = relevance.signs_of(queries_MD, known.null_RD, known.bank_BD, allowed_MB)
-    return signs, top_of(scores_MN)
+    world: Drawn, known: Relevance, fit_MN: Bools, queries_MD: Floats
+) -> tuple[Signs, Doubles]:
+    """Read signs and best scores of queries, each asked of the scenes that do not fit it.
+
+    Random rows and captions of scenes that fit are left out too, as if none had been stored.
+    """
+    null_rows_R, bank_rows_B = sampled_rows(world, known)
+    signs = [
+        relevance.signs_of(
+            query_D[None], known.null_RD[~fit_N[null_rows_R]], known.bank_BD[~fit_N[bank_rows_B]]
+        )
+        for query_D, fit_N in zip(queries_MD, fit_MN, strict=True)
+    ]
+    scores_MN = np.where(fit_MN, -1, queries_MD @ world.vectors_ND.T)
+    return Signs.joined(signs), top_of(scores_MN)
 
 
-def bank_rows(world: Drawn, known: Relevance) -> Ints:
-    """Return the row of each caption of the bank, which is stored without it."""
-    if not len(known.bank_BD):
-        return np.zeros(0, np.int64)
-    texts_TD = np.concatenate(world.store.vectors("text")).astype(np.float32)
-    nearest_B = np.concatenate(
-        [(part @ texts_TD.T).argmax(1) for part in np.array_split(known.bank_BD, 16)]
-    )
-    rows_B: Ints = world.store.owners("text")[nearest_B]
-    return rows_B
+def sampled_rows(world: Drawn, known: Relevance) -> tuple[Ints, Ints]:
+    """Return the row of each random vector and of each caption that the relevance compares with.
+
+    They are stored without their rows, so they are drawn once more and compared.
+    """
+    images = VectorReader(world.store.vectors("image"))
+    null_rows_R = images.sample_rows(calibrate.NULL_ROWS, seed=3)
+    pairs = [(images.gather(null_rows_R), known.null_RD)]
+    bank_rows_B = null_rows_R[:0]
+    if known.on_captions:
+        owners = world.store.owners("text")
+        texts = VectorReader(world.store.vectors("text"), None, owners)
+        drawn_T = texts.sample_rows(calibrate.BANK + calibrate.ASKED, seed=4)
+        numbers_B = np.random.default_rng(4).permutation(drawn_T)[-calibrate.BANK :]
+        pairs.append((texts.gather(numbers_B), known.bank_BD))
+        bank_rows_B = owners[numbers_B]
+    if not all(np.array_equal(drawn, stored) for drawn, stored in pairs):
+        raise SystemExit("the relevance was calibrated on other rows: index the store again")
+    return null_rows_R, bank_rows_B
 
 
 def relevance_of(world: Drawn) -> Relevance:
@@ -80,60 +106,66 @@ def relevance_of(world: Drawn) -> Relevance:
     return known
 
 
-def first_is_right(world: Drawn, asked: Sequence[Combination], queries_MD: Floats) -> Bools:
-    """Whether the best hit of each combination fits it."""
-    best_M = (queries_MD @ world.vectors_ND.T).argmax(1)
-    return np.array(
-        [c.within(world.scenes_N[best]) for c, best in zip(asked, best_M.tolist(), strict=True)]
-    )
-
-
 def foreign(language: str) -> list[str]:
     """Return phrases of things that are not drawn."""
-    kind = {"en": "other", "zh": "zh"}[language]
-    bank = [p.text for p in every_phrase(kind) if not any(word in p.text for word in DRAWN_THINGS)]
+    every = every_phrase(KINDS[language])
+    bank = [p.text for p in every if not any(word in p.text for word in DRAWN_THINGS)]
     chosen = np.random.default_rng(3).permutation(len(bank))[:FOREIGN]
     return [bank[i] for i in chosen.tolist()]
 
 
-def areas(present: Asked, absent: Asked, paired: bool) -> dict[str, str]:
-    """Compare the areas of all ways: each, and the lead of the relevance over it."""
-    row = {}
-    own = present.ranks_M, absent.ranks_M
-    for way, (sign, _) in WAYS.items():
-        pair = getattr(present, sign), getattr(absent, sign)
-        row[f"auc {way}"] = "{:.3f} ({:.3f}-{:.3f})".format(*calibrate.area(*pair))
-        if way != "relevance" and paired:
-            row[f"lead over {way}"] = lead([own, pair])
+def areas(present: Asked, absent: Asked, *, paired: bool) -> dict[str, str]:
+    """Compare the areas of all orders: each, and the lead of the relevance over it."""
+    row, own = {}, (present.relevance_M, absent.relevance_M)
+    for name, order in ORDERS.items():
+        pair = getattr(present, order), getattr(absent, order)
+        row[f"auc {name}"] = "{:.3f} ({:.3f}-{:.3f})".format(*calibrate.area(*pair))
+        if name != "relevance" and paired:
+            row[f"lead over {name}"] = lead([own, pair])
     return row
 
 
-def rows_for(
-    name: str, language: str, kinds: Mapping[str, Asked], least: dict[str, float], right: float
-) -> None:
-    """Print and record the shares that each way rejects, and the areas."""
-    present = kinds["present"]
+def some(asked: Asked, chosen_M: Bools) -> Asked:
+    """Return some of the queries."""
+    return Asked(*(values_M[chosen_M] for values_M in vars(asked).values()))
+
+
+def append_rows(
+    name: str, language: str, kinds: Mapping[str, Asked], least: dict[str, float],
+    first: Mapping[str, Bools],
+) -> None:  # fmt: skip
+    """Record the shares that each way rejects, and the areas.
+
+    Args:
+        name: Of the store.
+        language: Of the queries.
+        kinds: What was seen of each kind of queries.
+        least: Below what each way rejects; a way may have no threshold.
+        first: For "present" and "captions", which queries have a first hit that is right.
+    """
+    said = {"store": name, "language": language}
     free = {
-        way: float(np.quantile(getattr(present, sign), relevance.MAX_ERROR))
+        way: float(np.quantile(getattr(kinds["present"], sign), relevance.MAX_ERROR))
         for way, (sign, _) in WAYS.items()
     }
-    for way, (sign, _) in WAYS.items():
-        for threshold, limits in (("calibrated", least), ("5 % of the present", free)):
-            if way not in limits:
-                continue
-            row = {"store": name, "language": language, "way": way, "threshold": threshold}
+    for threshold, limits in (("calibrated", least), ("5 % of the present", free)):
+        for way in limits:
+            row = {**said, "what": way, "threshold": threshold}
             for kind, asked in kinds.items():
-                row[f"{kind} rejected"] = told(getattr(asked, sign) < limits[way])
+                row[f"{kind} rejected"] = told(getattr(asked, WAYS[way][0]) < limits[way])
             measure.append("relevance", row)
-    for kind in [k for k in kinds if k not in ("present", "captions")]:
-        other = "captions" if kind == "captions without image" else "present"
-        if other in kinds:
-            row = areas(kinds[other], kinds[kind], len(kinds[other].cosine_M) == len(
-                kinds[kind].cosine_M
-            ))  # fmt: skip
-            row = {"store": name, "language": language, "way": f"{other} against {kind}", **row}
-            row["first hit right"] = f"{right:.3f}" if other == "present" else ""
-            measure.append("relevance", row)
+    for kind, absent in kinds.items():
+        other = PRESENT_OF.get(kind)
+        if other is None:
+            continue
+        present, paired = kinds[other], kind in PAIRED
+        right = {"first hit right": told(first[other])}
+        row = {**said, "what": f"{other} against {kind}", **right}
+        measure.append("relevance", {**row, **areas(present, absent, paired=paired)})
+        if paired and first[other].any():
+            pair = some(present, first[other]), some(absent, first[other])
+            row = {**said, "what": f"{other} against {kind}, first hit right"}
+            measure.append("relevance", {**row, **areas(*pair, paired=True)})
 
 
 def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
@@ -142,19 +174,22 @@ def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
     found = calibrate.ask(world.store, encode) if known.on_captions else None
     asked = [*combinations("colour", "shape"), *combinations("texture", "shape")]
     asked += combinations("colour", "texture", "shape")
-    rows_B = bank_rows(world, known)
+    fit_MN = np.stack([world.truth(c.within) for c in asked])
+    if not fit_MN.any(axis=1).all():
+        raise SystemExit("a combination is in no scene: draw more with --held-out")
     lines = [text for file in files for text in Path(file).read_text("utf-8").splitlines() if text]
     for language in LANGUAGES:
-        kind = {"en": "other", "zh": "zh"}[language]
+        kind = KINDS[language]
         scale = known.scales.get(kind) or known.scales[relevance.ALL]
+        least = {"relevance": scale.unlikely}
         queries_MD = encode([c.text(language) for c in asked])
+        scores_MN = queries_MD @ world.vectors_ND.T
+        signs = relevance.signs_of(queries_MD, known.null_RD, known.bank_BD)
         kinds = {
-            label: seen(
-                scale,
-                *combination_signs(world, known, asked, queries_MD, rows_B, removed=removed),
-            )
-            for label, removed in (("present", False), ("removed", True))
+            "present": seen(scale, signs, top_of(scores_MN)),
+            "removed": seen(scale, *combination_signs(world, known, fit_MN, queries_MD)),
         }
+        first = {"present": fit_MN[np.arange(len(asked)), scores_MN.argmax(1)]}
         others = {"foreign": foreign(language)}
         others["files"] = [line for line in lines if relevance.language(line) == kind]
         for label, texts in others.items():
@@ -162,26 +197,27 @@ def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
                 vectors_MD = encode(texts)
                 signs = relevance.signs_of(vectors_MD, known.null_RD, known.bank_BD)
                 kinds[label] = seen(scale, signs, top_of(vectors_MD @ world.vectors_ND.T))
-        least = {"relevance": scale.unlikely}
         if found is not None:
             captions, short = found
             own_M = np.array([spoken == kind for spoken in captions.languages_M])
+            own_M &= np.isfinite(captions.absent_M)
             fit_M = calibrate.fits(world.store)[captions.rows_M]
             fitting, held = captions.of(own_M & fit_M), captions.of(own_M & ~fit_M)
-            tops = top_of(held.queries_MD @ world.vectors_ND.T)
-            kinds["captions"] = seen(scale, held.signs, tops)
             scores_MN = held.queries_MD @ world.vectors_ND.T
+            kinds["captions"] = seen(scale, held.signs, top_of(scores_MN))
+            first["captions"] = scores_MN.argmax(1) == held.rows_M
             below_MN = np.where(scores_MN <= held.absent_M[:, None] + 1e-4, scores_MN, -1)
             kinds["captions without image"] = seen(scale, held.removed, top_of(below_MN))
             fitted = [seen(scale, fitting.signs, top_of(fitting.queries_MD @ world.vectors_ND.T))]
             spoken = None if short is None else short.spoken(kind)
             chosen = None if spoken is None else spoken.of(spoken.present_M)
-            if chosen is not None and len(chosen.texts_M) >= calibrate.MIN_PHRASES:
+            phrases = 0 if chosen is None else len(chosen.texts_M)
+            if chosen is not None and phrases >= calibrate.MIN_PHRASES:
                 phrases_top = top_of(chosen.queries_MD @ world.vectors_ND.T)
                 fitted.append(seen(scale, chosen.signs, phrases_top))
+            print(f"{name}, {language}: {phrases} phrases of the bank are present")
             least = cuts(scale, fitted)
-        right = float(first_is_right(world, asked, queries_MD).mean())
-        rows_for(name, language, kinds, least, right)
+        append_rows(name, language, kinds, least, first)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -196,5 +232,6 @@ def main(arguments: Sequence[str]) -> None:
     world = drawn(
         options.folder, minutes=options.minutes, scenes=options.scenes, held_out=options.held_out
     )
-    measure_store("drawn", world, options.absent)
-    measure_store("drawn, without captions", world.without_captions(), options.absent)
+    measure_store("complete captions", world, options.absent)
+    measure_store("short captions", world.captioned("short"), options.absent)
+    measure_store("no captions", world.captioned("none"), options.absent)
