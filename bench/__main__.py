@@ -6,6 +6,7 @@ import sys
 NAMES = (
     "arithmetic",
     "changes",
+    "combine",
     "embed",
     "engines",
     "index",
