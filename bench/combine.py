@@ -6,6 +6,7 @@ FOLDER is new, or holds the model and the store of an earlier run, see `bench.dr
 precision@10: the share of the ten best scenes that are right, with the 95 % interval over resampled
 queries, in English and Chinese. A and B are two shapes, two colours, or a colour and a texture.
 
+    one         one attribute in words, which tells how well the model knows it
     both        A + B: a scene has both. Beside "A and B" in words, and A alone
     one group   colour + shape: a group of the scene has both. Beside "a red star" in words
     without     A - B and A ! B: a scene has A and not B. Beside "A without B" in words, and A alone
@@ -15,8 +16,8 @@ queries, in English and Chinese. A and B are two shapes, two colours, or a colou
 
 `lead` is that over the last way of its kind: A, or the picture, alone. `chance` is the share of all
 scenes that is right. `unwanted left out` is the share of the scenes with B that `!` leaves out,
-`others left out` that of all others. `!` goes by the relevance of the store, so that
-`without` is measured in a store with complete captions, with short ones, and with none.
+`others left out` that of all others. `!` goes by the relevance of the store, so `without` is
+measured in a store with complete captions, with short ones, and with none.
 """
 
 import argparse
@@ -64,6 +65,14 @@ def attribute(name: str, value: str, language: str) -> str:
         word = COLOURS[value][0] if name == "colour" else TEXTURES[value]
         return word.en if language == "en" else word.zh
     return Asked(((name, value),)).text(language)
+
+
+def singles(world: Drawn, language: str) -> Iterator[Case]:
+    """Ask for one attribute."""
+    for name, values in VALUES.items():
+        for value in values:
+            right_N = world.truth(Asked(((name, value),)).within)
+            yield Case(f"one {name}", {"words": attribute(name, value, language)}, right_N)
 
 
 def pairs(world: Drawn, language: str) -> Iterator[Case]:
@@ -195,7 +204,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     for language in LANGUAGES:
         two = list(pairs(world, language))
-        cases = [*two, *groups(world, language), *pictures(world, language)]
+        cases = [*singles(world, language), *two, *groups(world, language)]
+        cases += pictures(world, language)
         measure_cases("complete captions", language, world, cases)
         without = [case for case in two if case.kind.startswith("without")]
         for captions in ("short", "none"):
