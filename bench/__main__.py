@@ -6,6 +6,7 @@ import sys
 NAMES = (
     "arithmetic",
     "changes",
+    "combine",
     "embed",
     "engines",
     "index",
@@ -13,6 +14,7 @@ NAMES = (
     "loss",
     "nothing",
     "ranks",
+    "relevance",
     "rows",
     "scale",
     "search",
