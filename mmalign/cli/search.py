@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -15,6 +15,7 @@ from mmalign.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mmalign.search.query import Query
+    from mmalign.search.searcher import Hits
     from mmalign.search.sheet import Tile
     from mmalign.search.snapshot import Hit
     from mmalign.store import Store
@@ -108,7 +109,6 @@ def search(
     """
     import time
 
-    from mmalign.progress import say
     from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
     from mmalign.search.several import MultiSearcher
@@ -138,26 +138,17 @@ def search(
     )  # fmt: skip
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
-        pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
-        picture = pictures[0] if len(asked.items) == len(pictures) == 1 else b""
+        picture = _only_picture(asked)
         draw_sheet([Strip(typed, _tiles(opened, hits), picture)], Path(sheet))
     if form == "json":
-        answer = {
-            "query": files.in_utf8(typed),
-            "read_as": read_as,
-            "hits": [json_fields(hit) for hit in hits],
-            "nothing_found": hits.nothing_found,
-        }
+        answer = _answer(hits, typed, read_as)
         if not isinstance(searcher, MultiSearcher):
             answer["index"] = searcher.describe_index()
         print_values({**answer, "took_ms": round(took_ms, 3)}, as_json=True)
     else:
         print_hits(form, hits, read_as)
     if hits.nothing_found:
-        narrowed = any(vars(hits.query.selection).values())
-        why = ": no row matches the filters" if narrowed else ""
-        say(f"nothing found{': these are only the nearest' if hits else why}")
-        click.get_current_context().exit(1)
+        _end_without_a_find(hits)
     if opens:
         open_files(hits)
 
@@ -183,6 +174,32 @@ def _opened(places: Sequence[Path], model: str | None, *, here: bool, yes: bool)
         )
         for place in places
     ]
+
+
+def _answer(hits: "Hits", typed: str, read_as: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON says of a search."""
+    return {
+        "query": files.in_utf8(typed),
+        "read_as": read_as,
+        "hits": [json_fields(hit) for hit in hits],
+        "nothing_found": hits.nothing_found,
+    }
+
+
+def _end_without_a_find(hits: "Hits") -> NoReturn:
+    """Say that nothing was found, and why if that is known."""
+    from mmalign.progress import say
+
+    narrowed = any(vars(hits.query.selection).values())
+    why = ": no row matches the filters" if narrowed else ""
+    say(f"nothing found{': these are only the nearest' if hits else why}")
+    click.get_current_context().exit(1)
+
+
+def _only_picture(asked: "Query") -> bytes:
+    """Return the picture that is all of a query; empty if it is another one."""
+    pictures = [item for item, _ in asked.items if isinstance(item, bytes)]
+    return pictures[0] if len(asked.items) == len(pictures) == 1 else b""
 
 
 def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":
