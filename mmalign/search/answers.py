@@ -193,7 +193,7 @@ def _arranged(
         return order, first_K
     vectors_KD = snapshot.vectors_of(rows_K)
     if query.group:
-        first_K = groups(vectors_KD)
+        first_K = groups(vectors_KD, snapshot.duplicate_threshold)
         order = np.flatnonzero(first_K == every_K)
     if query.diversity:
         count = query.k + query.offset

@@ -18,6 +18,7 @@ from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
 from mmalign.search import fusion, lexical
+from mmalign.search.duplicates import SAMPLE, threshold
 from mmalign.search.filters import as_sql
 from mmalign.search.fusion import Fused
 from mmalign.search.lexical import Lexical, Matches
@@ -203,8 +204,6 @@ class Snapshot:
         """
         numbers_V, owners_V = self._vectors_with(rows_K, self.main)
         vectors_VD = VectorReader(self.store.vectors(self.main)).gather(numbers_V)
-        if self.store.is_single(self.main):
-            return vectors_VD.astype(np.float32)
         unique_U, place_V = np.unique(owners_V, return_inverse=True)
         sums_UD = np.zeros((len(unique_U), self.store.manifest.model.dim), np.float32)
         np.add.at(sums_UD, place_V, vectors_VD)
@@ -213,6 +212,13 @@ class Snapshot:
         has_K = np.isin(rows_K, unique_U)
         means_KD[has_K] = sums_UD[np.searchsorted(unique_U, rows_K[has_K])]
         return means_KD
+
+    @cached_property
+    def duplicate_threshold(self) -> float:
+        """The cosine from which two rows are near-duplicates."""
+        reader = VectorReader(self.store.vectors(self.main), self._live_vectors(self.main))
+        numbers_R = reader.sample_rows(SAMPLE, seed=3)
+        return threshold(self.vectors_of(np.unique(self.rows_of(numbers_R, self.main))))
 
     def _vectors_with(self, rows_W: Ints, to: str) -> tuple[Ints, Ints]:
         """Return the numbers of all vectors of rows, and the row of each."""
