@@ -200,17 +200,16 @@ class Snapshot:
     def vectors_of(self, rows_K: Ints) -> Floats:
         """Return a unit vector for each row (K, D), the mean of those of the main modality.
 
-        It is zero for a row without any.
+        It is zero for a row without any. Each row is given once.
         """
         numbers_V, owners_V = self._vectors_with(rows_K, self.main)
         vectors_VD = VectorReader(self.store.vectors(self.main)).gather(numbers_V)
-        unique_U, place_V = np.unique(owners_V, return_inverse=True)
-        sums_UD = np.zeros((len(unique_U), self.store.manifest.model.dim), np.float32)
-        np.add.at(sums_UD, place_V, vectors_VD)
-        sums_UD /= np.maximum(np.linalg.norm(sums_UD, axis=1, keepdims=True), 1e-9)
-        means_KD = np.zeros((len(rows_K), sums_UD.shape[1]), np.float32)
-        has_K = np.isin(rows_K, unique_U)
-        means_KD[has_K] = sums_UD[np.searchsorted(unique_U, rows_K[has_K])]
+        starts_U = np.flatnonzero(np.diff(owners_V, prepend=-1))
+        sums_UD = np.add.reduceat(vectors_VD.astype(np.float32), starts_U)
+        means_KD = np.zeros((len(rows_K), self.store.manifest.model.dim), np.float32)
+        means_KD[np.isin(rows_K, owners_V)] = sums_UD / np.maximum(
+            np.linalg.norm(sums_UD, axis=1, keepdims=True), 1e-9
+        )
         return means_KD
 
     @cached_property
