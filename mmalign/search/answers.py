@@ -5,6 +5,7 @@ Shapes: M queries, G queries of one group, D dimensions, K candidates, N rows of
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import overload
 
 import numpy as np
@@ -173,14 +174,20 @@ def _answer(
         scores_K[page], numbers_K[page], to, first=query.offset + 1, extra=extra,
         judged=judged and judged.of(page),
     )  # fmt: skip
-    for at, place in enumerate(page.tolist()):
-        if fused:
-            words, found_by = float(fused.words_K[place]), fused.found_by_K[place]
-            hits[at] = replace(hits[at], words=words, found_by=found_by)
-        if query.group:
-            like_L = rows_K[np.flatnonzero(first_K == place)[1:]]
-            like = tuple(row["id"] for row in snapshot.store.rows(like_L, ("id",)))
-            hits[at] = replace(hits[at], like=like)
+    if fused:
+        told = zip(hits, page.tolist(), strict=True)
+        hits = [
+            replace(hit, words=float(fused.words_K[i]), found_by=fused.found_by_K[i])
+            for hit, i in told
+        ]
+    if query.group:
+        likes = [rows_K[np.flatnonzero(first_K == place)[1:]] for place in page.tolist()]
+        others = snapshot.store.rows(np.concatenate([*likes, rows_K[:0]]), ("id",))
+        ids = (row["id"] for row in others)
+        hits = [
+            replace(hit, like=tuple(islice(ids, len(like_L))))
+            for hit, like_L in zip(hits, likes, strict=True)
+        ]
     return Hits(query, tuple(hits), nothing)
 
 
@@ -193,7 +200,7 @@ def _arranged(
         return order, first_K
     vectors_KD = snapshot.vectors_of(rows_K)
     if query.group:
-        first_K = groups(vectors_KD)
+        first_K = groups(vectors_KD, snapshot.duplicate_threshold)
         order = np.flatnonzero(first_K == every_K)
     if query.diversity:
         count = query.k + query.offset

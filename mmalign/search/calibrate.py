@@ -23,7 +23,7 @@ from mmalign.index import Exact, VectorReader
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
 from mmalign.search import relevance
-from mmalign.search.duplicates import are_duplicates
+from mmalign.search.duplicates import are_duplicates, threshold
 from mmalign.search.phrases import LANGUAGES, Phrase, phrases, told_by
 from mmalign.search.relevance import ALL, MAX_ERROR, QUANTILES, Doubles, Scale, Signs
 from mmalign.store import Store
@@ -388,12 +388,13 @@ def _ask(
     own_MD = searched.first_vectors(rows_M)
     bank_BD = bank.vectors_BD.astype(np.float32)
     absent_M, other_M = np.full((2, len(words)), np.nan)
+    least = threshold(searched.null_RD.astype(np.float32))
     gone: list[list[int]] = []
     for m, text in enumerate(words):
         found_K = found_MK[m][found_MK[m] >= 0]
         nearest_KD = vectors.gather(numbers_MK[m][: len(found_K)]).astype(np.float32)
         same_K = np.array([text in captions_of[row] for row in found_K.tolist()], np.bool_)
-        like_K = are_duplicates(nearest_KD, own_MD[m : m + 1])[:, 0]
+        like_K = are_duplicates(nearest_KD, own_MD[m : m + 1], least)[:, 0]
         out_K = like_K | same_K | (found_K == rows_M[m])
         similar = np.quantile(bank_BD @ queries_MD[m], 1 - SIMILAR)
         kin_K = out_K | (bank.nearest(queries_MD[m], found_K) >= similar)

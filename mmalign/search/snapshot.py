@@ -18,6 +18,7 @@ from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
 from mmalign.search import fusion, lexical
+from mmalign.search.duplicates import SAMPLE, threshold
 from mmalign.search.filters import as_sql
 from mmalign.search.fusion import Fused
 from mmalign.search.lexical import Lexical, Matches
@@ -199,20 +200,24 @@ class Snapshot:
     def vectors_of(self, rows_K: Ints) -> Floats:
         """Return a unit vector for each row (K, D), the mean of those of the main modality.
 
-        It is zero for a row without any.
+        It is zero for a row without any. Each row is given once.
         """
         numbers_V, owners_V = self._vectors_with(rows_K, self.main)
         vectors_VD = VectorReader(self.store.vectors(self.main)).gather(numbers_V)
-        if self.store.is_single(self.main):
-            return vectors_VD.astype(np.float32)
-        unique_U, place_V = np.unique(owners_V, return_inverse=True)
-        sums_UD = np.zeros((len(unique_U), self.store.manifest.model.dim), np.float32)
-        np.add.at(sums_UD, place_V, vectors_VD)
-        sums_UD /= np.maximum(np.linalg.norm(sums_UD, axis=1, keepdims=True), 1e-9)
-        means_KD = np.zeros((len(rows_K), sums_UD.shape[1]), np.float32)
-        has_K = np.isin(rows_K, unique_U)
-        means_KD[has_K] = sums_UD[np.searchsorted(unique_U, rows_K[has_K])]
+        starts_U = np.flatnonzero(np.diff(owners_V, prepend=-1))
+        sums_UD = np.add.reduceat(vectors_VD.astype(np.float32), starts_U)
+        means_KD = np.zeros((len(rows_K), self.store.manifest.model.dim), np.float32)
+        means_KD[np.isin(rows_K, owners_V)] = sums_UD / np.maximum(
+            np.linalg.norm(sums_UD, axis=1, keepdims=True), 1e-9
+        )
         return means_KD
+
+    @cached_property
+    def duplicate_threshold(self) -> float:
+        """The cosine from which two rows are near-duplicates."""
+        reader = VectorReader(self.store.vectors(self.main), self._live_vectors(self.main))
+        numbers_R = reader.sample_rows(SAMPLE, seed=3)
+        return threshold(self.vectors_of(np.unique(self.rows_of(numbers_R, self.main))))
 
     def _vectors_with(self, rows_W: Ints, to: str) -> tuple[Ints, Ints]:
         """Return the numbers of all vectors of rows, and the row of each."""

@@ -13,7 +13,7 @@ from mmalign import MultiSearcher, Query, Searcher
 from mmalign.cli.main import main
 from mmalign.errors import UsageError
 from mmalign.search import duplicates
-from mmalign.search.duplicates import are_duplicates, groups
+from mmalign.search.duplicates import are_duplicates, groups, threshold
 from mmalign.search.searcher import Hits
 from mmalign.store import Row, Writer, delete, pair_vectors
 
@@ -69,20 +69,32 @@ def test_a_row_joins_the_first_that_it_is_like(block: int, monkeypatch: pytest.M
     wanted: list[int] = []
     for i in range(60):
         firsts = [j for j in range(i) if wanted[j] == j]
-        like = [j for j in firsts if float(vectors[i] @ vectors[j]) >= duplicates.THRESHOLD]
+        like = [j for j in firsts if float(vectors[i] @ vectors[j]) >= 0.96]
         wanted.append(like[0] if like else i)
-    assert groups(vectors).tolist() == wanted
+    assert groups(vectors, 0.96).tolist() == wanted
     assert 5 < len(set(wanted)) < 30
-    assert groups(vectors)[[5, 30]].tolist() == [5, 30]
+    assert groups(vectors, 0.96)[[5, 30]].tolist() == [5, 30]
     for count in (0, 1, 20):
-        assert groups(vectors[:count]).tolist() == wanted[:count]
+        assert groups(vectors[:count], 0.96).tolist() == wanted[:count]
 
 
 def test_the_threshold_decides() -> None:
-    cosines = np.float32([1, duplicates.THRESHOLD + 1e-3, duplicates.THRESHOLD - 1e-3, 0])
+    cosines = np.float32([1, 0.971, 0.969, 0])
     vectors = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
     one = np.float32([[1, 0]])
-    assert are_duplicates(vectors, one)[:, 0].tolist() == [True, True, False, False]
+    assert are_duplicates(vectors, one, 0.97)[:, 0].tolist() == [True, True, False, False]
+
+
+def test_the_threshold_follows_the_distances_of_the_model() -> None:
+    wide = unit(np.random.default_rng(0).normal(size=(600, 64)))
+    assert threshold(wide) == duplicates.LEAST
+    close = unit(wide + 3 * wide[0])
+    cosines = (close[:512] @ close[:512].T)[np.triu_indices(512, 1)]
+    assert threshold(close) == pytest.approx(1 - 0.08 * (1 - np.median(cosines)))
+    assert duplicates.LEAST < threshold(close) < duplicates.HIGHEST
+    assert len(set(groups(close, threshold(close)).tolist())) == 600
+    assert threshold(np.tile(wide[:1], (9, 1))) == duplicates.HIGHEST
+    assert threshold(wide[:1]) == threshold(wide[:0]) == duplicates.LEAST
 
 
 # ---------------------------------------------------------------- search
@@ -137,6 +149,16 @@ def test_groups_go_with_words_filters_captions_and_diversity(searcher: Searcher)
     diverse = searcher.search("topic 0", 20, diversity=0.5, group=True)
     assert len(set(topics(diverse))) == 20
     assert len(diverse[0].like or ()) == MANY - 1
+
+
+def test_copies_are_one_hit_even_if_there_is_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "s.store"
+    with Writer(path, CARD, 100) as writer:
+        for n in range(5):
+            vectors = pair_vectors(drawn(1, 2, -0.5), drawn(1, n, 0.5)[None])
+            writer.add(Row(f"id{n}", f"{n}.jpg", ("a",), vectors))
+    (only,) = Searcher.open(path).search("topic 1", group=True)
+    assert len(only.like or ()) == 4
 
 
 def test_deleted_rows_are_in_no_group(tmp_path: Path) -> None:
