@@ -165,10 +165,10 @@ def _answer(
         return _found(snapshot, wider, [query], vector_D[None], selected_N, extra=extra)[0]
     judged = snapshot.judge(vector_D, scores_K, to, _text_of(query))
     nothing = None if len(scores_K) else True
-    if fused and judged:
-        nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
-    elif judged:
+    if judged and judged.is_calibrated:
         nothing = judged.nothing
+        if fused:
+            nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
     page = order[query.offset : query.offset + query.k]
     hits = snapshot.hits(
         scores_K[page], numbers_K[page], to, first=query.offset + 1, extra=extra,

@@ -66,6 +66,8 @@ class Asked:
     queries_MD: Floats
     rows_M: Ints
     languages_M: list[str]
+    lengths_M: Ints
+    """Characters of each."""
     signs: Signs
     present_M: Doubles
     """Score of the best hit."""
@@ -82,6 +84,7 @@ class Asked:
             self.queries_MD[chosen_M],
             self.rows_M[chosen_M],
             [name for name, chosen in zip(self.languages_M, chosen_M, strict=True) if chosen],
+            self.lengths_M[chosen_M],
             self.signs.of(chosen_M),
             self.present_M[chosen_M],
             self.absent_M[chosen_M],
@@ -182,7 +185,7 @@ def calibrate(store: Store, encode_texts: Callable[[Sequence[str]], Floats]) -> 
     try:
         short = _ask_phrases(searched, bank.vectors_BD, encode_texts)
     except ModelError as error:
-        say(f"warning: short queries are rejected too often, as phrases cannot be encoded: {error}")
+        say(f"warning: short queries are never rejected, as phrases cannot be encoded: {error}")
         short = None
     return _on_captions(searched, asked, bank, short)
 
@@ -255,6 +258,8 @@ def summary(content: dict[str, Any]) -> str:
             if told["phrases"]:
                 share = told["rejected"]["share"]
                 parts[-1] += f", {share:.1%} of {told['phrases']} {kind} phrases rejected"
+        if shortest := part["scale"]["shortest"]:
+            parts[-1] += f"; texts of less than {shortest} characters are never rejected"
     return f"relevance: {'; '.join(parts) if parts else content['how']}"
 
 
@@ -413,8 +418,9 @@ def _ask(
         removed.append(relevance.signs_of(queries_MD[part], null_RD, bank_BD, without_MB))
     languages_M = [relevance.language(text) for text in words]
     best_M = scores_MK[:, 0].astype(np.float64)
+    lengths_M = np.array([len(text) for text in words])
     return Asked(
-        queries_MD, rows_M, languages_M, Signs.joined(signs), best_M, absent_M, other_M,
+        queries_MD, rows_M, languages_M, lengths_M, Signs.joined(signs), best_M, absent_M, other_M,
         Signs.joined(removed),
     )  # fmt: skip
 
@@ -432,7 +438,8 @@ def _parts(count: int) -> Iterator[Ints]:
 def fit(asked: Asked, short: Short | None) -> Scale:
     """Fit a scale: its thresholds keep `MAX_ERROR` on the queries that they are fitted on.
 
-    Captions count as much as short phrases that are present, if there are enough of those.
+    Captions count as much as short phrases that are present, if there are enough of those. If not,
+    nobody knows how texts score that are much shorter than captions, and none of them is rejected.
     """
     known_M = ~np.isnan(asked.absent_M)
     present_MF = relevance.features(asked.signs, asked.present_M)
@@ -448,6 +455,8 @@ def fit(asked: Asked, short: Short | None) -> Scale:
         familiarity=_quantiles_of_all([signs.familiarity_M for signs, _ in kinds]),
         weights=logistic_weights(present_MF, absent_MF),
     )
+    if len(kinds) == 1:
+        scale = replace(scale, shortest=int(np.quantile(asked.lengths_M, MAX_ERROR) / 2))
     lowest = [np.quantile(relevance.ranks(scale, *kind), REJECTED) for kind in kinds]
     scale = replace(scale, unlikely=float(min(lowest)))
     judged = relevance.judge(scale, asked.removed, asked.other_M)

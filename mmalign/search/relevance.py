@@ -60,6 +60,9 @@ class Scale:
     """A hit of at least this relevance is likely, unless it is unlikely."""
     familiarity: tuple[float, ...] = ()
     """Quantiles of that of present queries; empty if the store has no captions."""
+    shortest: int = 0
+    """Texts of fewer characters are never unlikely: the store tells of no query that is as short
+    and present."""
     weights: tuple[float, ...] = ()
     """Of score, standardized lift and standardized tail, none below 0, and the constant; empty if
     not fitted."""
@@ -95,6 +98,8 @@ class Judgement:
     """From 0 to 1."""
     levels_K: tuple[str, ...]
     """Each of `LEVELS`."""
+    is_calibrated: bool = True
+    """False: the store has no captions, so that nobody knows what a low rank means."""
 
     @property
     def nothing(self) -> bool:
@@ -104,7 +109,7 @@ class Judgement:
     def of(self, places_P: Ints) -> "Judgement":
         """Return what is said of some of the hits."""
         levels = tuple(self.levels_K[place] for place in places_P.tolist())
-        return Judgement(self.relevance_K[places_P], levels)
+        return Judgement(self.relevance_K[places_P], levels, self.is_calibrated)
 
 
 class Relevance:
@@ -129,7 +134,12 @@ class Relevance:
         if not len(scores_K):
             return Judgement(np.zeros(0), ())
         signs = signs_of(query_D[None], self.null_RD, self.bank_BD)
-        return judge(self._scale(text), signs, scores_K.astype(np.float64))
+        scale = self._scale(text)
+        judged = judge(scale, signs, scores_K.astype(np.float64))
+        levels = judged.levels_K
+        if len(text) < scale.shortest:
+            levels = tuple("maybe" if level == "unlikely" else level for level in levels)
+        return Judgement(judged.relevance_K, levels, self.on_captions)
 
     def likely_score(self, query_D: Floats, text: str) -> float:
         """Return the lowest score at which a hit of a query is likely; infinity if none is."""
@@ -271,8 +281,11 @@ def load(folder: Path, content: Mapping[str, Any], dim: int) -> Relevance | None
 
 def _scale_of(content: Mapping[str, Any]) -> Scale:
     lists = ("lift", "familiarity", "weights")
-    values = {name: tuple(map(float, content[name])) for name in lists}
-    return Scale(**values, unlikely=float(content["unlikely"]), likely=float(content["likely"]))
+    lift, familiarity, weights = (tuple(map(float, content[name])) for name in lists)
+    return Scale(
+        lift, float(content["unlikely"]), float(content["likely"]), familiarity,
+        int(content.get("shortest", 0)), weights,
+    )  # fmt: skip
 
 
 def to_json(scale: Scale) -> dict[str, Any]:

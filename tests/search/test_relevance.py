@@ -248,8 +248,10 @@ def test_a_store_without_captions_goes_by_phrases(
     searcher = searcher_of(path)
     assert searcher.search("topic 3")[0].level == "likely"
     # Phrases are of no topic here, so one of them is nothing special.
-    some = [searcher.search(phrase.text).nothing_found for phrase in phrases()[:60]]
-    assert 0.2 < np.mean(some) < 0.8
+    some = [searcher.search(phrase.text) for phrase in phrases()[:60]]
+    assert 0.2 < np.mean([hits[0].level == "unlikely" for hits in some]) < 0.8
+    # How many of them are there is not known.
+    assert {hits.nothing_found for hits in some} == {None}
 
 
 def test_without_captions_and_model_there_is_an_index_and_no_relevance(
@@ -297,7 +299,7 @@ THINGS = [p.text for p in every_phrase("other") if p.text == p.thing and " " not
 def test_short_queries_are_accepted_as_often_as_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Short texts lie apart from captions, so they look foreign if only captions are asked."""
+    """Short texts lie apart from captions: they are not judged by these alone."""
     monkeypatch.setattr(
         "mmalign.search.searcher.encode_items", lambda _, items: [*map(short_vector, items)]
     )
@@ -317,7 +319,8 @@ def test_short_queries_are_accepted_as_often_as_captions(
         rejected[name] = np.mean(
             [searcher_of(path).search(thing).nothing_found for thing in THINGS[:KNOWN]]
         )
-    assert rejected["both"] <= 0.1 < rejected["captions"]
+    assert rejected["both"] <= 0.1
+    assert rejected["captions"] == 0
     told = part_of(path)["languages"]["other"]["phrases"]
     assert told["present"]["rejected"]["low"] <= relevance.MAX_ERROR
     assert told["absent"]["rejected"]["low"] > told["present"]["rejected"]["high"]
@@ -382,3 +385,14 @@ def test_json_says_whether_anything_was_found(built: Path, monkeypatch: pytest.M
         assert done.exit_code == int(nothing)
         assert answer["nothing_found"] is nothing
         assert {"relevance", "level"} <= set(answer["hits"][0])
+
+
+def test_a_text_much_shorter_than_all_captions_is_not_rejected(built: Path) -> None:
+    """Nobody knows how such texts score where the captions name no phrase of the bank."""
+    kept = Snapshot(open_store(built)).relevance
+    assert kept is not None
+    shortest = kept.scales["other"].shortest
+    assert 3 < shortest < len("thing 4, no 4")
+    absent, scores = text_vector("of no topic"), np.array([-0.2], np.float32)
+    assert kept.judge(absent, scores, "x" * shortest).levels_K == ("unlikely",)
+    assert kept.judge(absent, scores, "x" * (shortest - 1)).levels_K == ("maybe",)
