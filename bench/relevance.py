@@ -18,6 +18,8 @@ stored relevance, of the rank by which it rejects, and of the other two. Once a 
 query can only be told from before if it came first: `first hit right` is that share, for captions
 their recall@1, and the areas are given for those queries by themselves too.
 
+The search itself is asked too: it also spares texts that nobody can judge.
+
 Then the same for a store of the same scenes with short captions beside the complete one, and for
 one without captions. For stores of other data: `bench nothing`.
 """
@@ -31,6 +33,7 @@ import numpy as np
 from bench import measure
 from bench.drawn import LANGUAGES, Drawn, combinations, drawn
 from bench.nothing import WAYS, Asked, cuts, lead, seen, told
+from mmalign import Searcher
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.index import VectorReader, describe
 from mmalign.search import calibrate, relevance
@@ -171,6 +174,7 @@ def append_rows(
 def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
     """Ask one store everything."""
     known, encode = relevance_of(world), world.encoder.encode_texts
+    searcher = Searcher(world.store, world.encoder)
     found = calibrate.ask(world.store, encode) if known.on_captions else None
     asked = [*combinations("colour", "shape"), *combinations("texture", "shape")]
     asked += combinations("colour", "texture", "shape")
@@ -218,6 +222,13 @@ def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
             print(f"{name}, {language}: {phrases} phrases of the bank are present")
             least = cuts(scale, fitted)
         append_rows(name, language, kinds, least, first)
+        texts_of = {"present": [c.text(language) for c in asked], **others}
+        row = {"store": name, "language": language, "what": "the search", "threshold": "calibrated"}
+        for label, texts in texts_of.items():
+            if texts:
+                nothing = [searcher.search(text).nothing_found is True for text in texts]
+                row[f"{label} rejected"] = told(np.array(nothing))
+        measure.append("relevance", row)
 
 
 def main(arguments: Sequence[str]) -> None:
