@@ -171,6 +171,17 @@ def append_rows(
             measure.append("relevance", {**row, **areas(*pair, paired=True)})
 
 
+def found_nothing(searcher: Searcher, texts_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Ask the search itself, and return the share of each kind for which it finds nothing."""
+    return {
+        f"{kind} rejected": told(
+            np.array([searcher.search(t).nothing_found is True for t in texts])
+        )
+        for kind, texts in texts_of.items()
+        if texts
+    }
+
+
 def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
     """Ask one store everything."""
     known, encode = relevance_of(world), world.encoder.encode_texts
@@ -222,13 +233,9 @@ def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
             print(f"{name}, {language}: {phrases} phrases of the bank are present")
             least = cuts(scale, fitted)
         append_rows(name, language, kinds, least, first)
-        texts_of = {"present": [c.text(language) for c in asked], **others}
         row = {"store": name, "language": language, "what": "the search", "threshold": "calibrated"}
-        for label, texts in texts_of.items():
-            if texts:
-                nothing = [searcher.search(text).nothing_found is True for text in texts]
-                row[f"{label} rejected"] = told(np.array(nothing))
-        measure.append("relevance", row)
+        texts_of = {"present": [c.text(language) for c in asked], **others}
+        measure.append("relevance", {**row, **found_nothing(searcher, texts_of)})
 
 
 def main(arguments: Sequence[str]) -> None:
