@@ -20,16 +20,14 @@ scenes that is right. `unwanted left out` is the share of the scenes with B that
 measured in a store with complete captions, with short ones, and with none.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
 from bench import measure
-from bench.drawn import LANGUAGES, Asked, Drawn, drawn
+from bench.drawn import LANGUAGES, Asked, Drawn, parser, world
 from mmalign.arrays import Bools
 from mmalign.data.scenes import COLOURS, SHAPES, TEXTURES, Scene
 from mmalign.search.exclusion import left_out
@@ -193,22 +191,14 @@ def measure_cases(name: str, language: str, world: Drawn, cases: Sequence[Case])
 
 def main(arguments: Sequence[str]) -> None:
     """Run and record."""
-    parser = argparse.ArgumentParser(prog="bench combine")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=6.5)
-    parser.add_argument("--scenes", type=int, default=9_000)
-    parser.add_argument("--held-out", type=int, default=3_000)
-    options = parser.parse_args(arguments)
-    world = drawn(
-        options.folder, minutes=options.minutes, scenes=options.scenes, held_out=options.held_out
-    )
+    scenes = world(parser("combine").parse_args(arguments))
     for language in LANGUAGES:
-        two = list(pairs(world, language))
-        cases = [*singles(world, language), *two, *groups(world, language)]
-        cases += pictures(world, language)
-        measure_cases("complete captions", language, world, cases)
+        two = list(pairs(scenes, language))
+        cases = [*singles(scenes, language), *two, *groups(scenes, language)]
+        cases += pictures(scenes, language)
+        measure_cases("complete captions", language, scenes, cases)
         without = [case for case in two if case.kind.startswith("without")]
         for captions in ("short", "none"):
-            other = world.captioned(captions)
+            other = scenes.captioned(captions)
             name = {"short": "short captions", "none": "no captions"}[captions]
             measure_cases(name, language, other, without)

@@ -6,6 +6,7 @@ store that is searched has other scenes, with the complete descriptions as its c
 Shapes: N scenes, D dimensions.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -192,3 +193,20 @@ def drawn(folder: Path, *, minutes: float, scenes: int, held_out: int) -> Drawn:
         done.write_text(json.dumps({"passes": round(passes, 2), "seconds": took}))
     opened = open_store(store)
     return Drawn(folder, opened, model_of(opened, None))
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """Return the arguments of a benchmark on drawn scenes; `world` reads them."""
+    made = argparse.ArgumentParser(prog=f"bench {name}")
+    made.add_argument("folder", type=Path)
+    made.add_argument("--minutes", type=float, default=6.5)
+    made.add_argument("--scenes", type=int, default=9_000)
+    made.add_argument("--held-out", type=int, default=3_000)
+    return made
+
+
+def world(options: argparse.Namespace) -> Drawn:
+    """Return what the arguments of a benchmark ask for."""
+    return drawn(
+        options.folder, minutes=options.minutes, scenes=options.scenes, held_out=options.held_out
+    )

@@ -24,14 +24,13 @@ Then the same for a store of the same scenes with short captions beside the comp
 one without captions. For stores of other data: `bench nothing`.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench import measure
-from bench.drawn import LANGUAGES, Drawn, combinations, drawn
+from bench.drawn import LANGUAGES, Drawn, combinations, parser, world
 from bench.nothing import WAYS, Asked, cuts, lead, seen, told
 from mmalign import Searcher
 from mmalign.arrays import Bools, Floats, Ints
@@ -240,16 +239,10 @@ def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run and record."""
-    parser = argparse.ArgumentParser(prog="bench relevance")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--absent", nargs="*", default=[], metavar="FILE")
-    parser.add_argument("--minutes", type=float, default=6.5)
-    parser.add_argument("--scenes", type=int, default=9_000)
-    parser.add_argument("--held-out", type=int, default=3_000)
-    options = parser.parse_args(arguments)
-    world = drawn(
-        options.folder, minutes=options.minutes, scenes=options.scenes, held_out=options.held_out
-    )
-    measure_store("complete captions", world, options.absent)
-    measure_store("short captions", world.captioned("short"), options.absent)
-    measure_store("no captions", world.captioned("none"), options.absent)
+    words = parser("relevance")
+    words.add_argument("--absent", nargs="*", default=[], metavar="FILE")
+    options = words.parse_args(arguments)
+    scenes = world(options)
+    measure_store("complete captions", scenes, options.absent)
+    measure_store("short captions", scenes.captioned("short"), options.absent)
+    measure_store("no captions", scenes.captioned("none"), options.absent)

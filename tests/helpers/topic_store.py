@@ -1,9 +1,11 @@
 """A store of drawn topics, of which it is known what it holds; no model is needed."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mmalign.store import ModelCard, Row, Writer, pair_vectors
 
@@ -61,3 +63,27 @@ def write(path: Path, captions: bool = True, first: int = 0) -> Path:
             image = drawn(topic, 100_000 + number, -0.5)
             writer.add(Row(f"id{number}", f"{number}.jpg", words, pair_vectors(image, vectors)))
     return path
+
+
+def write_takes(path: Path, topics: Sequence[int], caption: Callable[[int, int], str]) -> Path:
+    """Write a row for each topic named; rows of one topic have nearly the same picture.
+
+    A caption follows from the number of the row and its topic.
+    """
+    with Writer(path, CARD, 100) as writer:
+        for n, topic in enumerate(topics):
+            image = unit(drawn(topic, 2, -0.5) + 0.01 * drawn(topic, 50 + n, 0))
+            texts = np.array([drawn(topic, 100 + n, 0.5)])
+            writer.add(Row(f"id{n}", f"{n}.jpg", (caption(n, topic),), pair_vectors(image, texts)))
+    return path
+
+
+def draw_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let searches find `Drawn` as the model, and encode texts by drawing them."""
+
+    def encode(encoder: Any, items: list[Any]) -> list[np.ndarray]:
+        return [text_vector(i) if isinstance(i, str) else np.asarray(i) for i in items]
+
+    monkeypatch.setattr("mmalign.search.searcher.encode_items", encode)
+    for place in ("mmalign.search.model.find_model", "mmalign.search.model.load_model"):
+        monkeypatch.setattr(place, lambda *args, **words: Drawn())

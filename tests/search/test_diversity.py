@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from topic_store import CARD, DIM, Drawn, drawn, text_vector, unit
+from topic_store import CARD, DIM, draw_queries, drawn, text_vector, unit, write_takes
 
 from mmalign import MultiSearcher, Query, Searcher, open_store
 from mmalign.cli.main import main
@@ -16,20 +16,16 @@ from mmalign.errors import UsageError
 from mmalign.search.diversity import candidates, diverse_order
 from mmalign.search.searcher import Hits
 from mmalign.search.snapshot import Snapshot
-from mmalign.store import Row, Writer, pair_vectors
+from mmalign.store import Row, Writer
 
 # Four pictures of each topic, nearly the same.
 ROWS, TAKES = 400, 4
 
 
 def write(path: Path, rows: int = ROWS) -> Path:
-    with Writer(path, CARD, 100) as writer:
-        for n in range(rows):
-            image = unit(drawn(n // TAKES, 2, -0.5) + 0.01 * drawn(n // TAKES, 50 + n, 0))
-            texts = np.array([drawn(n // TAKES, 100 + n, 0.5)])
-            caption = f"topic {n // TAKES} take {n % TAKES}"
-            writer.add(Row(f"id{n}", f"{n}.jpg", (caption,), pair_vectors(image, texts)))
-    return path
+    return write_takes(
+        path, [n // TAKES for n in range(rows)], lambda n, topic: f"topic {topic} take {n % TAKES}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(encoder: Any, items: list[Any]) -> list[np.ndarray]:
-        return [text_vector(i) if isinstance(i, str) else np.asarray(i) for i in items]
-
-    monkeypatch.setattr("mmalign.search.searcher.encode_items", encode)
-    for place in ("mmalign.search.model.find_model", "mmalign.search.model.load_model"):
-        monkeypatch.setattr(place, lambda *args, **words: Drawn())
+    draw_queries(monkeypatch)
 
 
 @pytest.fixture

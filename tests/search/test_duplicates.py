@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from topic_store import CARD, Drawn, drawn, text_vector, unit
+from topic_store import CARD, draw_queries, drawn, unit, write_takes
 
 from mmalign import MultiSearcher, Query, Searcher
 from mmalign.cli.main import main
@@ -23,13 +23,7 @@ TOPIC_OF = [0] * MANY + [n for n in range(1, TOPICS) for _ in range(3)]
 
 
 def write(path: Path, topics: list[int]) -> Path:
-    with Writer(path, CARD, 100) as writer:
-        for n, topic in enumerate(topics):
-            image = unit(drawn(topic, 2, -0.5) + 0.01 * drawn(topic, 50 + n, 0))
-            texts = np.array([drawn(topic, 100 + n, 0.5)])
-            caption = f"{'zorvex ' * (n % 2)}topic {topic}"
-            writer.add(Row(f"id{n}", f"{n}.jpg", (caption,), pair_vectors(image, texts)))
-    return path
+    return write_takes(path, topics, lambda n, topic: f"{'zorvex ' * (n % 2)}topic {topic}")
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +33,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(encoder: Any, items: list[Any]) -> list[np.ndarray]:
-        return [text_vector(i) if isinstance(i, str) else np.asarray(i) for i in items]
-
-    monkeypatch.setattr("mmalign.search.searcher.encode_items", encode)
-    for place in ("mmalign.search.model.find_model", "mmalign.search.model.load_model"):
-        monkeypatch.setattr(place, lambda *args, **words: Drawn())
+    draw_queries(monkeypatch)
 
 
 @pytest.fixture
