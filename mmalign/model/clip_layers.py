@@ -61,16 +61,7 @@ class Attention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None, need_weights: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Attend from `query` (B, R, W) to `key` (B, T, W), which must be `value`.
-
-        Args:
-            query: States that attend.
-            key: States attended to.
-            value: The same tensor as `key`.
-            attn_mask: Added to the products of queries and keys, (R, T).
-            key_padding_mask: True for keys to ignore, (B, T).
-            need_weights: Must be False.
-        """
+        """Attend from `query` (B, R, W) to `key` (B, T, W); arguments as in `fused.Attention`."""
         width, heads = self.embed_dim, self.num_heads
         if query is key:
             q, k, v = F.linear(key, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
