@@ -206,6 +206,27 @@ def test_windows_keeps_a_store(
     assert all(p.is_file() for p in manifests.generations(path))
 
 
+@pytest.mark.usefixtures("windows")
+def test_windows_lets_one_use_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def locking(handle: int, mode: int, size: int) -> None:
+        assert os.lseek(handle, 0, os.SEEK_CUR) >= 2**30
+        if held:
+            raise PermissionError(errno.EACCES, "permission denied")
+        held.append(handle)
+
+    monkeypatch.setattr(files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with files.sole_user(tmp_path) as alone:
+        assert alone
+        with files.sole_user(tmp_path) as other:
+            assert not other
+    held.clear()
+    with files.sole_user(tmp_path) as alone:
+        assert alone
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("windows", "no_links")
 def test_windows_without_hard_links_lets_one_have_a_name(tmp_path: Path) -> None:
     assert files.claim(tmp_path / "name", b"1")
