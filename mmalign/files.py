@@ -36,9 +36,6 @@ NO_LINKS = (
     errno.EMLINK, errno.EXDEV,
 )  # fmt: skip
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-# Errors of a lock that another process holds; Windows has its own.
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-LOCK = ".lock"
 # An offset beyond the end of any file: on Windows nobody can read locked bytes.
 LOCKED_BYTE = 2**30
 
@@ -458,43 +455,6 @@ def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file, alone
                 return
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[bool]:
-    """Lock a folder; yield False if another process holds it.
-
-    The system releases the lock when the process ends, for any reason. Windows cannot lock a
-    folder, so a file in it is locked. Where nothing can be locked, every process gets True.
-    """
-    in_folder = None if fcntl else folder / LOCK
-    try:
-        if in_folder:
-            handle = os.open(in_folder, os.O_RDWR | os.O_CREAT)
-        else:
-            handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        yield True
-        return
-    try:
-        yield _held_by_us(handle)
-    finally:
-        os.close(handle)
-        if in_folder:
-            with contextlib.suppress(OSError):  # another process has it open
-                os.unlink(in_folder)
-
-
-def _held_by_us(handle: int) -> bool:
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif msvcrt:
-            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        return error.errno not in HELD
-    return True
 
 
 def _lock(file: BinaryIO) -> bool:

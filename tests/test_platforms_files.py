@@ -25,6 +25,7 @@ from store import test_crash, test_crash_collector
 
 from mmalign import files
 from mmalign.errors import MmalignError
+from mmalign.locks import sole_user
 from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import path_of, read_failures
@@ -217,12 +218,12 @@ def test_windows_lets_one_use_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
         held.append(handle)
 
     monkeypatch.setattr(files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    with files.sole_user(tmp_path) as alone:
+    with sole_user(tmp_path) as alone:
         assert alone
-        with files.sole_user(tmp_path) as other:
+        with sole_user(tmp_path) as other:
             assert not other
     held.clear()
-    with files.sole_user(tmp_path) as alone:
+    with sole_user(tmp_path) as alone:
         assert alone
     assert not list(tmp_path.iterdir())
 

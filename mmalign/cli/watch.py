@@ -17,7 +17,7 @@ FEWEST_S, MOST_S = 0.1, 86_400.0
 @click.argument("folder", type=FolderPath())
 @click.option(
     "--store", metavar="STORE", type=PLACE,
-    help="The store to keep; by default that of `mmalign search FOLDER`.",
+    help="The store to keep; by default the one that a search of the folder keeps.",
 )  # fmt: skip
 @click.option("--here", is_flag=True, help="Keep the store in the folder, hidden.")
 @click.option(

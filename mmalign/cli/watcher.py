@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmalign import files
 from mmalign.cli.errors import told_of
 from mmalign.cli.folder import create, is_store
 from mmalign.errors import DataError, StoreError, shell_command
+from mmalign.locks import sole_user
 from mmalign.progress import only_news, say
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ class Watcher:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with files.sole_user(self.store) as alone:
+        with sole_user(self.store) as alone:
             if not alone:
                 raise StoreError(
-                    f"{self.store}: another `mmalign watch` keeps it up to date: end that one first"
+                    f"{self.store}: another watch keeps it up to date: end that one first"
                 )
             yield
 
