@@ -457,36 +457,6 @@ def _appending(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 return
 
 
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[bool]:
-    """Lock a folder; yield False if another process holds it.
-
-    The system releases the lock when the process ends, for any reason. Where folders cannot be
-    locked, every process gets True.
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows cannot open folders
-        yield True
-        return
-    try:
-        yield _held_by_us(handle)
-    finally:
-        os.close(handle)
-
-
-def _held_by_us(handle: int) -> bool:
-    if not fcntl:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _lock(file: BinaryIO) -> bool:
     """Wait for an exclusive lock on an open file; closing the file releases it."""
     try:

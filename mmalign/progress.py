@@ -92,5 +92,30 @@ def say(message: str) -> None:
         LOGGER.log(level, "%s", "\n".join(map(printable, message.split("\n"))))
 
 
+@contextlib.contextmanager
+def only_news(told: set[str]) -> Iterator[None]:
+    """Hide the bars and messages of a block, except for warnings that are not in `told`.
+
+    Afterwards `told` holds the warnings of this block, so what lasts is said once.
+    """
+    now: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        now.add(message)
+        return message not in told
+
+    level = LOGGER.level
+    LOGGER.setLevel(max(level, logging.WARNING))
+    LOGGER.addFilter(is_new)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(is_new)
+        LOGGER.setLevel(level)
+        told.clear()
+        told.update(now)
+
+
 def _shows_bars() -> bool:
     return _state["bars"] and LOGGER.isEnabledFor(logging.INFO)

@@ -25,6 +25,7 @@ from store import test_crash, test_crash_collector
 
 from mmalign import files
 from mmalign.errors import MmalignError
+from mmalign.locks import sole_user
 from mmalign.store import Writer, add_failures, compact, delete, open_store, repair, verify
 from mmalign.store import manifest as manifests
 from mmalign.store.failures import path_of, read_failures
@@ -204,6 +205,27 @@ def test_windows_keeps_a_store(
     assert observe(path).rows == dict.fromkeys("acde", 2)
     assert verify(path) == []
     assert all(p.is_file() for p in manifests.generations(path))
+
+
+@pytest.mark.usefixtures("windows")
+def test_windows_lets_one_use_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def locking(handle: int, mode: int, size: int) -> None:
+        assert os.lseek(handle, 0, os.SEEK_CUR) >= 2**30
+        if held:
+            raise PermissionError(errno.EACCES, "permission denied")
+        held.append(handle)
+
+    monkeypatch.setattr(files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with sole_user(tmp_path) as alone:
+        assert alone
+        with sole_user(tmp_path) as other:
+            assert not other
+    held.clear()
+    with sole_user(tmp_path) as alone:
+        assert alone
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("windows", "no_links")

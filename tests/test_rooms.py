@@ -16,7 +16,7 @@ ORDER: list[set[str]] = [
         "mmalign.files",
         "mmalign.progress",
     },
-    {"mmalign.measured", "mmalign.modality"},
+    {"mmalign.locks", "mmalign.measured", "mmalign.modality"},
     {"mmalign.items"},
     {"mmalign.kernels"},
     {"mmalign.model", "mmalign.data", "mmalign.store", "mmalign.index"},

@@ -92,7 +92,7 @@ class Commands(click.Group):
             close_bars()
             if _reader_left(error):
                 ctx.exit(1)
-            told = _told(error)
+            told = told_of(error)
             if told is None:
                 error.add_note(BUG)
                 raise
@@ -129,7 +129,7 @@ def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
     ctx.exit(code)
 
 
-def _told(error: Exception) -> str | None:
+def told_of(error: Exception) -> str | None:
     """Return the message of an error a user can fix (disk, network, memory); None for a bug."""
     if isinstance(error, io.UnsupportedOperation):
         return None

@@ -1,4 +1,4 @@
-"""`mmalign search FOLDER`: a store of the folder is made, or brought up to date, before the search.
+"""A store of a folder: made, or brought up to date, before `mmalign search FOLDER` searches it.
 
 It lies in the user's cache, under a name that follows from the folder's place, or hidden in the
 folder itself. It can be deleted at any time: the next search makes it again.
@@ -7,8 +7,11 @@ folder itself. It can be deleted at any time: the next search makes it again.
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -63,23 +66,72 @@ def up_to_date(folder: Path, model: str | None, *, here: bool, yes: bool) -> Pat
         UsageError: No model was named, and none may be downloaded.
     """
     from mmalign.embedding.embed import embed
+    from mmalign.embedding.pending import find_pending
     from mmalign.search.model import model_of
     from mmalign.store import ManyDeletions, open_store
 
-    store = place_of(folder, here=here)
-    if is_store(store):
+    store, source = place_of(folder, here=here), source_of(folder)
+    if not is_store(store):
+        create(folder, source, store, model, yes=yes)
+    elif model is not None or find_pending(store, source):
         encoder = model or model_of(open_store(store))
-    else:
-        encoder = model or default_model(folder, yes=yes)
-        say(f"{folder}: embedded once, kept in {store}")
-        store.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # A link to a folder has the same store, so its images must have the same paths.
-        embed(encoder, [os.path.realpath(folder)], store, drop_removed=True, yes=yes)
-    except ManyDeletions as refused:
-        # An unplugged drive looks like this: everything else is done, and what is there is found.
-        say(str(refused))
+        try:
+            embed(encoder, source, store, drop_removed=True, yes=yes)
+        except ManyDeletions as refused:
+            # An unplugged drive looks like this: everything else is done, and what is there is
+            # found.
+            say(str(refused))
     return store
+
+
+def source_of(folder: Path) -> str:
+    """Return a folder as a source of its own store: under a link it has the same paths."""
+    return os.path.realpath(folder)
+
+
+def create(
+    folder: Path, source: str, store: Path, model: str | None, *, yes: bool, **columns: Any
+) -> None:
+    """Embed a folder into a new store.
+
+    Args:
+        folder: The folder as it was given.
+        source: The same as a source.
+        store: Does not exist.
+        model: As `--model`; None for the default.
+        yes: Download the default model without a question.
+        columns: Arguments of `embed` that name captions and columns.
+
+    Raises:
+        DataError: There is no image in the folder.
+        UsageError: No model was named, and none may be downloaded.
+    """
+    from mmalign.embedding.embed import embed
+
+    require_samples(source, **columns)
+    encoder = model or default_model(folder, yes=yes)
+    say(f"{folder}: embedded once, kept in {store}")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    embed(encoder, source, store, **columns)
+
+
+def require_samples(
+    source: str, *, caption_keys: Sequence[str] = ("captions",), image_column: str | None = None
+) -> None:
+    """Refuse a source that has nothing to embed, before a model is asked for.
+
+    Raises:
+        DataError: It has none.
+    """
+    from mmalign.data import Skip, nothing_usable, stream
+
+    skips = []
+    with closing(stream([source], caption_keys, image_column)) as scanned:
+        for found in scanned:
+            if not isinstance(found, Skip):
+                return
+            skips.append(found)
+    raise nothing_usable([source], skips, caption_keys, image_column)
 
 
 def is_store(path: Path) -> bool:

@@ -15,12 +15,14 @@ from mmalign import __version__
 from mmalign.cli import store as cli_store
 from mmalign.cli.completion import completion
 from mmalign.cli.errors import Commands
-from mmalign.cli.options import PLACE, TEXT
+from mmalign.cli.options import PLACE
+from mmalign.cli.options import column_options as _columns
 from mmalign.cli.options import json_option as _json
 from mmalign.cli.options import model_option as _model
 from mmalign.cli.options import print_values as _print
 from mmalign.cli.options import store_argument as _store
 from mmalign.cli.search import search
+from mmalign.cli.watch import watch
 from mmalign.errors import UsageError
 from mmalign.progress import to_stderr
 
@@ -44,19 +46,6 @@ def _sources(required: bool = True) -> Callable[[Command], Command]:
         "--data", "data", multiple=True, required=required, metavar="SRC", type=PLACE,
         help="Folder, .tar (braces and globs), .parquet, .csv, .tsv, .jsonl, or URL. Repeatable.",
     )  # fmt: skip
-
-
-def _columns(command: Command) -> Command:
-    """Add the options that name table columns."""
-    keys = click.option(
-        "--caption-key", "caption_keys", multiple=True, metavar="KEY", type=TEXT,
-        help="Caption field of the .json or table; repeatable. Default: captions.",
-    )  # fmt: skip
-    image = click.option(
-        "--image-column", metavar="NAME", type=TEXT,
-        help="Table column with images or their paths. Default: image, path, url, ...",
-    )  # fmt: skip
-    return keys(image(command))
 
 
 @main.command()
@@ -296,5 +285,5 @@ def _class_names(classes: str) -> list[str]:
     return names
 
 
-for _command in (search, evaluate, *cli_store.COMMANDS, completion):
+for _command in (search, watch, evaluate, *cli_store.COMMANDS, completion):
     main.add_command(_command)

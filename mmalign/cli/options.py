@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,19 @@ where_option = click.option(
     "--where", "where", metavar="SQL", type=TEXT,
     help="Only rows for which this SQL is true; columns: id, uri, captions, meta and its fields.",
 )  # fmt: skip
+
+
+def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name the columns of tables."""
+    keys = click.option(
+        "--caption-key", "caption_keys", multiple=True, metavar="KEY", type=TEXT,
+        help="Caption field of the .json or table; repeatable. Default: captions.",
+    )  # fmt: skip
+    image = click.option(
+        "--image-column", metavar="NAME", type=TEXT,
+        help="Table column with images or their paths. Default: image, path, url, ...",
+    )  # fmt: skip
+    return keys(image(command))
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:

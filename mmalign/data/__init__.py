@@ -53,6 +53,7 @@ from mmalign.data.decode import open_image as open_image
 from mmalign.data.decode import thumbnail as thumbnail
 from mmalign.data.device import decode_on as decode_on
 from mmalign.data.device import suits_device as suits_device
+from mmalign.data.folders import fingerprint as fingerprint
 from mmalign.data.gone import is_gone as is_gone
 from mmalign.data.kinds import is_image_content as is_image_content
 from mmalign.data.kinds import is_taken_suffix as is_taken_suffix
@@ -91,6 +92,7 @@ __all__ = [
     "decoded",
     "expand_sources",
     "fallback_id",
+    "fingerprint",
     "fit_image",
     "image_meta",
     "in_threads",

@@ -197,10 +197,15 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
+def refuse_own_sources(out: Path | str, sources: Sequence[str], *, option: str = "--out") -> None:
     """Refuse an output folder that is a source, lies in a source folder, or contains a source.
 
     A hidden folder in a source is allowed, as a scan passes over it.
+
+    Args:
+        out: The folder.
+        sources: As `scan` takes them.
+        option: What names the folder on the command line.
 
     Raises:
         UsageError: It is, lies in, or contains a source.
@@ -221,7 +226,7 @@ def refuse_own_sources(out: Path | str, sources: Sequence[str]) -> None:
             how = f"contains the source {place}"
         else:
             continue
-        raise UsageError(f"--out {out}: {how}; use another --out")
+        raise UsageError(f"{option} {out}: {how}; use another {option}")
 
 
 def _lies_in(path: str, folder: str) -> bool:

@@ -1,5 +1,6 @@
 """Scan images in a folder and its subfolders, with the files beside them that describe them."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,14 @@ from mmalign.data.kinds import (
     CAPTION_SUFFIXES,
     HEAD_BYTES,
     IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
     SIDECAR_SUFFIXES,
     reason_to_skip,
     suffix,
 )
 from mmalign.data.samples import Affected, JoinedSkips, Record, ScanResults, Skip
 from mmalign.errors import DataError
+from mmalign.modality import IMAGE, of_file
 
 # Tables with the captions of many images, as used by Hugging Face image folders.
 TABLES_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -39,11 +42,57 @@ def scan(folder: str, caption_keys: Sequence[str]) -> ScanResults:
             list_folder = partial(places.list_remote, fs)
             found = _Folders(root, list_folder, fs.unstrip_protocol, str, caption_keys)
         else:
-            root = places.local_path(folder)
-            found = _Folders(root, places.list_local, str, os.path.realpath, caption_keys)
+            found = _local(folder, caption_keys)
         yield from found.scan_folders()
     except FileNotFoundError:
         raise DataError(f"{folder}: no such folder") from None
+
+
+def fingerprint(folder: str) -> str:
+    """Return a digest that changes when a scan of a local folder may find something else.
+
+    It covers the names, sizes and times of all files that a scan uses or looks into. None is
+    opened.
+
+    Raises:
+        DataError: The folder does not exist, or cannot be listed.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    scanned = _local(folder, ())
+    try:
+        for parent, entries in scanned.walk():
+            if not isinstance(entries, Skip):
+                used = (entry for entry in entries if not _is_passed_over(entry.name))
+                known: object = [_properties(parent, entry) for entry in used]
+            elif parent == scanned.root:
+                raise DataError(f"{folder}: {entries.reason}")
+            else:
+                known = entries.reason
+            digest.update(repr((parent, known)).encode("utf-8", "backslashreplace"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no such folder") from None
+    return digest.hexdigest()
+
+
+def _local(folder: str, caption_keys: Sequence[str]) -> "_Folders":
+    root = places.local_path(folder)
+    return _Folders(root, places.list_local, str, os.path.realpath, caption_keys)
+
+
+def _properties(parent: str, entry: places.Entry) -> tuple[str | int, ...]:
+    if entry.kind == "other":
+        return entry.name, entry.why
+    try:
+        # Not those of the listing: Windows updates them when the file is closed.
+        status = os.stat(_join(parent, entry.name))
+    except OSError as error:
+        return entry.name, places.reason(error)
+    return entry.name, status.st_size, status.st_mtime_ns, status.st_mode
+
+
+def _is_passed_over(name: str) -> bool:
+    end = suffix(name)
+    return end in OTHER_SUFFIXES and end not in SIDECAR_SUFFIXES and of_file(name) is IMAGE
 
 
 @dataclass
@@ -61,7 +110,7 @@ class _Folders:
 
     def scan_folders(self) -> ScanResults:
         """Yield the records and skips of all folders."""
-        for parent, entries in self._walk():
+        for parent, entries in self.walk():
             if isinstance(entries, Skip):
                 yield entries
             else:
@@ -69,7 +118,7 @@ class _Folders:
         for record in self.table_records.values():
             yield Skip(record.id, record.uri, "listed in a table beside the images, but missing")
 
-    def _walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
+    def walk(self) -> Iterator[tuple[str, list[places.Entry] | Skip]]:
         """Yield each folder with its files; a folder that cannot be listed is a skip."""
         seen: set[str] = set()
         pending = [self.root]

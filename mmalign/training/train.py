@@ -23,6 +23,7 @@ from mmalign.config import dump, read_toml
 from mmalign.data import Record, Skip, Sources, as_sources, count_found, refuse_own_sources, scan
 from mmalign.errors import ConfigError, UsageError
 from mmalign.evaluation.evaluate import describe_overlap
+from mmalign.locks import sole_user
 from mmalign.model import (
     Encoder,
     blank_model,
@@ -105,7 +106,7 @@ def train(
     is_new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     try:
-        with files.sole_user(run) as alone:
+        with sole_user(run) as alone:
             if not alone:
                 raise UsageError(f"{run}: another process is training there")
             state = _open_run(run, config, resume)

@@ -23,6 +23,7 @@ CALLS = {
     "embed": ("embed --model m --data {tmp} --out {tmp}/s", "mmalign.embedding.embed.embed"),
     "index": ("index {tmp}/s", "mmalign.search.build.build_index"),
     "search": ("search {tmp}/s red", "mmalign.store.open_store"),
+    "watch": ("watch {tmp}", "mmalign.cli.watch.Watcher.run"),
     "evaluate": ("evaluate --model m --data {tmp}", "mmalign.evaluation.evaluate.evaluate"),
     "info": ("info {tmp}/s", "mmalign.store.open_store"),
     "verify": ("verify {tmp}/s", "mmalign.store.verify"),

@@ -1,5 +1,6 @@
 """`mmalign search FOLDER`: a folder of images searched without a store of one's own."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,29 @@ def test_an_empty_folder_is_said_and_leaves_nothing(
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert "no images found" in complaint(1, "search", tmp_path / "empty", "q", "--model", run)
-    assert not list((tmp_path / "stores").iterdir())
+    assert not (tmp_path / "stores").exists()
     assert "not a store" in complaint(1, "search", tmp_path / "nowhere", "q")
+
+
+def test_an_empty_folder_is_said_before_a_model_is_asked_for(
+    tmp_path: Path, photos: Path, stub: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").write_text("no image")
+    for command in (["search", tmp_path / "empty", "q"], ["watch", tmp_path / "empty"]):
+        said = complaint(1, *command, "--yes")
+        assert "no images found among 1 .md" in said
+    assert not stub.exists()
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_folder_without_changes_needs_no_model_before_the_search(
+    photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer("search", photos, "red", "--model", run)
+    done = call("search", photos, "red", "-k", "50", "--json")
+    assert "already there" not in done.stderr
+    assert len(json.loads(done.stdout)["hits"]) == 12
 
 
 def test_a_store_that_lost_its_manifests_is_no_folder_of_images(

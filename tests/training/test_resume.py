@@ -20,6 +20,7 @@ from conftest import QUICK, jpeg, write_pairs
 from mmalign import files, load_model
 from mmalign.cli.main import main
 from mmalign.errors import ConfigError, TrainingError, UsageError
+from mmalign.locks import sole_user
 from mmalign.model import checkpoint
 from mmalign.training.learner import Learner
 from mmalign.training.optimization import Arithmetic, Average
@@ -387,7 +388,7 @@ def test_a_damaged_state_is_one_line(halfway: Path, tmp_path: Path) -> None:
 def test_two_trainings_do_not_share_a_folder(data: Data, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    with files.sole_user(run), pytest.raises(UsageError, match="another process is training"):
+    with sole_user(run), pytest.raises(UsageError, match="another process is training"):
         begin(data, run)
 
 
