@@ -9,6 +9,7 @@ NAMES = (
     "combine",
     "embed",
     "engines",
+    "first",
     "index",
     "lexical",
     "loss",

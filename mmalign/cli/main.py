@@ -22,6 +22,7 @@ from mmalign.cli.options import model_option as _model
 from mmalign.cli.options import print_values as _print
 from mmalign.cli.options import store_argument as _store
 from mmalign.cli.search import search
+from mmalign.cli.startup import quick_imports
 from mmalign.cli.watch import watch
 from mmalign.errors import UsageError
 from mmalign.progress import to_stderr
@@ -62,7 +63,8 @@ def demo(out: str, scenes: int, minutes: float) -> None:
     \b
     Example:  mmalign demo --out demo
     """
-    from mmalign.cli.demo import demo as run
+    with quick_imports():
+        from mmalign.cli.demo import demo as run
 
     run(out, scenes=scenes, minutes=minutes)
 
@@ -115,8 +117,10 @@ def train(
               mmalign train --out run --resume
     """
     from mmalign.config import override, read_toml
-    from mmalign.training.train import configure
-    from mmalign.training.train import train as run
+
+    with quick_imports():
+        from mmalign.training.train import configure
+        from mmalign.training.train import train as run
 
     # A resumed run keeps its own configuration unless told otherwise.
     own = Path(out) / "config.toml"
@@ -184,7 +188,8 @@ def embed(
     """
     from dataclasses import asdict
 
-    from mmalign.embedding.embed import embed as run
+    with quick_imports():
+        from mmalign.embedding.embed import embed as run
 
     numbers = part.split("/")
     if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
@@ -226,7 +231,8 @@ def index(
     Example:  mmalign index photos.store
               mmalign index photos.store --recall 0.95 --memory 300MB
     """
-    from mmalign.search.build import build_index
+    with quick_imports():
+        from mmalign.search.build import build_index
 
     report = build_index(store, recall=recall, memory=memory, queries=queries, model=model)
     if as_json:
@@ -262,7 +268,8 @@ def evaluate(
               mmalign evaluate --model run --data val.tar --caption-key captions_zh --json
               mmalign evaluate --model run --data val.tar --classes dress,hat --label-key label
     """
-    from mmalign.evaluation.evaluate import evaluate as run
+    with quick_imports():
+        from mmalign.evaluation.evaluate import evaluate as run
 
     names = _class_names(classes) if classes is not None else []
     keys = caption_keys or ("captions",)

@@ -11,6 +11,7 @@ from mmalign import files
 from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
 from mmalign.cli.local import open_files
 from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
+from mmalign.cli.startup import quick_imports
 from mmalign.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ def search(
     """
     import time
 
-    from mmalign.search.model import model_of
-    from mmalign.search.searcher import Searcher
-    from mmalign.search.several import MultiSearcher
+    with quick_imports():
+        from mmalign.search.model import model_of
+        from mmalign.search.searcher import Searcher
+        from mmalign.search.several import MultiSearcher
 
     typed = query
     form = chosen(formats)
