@@ -27,13 +27,14 @@ from typing import Any
 import numpy as np
 
 from bench import measure
-from mmalign.arrays import Bools, Floats
+from mmalign.arrays import Bools, Floats, Ints
 from mmalign.index import describe
 from mmalign.modality import TEXT, is_of_rows
-from mmalign.search import calibrate, relevance
-from mmalign.search.calibrate import Short
+from mmalign.search import calibrate, lexical, questions, relevance
+from mmalign.search.lexical import Lexical
 from mmalign.search.model import model_of
-from mmalign.search.relevance import Doubles, Scale, Signs
+from mmalign.search.questions import Short
+from mmalign.search.relevance import Doubles, Relevance, Scales, Signs
 from mmalign.store import Store, open_store
 
 TOP, RESAMPLES = 10, 1_000
@@ -68,23 +69,47 @@ def top_scores(store: Store, queries_MD: Floats, below_M: Doubles | None = None)
     return -np.sort(-scores_MN, axis=1)[:, :TOP].astype(np.float64)
 
 
-def seen(scale: Scale, signs: Signs, top_MK: Doubles) -> Asked:
-    """Read the three signs of queries."""
-    return Asked(
-        relevance.ranks(scale, signs, top_MK[:, 0]),
-        relevance.judge(scale, signs, top_MK[:, 0]).relevance_K,
-        top_MK[:, 0],
-        -np.diff(top_MK, axis=1).min(axis=1),
-    )
+def seen(scales: Scales, signs: Signs, top_MK: Doubles, short_M: Bools) -> Asked:
+    """Read the three signs of queries. The rank is given as a multiple of its threshold."""
+    best_M, ranks_M = top_MK[:, 0], np.zeros(len(top_MK))
+    for short in (False, True):
+        scale = scales.of(short=short)
+        multiple_M = relevance.ranks(scale, signs, best_M) / max(scale.unlikely, 1e-12)
+        ranks_M = np.where(short_M == short, multiple_M, ranks_M)
+    judged = calibrate.judge_each(scales, signs, best_M, short_M)
+    return Asked(ranks_M, judged.relevance_K, best_M, -np.diff(top_MK, axis=1).min(axis=1))
 
 
-def cuts(scale: Scale, fitted: Sequence[Asked]) -> dict[str, float]:
+def seen_of(
+    known: Relevance, words: Lexical, texts: Sequence[str], queries_MD: Floats, top_MK: Doubles
+) -> Asked:
+    """Read the three signs of texts in one language."""
+    scales = known.scales.get(relevance.language(texts[0])) or known.scales[relevance.ALL]
+    unknown_M = unknown(known, words, texts)
+    signs = relevance.signs_of(queries_MD, known.null_RD, known.bank_BD, unknown_M)
+    return seen(scales, signs, top_MK, shortness(texts))
+
+
+def unknown(
+    known: Relevance, words: Lexical, texts: Sequence[str], without: Ints | None = None
+) -> Doubles:
+    """Return how much of what each text says is in no caption, as a search reads it."""
+    shares = [words.unknown(t, without) if known.reads_words(t) else 0.0 for t in texts]
+    return np.array(shares, np.float64)
+
+
+def shortness(texts: Sequence[str]) -> Bools:
+    """Return which texts are short."""
+    return np.array([relevance.is_short(text) for text in texts], np.bool_)
+
+
+def cuts(fitted: Sequence[Asked]) -> dict[str, float]:
     """Return below what each way rejects; each kind of the fitted queries counts."""
     cosine, jump = (
         float(min(np.quantile(getattr(kind, name), calibrate.REJECTED) for kind in fitted))
         for name in ("cosine_M", "jump_M")
     )
-    return {"relevance": scale.unlikely, "cosine": cosine, "jump": jump}
+    return {"relevance": 1.0, "cosine": cosine, "jump": jump}
 
 
 def absent_queries(store: Store, source: str) -> tuple[Floats, list[str]]:
@@ -154,7 +179,8 @@ def main(arguments: Sequence[str]) -> None:
     store = open_store(options.store)
     folder = store.index_folder
     calibration = folder and relevance.load(folder, describe(folder), store.manifest.model.dim)
-    found = calibrate.ask(store, lambda texts: model_of(store, None).encode_texts(texts))
+    words = lexical.open_lexical(store, None)
+    found = questions.ask(store, words, lambda texts: model_of(store, None).encode_texts(texts))
     if not calibration or found is None:
         raise SystemExit(f"{options.store}: no relevance that was calibrated on captions")
     captions, short = found
@@ -166,38 +192,42 @@ def main(arguments: Sequence[str]) -> None:
         top_MK = top_scores(store, fitting.queries_MD)
         known = None if short is None else short.spoken(name)
 
-        def phrases_seen(scale: Scale, known: Short) -> dict[str, Asked]:
-            asked = seen(scale, known.signs, top_scores(store, known.queries_MD))
+        def phrases_seen(scales: Scales, known: Short) -> dict[str, Asked]:
+            top_MK, short_M = top_scores(store, known.queries_MD), shortness(known.texts_M)
+            seen_M = seen(scales, known.signs, top_MK, short_M)
             kinds = {PRESENT: known.present_M, ABSENT: ~known.present_M}
             return {
-                kind: Asked(*(values_M[of_kind_M] for values_M in vars(asked).values()))
+                kind: Asked(*(values_M[of_kind_M] for values_M in vars(seen_M).values()))
                 for kind, of_kind_M in kinds.items()
             }
 
         def limits(
-            scale: Scale, known: Short | None, fitting: calibrate.Asked = fitting,
+            scales: Scales, known: Short | None, fitting: questions.Asked = fitting,
             top_MK: Doubles = top_MK,
         ) -> dict[str, float]:  # fmt: skip
-            kinds = [seen(scale, fitting.signs, top_MK)]
-            if known is not None and known.present_M.sum() >= calibrate.MIN_PHRASES:
-                kinds.append(phrases_seen(scale, known)[PRESENT])
-            return cuts(scale, kinds)
+            kinds = [seen(scales, fitting.signs, top_MK, fitting.short_M)]
+            if known is not None and known.present_M.sum() >= calibrate.MIN_PRESENT:
+                kinds.append(phrases_seen(scales, known)[PRESENT])
+            return cuts(kinds)
 
-        scale = calibration.scales.get(name) or calibration.scales[relevance.ALL]
+        scales = calibration.scales.get(name) or calibration.scales[relevance.ALL]
         halves, others = [], {}
         if known is not None:
-            others = phrases_seen(scale, known)
+            others = phrases_seen(scales, known)
             for first_M in (known.first_M, ~known.first_M):
                 half = known.of(first_M)
                 fitted = calibrate.fit(fitting, half)
                 halves.append((limits(fitted, half), phrases_seen(fitted, known.of(~first_M))))
         for source, (vectors_MD, texts) in sources.items():
-            spoken_M = np.array([relevance.language(text) == name for text in texts])
-            if spoken_M.any():
-                asked_MD = vectors_MD[spoken_M]
-                signs = relevance.signs_of(asked_MD, calibration.null_RD, calibration.bank_BD)
-                others[source] = seen(scale, signs, top_scores(store, asked_MD))
-        present = seen(scale, held.signs, top_scores(store, held.queries_MD))
-        without = seen(scale, held.removed, top_scores(store, held.queries_MD, held.absent_M))
-        for row in rows_of(name, limits(scale, known), present, without, others, halves):
+            spoken = [i for i, text in enumerate(texts) if relevance.language(text) == name]
+            if spoken:
+                asked_MD, lines = vectors_MD[spoken], [texts[i] for i in spoken]
+                others[source] = seen_of(
+                    calibration, words, lines, asked_MD, top_scores(store, asked_MD)
+                )
+        top_MK = top_scores(store, held.queries_MD)
+        present = seen(scales, held.signs, top_MK, held.short_M)
+        top_MK = top_scores(store, held.queries_MD, held.absent_M)
+        without = seen(scales, held.removed, top_MK, held.short_M)
+        for row in rows_of(name, limits(scales, known), present, without, others, halves):
             measure.append("nothing", {"store": Path(options.store).stem, **row})

@@ -12,7 +12,8 @@ English and Chinese:
 
 Ways to reject: the relevance as it is stored, a cosine of the best hit, and the largest step among
 ten scores, each with a threshold from the captions and phrases that calibrate the store (3 % of
-the kind that has the lower values is rejected). They are also shown with the threshold that rejects
+the kind that has the lower values is rejected; the relevance has one for short queries and one for
+others). They are also shown with the threshold that rejects
 5 % of the present combinations, which no store knows. Areas under the ROC curve are those of the
 stored relevance, of the rank by which it rejects, and of the other two. Once a scene is gone, its
 query can only be told from before if it came first: `first hit right` is that share, for captions
@@ -31,12 +32,14 @@ import numpy as np
 
 from bench import measure
 from bench.drawn import LANGUAGES, Drawn, combinations, parser, world
-from bench.nothing import WAYS, Asked, cuts, lead, seen, told
+from bench.nothing import WAYS, Asked, cuts, lead, seen, seen_of, shortness, told, unknown
 from mmalign import Searcher
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.index import VectorReader, describe
-from mmalign.search import calibrate, relevance
+from mmalign.search import calibrate, lexical, questions, relevance
+from mmalign.search.lexical import Lexical
 from mmalign.search.phrases import every_phrase
+from mmalign.search.questions import Short
 from mmalign.search.relevance import Doubles, Relevance, Signs
 
 TOP = 10
@@ -61,18 +64,22 @@ def top_of(scores_MN: Floats) -> Doubles:
 
 
 def combination_signs(
-    world: Drawn, known: Relevance, fit_MN: Bools, queries_MD: Floats
-) -> tuple[Signs, Doubles]:
+    world: Drawn, known: Relevance, words: Lexical, fit_MN: Bools, texts: Sequence[str],
+    queries_MD: Floats,
+) -> tuple[Signs, Doubles]:  # fmt: skip
     """Read signs and best scores of queries, each asked of the scenes that do not fit it.
 
-    Random rows and captions of scenes that fit are left out too, as if none had been stored.
+    Random rows, captions and words of scenes that fit are left out too, as if none had been stored.
     """
     null_rows_R, bank_rows_B = sampled_rows(world, known)
     signs = [
         relevance.signs_of(
-            query_D[None], known.null_RD[~fit_N[null_rows_R]], known.bank_BD[~fit_N[bank_rows_B]]
+            query_D[None],
+            known.null_RD[~fit_N[null_rows_R]],
+            known.bank_BD[~fit_N[bank_rows_B]],
+            unknown(known, words, [text], np.flatnonzero(fit_N)),
         )
-        for query_D, fit_N in zip(queries_MD, fit_MN, strict=True)
+        for text, query_D, fit_N in zip(texts, queries_MD, fit_MN, strict=True)
     ]
     scores_MN = np.where(fit_MN, -1, queries_MD @ world.vectors_ND.T)
     return Signs.joined(signs), top_of(scores_MN)
@@ -84,14 +91,14 @@ def sampled_rows(world: Drawn, known: Relevance) -> tuple[Ints, Ints]:
     They are stored without their rows, so they are drawn once more and compared.
     """
     images = VectorReader(world.store.vectors("image"))
-    null_rows_R = images.sample_rows(calibrate.NULL_ROWS, seed=3)
+    null_rows_R = images.sample_rows(questions.NULL_ROWS, seed=3)
     pairs = [(images.gather(null_rows_R), known.null_RD)]
     bank_rows_B = null_rows_R[:0]
     if known.on_captions:
         owners = world.store.owners("text")
         texts = VectorReader(world.store.vectors("text"), None, owners)
-        drawn_T = texts.sample_rows(calibrate.BANK + calibrate.ASKED, seed=4)
-        numbers_B = np.random.default_rng(4).permutation(drawn_T)[-calibrate.BANK :]
+        drawn_T = texts.sample_rows(questions.BANK + questions.ASKED, seed=4)
+        numbers_B = np.random.default_rng(4).permutation(drawn_T)[-questions.BANK :]
         pairs.append((texts.gather(numbers_B), known.bank_BD))
         bank_rows_B = owners[numbers_B]
     if not all(np.array_equal(drawn, stored) for drawn, stored in pairs):
@@ -181,59 +188,80 @@ def found_nothing(searcher: Searcher, texts_of: Mapping[str, Sequence[str]]) -> 
     }
 
 
+def of_captions(
+    name: str, world: Drawn, known: Relevance, calibrating: tuple[questions.Asked, Short | None],
+    language: str,
+) -> tuple[dict[str, Asked], Bools, dict[str, float]]:  # fmt: skip
+    """Ask held-out captions, and find the thresholds that the others and short queries give.
+
+    Returns:
+        What was seen of captions with their image and without, which of them find it first, and
+        below what each way rejects.
+    """
+    kind = KINDS[language]
+    scales = known.scales.get(kind) or known.scales[relevance.ALL]
+    captions, short = calibrating
+    own_M = np.array([spoken == kind for spoken in captions.languages_M])
+    own_M &= np.isfinite(captions.absent_M)
+    fit_M = calibrate.fits(world.store)[captions.rows_M]
+    fitting, held = captions.of(own_M & fit_M), captions.of(own_M & ~fit_M)
+    scores_MN = held.queries_MD @ world.vectors_ND.T
+    below_MN = np.where(scores_MN <= held.absent_M[:, None] + 1e-4, scores_MN, -1)
+    shown = {
+        "captions": seen(scales, held.signs, top_of(scores_MN), held.short_M),
+        "captions without image": seen(scales, held.removed, top_of(below_MN), held.short_M),
+    }
+    fitting_top = top_of(fitting.queries_MD @ world.vectors_ND.T)
+    fitted = [seen(scales, fitting.signs, fitting_top, fitting.short_M)]
+    spoken = None if short is None else short.spoken(kind)
+    chosen = None if spoken is None else spoken.of(spoken.present_M)
+    count = 0 if chosen is None else len(chosen.texts_M)
+    if chosen is not None and count >= calibrate.MIN_PRESENT:
+        short_top = top_of(chosen.queries_MD @ world.vectors_ND.T)
+        fitted.append(seen(scales, chosen.signs, short_top, np.ones(count, np.bool_)))
+    print(f"{name}, {language}: {count} short queries are known to be present")
+    return shown, scores_MN.argmax(1) == held.rows_M, cuts(fitted)
+
+
 def measure_store(name: str, world: Drawn, files: Sequence[str]) -> None:
     """Ask one store everything."""
     known, encode = relevance_of(world), world.encoder.encode_texts
+    words = lexical.open_lexical(world.store, None)
     searcher = Searcher(world.store, world.encoder)
-    found = calibrate.ask(world.store, encode) if known.on_captions else None
-    asked = [*combinations("colour", "shape"), *combinations("texture", "shape")]
-    asked += combinations("colour", "texture", "shape")
-    fit_MN = np.stack([world.truth(c.within) for c in asked])
+    calibrating = questions.ask(world.store, words, encode) if known.on_captions else None
+    combined = [*combinations("colour", "shape"), *combinations("texture", "shape")]
+    combined += combinations("colour", "texture", "shape")
+    fit_MN = np.stack([world.truth(c.within) for c in combined])
     if not fit_MN.any(axis=1).all():
         raise SystemExit("a combination is in no scene: draw more with --held-out")
     lines = [text for file in files for text in Path(file).read_text("utf-8").splitlines() if text]
     for language in LANGUAGES:
         kind = KINDS[language]
-        scale = known.scales.get(kind) or known.scales[relevance.ALL]
-        least = {"relevance": scale.unlikely}
-        queries_MD = encode([c.text(language) for c in asked])
+        scales = known.scales.get(kind) or known.scales[relevance.ALL]
+        least = {"relevance": 1.0}
+        texts = [c.text(language) for c in combined]
+        queries_MD = encode(texts)
         scores_MN = queries_MD @ world.vectors_ND.T
-        signs = relevance.signs_of(queries_MD, known.null_RD, known.bank_BD)
+        removed = combination_signs(world, known, words, fit_MN, texts, queries_MD)
         kinds = {
-            "present": seen(scale, signs, top_of(scores_MN)),
-            "removed": seen(scale, *combination_signs(world, known, fit_MN, queries_MD)),
+            "present": seen_of(known, words, texts, queries_MD, top_of(scores_MN)),
+            "removed": seen(scales, *removed, shortness(texts)),
         }
-        first = {"present": fit_MN[np.arange(len(asked)), scores_MN.argmax(1)]}
+        first = {"present": fit_MN[np.arange(len(combined)), scores_MN.argmax(1)]}
         others = {"foreign": foreign(language)}
         others["files"] = [line for line in lines if relevance.language(line) == kind]
-        for label, texts in others.items():
-            if texts:
-                vectors_MD = encode(texts)
-                signs = relevance.signs_of(vectors_MD, known.null_RD, known.bank_BD)
-                kinds[label] = seen(scale, signs, top_of(vectors_MD @ world.vectors_ND.T))
-        if found is not None:
-            captions, short = found
-            own_M = np.array([spoken == kind for spoken in captions.languages_M])
-            own_M &= np.isfinite(captions.absent_M)
-            fit_M = calibrate.fits(world.store)[captions.rows_M]
-            fitting, held = captions.of(own_M & fit_M), captions.of(own_M & ~fit_M)
-            scores_MN = held.queries_MD @ world.vectors_ND.T
-            kinds["captions"] = seen(scale, held.signs, top_of(scores_MN))
-            first["captions"] = scores_MN.argmax(1) == held.rows_M
-            below_MN = np.where(scores_MN <= held.absent_M[:, None] + 1e-4, scores_MN, -1)
-            kinds["captions without image"] = seen(scale, held.removed, top_of(below_MN))
-            fitted = [seen(scale, fitting.signs, top_of(fitting.queries_MD @ world.vectors_ND.T))]
-            spoken = None if short is None else short.spoken(kind)
-            chosen = None if spoken is None else spoken.of(spoken.present_M)
-            phrases = 0 if chosen is None else len(chosen.texts_M)
-            if chosen is not None and phrases >= calibrate.MIN_PHRASES:
-                phrases_top = top_of(chosen.queries_MD @ world.vectors_ND.T)
-                fitted.append(seen(scale, chosen.signs, phrases_top))
-            print(f"{name}, {language}: {phrases} phrases of the bank are present")
-            least = cuts(scale, fitted)
+        for label, lines_of in others.items():
+            if lines_of:
+                vectors_MD = encode(lines_of)
+                found = top_of(vectors_MD @ world.vectors_ND.T)
+                kinds[label] = seen_of(known, words, lines_of, vectors_MD, found)
+        if calibrating is not None:
+            shown, right, least = of_captions(name, world, known, calibrating, language)
+            kinds |= shown
+            first["captions"] = right
         append_rows(name, language, kinds, least, first)
         row = {"store": name, "language": language, "what": "the search", "threshold": "calibrated"}
-        texts_of = {"present": [c.text(language) for c in asked], **others}
+        texts_of = {"present": texts, **others}
         measure.append("relevance", {**row, **found_nothing(searcher, texts_of)})
 
 

@@ -26,6 +26,7 @@ from mmalign.index import Queries, VectorReader, describe, table, write_descript
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
 from mmalign.search import calibrate, lexical, relevance
+from mmalign.search.lexical import Lexical, Postings
 from mmalign.search.model import model_of
 from mmalign.store import Store, commit_index, open_store
 
@@ -85,8 +86,9 @@ def build_index(
     try:
         with files.scratch_in(store.path):
             modalities = _build_all(store, folder, recall, budget, user_queries)
-            calibration = _calibrate(store, folder, model)
-            words = _index_words(store, folder)
+            words = lexical.postings(lexical.captions_of(store))
+            calibration = _calibrate(store, words, folder, model)
+            described = _write_words(words, folder)
         shard_names = tuple(s.name for s in store.manifest.shards)
         content = {
             "name": name,
@@ -97,7 +99,7 @@ def build_index(
             "seconds": round(time.monotonic() - started, 3),
             "modalities": modalities,
             "relevance": calibration,
-            "lexical": words,
+            "lexical": described,
         }
         write_description(folder, content)
     except BaseException:
@@ -163,7 +165,9 @@ def _build_all(
     return modalities
 
 
-def _calibrate(store: Store, folder: Path, model: str | Path | None) -> dict[str, Any] | None:
+def _calibrate(
+    store: Store, words: Postings, folder: Path, model: str | Path | None
+) -> dict[str, Any] | None:
     """Calibrate relevance; return what index.json says of it, or None if it is not calibrated."""
 
     def encode_texts(texts: Sequence[str]) -> Floats:
@@ -172,7 +176,7 @@ def _calibrate(store: Store, folder: Path, model: str | Path | None) -> dict[str
         return np.concatenate(parts)
 
     try:
-        found = calibrate.calibrate(store, encode_texts)
+        found = calibrate.calibrate(store, Lexical([words]), encode_texts)
     except ModelError as error:
         say(f"warning: no relevance, as phrases cannot be encoded: {error}")
         return None
@@ -182,13 +186,12 @@ def _calibrate(store: Store, folder: Path, model: str | Path | None) -> dict[str
     return found.content
 
 
-def _index_words(store: Store, folder: Path) -> dict[str, int] | None:
-    """Index the words of captions; return what index.json says of it, or None if there are none."""
-    found = lexical.postings(lexical.captions_of(store))
-    if not len(found.terms):
+def _write_words(words: Postings, folder: Path) -> dict[str, int] | None:
+    """Write the words of captions; return what index.json says of them, or None without any."""
+    if not len(words.terms):
         return None
-    lexical.save(folder, found)
-    return {"rows": len(found.lengths), "words": len(found.terms), "matches": len(found.rows)}
+    lexical.save(folder, words)
+    return {"rows": len(words.lengths), "words": len(words.terms), "matches": len(words.rows)}
 
 
 def _owners(store: Store, modality: str) -> Ints | None:

@@ -1,49 +1,52 @@
 """The relevance of a store is calibrated: on its own captions, or on phrases where it has none.
 
-Captions are long. Phrases of the bank that captions name are short queries of which it is known
-that the store holds them; with them, short queries are rejected as seldom as captions.
+Short queries and long ones score differently, so each have a scale. Captions as long as sentences
+fit the one; short captions and phrases of the bank that captions name fit the other. Half of the
+rows fit, the others measure; see `questions.py`.
 
-A caption is a query whose image is known to be in the store. With this image, its near-duplicates
-and all images of the same caption left out, it is a query that nothing may answer. One caption of
-a row is used in each language, so that intervals hold; half of the rows fit, the others measure.
-
-Shapes: N vectors, M captions or phrases, D dimensions, K nearest, B captions of the bank, F signs.
+Shapes: M captions or phrases, D dimensions, F signs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mmalign.arrays import Bools, Floats, Halves, Ints
+from mmalign.arrays import Bools, Floats, Halves
 from mmalign.errors import ModelError
-from mmalign.index import Exact, VectorReader
-from mmalign.modality import TEXT, is_of_rows
 from mmalign.progress import say
 from mmalign.search import relevance
-from mmalign.search.duplicates import are_duplicates, threshold
-from mmalign.search.phrases import LANGUAGES, Phrase, phrases, told_by
-from mmalign.search.relevance import ALL, MAX_ERROR, QUANTILES, Doubles, Scale, Signs
+from mmalign.search.lexical import Lexical
+from mmalign.search.phrases import phrases
+from mmalign.search.questions import (
+    MIN_CAPTIONS,
+    Asked,
+    Bank,
+    Searched,
+    Short,
+    ask_captions,
+    ask_phrases,
+    parts_of,
+    searched_of,
+)
+from mmalign.search.relevance import (
+    ALL,
+    MAX_ERROR,
+    QUANTILES,
+    Doubles,
+    Judgement,
+    Scale,
+    Scales,
+    Signs,
+)
 from mmalign.store import Store
 
-# Random rows, captions that familiarity compares with, and captions that are asked.
-NULL_ROWS, BANK, ASKED = 2_048, 2_048, 2_000
-# With fewer rows nothing is calibrated; with fewer captions, the store counts as one without.
-MIN_ROWS = MIN_CAPTIONS = 100
-# Phrases of each language that are present, and as many that are absent. With fewer present ones
-# that fit, short queries are read as captions are.
-PHRASES, MIN_PHRASES = 300, 30
-# Rows whose captions tell what is present.
-READ_ROWS = 20_000
-# Of a caption's nearest rows, so many are looked at for the best that is not its own.
-NEAREST = 64
-# Share of the captions of a store that count as similar to a query.
-SIMILAR = 0.05
+# With fewer present queries of one length, no query of that length is rejected.
+MIN_PRESENT = 30
 # Ranks among phrases that a store without captions goes by; most phrases are of nothing in it.
 UNLIKELY_RANK, LIKELY_RANK = 0.5, 0.95
-PRODUCT_QUERIES = 256
 # Share of the fitting captions, and of the fitting phrases, that is rejected: a little below
 # `MAX_ERROR`, so that as a rule the others stay below it.
 REJECTED = 0.03
@@ -59,147 +62,32 @@ class Calibration:
     content: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Captions that were asked, and the best hits they had."""
-
-    queries_MD: Floats
-    rows_M: Ints
-    languages_M: list[str]
-    lengths_M: Ints
-    """Characters of each."""
-    signs: Signs
-    present_M: Doubles
-    """Score of the best hit."""
-    absent_M: Doubles
-    """Score of the best hit once the images of the caption are left out; NaN if none is known."""
-    other_M: Doubles
-    """Score of the best hit that no similar caption describes either, or more."""
-    removed: Signs
-    """Signs without captions of the images that were left out."""
-
-    def of(self, chosen_M: Bools) -> "Asked":
-        """Return some of the captions."""
-        return Asked(
-            self.queries_MD[chosen_M],
-            self.rows_M[chosen_M],
-            [name for name, chosen in zip(self.languages_M, chosen_M, strict=True) if chosen],
-            self.lengths_M[chosen_M],
-            self.signs.of(chosen_M),
-            self.present_M[chosen_M],
-            self.absent_M[chosen_M],
-            self.other_M[chosen_M],
-            self.removed.of(chosen_M),
-        )
-
-
-@dataclass(frozen=True)
-class Short:
-    """Phrases that were asked, and whether the captions say that the store holds them."""
-
-    texts_M: list[str]
-    queries_MD: Floats
-    signs: Signs
-    best_M: Doubles
-    """Score of the best hit."""
-    present_M: Bools
-    first_M: Bools
-    """Those of half of the things: each half is measured by what the other half fits."""
-
-    def spoken(self, name: str) -> "Short":
-        """Return the phrases in one language, or in `ALL`."""
-        return self.of(np.array([name in (ALL, relevance.language(t)) for t in self.texts_M]))
-
-    def of(self, chosen_M: Bools) -> "Short":
-        """Return some of the phrases."""
-        return Short(
-            [text for text, chosen in zip(self.texts_M, chosen_M, strict=True) if chosen],
-            self.queries_MD[chosen_M],
-            self.signs.of(chosen_M),
-            self.best_M[chosen_M],
-            self.present_M[chosen_M],
-            self.first_M[chosen_M],
-        )
-
-
-@dataclass(frozen=True)
-class _Searched:
-    """The vectors that captions and phrases are asked of."""
-
-    store: Store
-    main: str
-    vectors: VectorReader
-    exact: Exact
-    null_RD: Halves
-
-    def rows_of(self, numbers_MK: Ints) -> Ints:
-        """Return the row of each vector; -1 stays -1."""
-        rows_MK = _rows_of(self.store, self.main, np.maximum(numbers_MK, 0))
-        return np.where(numbers_MK < 0, -1, rows_MK)
-
-    def first_vectors(self, rows_M: Ints) -> Floats:
-        """Return the first vector of each row, all of which have one."""
-        single = self.store.is_single(self.main)
-        numbers_M = rows_M if single else np.searchsorted(self.store.owners(self.main), rows_M)
-        return self.vectors.gather(numbers_M).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """Captions that familiarity compares with, the row of each, and all captions of the store."""
-
-    vectors_BD: Halves
-    rows_B: Ints
-    texts: VectorReader
-    owners_N: Ints
-
-    def nearest(self, query_D: Floats, rows_K: Ints) -> Floats:
-        """Return for each row the cosine of its caption that is nearest to a query; -1 if none."""
-        first_K = np.searchsorted(self.owners_N, rows_K)
-        sizes_K = np.searchsorted(self.owners_N, rows_K, side="right") - first_K
-        places = np.repeat(np.arange(len(rows_K)), sizes_K)
-        starts = np.repeat(first_K - (np.cumsum(sizes_K) - sizes_K), sizes_K)
-        vectors = self.texts.gather(np.arange(len(places)) + starts).astype(np.float32)
-        nearest_K = np.full(len(rows_K), -1, np.float32)
-        np.maximum.at(nearest_K, places, vectors @ query_D)
-        return nearest_K
-
-
-def calibrate(store: Store, encode_texts: Callable[[Sequence[str]], Floats]) -> Calibration | None:
+def calibrate(
+    store: Store, words: Lexical, encode_texts: Callable[[Sequence[str]], Floats]
+) -> Calibration | None:
     """Calibrate relevance over the main modality of a store; None if it has too few rows.
 
     Args:
         store: The store.
+        words: The words of its captions.
         encode_texts: Encodes phrases.
 
     Raises:
         ModelError: Phrases cannot be encoded, and there are too few captions.
     """
-    searched = _searched(store)
+    searched = searched_of(store, words)
     if searched is None:
         return None
-    found = _ask_captions(searched)
+    found = ask_captions(searched)
     if found is None:
         return _on_phrases(searched, encode_texts)
     asked, bank = found
     try:
-        short = _ask_phrases(searched, bank.vectors_BD, encode_texts)
+        short = ask_phrases(searched, bank, encode_texts)
     except ModelError as error:
-        say(f"warning: short queries are never rejected, as phrases cannot be encoded: {error}")
+        say(f"warning: phrases cannot be encoded, so few short queries are rejected: {error}")
         short = None
     return _on_captions(searched, asked, bank, short)
-
-
-def ask(
-    store: Store, encode_texts: Callable[[Sequence[str]], Floats]
-) -> tuple[Asked, Short | None] | None:
-    """Ask what calibrates a store; None if it has too few rows or captions."""
-    searched = _searched(store)
-    found = None if searched is None else _ask_captions(searched)
-    if searched is None or found is None:
-        return None
-    asked, bank = found
-    return asked, _ask_phrases(searched, bank.vectors_BD, encode_texts)
 
 
 def fits(store: Store) -> Bools:
@@ -258,96 +146,13 @@ def summary(content: dict[str, Any]) -> str:
             if told["phrases"]:
                 share = told["rejected"]["share"]
                 parts[-1] += f", {share:.1%} of {told['phrases']} {kind} phrases rejected"
-        if shortest := part["scale"]["shortest"]:
-            parts[-1] += f"; texts of less than {shortest} characters are never rejected"
+        for kind in ("long", "short"):
+            if part[kind] is None:
+                parts[-1] += f"; {kind} texts are never rejected"
     return f"relevance: {'; '.join(parts) if parts else content['how']}"
 
 
-def _reader(store: Store, modality: str) -> VectorReader:
-    owners_N = None if store.is_single(modality) else store.owners(modality)
-    live_N = store.live
-    if live_N is not None and owners_N is not None:
-        live_N = live_N[owners_N]
-    return VectorReader(store.vectors(modality), live_N, owners_N)
-
-
-def _searched(store: Store) -> _Searched | None:
-    """Return what is searched; None if it has too few rows."""
-    main = next(filter(is_of_rows, store.modalities), None)
-    if main is None or len(store) < MIN_ROWS:
-        return None
-    vectors = _reader(store, main)
-    if vectors.live < MIN_ROWS:
-        return None
-    null_RD = vectors.gather(vectors.sample_rows(NULL_ROWS, seed=3))
-    exact = Exact(vectors.shards, owners=vectors.owners)
-    return _Searched(store, main, vectors, exact, null_RD)
-
-
-def _ask_captions(searched: _Searched) -> tuple[Asked, _Bank] | None:
-    """Draw captions and ask them; None if there are too few."""
-    store = searched.store
-    if TEXT.name not in store.modalities:
-        return None
-    texts = _reader(store, TEXT.name)
-    if not texts.live:
-        return None
-    numbers_M = np.random.default_rng(4).permutation(texts.sample_rows(BANK + ASKED, seed=4))
-    rows_M = _rows_of(store, TEXT.name, numbers_M)
-    shown_M = np.isin(rows_M, searched.rows_of(np.arange(searched.vectors.total)))
-    numbers_M, rows_M = numbers_M[shown_M], rows_M[shown_M]
-    words = _captions(store, numbers_M, rows_M)
-    chosen = _one_each(rows_M, words)
-    if len(np.unique(rows_M[chosen])) < MIN_CAPTIONS:
-        return None
-    bank = _Bank(texts.gather(numbers_M[-BANK:]), rows_M[-BANK:], texts, store.owners(TEXT.name))
-    queries_MD = texts.gather(numbers_M[chosen]).astype(np.float32)
-    asked = _ask(searched, bank, queries_MD, rows_M[chosen], [words[i] for i in chosen])
-    return asked, bank
-
-
-def _ask_phrases(
-    searched: _Searched, bank_BD: Halves, encode_texts: Callable[[Sequence[str]], Floats]
-) -> Short | None:
-    """Ask phrases of which captions tell whether the store holds them; None if there are none."""
-    rng = np.random.default_rng(6)
-    drawn: list[tuple[Phrase, bool]] = []
-    captions = _some_captions(searched.store)
-    for name in LANGUAGES:
-        texts = [text for text in captions if relevance.language(text) == name]
-        if len(texts) < MIN_CAPTIONS:
-            continue
-        for bank, present in zip(told_by(texts, name), (True, False), strict=True):
-            chosen = rng.permutation(len(bank))[:PHRASES].tolist()
-            drawn += [(bank[i], present) for i in chosen]
-    if not drawn:
-        return None
-    texts = [phrase.text for phrase, _ in drawn]
-    things = sorted({phrase.thing for phrase, _ in drawn})
-    first = dict(zip(things, rng.random(len(things)) < 0.5, strict=True))
-    vectors_MD = encode_texts(texts)
-    scores_M1 = searched.exact.search(vectors_MD, 1, searched.vectors.live_N)[0]
-    null_RD, captions_BD = (v.astype(np.float32) for v in (searched.null_RD, bank_BD))
-    signs = [relevance.signs_of(vectors_MD[i], null_RD, captions_BD) for i in _parts(len(texts))]
-    return Short(
-        texts,
-        vectors_MD,
-        Signs.joined(signs),
-        scores_M1[:, 0].astype(np.float64),
-        np.array([present for _, present in drawn], np.bool_),
-        np.array([first[phrase.thing] for phrase, _ in drawn], np.bool_),
-    )
-
-
-def _some_captions(store: Store) -> list[str]:
-    live_N = np.ones(store.manifest.physical_rows, np.bool_) if store.live is None else store.live
-    rows = np.random.default_rng(7).permutation(np.flatnonzero(live_N))[:READ_ROWS]
-    return [t for row in store.rows(np.sort(rows), ("captions",)) for t in row["captions"]]
-
-
-def _on_captions(
-    searched: _Searched, asked: Asked, bank: _Bank, short: Short | None
-) -> Calibration:
+def _on_captions(searched: Searched, asked: Asked, bank: Bank, short: Short | None) -> Calibration:
     fitting_M = fits(searched.store)[asked.rows_M]
     languages = {ALL: np.ones(len(asked.rows_M), np.bool_)}
     for name in sorted(set(asked.languages_M)):
@@ -357,110 +162,75 @@ def _on_captions(
     content: dict[str, Any] = {"how": "calibrated on captions", "languages": {}}
     for name, members_M in languages.items():
         known = None if short is None else short.spoken(name)
-        scale = fit(asked.of(members_M & fitting_M), known)
-        measured = _measure(scale, asked.of(members_M & ~fitting_M))
+        fitting = asked.of(members_M & fitting_M)
+        scales = fit(fitting, known)
+        measured = _measure(scales, asked.of(members_M & ~fitting_M))
         if known is not None:
-            measured["phrases"] = _measure_phrases(asked.of(members_M & fitting_M), known)
-        content["languages"][name] = {**measured, "scale": relevance.to_json(scale)}
+            measured["phrases"] = _measure_phrases(fitting, known)
+        kinds = {kind: relevance.to_json(getattr(scales, kind)) for kind in ("long", "short")}
+        content["languages"][name] = {**measured, **kinds}
     return Calibration(searched.null_RD, bank.vectors_BD, content)
 
 
-def _captions(store: Store, numbers_M: Ints, rows_M: Ints) -> list[str]:
-    """Return the texts of text vectors."""
-    places_M = store.positions(TEXT.name, numbers_M)[:, 0].astype(np.int64)
-    read = store.rows(rows_M, ("captions",))
-    return [row["captions"][place] for row, place in zip(read, places_M.tolist(), strict=True)]
+def fit(asked: Asked, short: Short | None) -> Scales:
+    """Fit the scales of one language: thresholds keep `MAX_ERROR` on what fits them."""
+    long = _fit_long(asked.of(~asked.short_M))
+    scales = Scales(long, _fit_short(asked.of(asked.short_M), short))
+    # So few captions that only all of them together are enough.
+    return scales if scales.long or scales.short else Scales(_fit_long(asked), None)
 
 
-def _one_each(rows_M: Ints, words: Sequence[str]) -> Ints:
-    """Choose one caption of each row and language, `ASKED` at most."""
-    first: dict[tuple[int, str], int] = {}
-    for i, (row, text) in enumerate(zip(rows_M.tolist(), words, strict=True)):
-        first.setdefault((row, relevance.language(text)), i)
-    return np.array(list(first.values())[:ASKED], np.int64)
-
-
-def _ask(
-    searched: _Searched, bank: _Bank, queries_MD: Floats, rows_M: Ints, words: Sequence[str]
-) -> Asked:
-    """Ask captions, with their own images and without."""
-    vectors = searched.vectors
-    scores_MK, numbers_MK = searched.exact.search(queries_MD, NEAREST, vectors.live_N)
-    found_MK = searched.rows_of(numbers_MK)
-    unique = np.unique(found_MK[found_MK >= 0])
-    captions = (frozenset(row["captions"]) for row in searched.store.rows(unique, ("captions",)))
-    captions_of = dict(zip(unique.tolist(), captions, strict=True))
-    own_MD = searched.first_vectors(rows_M)
-    bank_BD = bank.vectors_BD.astype(np.float32)
-    absent_M, other_M = np.full((2, len(words)), np.nan)
-    least = threshold(searched.null_RD.astype(np.float32))
-    gone: list[list[int]] = []
-    for m, text in enumerate(words):
-        found_K = found_MK[m][found_MK[m] >= 0]
-        nearest_KD = vectors.gather(numbers_MK[m][: len(found_K)]).astype(np.float32)
-        same_K = np.array([text in captions_of[row] for row in found_K.tolist()], np.bool_)
-        like_K = are_duplicates(nearest_KD, own_MD[m : m + 1], least)[:, 0]
-        out_K = like_K | same_K | (found_K == rows_M[m])
-        similar = np.quantile(bank_BD @ queries_MD[m], 1 - SIMILAR)
-        kin_K = out_K | (bank.nearest(queries_MD[m], found_K) >= similar)
-        # If all that were looked at are similar, the best of the others is no better than the last.
-        other_M[m] = scores_MK[m][len(found_K) - 1]
-        for scores_M, left_out_K in ((absent_M, out_K), (other_M, kin_K)):
-            if not left_out_K.all():
-                scores_M[m] = scores_MK[m][np.argmin(left_out_K)]
-        gone.append([int(rows_M[m]), *found_K[out_K].tolist()])
-    null_RD = searched.null_RD.astype(np.float32)
-    signs, removed = [], []
-    for part in _parts(len(words)):
-        foreign_MB = bank.rows_B[None] != rows_M[part, None]
-        signs.append(relevance.signs_of(queries_MD[part], null_RD, bank_BD, foreign_MB))
-        without_MB = np.stack([~np.isin(bank.rows_B, gone[m]) for m in part])
-        removed.append(relevance.signs_of(queries_MD[part], null_RD, bank_BD, without_MB))
-    languages_M = [relevance.language(text) for text in words]
-    best_M = scores_MK[:, 0].astype(np.float64)
-    lengths_M = np.array([len(text) for text in words])
-    return Asked(
-        queries_MD, rows_M, languages_M, lengths_M, Signs.joined(signs), best_M, absent_M, other_M,
-        Signs.joined(removed),
-    )  # fmt: skip
-
-
-def _rows_of(store: Store, modality: str, numbers: Ints) -> Ints:
-    """Return the row of each vector."""
-    return numbers if store.is_single(modality) else store.owners(modality)[numbers]
-
-
-def _parts(count: int) -> Iterator[Ints]:
-    for start in range(0, count, PRODUCT_QUERIES):
-        yield np.arange(start, min(count, start + PRODUCT_QUERIES))
-
-
-def fit(asked: Asked, short: Short | None) -> Scale:
-    """Fit a scale: its thresholds keep `MAX_ERROR` on the queries that they are fitted on.
-
-    Captions count as much as short phrases that are present, if there are enough of those. If not,
-    nobody knows how texts score that are much shorter than captions, and none of them is rejected.
-    """
+def _fit_long(asked: Asked) -> Scale | None:
+    """Fit the scale of captions; None if there are too few."""
+    if len(asked.rows_M) < MIN_PRESENT:
+        return None
     known_M = ~np.isnan(asked.absent_M)
     present_MF = relevance.features(asked.signs, asked.present_M)
     absent_MF = relevance.features(asked.removed, asked.absent_M)[known_M]
-    kinds = [(asked.signs, asked.present_M)]
-    chosen = None if short is None else short.of(short.present_M)
-    if chosen is not None and len(chosen.texts_M) >= MIN_PHRASES:
-        kinds.append((chosen.signs, chosen.best_M))
-    scale = Scale(
-        lift=_quantiles_of_all([best_M - signs.mean_M for signs, best_M in kinds]),
-        unlikely=0.0,
-        likely=0.0,
-        familiarity=_quantiles_of_all([signs.familiarity_M for signs, _ in kinds]),
-        weights=logistic_weights(present_MF, absent_MF),
+    return _with_thresholds(
+        _scale([(asked.signs, asked.present_M)], logistic_weights(present_MF, absent_MF)),
+        [(asked.signs, asked.present_M)],
+        [(asked.removed, asked.other_M)],
     )
-    if len(kinds) == 1:
-        scale = replace(scale, shortest=int(np.quantile(asked.lengths_M, MAX_ERROR) / 2))
-    lowest = [np.quantile(relevance.ranks(scale, *kind), REJECTED) for kind in kinds]
+
+
+def _fit_short(asked: Asked, short: Short | None) -> Scale | None:
+    """Fit the scale of short captions and phrases, which count the same; None if there are too few.
+
+    Without a logistic: one that captions fit orders short queries worse than their ranks do.
+    """
+    present, absent = [(asked.signs, asked.present_M)], [(asked.removed, asked.other_M)]
+    if short is not None:
+        for kinds, of_kind_M in ((present, short.present_M), (absent, ~short.present_M)):
+            phrases = short.of(of_kind_M)
+            kinds.append((phrases.signs, phrases.best_M))
+    present = [(signs, best_M) for signs, best_M in present if len(best_M) >= MIN_PRESENT]
+    return _with_thresholds(_scale(present), present, absent) if present else None
+
+
+_Kinds = Sequence[tuple[Signs, Doubles]]
+"""Signs and best scores of several kinds of queries."""
+
+
+def _scale(present: _Kinds, weights: tuple[float, ...] = ()) -> Scale:
+    """Return a scale without thresholds."""
+    lift = _quantiles_of_all([best_M - signs.mean_M for signs, best_M in present])
+    familiarity = _quantiles_of_all([signs.familiarity_M for signs, _ in present])
+    scale = Scale(lift, 0.0, 0.0, familiarity, weights=weights)
+    known = [relevance.known_ranks(scale, signs) for signs, _ in present]
+    return replace(scale, known=_quantiles_of_all(known))
+
+
+def _with_thresholds(scale: Scale, present: _Kinds, absent: _Kinds) -> Scale:
+    """Set the thresholds that reject `REJECTED` of any kind, and find `MAX_ERROR` likely."""
+    lowest = [np.quantile(relevance.ranks(scale, *kind), REJECTED) for kind in present]
     scale = replace(scale, unlikely=float(min(lowest)))
-    judged = relevance.judge(scale, asked.removed, asked.other_M)
-    return replace(scale, likely=float(np.quantile(judged.relevance_K, 1 - MAX_ERROR)))
+    highest = [
+        np.quantile(relevance.judge(scale, *kind).relevance_K, 1 - MAX_ERROR)
+        for kind in absent
+        if len(kind[1])
+    ]
+    return replace(scale, likely=float(max(highest, default=1.0)))
 
 
 def _quantiles_of_all(kinds: Sequence[Doubles]) -> tuple[float, ...]:
@@ -505,13 +275,13 @@ def _newton(columns_MF: Doubles, truth_M: Doubles) -> Doubles:
     return weights_F
 
 
-def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
-    """Measure a scale on captions that did not fit it."""
+def _measure(scales: Scales, asked: Asked) -> dict[str, Any]:
+    """Measure scales on captions that did not fit them."""
     known_M = ~np.isnan(asked.absent_M)
     absent = asked.of(known_M)
-    present = relevance.judge(scale, asked.signs, asked.present_M)
-    unlike = relevance.judge(scale, asked.removed, asked.other_M)
-    without = relevance.judge(scale, absent.removed, absent.absent_M)
+    present = judge_each(scales, asked.signs, asked.present_M, asked.short_M)
+    unlike = judge_each(scales, asked.removed, asked.other_M, asked.short_M)
+    without = judge_each(scales, absent.removed, absent.absent_M, absent.short_M)
     a, low, high = area(present.relevance_K, without.relevance_K)
     return {
         "captions": len(asked.rows_M),
@@ -530,12 +300,21 @@ def _measure(scale: Scale, asked: Asked) -> dict[str, Any]:
     }
 
 
+def judge_each(scales: Scales, signs: Signs, best_M: Doubles, short_M: Bools) -> Judgement:
+    """Judge the best hit of each of several queries, by the scale of its length."""
+    by_kind = [relevance.judge(scales.of(short=kind), signs, best_M) for kind in (False, True)]
+    relevance_M = np.where(short_M, by_kind[1].relevance_K, by_kind[0].relevance_K)
+    levels_2M = np.array([judged.levels_K for judged in by_kind])
+    return Judgement(relevance_M, tuple(np.where(short_M, levels_2M[1], levels_2M[0]).tolist()))
+
+
 def _measure_phrases(asked: Asked, short: Short) -> dict[str, Any]:
     """Measure phrases, each by a scale that the captions and the other half of the things fit."""
     rejected_M = np.zeros(len(short.texts_M), np.bool_)
     for fitting_M in (short.first_M, ~short.first_M):
         others = short.of(~fitting_M)
-        judged = relevance.judge(fit(asked, short.of(fitting_M)), others.signs, others.best_M)
+        scale = fit(asked, short.of(fitting_M)).of(short=True)
+        judged = relevance.judge(scale, others.signs, others.best_M)
         rejected_M[~fitting_M] = [level == "unlikely" for level in judged.levels_K]
     parts = {"present": rejected_M[short.present_M], "absent": rejected_M[~short.present_M]}
     return {
@@ -550,9 +329,7 @@ def _share(these: Sequence[bool]) -> dict[str, float]:
     return {"share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def _on_phrases(
-    searched: _Searched, encode_texts: Callable[[Sequence[str]], Floats]
-) -> Calibration:
+def _on_phrases(searched: Searched, encode_texts: Callable[[Sequence[str]], Floats]) -> Calibration:
     """Rank hits among those of phrases; nobody knows which of these are present."""
     bank = [phrase.text for phrase in phrases()]
     vectors = encode_texts(bank)
@@ -560,7 +337,10 @@ def _on_phrases(
     best_M = found_M1[:, 0].astype(np.float64)
     null_RD = searched.null_RD.astype(np.float32)
     none_BD = null_RD[:0]
-    parts = [relevance.signs_of(vectors[i], null_RD, none_BD) for i in _parts(len(bank))]
+    known_M = np.zeros(len(bank))
+    parts = [
+        relevance.signs_of(vectors[i], null_RD, none_BD, known_M[i]) for i in parts_of(len(bank))
+    ]
     lift_M = best_M - Signs.joined(parts).mean_M
     spoken = np.array([relevance.language(text) for text in bank])
     members = {ALL: np.ones(len(bank), np.bool_)}
@@ -569,7 +349,10 @@ def _on_phrases(
         name: Scale(quantiles(lift_M[chosen]), UNLIKELY_RANK, LIKELY_RANK)
         for name, chosen in members.items()
     }
-    languages = {name: {"scale": relevance.to_json(scale)} for name, scale in scales.items()}
+    languages = {
+        name: {"long": relevance.to_json(scale), "short": relevance.to_json(scale)}
+        for name, scale in scales.items()
+    }
     return Calibration(
         searched.null_RD, searched.null_RD[:0], {"how": UNCALIBRATED, "languages": languages}
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmalign.arrays import Bools, Floats, Ints
 from mmalign.errors import StoreError
-from mmalign.search.words import asked_words, indexed_words
+from mmalign.search.words import asked_words, indexed_words, said_by
 from mmalign.store import Store
 
 # BM25: how soon more of the same word stops to count, and how much long captions are discounted.
@@ -78,6 +78,35 @@ class Lexical:
         total = sum(int(part.lengths.sum(dtype=np.int64)) for part in self.parts)
         self._mean = max(1.0, total / max(1, self.rows))
 
+    def unknown(self, text: str, without: Ints | None = None) -> float:
+        """Return how much of what a text says is in no caption, from 0 to 1: 0 without words.
+
+        Words count by their rarity, so "a", "on" and "the" hardly do.
+
+        Args:
+            text: A query.
+            without: Numbers of rows whose captions do not count; None for none.
+        """
+        weights = {True: 0.0, False: 0.0}
+        for word, shown_by in said_by(text).items():
+            known = any(self._having(other, without) for other in shown_by)
+            weights[known] += _rarity(self.rows, self._having(word, without))
+        return weights[False] / (sum(weights.values()) or 1.0)
+
+    def _having(self, word: str, without: Ints | None) -> int:
+        """Count the rows that have a word."""
+        term = hash_of(word)
+        count = first = 0
+        for part in self.parts:
+            at = part.of(term)
+            count += at.stop - at.start
+            if without is not None and at.stop > at.start:
+                rows, wanted = part.rows[at], without - first
+                places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+                count -= int(np.count_nonzero(rows[places] == wanted))
+            first += len(part.lengths)
+        return count
+
     def match(self, text: str) -> Matches:
         """Score the rows (N,), deleted ones too, by the words of a text.
 
@@ -90,7 +119,7 @@ class Lexical:
         found = [[part.of(term) for part in self.parts] for term in terms]
         for slices in found:
             having = sum(at.stop - at.start for at in slices)
-            rarity = np.log1p((self.rows - having + 0.5) / (having + 0.5))
+            rarity = _rarity(self.rows, having)
             first = 0
             for part, at in zip(self.parts, slices, strict=True):
                 rows = part.rows[at]
@@ -106,6 +135,11 @@ class Lexical:
                 matched_N[first + rows.astype(np.int64)] += 1
                 first += len(part.lengths)
         return Matches(scores_N, (matched_N == len(terms)) & (len(terms) > 0))
+
+
+def _rarity(rows: int, having: int) -> float:
+    """Return how much a word tells that so many of all rows have."""
+    return float(np.log1p((rows - having + 0.5) / (having + 0.5)))
 
 
 def postings(captions: Iterator[Sequence[str]]) -> Postings:

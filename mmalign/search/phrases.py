@@ -109,17 +109,26 @@ def every_phrase(language: str) -> list[Phrase]:
     return list(found.values())
 
 
-def told_by(captions: Sequence[str], language: str) -> tuple[list[Phrase], list[Phrase]]:
+def told_by(
+    captions: Sequence[str], language: str, rows: Sequence[int] | None = None, least: int = 1
+) -> tuple[list[Phrase], list[Phrase]]:
     """Return the phrases of a language that captions in it say are there, and say are not.
 
     There is what a caption names together with what is said of it; no word of what is not there is
     in any caption.
+
+    Args:
+        captions: The captions.
+        language: One of `LANGUAGES`.
+        rows: The row of each; None if each is of another row.
+        least: Rows that have to name what is there.
 
     >>> there, not_there = told_by(["Two cars, one RED."], "other")
     >>> sorted(p.text for p in there), "a small dog" in [p.text for p in not_there]
     (['a photo of a car', 'a red car', 'car', 'two of them: car'], True)
     """
     texts = [_spaced(caption) for caption in captions]
+    owners = range(len(texts)) if rows is None else rows
 
     @cache
     def naming(word: str) -> set[int]:
@@ -130,7 +139,8 @@ def told_by(captions: Sequence[str], language: str) -> tuple[list[Phrase], list[
 
     def is_there(phrase: Phrase) -> bool:
         named = naming(phrase.thing)
-        return bool(named & naming(phrase.said) if phrase.said else named)
+        found = named & naming(phrase.said) if phrase.said else named
+        return len({owners[i] for i in found}) >= least
 
     def is_not_there(phrase: Phrase) -> bool:
         return not any(naming(word) for word in phrase.thing.split() if word not in ("a", "of"))

@@ -5,12 +5,14 @@ another, and each model and store has a range of its own. Three signs are read i
 two ranked among captions of the store and phrases that they name, which are known to be present:
 
     lift          how far a hit lies above the mean score of the query over random rows
-    familiarity   how near the query is to captions of the store
+    familiarity   how near the query is to captions of the store, and how much of what it says
+                  no caption says in the same words
     probability   a logistic of the score, of its lift in standard deviations and of its distance to
                   the query's .99 quantile, fitted on captions with and without their own image
 
 A hit is unlikely if the familiarity of its query is lower than that of nearly all present queries,
-or its own lift is far lower. Why these, and what else was tried: docs/decisions/0013-relevance.md.
+or its own lift is far lower. Short texts and longer ones score differently, so each are ranked
+among their own. Why these, and what else was tried: docs/decisions/0013-relevance.md.
 
 Shapes: M queries, D dimensions, K hits, R random rows, B captions of the bank, Q quantiles.
 """
@@ -19,7 +21,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ LEVELS = ("unlikely", "maybe", "likely")
 # Captions of the bank that familiarity is the mean cosine with.
 NEAREST = 10
 QUANTILES = 401
+# Texts of at most so many characters are short: words that people type rather than sentences.
+SHORT = {"other": 24, "zh": 8}
+# The rank of a text none of whose words is in any caption is divided by one more than this: it is
+# unlikely if half of the present queries are more familiar, instead of nearly all of them.
+STRANGENESS = 15
 # How many times the rank of the lift counts beside that of familiarity, which tells more of a
 # query; the lift tells the hits of one query apart.
 LENIENCE = 6
@@ -60,12 +67,30 @@ class Scale:
     """A hit of at least this relevance is likely, unless it is unlikely."""
     familiarity: tuple[float, ...] = ()
     """Quantiles of that of present queries; empty if the store has no captions."""
-    shortest: int = 0
-    """Texts of fewer characters are never unlikely: the store tells of no query that is as short
-    and present."""
+    known: tuple[float, ...] = ()
+    """Quantiles of the rank of their familiarity, once it is lower for unknown words; likewise."""
     weights: tuple[float, ...] = ()
     """Of score, standardized lift and standardized tail, none below 0, and the constant; empty if
     not fitted."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How queries in one language are read: those as long as sentences, and short ones.
+
+    Where a store tells of no present query of one kind, the scale of the other is used, and none of
+    them is unlikely.
+    """
+
+    long: Scale | None
+    short: Scale | None
+
+    def of(self, *, short: bool) -> Scale:
+        """Return the scale of one kind of queries."""
+        own, other = (self.short, self.long) if short else (self.long, self.short)
+        scale = own or other
+        assert scale is not None
+        return scale if own else replace(scale, unlikely=0.0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +103,8 @@ class Signs:
     high_M: Doubles
     """The .99 quantile of its scores over random rows."""
     familiarity_M: Doubles
+    unknown_M: Doubles
+    """How much of what it says is in no caption, 0 to 1, see `Lexical.unknown`."""
 
     def of(self, chosen_M: Bools) -> "Signs":
         """Return those of some queries."""
@@ -115,10 +142,10 @@ class Judgement:
 class Relevance:
     """The calibration of a store and its model. Safe to use from many threads."""
 
-    def __init__(self, null_RD: Halves, bank_BD: Halves, scales: Mapping[str, Scale]) -> None:
-        """Take random vectors of the store, its captions (none: 0 rows), and a scale by language.
+    def __init__(self, null_RD: Halves, bank_BD: Halves, scales: Mapping[str, Scales]) -> None:
+        """Take random vectors of the store, its captions (none: 0 rows), and scales by language.
 
-        The scale `ALL` is that of every language without one of its own.
+        Those of `ALL` are for every language without its own.
         """
         self.null_RD = null_RD.astype(np.float32)
         self.bank_BD = bank_BD.astype(np.float32)
@@ -129,21 +156,30 @@ class Relevance:
         """Whether it was calibrated on captions of the store."""
         return len(self.bank_BD) > 0
 
-    def judge(self, query_D: Floats, scores_K: Floats, text: str) -> Judgement:
-        """Judge hits by their scores, which may be in any order; `text` tells the language."""
+    def reads_words(self, text: str) -> bool:
+        """Return whether it counts if captions have the words of a text: some have its language."""
+        return self.on_captions and language(text) in self.scales
+
+    def judge(
+        self, query_D: Floats, scores_K: Floats, text: str, unknown: float = 0.0
+    ) -> Judgement:
+        """Judge hits by their scores, which may be in any order.
+
+        Args:
+            query_D: The vector of a text.
+            scores_K: Scores of the hits.
+            text: Its language and length tell the scale.
+            unknown: How much of what it says is in no caption; 0 if it does not `reads_words`.
+        """
         if not len(scores_K):
             return Judgement(np.zeros(0), ())
-        signs = signs_of(query_D[None], self.null_RD, self.bank_BD)
-        scale = self._scale(text)
-        judged = judge(scale, signs, scores_K.astype(np.float64))
-        levels = judged.levels_K
-        if len(text) < scale.shortest:
-            levels = tuple("maybe" if level == "unlikely" else level for level in levels)
-        return Judgement(judged.relevance_K, levels, self.on_captions)
+        signs = self._signs(query_D, unknown)
+        judged = judge(self._scale(text), signs, scores_K.astype(np.float64))
+        return Judgement(judged.relevance_K, judged.levels_K, self.on_captions)
 
-    def likely_score(self, query_D: Floats, text: str) -> float:
+    def likely_score(self, query_D: Floats, text: str, unknown: float = 0.0) -> float:
         """Return the lowest score at which a hit of a query is likely; infinity if none is."""
-        signs, scale = signs_of(query_D[None], self.null_RD, self.bank_BD), self._scale(text)
+        signs, scale = self._signs(query_D, unknown), self._scale(text)
 
         def is_likely(score: float) -> bool:
             return judge(scale, signs, np.array([score])).levels_K == ("likely",)
@@ -158,17 +194,23 @@ class Relevance:
         return high
 
     def _scale(self, text: str) -> Scale:
-        return self.scales.get(language(text)) or self.scales[ALL]
+        scales = self.scales.get(language(text)) or self.scales[ALL]
+        return scales.of(short=is_short(text))
+
+    def _signs(self, query_D: Floats, unknown: float) -> Signs:
+        unknown_M = np.array([unknown], np.float64)
+        return signs_of(query_D[None], self.null_RD, self.bank_BD, unknown_M)
 
 
 def judge(scale: Scale, signs: Signs, scores_K: Doubles) -> Judgement:
     """Judge hits of one query, or the best hit of each of M = K queries."""
     rank_K = ranks(scale, signs, scores_K)
-    relevance_K = rank_K
     if scale.weights:
-        # What nearly all present queries exceed is not relevant, whatever else speaks for it.
-        share_K = np.minimum(1, rank_K / max(scale.unlikely, 1e-9))
-        relevance_K = share_K * logistic(features(signs, scores_K) @ np.array(scale.weights))
+        value_K = logistic(features(signs, scores_K) @ np.array(scale.weights))
+    else:
+        value_K = (rank_K + _rank(scale.lift, scores_K - signs.mean_M)) / 2
+    # What nearly all present queries exceed is not relevant, whatever else speaks for it.
+    relevance_K = value_K * np.minimum(1, rank_K / max(scale.unlikely, 1e-9))
     level_K = np.where(relevance_K >= scale.likely, 2, 1) * (rank_K >= scale.unlikely)
     return Judgement(relevance_K, tuple(LEVELS[level] for level in level_K.tolist()))
 
@@ -182,8 +224,21 @@ def language(text: str) -> str:
     return "zh" if _HAN.search(text) else "other"
 
 
+def is_short(text: str) -> bool:
+    """Return whether a text is short, of a few words.
+
+    >>> is_short("a red dress"), is_short("a woman in a red dress on a beach"), is_short("红裙子")
+    (True, False, True)
+    """
+    return len(text) <= SHORT[language(text)]
+
+
 def signs_of(
-    queries_MD: Floats, null_RD: Floats, bank_BD: Floats, foreign_MB: Bools | None = None
+    queries_MD: Floats,
+    null_RD: Floats,
+    bank_BD: Floats,
+    unknown_M: Doubles,
+    foreign_MB: Bools | None = None,
 ) -> Signs:
     """Read the signs of queries.
 
@@ -191,6 +246,7 @@ def signs_of(
         queries_MD: Unit vectors.
         null_RD: Vectors of random rows.
         bank_BD: Vectors of captions, none if B is 0.
+        unknown_M: How much of what each says is in no caption.
         foreign_MB: Which captions may be compared; None for all.
     """
     scores_MR = queries_MD @ null_RD.T
@@ -208,6 +264,7 @@ def signs_of(
         scores_MR.std(1, dtype=np.float64) + 1e-6,
         np.partition(scores_MR, at, axis=1)[:, at].astype(np.float64),
         near_M,
+        unknown_M,
     )
 
 
@@ -223,8 +280,14 @@ def ranks(scale: Scale, signs: Signs, scores_K: Doubles) -> Doubles:
     rank_K = _rank(scale.lift, scores_K - signs.mean_M)
     if scale.familiarity:
         lenient_K = np.minimum(1, LENIENCE * rank_K)
-        rank_K = np.minimum(lenient_K, _rank(scale.familiarity, signs.familiarity_M))
+        rank_K = np.minimum(lenient_K, _rank(scale.known, known_ranks(scale, signs)))
     return rank_K
+
+
+def known_ranks(scale: Scale, signs: Signs) -> Doubles:
+    """Return the rank of the familiarity of queries, lower the more of their words are unknown."""
+    familiar_M = _rank(scale.familiarity, signs.familiarity_M)
+    return familiar_M / (1 + STRANGENESS * signs.unknown_M)
 
 
 def _rank(quantiles_Q: tuple[float, ...], values_K: Doubles) -> Doubles:
@@ -270,27 +333,36 @@ def load(folder: Path, content: Mapping[str, Any], dim: int) -> Relevance | None
         with np.load(file, allow_pickle=False) as arrays:
             null_RD, bank_BD = arrays["null"], arrays["bank"]
         languages = content["relevance"]["languages"]
-        scales = {name: _scale_of(part["scale"]) for name, part in languages.items()}
+        scales = {
+            name: Scales(*(_scale_of(part[kind]) for kind in ("long", "short")))
+            for name, part in languages.items()
+        }
         fits = all(v.dtype == np.float16 and v.shape[1:] == (dim,) for v in (null_RD, bank_BD))
-        if not fits or not len(null_RD) or ALL not in scales:
+        known = ALL in scales and all(part.long or part.short for part in scales.values())
+        if not fits or not len(null_RD) or not known:
             raise ValueError("not of this store")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise StoreError(f"{file}: relevance cannot be read: {error}") from None
     return Relevance(null_RD, bank_BD, scales)
 
 
-def _scale_of(content: Mapping[str, Any]) -> Scale:
-    lists = ("lift", "familiarity", "weights")
-    lift, familiarity, weights = (tuple(map(float, content[name])) for name in lists)
+def _scale_of(content: Mapping[str, Any] | None) -> Scale | None:
+    if content is None:
+        return None
+    lists = ("lift", "familiarity", "known", "weights")
+    lift, familiarity, known, weights = (tuple(map(float, content[name])) for name in lists)
     return Scale(
-        lift, float(content["unlikely"]), float(content["likely"]), familiarity,
-        int(content.get("shortest", 0)), weights,
-    )  # fmt: skip
+        lift, float(content["unlikely"]), float(content["likely"]), familiarity, known, weights
+    )
 
 
-def to_json(scale: Scale) -> dict[str, Any]:
+def to_json(scale: Scale | None) -> dict[str, Any] | None:
     """Return a scale as it stands in index.json, its numbers in six digits."""
-    return {
-        name: [float(f"{v:.6g}") for v in value] if isinstance(value, tuple) else value
-        for name, value in asdict(scale).items()
-    }
+    return (
+        None
+        if scale is None
+        else {
+            name: [float(f"{v:.6g}") for v in value] if isinstance(value, tuple) else value
+            for name, value in asdict(scale).items()
+        }
+    )

@@ -21,7 +21,7 @@ from mmalign.search import fusion, lexical
 from mmalign.search.duplicates import SAMPLE, threshold
 from mmalign.search.filters import as_sql
 from mmalign.search.fusion import Fused
-from mmalign.search.lexical import Lexical, Matches
+from mmalign.search.lexical import Lexical, Matches, Postings
 from mmalign.search.query import Selection
 from mmalign.search.relevance import Judgement, Relevance, load
 from mmalign.store import Store
@@ -83,6 +83,7 @@ class Snapshot:
         store.open_all()
         self._indexes: dict[tuple[str, bool], Index] = {}
         self._relevance: list[Relevance | None] = []
+        self._kept: list[Postings | None] = []
         self._lexical: list[Lexical] = []
         # Reading all captions takes seconds, during which queries without words go on.
         self._lexical_lock = threading.Lock()
@@ -139,24 +140,43 @@ class Snapshot:
         """Judge the hits of a text; None if nothing is calibrated for them."""
         if not text or to != self.main or self.relevance is None:
             return None
-        return self.relevance.judge(vector_D, scores_K, text)
+        return self.relevance.judge(vector_D, scores_K, text, self._unknown(self.relevance, text))
+
+    def _unknown(self, relevance: Relevance, text: str) -> float:
+        """Return how much of what a text says is in no caption, see `Lexical.unknown`."""
+        if not relevance.reads_words(text):
+            return 0.0
+        kept = self._kept_words()
+        # Captions of rows that came after the index are only read for words that it does not have.
+        if kept is not None and not Lexical([kept]).unknown(text):
+            return 0.0
+        return self.lexical.unknown(text)
 
     @property
     def lexical(self) -> Lexical:
         """The words of all captions: those of the index, and of rows that came after it."""
+        kept = self._kept_words()
         with self._lexical_lock:
             if not self._lexical:
-                self._lexical.append(self._load_lexical())
+                self._lexical.append(lexical.open_lexical(self.store, kept))
             return self._lexical[0]
 
-    def _load_lexical(self) -> Lexical:
+    def _kept_words(self) -> Postings | None:
+        """Return the words that the index keeps; None if there is none, or they are damaged."""
+        with self._lock:
+            if not self._kept:
+                self._kept.append(self._load_words())
+            return self._kept[0]
+
+    def _load_words(self) -> Postings | None:
         folder = self.store.index_folder
-        if folder is not None:
-            try:
-                return lexical.open_lexical(self.store, lexical.load(folder, describe(folder)))
-            except StoreError as error:
-                self._warn_of_words(error)
-        return lexical.open_lexical(self.store, None)
+        if folder is None:
+            return None
+        try:
+            return lexical.load(folder, describe(folder))
+        except StoreError as error:
+            self._warn_of_words(error)
+            return None
 
     def _warn_of_words(self, error: StoreError) -> None:
         remedy = shell_command("index", self.store.path)
@@ -250,7 +270,8 @@ class Snapshot:
         if not text or to != self.main or self.relevance is None or not self.relevance.on_captions:
             return None
         likely_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-        least = self.relevance.likely_score(vector_D, text)
+        unknown = self._unknown(self.relevance, text)
+        least = self.relevance.likely_score(vector_D, text, unknown)
         vectors = VectorReader(self.store.vectors(to), self._live_vectors(to))
         owners_N = self.owners(to)
         for numbers_B, block_BD in vectors.blocks() if least <= 1 else ():

@@ -6,6 +6,7 @@ without spaces: their words are the pairs of neighbouring characters, and single
 
 import re
 import unicodedata
+from itertools import pairwise
 
 # Kana, Han characters, and the iteration mark.
 _CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
@@ -34,6 +35,24 @@ def asked_words(text: str) -> list[str]:
     for run, is_cjk in _runs(text):
         words |= dict.fromkeys(_pairs(run) if is_cjk and len(run) > 1 else [run])
     return list(words)
+
+
+def said_by(text: str) -> dict[str, list[str]]:
+    """Return each word or Chinese character of a query, and the words any of which has it in it.
+
+    A Chinese character says little by itself: it counts as part of a pair that it stands in.
+
+    >>> said_by("red 红裙子"), said_by("狗")
+    ({'red': ['red'], '红': ['红裙'], '裙': ['红裙', '裙子'], '子': ['裙子']}, {'狗': ['狗']})
+    """
+    said: dict[str, list[str]] = {}
+    for run, is_cjk in _runs(text):
+        if not is_cjk or len(run) == 1:
+            said.setdefault(run, []).append(run)
+            continue
+        for character, pairs in zip(run, pairwise(["", *_pairs(run), ""]), strict=True):
+            said.setdefault(character, []).extend(filter(None, pairs))
+    return said
 
 
 def _runs(text: str) -> list[tuple[str, bool]]:

@@ -57,7 +57,7 @@ def write(path: Path, captions: bool = True, first: int = 0) -> Path:
     with Writer(path, CARD, 100) as writer:
         for number in range(ROWS):
             topic = first + number % KNOWN
-            words = (f"thing {topic}, no {number}", f"东西 {topic}, 第{number}") * captions
+            words = (f"thing {topic}, no {number}", f"物{topic}第{number}") * captions
             texts = [drawn(topic, 1000 + number + 5000 * i, 0.5) for i in range(len(words))]
             vectors = np.array(texts).reshape(-1, DIM)
             image = drawn(topic, 100_000 + number, -0.5)

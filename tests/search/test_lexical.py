@@ -245,3 +245,19 @@ def test_the_best_rows_are_those_of_a_sort() -> None:
     for count in (1, 20, 90, 500):
         assert sorted(fusion.best_rows(matches, allowed, count)) == sorted(wanted[:count])
     assert [fusion.depth(n) for n in (1, 256, 257, 5000)] == [256, 256, 1024, 16384]
+
+
+def test_how_much_of_a_text_is_in_no_caption() -> None:
+    rows = [["a red dog"], ["a dog", "红色的狗"], ["the dog"]]
+    words = lexical.Lexical([lexical.postings(iter(rows[:2])), lexical.postings(iter(rows[2:]))])
+    assert words.unknown("RED dog") == words.unknown("") == words.unknown("!?") == 0
+    assert words.unknown("pangolin") == 1
+    assert 0.3 < words.unknown("a dog, a pangolin") < 1
+    # Without the only row that has it.
+    assert words.unknown("red", np.array([0])) == 1
+    assert words.unknown("dog", np.array([0, 1])) == 0
+    assert words.unknown("the", np.array([2])) == 1
+    # A Chinese character counts as part of a pair.
+    assert words.unknown("红色") == 0
+    assert words.unknown("色红") == 1
+    assert 0 < words.unknown("红色的猫") < 1

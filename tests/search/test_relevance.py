@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 from click.testing import CliRunner, Result
 from many_threads import together
 from store_samples import flip
-from topic_store import CARD, KNOWN, ROWS, TOPICS, Drawn, drawn, text_vector, write
+from topic_store import CARD, KNOWN, ROWS, TOPICS, Drawn, drawn, text_vector, write, write_takes
 
 from mmalign import Query, Searcher, open_store
 from mmalign.cli.main import main
 from mmalign.errors import ModelError
-from mmalign.search import calibrate, relevance
+from mmalign.search import calibrate, questions, relevance
 from mmalign.search.build import build_index
+from mmalign.search.lexical import open_lexical
 from mmalign.search.phrases import PER_LANGUAGE, every_phrase, phrases, told_by
+from mmalign.search.relevance import Relevance
 from mmalign.search.snapshot import Snapshot
 from mmalign.store import Row, Writer, delete, pair_vectors, verify
 
@@ -276,6 +279,9 @@ def test_a_phrase_is_there_if_captions_name_its_thing_with_what_is_said_of_it() 
     assert not {"a black dog", "a red cat", "box"} & there
     assert "a small box" in not_there
     assert not {"dog", "a blue dog", "cat"} & not_there
+    # One row may name it several times.
+    assert not told_by(captions, "other", [7, 7, 7], 2)[0]
+    assert told_by(["a dog", "the dog"], "other", [1, 2], 2)[0]
     there, not_there = ({p.text for p in part} for part in told_by(["一只红色的狗"], "zh"))
     assert there == {"狗", "一张狗的照片", "红色的狗"}
     assert "一个小小的猫" in not_there
@@ -328,11 +334,12 @@ def test_short_queries_are_accepted_as_often_as_captions(
 
 def test_few_rows_are_not_calibrated(tmp_path: Path) -> None:
     with Writer(tmp_path / "few.store", CARD) as writer:
-        for number in range(calibrate.MIN_ROWS - 1):
+        for number in range(questions.MIN_ROWS - 1):
             image = drawn(number, 1, -0.5)
             vectors = pair_vectors(image, image[None])
             writer.add(Row(f"id{number}", f"{number}.jpg", (f"a {number}",), vectors))
-    assert calibrate.calibrate(open_store(tmp_path / "few.store"), lambda _: np.zeros(0)) is None
+    store = open_store(tmp_path / "few.store")
+    assert calibrate.calibrate(store, open_lexical(store, None), lambda _: np.zeros(0)) is None
 
 
 def test_relevance_is_never_learned_to_fall_with_a_sign() -> None:
@@ -387,12 +394,88 @@ def test_json_says_whether_anything_was_found(built: Path, monkeypatch: pytest.M
         assert {"relevance", "level"} <= set(answer["hits"][0])
 
 
-def test_a_text_much_shorter_than_all_captions_is_not_rejected(built: Path) -> None:
-    """Nobody knows how such texts score where the captions name no phrase of the bank."""
-    kept = Snapshot(open_store(built)).relevance
-    assert kept is not None
-    shortest = kept.scales["other"].shortest
-    assert 3 < shortest < len("thing 4, no 4")
+def long_captions(path: Path, named: Callable[[int], str] = "thing {}".format) -> Path:
+    """Write a store all of whose captions are long and in English."""
+    with Writer(path, CARD, 100) as writer:
+        for number in range(ROWS):
+            topic = number % KNOWN
+            words = (f"today we have seen one {named(topic)} here",)
+            vectors = drawn(topic, 1000 + number, 0.5)[None]
+            image = drawn(topic, 100_000 + number, -0.5)
+            writer.add(Row(f"id{number}", f"{number}.jpg", words, pair_vectors(image, vectors)))
+    return path
+
+
+def calibrated(path: Path) -> Relevance:
+    known = Snapshot(open_store(path)).relevance
+    assert known is not None
+    return known
+
+
+def test_short_texts_are_not_rejected_where_nothing_tells_how_they_score(tmp_path: Path) -> None:
+    path = long_captions(tmp_path / "long.store")
+    # No model encodes short queries, and no caption is one.
+    build_index(path)
+    known = calibrated(path)
+    assert known.scales["other"].short is None
     absent, scores = text_vector("of no topic"), np.array([-0.2], np.float32)
-    assert kept.judge(absent, scores, "x" * shortest).levels_K == ("unlikely",)
-    assert kept.judge(absent, scores, "x" * (shortest - 1)).levels_K == ("maybe",)
+    assert known.judge(absent, scores, "x" * 25).levels_K == ("unlikely",)
+    assert known.judge(absent, scores, "x" * 24).levels_K == ("maybe",)
+
+
+def test_captions_of_a_narrow_subject_give_short_queries_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = long_captions(tmp_path / "narrow.store")
+    monkeypatch.setattr("mmalign.search.build.model_of", lambda *_: Drawn())
+    build_index(path)
+    assert calibrated(path).scales["other"].short is not None
+    assert part_of(path)["languages"]["other"]["phrases"]["present"]["phrases"] > 100
+
+
+def test_a_text_of_unknown_words_has_to_be_more_familiar(tmp_path: Path) -> None:
+    topics = [n % KNOWN for n in range(ROWS)]
+    path = write_takes(tmp_path / "known.store", topics, lambda _, topic: f"thing {topic}")
+    build_index(path)
+    known = calibrated(path)
+    vectors = [text_vector(f"topic {n}") for n in range(KNOWN)]
+    scores = np.array([0.5], np.float32)
+
+    def rejected(unknown: float) -> float:
+        judged = [known.judge(vector, scores, "topic", unknown) for vector in vectors]
+        return float(np.mean([part.nothing for part in judged]))
+
+    assert rejected(0) <= rejected(0.3) <= rejected(1)
+    assert rejected(0) < rejected(1) < 0.5
+
+
+def test_words_count_only_in_a_language_of_the_captions(tmp_path: Path) -> None:
+    path = long_captions(tmp_path / "english.store")
+    build_index(path)
+    known = calibrated(path)
+    assert known.reads_words("a dog")
+    assert not known.reads_words("一只狗")
+
+
+def test_words_of_rows_that_came_after_the_index_are_known(indexed: Path) -> None:
+    def unknown(text: str) -> float:
+        snapshot = Snapshot(open_store(indexed))
+        assert snapshot.relevance is not None
+        return snapshot._unknown(snapshot.relevance, text)
+
+    assert unknown("thing 4") == 0
+    assert unknown("a pangolin") == 1
+    with Writer(indexed, CARD) as writer:
+        vectors = pair_vectors(drawn(1, 1, -0.5), drawn(1, 1, 0.5)[None])
+        writer.add(Row("new", "new.jpg", ("A pangolin",), vectors))
+    assert unknown("a pangolin") == 0
+
+
+@pytest.mark.parametrize("language", relevance.SHORT)
+def test_runs_of_words_are_short_parts_of_their_caption(language: str) -> None:
+    rng = np.random.default_rng(0)
+    captions = ["", " ", "dog.", "a red dog, on the beach!", "一只红色的狗，在沙滩上。", "x" * 99]
+    for caption in captions * 50:
+        run = questions.run_of(caption, language, rng)
+        assert relevance.is_short(run)
+        assert "".join(run.split()) in "".join(caption.split())
