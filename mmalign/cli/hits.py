@@ -80,7 +80,7 @@ def json_fields(hit: "Hit") -> dict[str, Any]:
 def _print_table(hits: "Hits") -> None:
     for hit in hits:
         words = hit.caption or (hit.captions[0] if hit.captions else "")
-        score = f"{hit.score:.3f}" if hits.query.items else "-    "
+        score = f"{hit.score:.3f}" if hits.query.is_ranked else "-    "
         level = f"  {hit.level:<8}" if hit.level else ""
         by_words = "  words" if hit.words else ""
         alike = f"  +{len(hit.like)} alike" if hit.like else ""
@@ -120,7 +120,7 @@ def _rows(hits: "Hits") -> Iterator[list[str]]:
     for hit in hits:
         values = {
             **vars(hit),
-            "score": hit.score if hits.query.items else None,
+            "score": hit.score if hits.query.is_ranked else None,
             "caption": next(iter(hit.captions), None) if hit.caption is None else hit.caption,
             "position": None if hit.position is None else list(hit.position),
             "like": json.dumps(hit.like, ensure_ascii=False) if hit.like else None,
@@ -151,6 +151,8 @@ def _without_controls(cell: str) -> str:
 
 def _is_plain(read_as: dict[str, Any]) -> bool:
     """Return whether a query is one text or file, without weight, filter or phrase."""
+    if not read_as["parts"]:  # examples alone
+        return True
     (part, *others) = read_as["parts"]
     return (
         not others

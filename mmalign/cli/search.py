@@ -31,6 +31,14 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
     shell_complete=PLACE.shell_complete,  # the last one may be an image
 )  # fmt: skip
 @click.argument("query")
+@click.option(
+    "--more", multiple=True, metavar="ID", type=TEXT,
+    help="More like this row; may be given several times, and without QUERY.",
+)  # fmt: skip
+@click.option(
+    "--less", multiple=True, metavar="ID", type=TEXT,
+    help="Less like this row; may be given several times.",
+)  # fmt: skip
 @click.option("-k", default=10, show_default=True, help="Number of results.")
 @click.option("--offset", default=0, show_default=True, help="Results to skip at the start.")
 @click.option(
@@ -48,7 +56,7 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
 )  # fmt: skip
 @click.option(
     "--group/--no-group", default=None,
-    help="Show near-duplicates as one hit; the default for the table of one store.",
+    help="Show near-duplicates as one hit; the default for the table.",
 )  # fmt: skip
 @click.option("--open", "opens", is_flag=True, help="Open the image files of the hits, at most 10.")
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
@@ -66,6 +74,8 @@ def search(
     *,
     stores: tuple[Path, ...],
     query: str,
+    more: tuple[str, ...],
+    less: tuple[str, ...],
     k: int,
     offset: int,
     to: Any,
@@ -92,6 +102,9 @@ def search(
     A folder of images may stand in the place of a store. Its new and changed images are embedded
     first, into a store that is kept in your cache folder, or with --here in the folder.
 
+    --more and --less turn the query by rows that you name, as hits of a search before, and leave
+    these rows out. With --more the query may be left out.
+
     If an index was built, hits of a text are likely, maybe or unlikely what was asked for; the exit
     code is 1 if all are unlikely, or there is none.
 
@@ -105,6 +118,7 @@ def search(
               mmalign search photos.store "@cat.jpg + snow - 0.5:grass"
               mmalign search photos.store "dress ! stripes price:<20"
               mmalign search photos.store scans.store "Prof. Zorvex" --lexical
+              mmalign search photos.store "dress" --more a.jpg --more b.jpg --less c.jpg
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
               mmalign search photos.store "red" -k 100 --csv
     """
@@ -116,6 +130,8 @@ def search(
         from mmalign.search.several import MultiSearcher
 
     typed = query
+    if (more or less) and Path(query).is_dir():
+        stores, typed = (*stores, FolderPath().convert(query, None, None)), ""
     form = chosen(formats)
     _refuse_loose_words(stores, typed)
     if sheet:
@@ -123,7 +139,7 @@ def search(
 
         check_sheet(Path(sheet))
     opened = _opened(stores, model, here=here, yes=yes)
-    asked = _query(typed, {name: None for store in opened for name in store.fields})
+    asked = _query(typed, {name: None for store in opened for name in store.fields}, more, less)
     read_as = asked.read_as
     asked = _with_images(asked, typed)
     encoder = model_of(opened[0], model)
@@ -132,7 +148,7 @@ def search(
         MultiSearcher(opened, encoder) if others else Searcher(first, encoder)
     )
     if group is None:
-        group = bool(asked.items) and form == "table" and not others
+        group = asked.is_ranked and form == "table"
     started = time.perf_counter()
     hits = searcher.search(
         asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical,
@@ -212,7 +228,22 @@ def _tiles(stores: "Sequence[Store]", hits: "Sequence[Hit]") -> "list[Tile]":
     return [t for hit in hits for t in tiles_of(held.get(hit.store or "", stores[0]), [hit])]
 
 
-def _query(typed: str, fields: Iterable[str]) -> "Query":
+def _query(
+    typed: str, fields: Iterable[str], more: Sequence[str] = (), less: Sequence[str] = ()
+) -> "Query":
+    """Read a query and its examples; without words, it is of examples alone."""
+    from dataclasses import replace
+
+    from mmalign.items import Row
+    from mmalign.search.query import Query
+
+    like, unlike = tuple(map(Row, more)), tuple(map(Row, less))
+    if (more or less) and not typed.strip():
+        return Query((), more=like, less=unlike)
+    return replace(_typed_query(typed, fields), more=like, less=unlike)
+
+
+def _typed_query(typed: str, fields: Iterable[str]) -> "Query":
     """Read a query: the name of a file, or the query language, where `@path` is a file.
 
     The name of an existing file is never searched as text, as nobody would notice; a name that

@@ -8,6 +8,9 @@ filters.py    filters of a query -> SQL
 exclusion.py  which rows a query leaves out
 searcher.py   query -> hits
 answers.py    encoded queries -> hits of one generation of a store
+searched.py   one store or several, searched together
+candidates.py rows that may be hits, of all stores in one order
+feedback.py   a query turned by examples
 diversity.py  hits that are unlike each other
 duplicates.py near-duplicates as one hit
 words.py      text -> the words it is found by

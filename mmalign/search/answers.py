@@ -1,21 +1,22 @@
-"""Queries that are encoded, answered from one generation of a store.
+"""Queries that are encoded, answered from one generation of one store or several.
 
-Shapes: M queries, G queries of one group, D dimensions, K candidates, N rows of the store.
+Shapes: M queries, G queries of one group, D dimensions, J candidates of all stores, N rows of one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import overload
 
 import numpy as np
 
 from mmalign.arrays import Bools, Floats, Ints
+from mmalign.search.candidates import Candidates, Joined
 from mmalign.search.diversity import candidates, diverse_order
 from mmalign.search.duplicates import MOST, groups
 from mmalign.search.exclusion import Excluded, left_out
 from mmalign.search.fusion import depth
 from mmalign.search.query import Query, Selection
+from mmalign.search.searched import Searched
 from mmalign.search.snapshot import Hit, Snapshot
 
 
@@ -44,188 +45,185 @@ class Hits(Sequence[Hit]):
 
 
 def answers(
-    snapshot: Snapshot,
+    searched: Searched,
     queries: Sequence[Query],
     vectors_MD: Floats,
     excluded: Mapping[int, list[Excluded]],
     *,
     extra: Sequence[str],
-    elsewhere: Iterable[str] = (),
 ) -> list[Hits]:
     """Answer queries that are encoded.
 
     Args:
-        snapshot: What is searched.
+        searched: What is searched.
         queries: The queries.
         vectors_MD: Their vectors, see `encode_queries`.
         excluded: The excluded items of queries, see `encode_queries`.
         extra: Columns to read, see `Snapshot.hits`.
-        elsewhere: Fields that only other stores have, see `Snapshot.selected`.
     """
-    selections = {query.selection for query in queries}
-    selected = {s: snapshot.selected(s, elsewhere) for s in selections}
+    selections = {query.selection: searched.fields for query in queries}
+    selected = {
+        selection: [snapshot.selected(selection, fields) for snapshot in searched.snapshots]
+        for selection, fields in selections.items()
+    }
     found: dict[int, Hits] = {}
-    for asked, numbers in _group_by_search(queries, snapshot).items():
-        vectors_GD = vectors_MD[numbers] if asked.by_vector else None
-        selected_N = selected[asked.selection]
-        if asked.excluding is not None:
-            query_D = None if vectors_GD is None else vectors_GD[0]
-            left_out_N = left_out(snapshot, excluded[asked.excluding], query_D, asked.to)
-            selected_N = ~left_out_N if selected_N is None else selected_N & ~left_out_N
-        group = [queries[number] for number in numbers]
-        hits = _found(snapshot, asked, group, vectors_GD, selected_N, extra=extra)
+    for asked, numbers in _group_by_search(queries).items():
+        group, vectors_GD = [queries[number] for number in numbers], vectors_MD[numbers]
+        masks = selected[asked.selection]
+        if asked.alone is not None:
+            (query,) = group
+            query_D = vectors_GD[0] if query.is_ranked else None
+            out = excluded.get(asked.alone, ())
+            masks = [
+                _without(snapshot, query, query_D, out, mask_N)
+                for snapshot, mask_N in zip(searched.snapshots, masks, strict=True)
+            ]
+        if asked.is_ranked:
+            hits = _found(searched, asked, group, vectors_GD, masks, extra=extra)
+        else:
+            hits = [_listed(searched, query, masks, extra) for query in group]
         found |= zip(numbers, hits, strict=True)
     return [found[number] for number in range(len(queries))]
-
-
-def _text_of(query: Query) -> str | None:
-    """Return the words of a query, if relevance is known for it: texts, none of them subtracted."""
-    items = [(item, weight) for item, weight in query.items if isinstance(item, str) and weight > 0]
-    return " ".join(item for item, _ in items) if len(items) == len(query.items) else None
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What queries that are searched in one call have in common."""
 
-    to: str
+    to: str | None
     selection: Selection
     exact: bool
-    kind: str
+    kind: str | None
     wanted: int
-    by_vector: bool
-    excluding: int | None
-    """The number of a query that excludes items, which is searched alone."""
+    is_ranked: bool
+    alone: int | None
+    """The number of a query that leaves out rows of its own, which is searched alone."""
+
+
+def _without(
+    snapshot: Snapshot,
+    query: Query,
+    query_D: Floats | None,
+    excluded: Sequence[Excluded],
+    selected_N: Bools | None,
+) -> Bools:
+    """Return which rows (N,) are selected and neither excluded nor examples of the query."""
+    left_out_N = np.zeros(snapshot.store.manifest.physical_rows, np.bool_)
+    if excluded:
+        left_out_N |= left_out(snapshot, excluded, query_D, snapshot.target(query.to))
+    if query.examples and len(snapshot.store):
+        numbers = snapshot.store.find(query.examples)
+        left_out_N[numbers[numbers >= 0]] = True
+    return ~left_out_N if selected_N is None else selected_N & ~left_out_N
 
 
 def _found(
-    snapshot: Snapshot,
+    searched: Searched,
     asked: _Asked,
     queries: Sequence[Query],
-    vectors_MD: Floats | None,
-    selected_N: Bools | None,
+    vectors_MD: Floats,
+    masks: Sequence[Bools | None],
     *,
     extra: Sequence[str],
 ) -> list[Hits]:
     """Answer queries that can be searched in one call.
 
     Args:
-        snapshot: What is searched.
+        searched: What is searched.
         asked: What they have in common.
         queries: The queries.
-        vectors_MD: Their vectors; None if they have no items, then rows are listed.
-        selected_N: Which rows may be found; None for all.
+        vectors_MD: Their vectors.
+        masks: Which rows (N,) of each store may be found; None for all.
         extra: Columns to read, see `Snapshot.hits`.
     """
-    if vectors_MD is None:
-        return [_listed(snapshot, q, selected_N, extra) for q in queries]
-    scores_MK, numbers_MK = snapshot.find(
-        vectors_MD, asked.wanted, kind=asked.kind, to=asked.to, exact=asked.exact,
-        allowed_N=snapshot.allowed(asked.to, selected_N),
-    )  # fmt: skip
-    return [
-        _answer(
-            snapshot, asked, q, vector_D, (scores_K, numbers_K), selected_N=selected_N, extra=extra
-        )
-        for q, vector_D, scores_K, numbers_K in zip(
-            queries, vectors_MD, scores_MK, numbers_MK, strict=True
-        )
-    ]
+    parts: list[list[Candidates]] = [[] for _ in queries]
+    for snapshot, mask_N in zip(searched.snapshots, masks, strict=True):
+        to = snapshot.target(asked.to)
+        scores_MK, numbers_MK = snapshot.find(
+            vectors_MD, asked.wanted, kind=asked.kind or snapshot.main, to=to, exact=asked.exact,
+            allowed_N=snapshot.allowed(to, mask_N),
+        )  # fmt: skip
+        for i, query in enumerate(queries):
+            near = scores_MK[i], numbers_MK[i]
+            parts[i].append(
+                Candidates.of(snapshot, query, vectors_MD[i], near, to=to, selected_N=mask_N)
+            )
+    found = []
+    for i, query in enumerate(queries):
+        hits = _answer(searched, asked, query, parts[i], extra)
+        if hits is None:
+            wider = replace(asked, wanted=min(4 * asked.wanted, MOST))
+            (hits,) = _found(searched, wider, [query], vectors_MD[i : i + 1], masks, extra=extra)
+        found.append(hits)
+    return found
 
 
 def _answer(
-    snapshot: Snapshot,
+    searched: Searched,
     asked: _Asked,
     query: Query,
-    vector_D: Floats,
-    near: tuple[Floats, Ints],
-    *,
-    selected_N: Bools | None,
+    parts: Sequence[Candidates],
     extra: Sequence[str],
-) -> Hits:
-    """Choose the hits of one query from what is near to it, or has its words.
+) -> Hits | None:
+    """Choose the hits of one query; None if more of the nearest rows have to be looked at.
 
-    Something is found as well if a row has all the words. If there are too few groups of
-    near-duplicates, more of the nearest rows are looked at.
+    More are looked at if there are too few groups of near-duplicates.
     """
-    to = asked.to
-    is_found_K = near[1] >= 0
-    scores_K, numbers_K = near[0][is_found_K], near[1][is_found_K]
-    is_all = len(numbers_K) < asked.wanted
-    fused = None
-    if query.lexical:
-        matches = snapshot.match(query.words)
-        fused = snapshot.fuse(vector_D, near, to, matches, selected_N)
-        scores_K, numbers_K = fused.scores_K, fused.numbers_K
-    rows_K = snapshot.rows_of(numbers_K, to)
-    order, first_K = _arranged(snapshot, query, scores_K, rows_K)
-    too_few = query.group and len(np.unique(first_K)) < _chosen_from(query)
+    joined = Joined.of(parts, asked.wanted)
+    order, first_J = _arranged(searched, query, joined)
+    is_all = sum(part.near for part in parts) < asked.wanted
+    too_few = query.group and len(np.unique(first_J)) < _chosen_from(query)
     if too_few and not is_all and asked.wanted < MOST:
-        wider = replace(asked, wanted=min(4 * asked.wanted, MOST))
-        return _found(snapshot, wider, [query], vector_D[None], selected_N, extra=extra)[0]
-    judged = snapshot.judge(vector_D, scores_K, to, _text_of(query))
-    nothing = None if len(scores_K) else True
-    if judged and judged.is_calibrated:
-        nothing = judged.nothing
-        if fused:
-            nothing = all(level == "unlikely" for level in judged.levels_K) and not fused.complete
+        return None
     page = order[query.offset : query.offset + query.k]
-    hits = snapshot.hits(
-        scores_K[page], numbers_K[page], to, first=query.offset + 1, extra=extra,
-        judged=judged and judged.of(page),
-    )  # fmt: skip
-    if fused:
-        told = zip(hits, page.tolist(), strict=True)
-        hits = [
-            replace(hit, words=float(fused.words_K[i]), found_by=fused.found_by_K[i])
-            for hit, i in told
-        ]
+    hits = joined.hits(page, first=query.offset + 1, extra=extra, named=searched.named)
     if query.group:
-        likes = [rows_K[np.flatnonzero(first_K == place)[1:]] for place in page.tolist()]
-        others = snapshot.store.rows(np.concatenate([*likes, rows_K[:0]]), ("id",))
-        ids = (row["id"] for row in others)
-        hits = [
-            replace(hit, like=tuple(islice(ids, len(like_L))))
-            for hit, like_L in zip(hits, likes, strict=True)
-        ]
-    return Hits(query, tuple(hits), nothing)
+        likes = joined.ids([np.flatnonzero(first_J == place)[1:] for place in page.tolist()])
+        hits = [replace(hit, like=like) for hit, like in zip(hits, likes, strict=True)]
+    return Hits(query, tuple(hits), joined.nothing_found)
 
 
-def _arranged(
-    snapshot: Snapshot, query: Query, scores_K: Floats, rows_K: Ints
-) -> tuple[Ints, Ints]:
+def _arranged(searched: Searched, query: Query, joined: Joined) -> tuple[Ints, Ints]:
     """Return the candidates that are hits, in their order, and the first of each one's group."""
-    every_K = first_K = order = np.arange(len(rows_K))
+    every_J = first_J = order = np.arange(len(joined.part_J))
     if not (query.group or query.diversity):
-        return order, first_K
-    vectors_KD = snapshot.vectors_of(rows_K)
+        return order, first_J
+    vectors_JD = joined.vectors_JD
     if query.group:
-        first_K = groups(vectors_KD, snapshot.duplicate_threshold)
-        order = np.flatnonzero(first_K == every_K)
+        first_J = groups(vectors_JD, searched.duplicate_threshold)
+        order = np.flatnonzero(first_J == every_J)
     if query.diversity:
         count = query.k + query.offset
-        chosen = diverse_order(scores_K[order], vectors_KD[order], query.diversity, count)
-        order = order[chosen]
-    return order, first_K
+        scores_J = joined.scores_J[order]
+        order = order[diverse_order(scores_J, vectors_JD[order], query.diversity, count)]
+    return order, first_J
 
 
 def _listed(
-    snapshot: Snapshot, query: Query, selected_N: Bools | None, extra: Sequence[str]
+    searched: Searched, query: Query, masks: Sequence[Bools | None], extra: Sequence[str]
 ) -> Hits:
-    """List rows, of which none is nearer than another; the first page tells whether there are."""
-    hits = snapshot.listed(selected_N, first=query.offset + 1, k=query.k, extra=extra)
-    any_row = hits or snapshot.listed(selected_N, first=1, k=1, extra=())
-    return Hits(query, tuple(hits), None if any_row else True)
+    """List rows, of which none is nearer than another, store after store."""
+    hits: list[Hit] = []
+    before = 0
+    for snapshot, mask_N in zip(searched.snapshots, masks, strict=True):
+        first = max(0, query.offset - before) + 1
+        listed = snapshot.listed(mask_N, first=first, k=query.k - len(hits), extra=extra)
+        if searched.named:
+            listed = [replace(hit, store=str(snapshot.store.path)) for hit in listed]
+        hits += listed
+        before += snapshot.count(mask_N)
+    ranks = range(query.offset + 1, query.offset + 1 + len(hits))
+    ranked = (replace(hit, rank=rank) for hit, rank in zip(hits, ranks, strict=True))
+    return Hits(query, tuple(ranked), None if before else True)
 
 
-def _group_by_search(queries: Sequence[Query], snapshot: Snapshot) -> dict[_Asked, list[int]]:
+def _group_by_search(queries: Sequence[Query]) -> dict[_Asked, list[int]]:
     """Group the numbers of queries that can be searched in one call."""
     groups: dict[_Asked, list[int]] = {}
     for number, q in enumerate(queries):
         asked = _Asked(
-            snapshot.target(q.to), q.selection, q.exact, q.kind or snapshot.main,
-            _wanted(q),
-            by_vector=bool(q.items), excluding=number if q.excluded else None,
+            q.to, q.selection, q.exact, q.kind, _wanted(q), q.is_ranked,
+            alone=number if q.excluded or q.examples else None,
         )  # fmt: skip
         groups.setdefault(asked, []).append(number)
     return groups

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmalign.errors import UsageError
 from mmalign.items import Row, kind_of
-from mmalign.modality import OTHER_KINDS
+from mmalign.modality import OTHER_KINDS, TEXT
 from mmalign.search.grammar import Condition, Reading, Term, quoted_words, read
 
 
@@ -33,8 +33,8 @@ class Query:
 
     items: tuple[tuple[Any, float], ...]
     """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
-    negative weight moves away from an item. See `mmalign.items` for what an item is. Without items,
-    the selected rows come in the order of the store."""
+    negative weight moves away from an item. See `mmalign.items` for what an item is. Without items
+    and examples, the selected rows come in the order of the store."""
     to: str | None = None
     """The modality by whose vectors rows are found: "text" for their captions. None is the main one
     of the store, as a rule "image"."""
@@ -59,10 +59,23 @@ class Query:
     """Only rows with each of these in a caption, in upper or lower case, of any width."""
     conditions: tuple[Condition, ...] = ()
     """Only rows for whose metadata these hold."""
+    more: tuple[Any, ...] = ()
+    """Examples of what is looked for, as `Row`, image or vector; see `mmalign.search.feedback`.
+    Rows named here and in `less` are no hits."""
+    less: tuple[Any, ...] = ()
+    """Examples of what is not."""
 
     def __post_init__(self) -> None:
-        if not (self.items or self.excluded or any(vars(self.selection).values())):
+        if self.less and not self.is_ranked:
+            raise UsageError("less turns a query away from rows: give a query, or rows as more")
+        if not (self.is_ranked or self.excluded or any(vars(self.selection).values())):
             raise UsageError("the query has no item")
+        for example in (*self.more, *self.less):
+            if kind_of(example) == TEXT.name:
+                told = (
+                    f"{example!r} is a text, which belongs in the query; a row is Row({example!r})"
+                )
+                raise UsageError(f"more and less take rows, images and vectors: {told}")
         for item, weight in (*self.items, *((item, 1.0) for item in self.excluded)):
             kind_of(item)
             if isinstance(item, str) and not item.strip():
@@ -78,9 +91,13 @@ class Query:
 
         if not 0 <= self.diversity <= 1:
             raise UsageError(f"diversity={self.diversity} must be from 0 to 1")
-        if self.diversity and not self.items:
+        self._require_ranked_and_by_vectors()
+
+    def _require_ranked_and_by_vectors(self) -> None:
+        """Refuse diversity and groups where they make no sense."""
+        if self.diversity and not self.is_ranked:
             raise UsageError("diversity weighs nearness to a query: filters alone have none")
-        if self.group and not self.items:
+        if self.group and not self.is_ranked:
             raise UsageError("group needs something to search for: filters alone list every row")
         if self.diversity and self.lexical:
             raise UsageError("diversity goes by vectors alone: leave it out, or lexical")
@@ -109,6 +126,16 @@ class Query:
             phrases=tuple(phrase for term in reading.terms for phrase in term.phrases),
             conditions=reading.conditions,
         )
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether rows are ranked by how near they are to something; else they are listed."""
+        return bool(self.items or self.more)
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Return the ids of the rows that are examples."""
+        return tuple(item.id for item in (*self.more, *self.less) if isinstance(item, Row))
 
     @property
     def kind(self) -> str | None:
@@ -169,17 +196,32 @@ class Query:
         return str(self.reading)
 
 
+def _require_no_text(*examples: Any) -> None:
+    for example in examples:
+        if kind_of(example) == TEXT.name:
+            told = f"{example!r} is a text, which belongs in the query; a row is Row({example!r})"
+            raise UsageError(f"more and less take rows, images and vectors: {told}")
+
+
 def as_query(item: Any, **options: Any) -> Query:
     """Make a `Query` from an item, or from a `Query` with the given options replaced.
+
+    None is no item, where there are examples.
 
     Raises:
         ItemError: It is neither.
         UsageError: An item or option is invalid.
     """
     changes = {name: value for name, value in options.items() if value is not None}
+    for name in ("more", "less"):
+        if name in changes:
+            if not isinstance(changes[name], list | tuple):
+                raise UsageError(f"{name} takes a list: {name}=[Row(id)]")
+            changes[name] = tuple(changes[name])
     if isinstance(item, Query):
         return replace(item, **changes)
-    return Query(((item, 1.0),), **changes)
+    only_examples = item is None and ("more" in changes or "less" in changes)
+    return Query(() if only_examples else ((item, 1.0),), **changes)
 
 
 def _item(term: Term) -> Any:

@@ -23,8 +23,10 @@ from mmalign.model import Encoder
 from mmalign.progress import say
 from mmalign.search.answers import Hits, answers
 from mmalign.search.exclusion import Excluded
+from mmalign.search.feedback import turned
 from mmalign.search.model import model_of, require_model_of
 from mmalign.search.query import Query, as_query
+from mmalign.search.searched import Searched
 from mmalign.search.snapshot import Hit, Snapshot
 from mmalign.store import Store, open_store
 
@@ -36,7 +38,12 @@ class _Current:
     """What is searched, and the encoder of its space; replaced as a whole."""
 
     encoder: Encoder
-    snapshot: Snapshot
+    searched: Searched
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Return the one generation."""
+        return self.searched.snapshots[0]
 
 
 class Searcher:
@@ -56,7 +63,7 @@ class Searcher:
             StoreError: A shard of the store is missing or damaged.
         """
         require_model_of(store, encoder)
-        self._current = _Current(encoder, Snapshot(store))
+        self._current = _Current(encoder, Searched([Snapshot(store)]))
         self._refreshing = threading.Lock()
 
     @classmethod
@@ -96,14 +103,16 @@ class Searcher:
                 return False
             if not is_model_of(encoder, newest.manifest.model):
                 encoder = model_of(newest)
-            self._current = _Current(encoder, Snapshot(newest))
+            self._current = _Current(encoder, Searched([Snapshot(newest)]))
             return True
 
     def search(
         self,
-        query: Any,
+        query: Any = None,
         k: int | None = None,
         *,
+        more: Sequence[Any] | None = None,
+        less: Sequence[Any] | None = None,
         to: str | None = None,
         offset: int | None = None,
         where: str | None = None,
@@ -121,8 +130,11 @@ class Searcher:
         Args:
             query: A text, an image, a vector or a `Row`, see `mmalign.items`: a str is always a
                 text. Or a `Query`, also one read by `Query.parse`; the other arguments replace its
-                fields.
+                fields. None with examples alone.
             k: Number of rows, by default 10; fewer if the store has fewer.
+            more: Examples of what is looked for, as `Row`, image or vector: they turn the query,
+                but not far, see `mmalign.search.feedback`. Rows named so are no hits.
+            less: Examples of what is not.
             to: The modality to search: "text" for the captions; by default the main one of the
                 store, as a rule "image".
             offset: Results to skip at the start, by default none.
@@ -144,9 +156,8 @@ class Searcher:
             VectorError: The vector has another number of dimensions, or is not finite.
         """
         parsed = as_query(
-            query, k=k, to=to, offset=offset, where=where, exact=exact, lexical=lexical,
-            diversity=diversity,
-            group=group,
+            query, k=k, more=more, less=less, to=to, offset=offset, where=where, exact=exact,
+            lexical=lexical, diversity=diversity, group=group,
         )  # fmt: skip
         return self._answer([parsed], meta=meta, thumbnails=thumbnails)[0]
 
@@ -189,9 +200,11 @@ class Searcher:
         if isinstance(queries, str | bytes | Query):
             raise UsageError("encode takes a list of queries: encode([query])")
         parsed = [as_query(query) for query in queries]
-        if not all(query.items for query in parsed):
-            raise UsageError("a query without items has no vector")
-        return self.encode_queries(parsed, self.encoder, [self.store])[0]
+        if not all(query.is_ranked for query in parsed):
+            raise UsageError("a query without items and examples has no vector")
+        current = self._current
+        vectors_MD, _ = self.encode_queries(parsed, current.encoder, [current.snapshot.store])
+        return _with_examples(parsed, vectors_MD, current.encoder, current.searched)
 
     def describe_index(self) -> dict[str, Any]:
         """Return kind, rows and measured recall of the index over the images."""
@@ -199,11 +212,26 @@ class Searcher:
 
     def _answer(self, queries: Sequence[Query], *, meta: bool, thumbnails: bool) -> list[Hits]:
         current = self._current  # the same for the whole answer, even if `refresh` is called
-        vectors_MD, excluded = self.encode_queries(
-            queries, current.encoder, [current.snapshot.store]
+        return self.answers_of(
+            queries, current.encoder, current.searched, meta=meta, thumbnails=thumbnails
         )
+
+    @classmethod
+    def answers_of(
+        cls,
+        queries: Sequence[Query],
+        encoder: Encoder,
+        searched: Searched,
+        *,
+        meta: bool,
+        thumbnails: bool,
+    ) -> list[Hits]:
+        """Encode and answer queries, see `search`."""
+        stores = [snapshot.store for snapshot in searched.snapshots]
+        vectors_MD, excluded = cls.encode_queries(queries, encoder, stores)
+        vectors_MD = _with_examples(queries, vectors_MD, encoder, searched)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        return answers(current.snapshot, queries, vectors_MD, excluded, extra=extra)
+        return answers(searched, queries, vectors_MD, excluded, extra=extra)
 
     @staticmethod
     def encode_queries(
@@ -244,6 +272,41 @@ class Searcher:
             words = item if isinstance(item, str) else None
             excluded.setdefault(number, []).append((words, vector_D))
         return vectors_MD, excluded
+
+
+def _with_examples(
+    queries: Sequence[Query], vectors_MD: Floats, encoder: Encoder, searched: Searched
+) -> Floats:
+    """Return the vectors of queries turned by their examples, see `feedback.turned`.
+
+    Without items, the mean of the examples of what is looked for is the query.
+    """
+    stores = [snapshot.store for snapshot in searched.snapshots]
+    parts = [
+        (number, side, _vector_of(item, stores) if isinstance(item, Row) else item)
+        for number, query in enumerate(queries)
+        for side, items in (("more", query.more), ("less", query.less))
+        for item in items
+    ]
+    if not parts:
+        return vectors_MD
+    vectors_ED = encode_items(encoder, [item for *_, item in parts])
+    turned_MD = vectors_MD.copy()
+    for number in {number for number, *_ in parts}:
+        query = queries[number]
+        more_ED, less_ED = (
+            np.array([
+                vector_D for (of, name, _), vector_D in zip(parts, vectors_ED, strict=True)
+                if (of, name) == (number, side)
+            ])
+            for side in ("more", "less")
+        )  # fmt: skip
+        query_D = vectors_MD[number]
+        if not query.items:
+            query_D, more_ED = mean_vector(more_ED), more_ED[:0]
+        turned_D = turned(query_D, more_ED, less_ED, searched.sample(query.to))
+        turned_MD[number] = unit_vector(turned_D, encoder.dim)
+    return turned_MD
 
 
 def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:

@@ -6,21 +6,20 @@ merged: cosines of one space compare. A row is one of its store: rows of the sam
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mmalign.encoding.modalities import is_model_of
 from mmalign.errors import IdentityError, UsageError
 from mmalign.model import Encoder
-from mmalign.search.answers import Hits, answers
-from mmalign.search.fusion import WORDS, depth, fused_order
+from mmalign.search.answers import Hits
 from mmalign.search.model import model_of
 from mmalign.search.query import Query, as_query
+from mmalign.search.searched import Searched
 from mmalign.search.searcher import Searcher
-from mmalign.search.snapshot import Hit, Snapshot
+from mmalign.search.snapshot import Snapshot
 from mmalign.store import Store, open_store
 
 
@@ -28,6 +27,11 @@ from mmalign.store import Store, open_store
 class _Current:
     encoder: Encoder
     snapshots: tuple[Snapshot, ...]
+
+    @cached_property
+    def searched(self) -> Searched:
+        """What is searched; made once, as it keeps what it draws at random."""
+        return Searched(self.snapshots, named=True)
 
 
 class MultiSearcher:
@@ -103,8 +107,8 @@ class MultiSearcher:
             return True
 
     def search(
-        self, query: Any, k: int | None = None, *, meta: bool = False, thumbnails: bool = False,
-        **options: Any,
+        self, query: Any = None, k: int | None = None, *, meta: bool = False,
+        thumbnails: bool = False, **options: Any,
     ) -> Hits:  # fmt: skip
         """Find the k nearest rows of all stores; `Hit.store` names the store of each.
 
@@ -116,7 +120,8 @@ class MultiSearcher:
             k: Likewise.
             meta: Likewise.
             thumbnails: Likewise.
-            options: `to`, `offset`, `where`, `exact` and `lexical`, likewise.
+            options: `more`, `less`, `to`, `offset`, `where`, `exact`, `lexical`, `diversity` and
+                `group`, likewise.
         """
         return self.search_many([query], k, meta=meta, thumbnails=thumbnails, **options)[0]
 
@@ -129,53 +134,9 @@ class MultiSearcher:
             raise UsageError("search_many takes a list of queries; search takes one")
         current = self._current
         asked = [as_query(query, k=k, **options) for query in queries]
-        if any(query.diversity or query.group for query in asked):
-            raise UsageError(
-                "diversity and group compare the rows of one store: search the stores one by one"
-            )
-        stores = [snapshot.store for snapshot in current.snapshots]
-        fields = {name for store in stores for name in store.fields}
-        vectors_MD, excluded = Searcher.encode_queries(asked, current.encoder, stores)
-        extra = ("meta",) * meta + ("thumbnail",) * thumbnails
-        wider = [replace(query, k=_wanted(query), offset=0) for query in asked]
-        found = []
-        for snapshot in current.snapshots:
-            if not len(snapshot.store):
-                continue
-            told = answers(snapshot, wider, vectors_MD, excluded, extra=extra, elsewhere=fields)
-            name = str(snapshot.store.path)
-            found.append([
-                replace(hits, hits=tuple(replace(hit, store=name) for hit in hits))
-                for hits in told
-            ])  # fmt: skip
-        return [_merged(query, [of[i] for of in found]) for i, query in enumerate(asked)]
-
-
-def _wanted(query: Query) -> int:
-    wanted = query.k + query.offset
-    return depth(wanted) if query.lexical else wanted
-
-
-def _merged(query: Query, found: Sequence[Hits]) -> Hits:
-    """Merge the answers of the stores to one query; nothing is found if none found anything."""
-    hits = [hit for answer in found for hit in answer]
-    if query.items:
-        hits = [hits[i] for i in _order(hits, fused=query.lexical)]
-    page = hits[query.offset : query.offset + query.k]
-    told = [answer.nothing_found for answer in found]
-    nothing = False if False in told else None if None in told else True
-    ranked = (replace(hit, rank=query.offset + i) for i, hit in enumerate(page, start=1))
-    return Hits(query, tuple(ranked), nothing)
-
-
-def _order(hits: Sequence[Hit], *, fused: bool) -> list[int]:
-    """Return the numbers of hits from the best to the last."""
-    scores_K = np.array([hit.score for hit in hits], np.float32)
-    if not fused:
-        return np.argsort(-scores_K, kind="stable").tolist()  # type: ignore[no-any-return]
-    words_K = np.array([hit.words for hit in hits], np.float32)
-    by_vector_K = np.array([hit.found_by != WORDS for hit in hits], np.bool_)
-    return fused_order(scores_K, words_K, by_vector_K).tolist()  # type: ignore[no-any-return]
+        return Searcher.answers_of(
+            asked, current.encoder, current.searched, meta=meta, thumbnails=thumbnails
+        )
 
 
 def _require_one_space(stores: Sequence[Store], encoder: Encoder) -> None:

@@ -18,7 +18,6 @@ from mmalign.errors import StoreError, UsageError, nearest, shell_command
 from mmalign.index import Exact, Index, Owners, VectorReader, describe, open_index
 from mmalign.progress import say
 from mmalign.search import fusion, lexical
-from mmalign.search.duplicates import SAMPLE, threshold
 from mmalign.search.filters import as_sql
 from mmalign.search.fusion import Fused
 from mmalign.search.lexical import Lexical, Matches, Postings
@@ -232,12 +231,15 @@ class Snapshot:
         )
         return means_KD
 
-    @cached_property
-    def duplicate_threshold(self) -> float:
-        """The cosine from which two rows are near-duplicates."""
+    def random_rows(self, count: int) -> Ints:
+        """Return the numbers of random rows with vectors of the main modality, ascending."""
         reader = VectorReader(self.store.vectors(self.main), self._live_vectors(self.main))
-        numbers_R = reader.sample_rows(SAMPLE, seed=3)
-        return threshold(self.vectors_of(np.unique(self.rows_of(numbers_R, self.main))))
+        return np.unique(self.rows_of(reader.sample_rows(count, seed=3), self.main))
+
+    def random_vectors(self, to: str, count: int) -> Floats:
+        """Return random vectors of a modality, (R, D); fewer than `count` if there are fewer."""
+        reader = VectorReader(self.store.vectors(to), self._live_vectors(to))
+        return reader.gather(reader.sample_rows(count, seed=3)).astype(np.float32)
 
     def _vectors_with(self, rows_W: Ints, to: str) -> tuple[Ints, Ints]:
         """Return the numbers of all vectors of rows, and the row of each."""
@@ -390,6 +392,12 @@ class Snapshot:
         return self._read_hits(
             scores, positions, owners, column, first=first, extra=extra, judged=judged
         )
+
+    def count(self, selected_N: Bools | None) -> int:
+        """Return how many rows are selected; None for all."""
+        if selected_N is None:
+            return len(self.store)
+        return int(np.count_nonzero(self._live_of(selected_N)))
 
     def listed(
         self, selected_N: Bools | None, *, first: int, k: int, extra: Sequence[str]

@@ -16,7 +16,7 @@ from mmalign.errors import UsageError
 from mmalign.search.diversity import candidates, diverse_order
 from mmalign.search.searcher import Hits
 from mmalign.search.snapshot import Snapshot
-from mmalign.store import Row, Writer
+from mmalign.store import Row, Writer, delete
 
 # Four pictures of each topic, nearly the same.
 ROWS, TAKES = 400, 4
@@ -119,7 +119,22 @@ def test_queries_with_and_without_are_answered_together(searcher: Searcher) -> N
     assert searcher.search_many(queries) == alone
 
 
-def test_what_makes_no_sense_is_refused(searcher: Searcher, path: Path, tmp_path: Path) -> None:
+def test_stores_are_searched_as_one(searcher: Searcher, path: Path, tmp_path: Path) -> None:
+    """Rows of two stores come in the order in which one store of all of them gives them."""
+    halves = [write(tmp_path / f"{n}.store") for n in "ab"]
+    delete(halves[0], [f"id{n}" for n in range(0, ROWS, 2)])
+    delete(halves[1], [f"id{n}" for n in range(1, ROWS, 2)])
+    both = MultiSearcher.open(halves)
+    whole = searcher.search("topic 5", 60, diversity=0.4)
+    found = both.search("topic 5", 60, diversity=0.4)
+    assert [(hit.id, hit.rank) for hit in found] == [(hit.id, hit.rank) for hit in whole]
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in whole], abs=1e-6)
+    pages = [both.search("topic 5", 20, offset=i, diversity=0.4) for i in range(0, 60, 20)]
+    assert [hit for page in pages for hit in page] == list(found)
+    assert {Path(hit.store or "").stem for hit in found} == {"a", "b"}
+
+
+def test_what_makes_no_sense_is_refused(searcher: Searcher) -> None:
     for diversity in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match=f"diversity={diversity} must be from 0 to 1"):
             searcher.search("topic 5", diversity=diversity)
@@ -127,9 +142,6 @@ def test_what_makes_no_sense_is_refused(searcher: Searcher, path: Path, tmp_path
         Query((), phrases=("topic",), diversity=0.5)
     with pytest.raises(UsageError, match="leave it out, or lexical"):
         searcher.search("topic 5", diversity=0.5, lexical=True)
-    both = MultiSearcher.open([path, write(tmp_path / "other.store", 8)])
-    with pytest.raises(UsageError, match="search the stores one by one"):
-        both.search("topic 5", diversity=0.5)
 
 
 def test_rows_are_compared_by_the_mean_of_their_images(tmp_path: Path) -> None:

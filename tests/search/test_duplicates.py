@@ -157,12 +157,29 @@ def test_deleted_rows_are_in_no_group(tmp_path: Path) -> None:
     assert [{hit.id, *(hit.like or ())} for hit in found] == [{"id0", "id2"}, {"id3"}]
 
 
-def test_what_makes_no_sense_is_refused(path: Path, tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(UsageError, match="filters alone list every row"):
         Query((), phrases=("zorvex",), group=True)
-    both = MultiSearcher.open([path, write(tmp_path / "other.store", [1, 2])])
-    with pytest.raises(UsageError, match="search the stores one by one"):
-        both.search("topic 1", group=True)
+
+
+@pytest.mark.parametrize("lexical", [False, True])
+def test_groups_reach_over_stores(searcher: Searcher, tmp_path: Path, lexical: bool) -> None:
+    """Rows of two stores form the groups that one store of all of them has."""
+    halves = [write(tmp_path / f"{n}.store", TOPIC_OF) for n in "ab"]
+    delete(halves[0], [f"id{n}" for n in range(0, len(TOPIC_OF), 2)])
+    delete(halves[1], [f"id{n}" for n in range(1, len(TOPIC_OF), 2)])
+    both = MultiSearcher.open(halves)
+    whole = searcher.search("topic 0", 30, group=True, lexical=lexical)
+    found = both.search("topic 0", 30, group=True, lexical=lexical)
+    assert len(set(topics(found))) == 30
+    if not lexical:  # what words are worth differs by store
+        assert [(h.id, set(h.like or ())) for h in found] == [
+            (h.id, set(h.like or ())) for h in whole
+        ]
+        assert len(found[0].like or ()) == MANY - 1
+    pages = [both.search("topic 0", 10, offset=i, group=True, lexical=lexical) for i in (0, 10, 20)]
+    assert [hit for page in pages for hit in page] == list(found)
+    assert [hit.rank for hit in found] == list(range(1, 31))
 
 
 # ---------------------------------------------------------------- shell
@@ -186,12 +203,9 @@ def test_the_table_shows_groups_and_json_only_where_asked(path: Path) -> None:
     assert len(grouped) == 10
 
 
-def test_several_stores_show_every_row(path: Path, tmp_path: Path) -> None:
-    other = write(tmp_path / "other.store", [1, 2])
-    assert "alike" not in run(path, other, "topic 7", "--table").stdout
-    refused = run(path, other, "topic 7", "--group")
-    assert refused.exit_code == 2
-    assert "search the stores one by one" in refused.output
+def test_the_table_of_several_stores_shows_groups(path: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.store", [7, 7])
+    assert "  +4 alike  " in run(path, other, "topic 7", "--table").stdout.splitlines()[0]
 
 
 def test_a_list_shows_every_row(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""More like these, less like those: a query turned by examples.
+
+Rocchio's rule: query + `MORE` * mean of more - `LESS` * mean of less. Rocchio 1971, "Relevance
+feedback in information retrieval"; the weights are those of Manning, Raghavan and Schuetze 2008,
+"Introduction to information retrieval", 9.1.1.
+
+Texts and images lie in different cones, so that neither lengths nor angles between them tell how
+alike they are: images differ far more from each other than texts score them differently, and the
+mean of some would outweigh every text. Therefore vectors are compared by the scores that they give
+to random rows: the length of a vector is the standard deviation of its scores, the cosine of two is
+the correlation of their scores. A part that all rows share has no length.
+
+The gate: the query turns by `GATE` at most, in that measure, so that examples never lead away from
+what was asked for.
+
+Shapes: R random rows, E examples, D dimensions.
+"""
+
+import math
+
+import numpy as np
+
+from mmalign.arrays import Floats
+
+MORE, LESS = 0.75, 0.15
+# Degrees.
+GATE = 30.0
+
+
+def turned(query_D: Floats, more_ED: Floats, less_ED: Floats, random_RD: Floats) -> Floats:
+    """Return a query turned by examples, (D,), not of unit length.
+
+    Args:
+        query_D: Unit vector of the query.
+        more_ED: Unit vectors of what is looked for; perhaps none.
+        less_ED: Unit vectors of what is not; perhaps none.
+        random_RD: Vectors of random rows.
+    """
+    centred_RD = random_RD - random_RD.mean(0)
+
+    def scaled(vector_D: Floats) -> Floats:
+        """Scale a vector so that its scores have the standard deviation 1."""
+        return vector_D / max(float(np.std(centred_RD @ vector_D)), 1e-6)
+
+    start_D = scaled(query_D.astype(np.float64))
+    turn_D = np.zeros_like(start_D)
+    for weight, examples_ED in ((MORE, more_ED), (-LESS, less_ED)):
+        if len(examples_ED):
+            turn_D += weight * scaled(examples_ED.mean(0, dtype=np.float64))
+    # In the plane of both, across the query: what is left of the turn without it.
+    along = float(np.mean((centred_RD @ start_D) * (centred_RD @ turn_D)))
+    across_D = turn_D - along * start_D
+    across = float(np.std(centred_RD @ across_D))
+    angle = min(math.atan2(across, 1 + along), math.radians(GATE))
+    if across < 1e-6:
+        return start_D.astype(np.float32)
+    turned_D = math.cos(angle) * start_D + math.sin(angle) * across_D / across
+    return turned_D.astype(np.float32)
