@@ -16,7 +16,8 @@ from mmalign.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mmalign.search.query import Query
-    from mmalign.search.searcher import Hits
+    from mmalign.search.searcher import Hits, Searcher
+    from mmalign.search.several import MultiSearcher
     from mmalign.search.sheet import Tile
     from mmalign.search.snapshot import Hit
     from mmalign.store import Store
@@ -118,15 +119,13 @@ def search(
               mmalign search photos.store "@cat.jpg + snow - 0.5:grass"
               mmalign search photos.store "dress ! stripes price:<20"
               mmalign search photos.store scans.store "Prof. Zorvex" --lexical
-              mmalign search photos.store "dress" --more a.jpg --more b.jpg --less c.jpg
+              mmalign search photos.store "dress" --more photos/cat.jpg --less photos/dog.jpg
               mmalign search photos.store "red" --where "label = 'dress' and price < 20"
               mmalign search photos.store "red" -k 100 --csv
     """
     import time
 
     with quick_imports():
-        from mmalign.search.model import model_of
-        from mmalign.search.searcher import Searcher
         from mmalign.search.several import MultiSearcher
 
     typed = query
@@ -142,11 +141,7 @@ def search(
     asked = _query(typed, {name: None for store in opened for name in store.fields}, more, less)
     read_as = asked.read_as
     asked = _with_images(asked, typed)
-    encoder = model_of(opened[0], model)
-    (first, *others) = opened
-    searcher: Searcher | MultiSearcher = (
-        MultiSearcher(opened, encoder) if others else Searcher(first, encoder)
-    )
+    searcher = _searcher(opened, model)
     if group is None:
         group = asked.is_ranked and form == "table"
     started = time.perf_counter()
@@ -169,6 +164,16 @@ def search(
         _end_without_a_find(hits)
     if opens:
         open_files(hits)
+
+
+def _searcher(stores: Sequence[Store], model: str | None) -> Searcher | MultiSearcher:
+    """Return what searches one store or several, with their model."""
+    from mmalign.search.model import model_of
+    from mmalign.search.searcher import Searcher
+    from mmalign.search.several import MultiSearcher
+
+    encoder = model_of(stores[0], model)
+    return MultiSearcher(stores, encoder) if len(stores) > 1 else Searcher(stores[0], encoder)
 
 
 def _refuse_loose_words(stores: Sequence[Path], typed: str) -> None:
