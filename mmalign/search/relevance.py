@@ -333,6 +333,8 @@ def load(folder: Path, content: Mapping[str, Any], dim: int) -> Relevance | None
         with np.load(file, allow_pickle=False) as arrays:
             null_RD, bank_BD = arrays["null"], arrays["bank"]
         languages = content["relevance"]["languages"]
+        if any("long" not in part for part in languages.values()):
+            raise ValueError("calibrated by an earlier version")
         scales = {
             name: Scales(*(_scale_of(part[kind]) for kind in ("long", "short")))
             for name, part in languages.items()

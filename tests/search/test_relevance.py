@@ -233,6 +233,23 @@ def test_an_index_from_before_has_no_relevance_and_that_is_no_fault(
     assert capfd.readouterr().err == ""
 
 
+def test_a_calibration_of_an_earlier_version_is_not_used(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_store(indexed).index_folder
+    assert folder is not None
+    content = json.loads((folder / "index.json").read_text())
+    for part in content["relevance"]["languages"].values():
+        part["scale"] = part.pop("short")
+        del part["long"]
+    monkeypatch.setattr("mmalign.search.snapshot.describe", lambda _: content)
+    capfd.readouterr()
+    assert searcher_of(indexed).search("topic 3").nothing_found is None
+    said = capfd.readouterr().err
+    assert "calibrated by an earlier version" in said
+    assert "mmalign index" in said
+
+
 def test_many_threads_read_one_calibration(built: Path) -> None:
     searcher = searcher_of(built)
     alone = [(hit.id, hit.relevance) for hit in searcher_of(built).search("topic 3")]
