@@ -128,11 +128,8 @@ def search(
     with quick_imports():
         from mmalign.search.several import MultiSearcher
 
-    typed = query
-    if (more or less) and Path(query).is_dir():
-        stores, typed = (*stores, FolderPath().convert(query, None, None)), ""
+    stores, typed = _stores_and_words(stores, query, is_feedback=bool(more or less))
     form = chosen(formats)
-    _refuse_loose_words(stores, typed)
     if sheet:
         from mmalign.search.sheet import Strip, check_sheet, draw_sheet
 
@@ -154,10 +151,9 @@ def search(
         picture = _only_picture(asked)
         draw_sheet([Strip(typed, _tiles(opened, hits), picture)], Path(sheet))
     if form == "json":
-        answer = _answer(hits, typed, read_as)
-        if not isinstance(searcher, MultiSearcher):
-            answer["index"] = searcher.describe_index()
-        print_values({**answer, "took_ms": round(took_ms, 3)}, as_json=True)
+        index = {} if isinstance(searcher, MultiSearcher) else {"index": searcher.describe_index()}
+        answer = _answer(hits, typed, read_as) | index | {"took_ms": round(took_ms, 3)}
+        print_values(answer, as_json=True)
     else:
         print_hits(form, hits, read_as)
     if hits.nothing_found:
@@ -166,7 +162,17 @@ def search(
         open_files(hits)
 
 
-def _searcher(stores: Sequence[Store], model: str | None) -> Searcher | MultiSearcher:
+def _stores_and_words(
+    stores: tuple[Path, ...], query: str, *, is_feedback: bool
+) -> tuple[tuple[Path, ...], str]:
+    """Tell the stores from the words; with examples of rows, the words may be left out."""
+    if is_feedback and Path(query).is_dir():
+        stores, query = (*stores, FolderPath().convert(query, None, None)), ""
+    _refuse_loose_words(stores, query)
+    return stores, query
+
+
+def _searcher(stores: "Sequence[Store]", model: str | None) -> "Searcher | MultiSearcher":
     """Return what searches one store or several, with their model."""
     from mmalign.search.model import model_of
     from mmalign.search.searcher import Searcher
