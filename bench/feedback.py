@@ -33,7 +33,6 @@ from mmalign.items import unit_vector
 from mmalign.search import feedback
 from mmalign.search.feedback import turned
 from mmalign.search.searched import Searched
-from mmalign.search.searcher import Searcher
 from mmalign.search.snapshot import Snapshot
 
 GIVEN, DEPTH = 3, 300
@@ -105,11 +104,9 @@ def measure_all(scenes: Drawn, sample_RD: Floats) -> None:
 
     def plain(case: Case) -> Floats:
         more, less = PUBLISHED
-        return (
-            case.query_D
-            + more * vectors_ND[case.more].mean(0)
-            - less * vectors_ND[case.less].mean(0)
-        )
+        examples_D: Floats = more * vectors_ND[case.more].mean(0)
+        examples_D -= less * vectors_ND[case.less].mean(0)
+        return case.query_D + examples_D
 
     def only(case: Case) -> Floats:
         mean_D = unit_vector(vectors_ND[case.more].mean(0), vectors_ND.shape[1])
