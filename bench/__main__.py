@@ -9,6 +9,7 @@ NAMES = (
     "combine",
     "embed",
     "engines",
+    "feedback",
     "first",
     "index",
     "lexical",
