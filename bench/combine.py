@@ -33,6 +33,7 @@ from mmalign.data.scenes import COLOURS, SHAPES, TEXTURES, Scene
 from mmalign.search.exclusion import left_out
 from mmalign.search.query import Query
 from mmalign.search.relevance import Doubles
+from mmalign.search.searched import Searched
 from mmalign.search.searcher import Searcher
 from mmalign.search.snapshot import Snapshot
 
@@ -149,13 +150,14 @@ def precisions(searcher: Searcher, world: Drawn, way: str, cases: Sequence[Case]
 
 def left_out_of(world: Drawn, cases: Sequence[Case]) -> dict[str, str]:
     """Measure what `!` leaves out: of the scenes with what is not wanted, and of the others."""
-    snapshot, shares = Snapshot(world.store), []
+    searched, shares = Searched([Snapshot(world.store)]), []
+    (snapshot,) = searched.snapshots
     for case in cases:
         if case.unwanted_N is None:
             return {}
         query = Query.parse(case.ways["A ! B"])
-        vectors_MD, excluded = Searcher.encode_queries([query], world.encoder, [world.store])
-        out_N = left_out(snapshot, excluded[0], vectors_MD[0], snapshot.main)
+        _, excluded = Searcher.encode_queries([query], world.encoder, searched)
+        out_N = left_out(snapshot, excluded[0], snapshot.main)
         shares.append((out_N[case.unwanted_N].mean(), out_N[~case.unwanted_N].mean()))
     unwanted_M, others_M = np.array(shares).T
     return {"unwanted left out": told(unwanted_M), "others left out": told(others_M)}

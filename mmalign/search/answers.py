@@ -10,14 +10,15 @@ from typing import overload
 import numpy as np
 
 from mmalign.arrays import Bools, Floats, Ints
+from mmalign.progress import say
 from mmalign.search.candidates import Candidates, Joined
 from mmalign.search.diversity import candidates, diverse_order
 from mmalign.search.duplicates import MOST, groups
-from mmalign.search.exclusion import Excluded, left_out
+from mmalign.search.exclusion import left_out
 from mmalign.search.fusion import depth
 from mmalign.search.query import Query, Selection
 from mmalign.search.searched import Searched
-from mmalign.search.snapshot import Hit, Snapshot
+from mmalign.search.snapshot import Hit
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def answers(
     searched: Searched,
     queries: Sequence[Query],
     vectors_MD: Floats,
-    excluded: Mapping[int, list[Excluded]],
+    excluded: Mapping[int, Sequence[Floats]],
     *,
     extra: Sequence[str],
 ) -> list[Hits]:
@@ -72,12 +73,7 @@ def answers(
         masks = selected[asked.selection]
         if asked.alone is not None:
             (query,) = group
-            query_D = vectors_GD[0] if query.is_ranked else None
-            out = excluded.get(asked.alone, ())
-            masks = [
-                _without(snapshot, query, query_D, out, mask_N)
-                for snapshot, mask_N in zip(searched.snapshots, masks, strict=True)
-            ]
+            masks = _without(searched, query, excluded.get(asked.alone, ()), masks)
         if asked.is_ranked:
             hits = _found(searched, asked, group, vectors_GD, masks, extra=extra)
         else:
@@ -101,20 +97,28 @@ class _Asked:
 
 
 def _without(
-    snapshot: Snapshot,
+    searched: Searched,
     query: Query,
-    query_D: Floats | None,
-    excluded: Sequence[Excluded],
-    selected_N: Bools | None,
-) -> Bools:
-    """Return which rows (N,) are selected and neither excluded nor examples of the query."""
-    left_out_N = np.zeros(snapshot.store.manifest.physical_rows, np.bool_)
-    if excluded:
-        left_out_N |= left_out(snapshot, excluded, query_D, snapshot.target(query.to))
-    if query.examples and len(snapshot.store):
-        numbers = snapshot.store.find(query.examples)
-        left_out_N[numbers[numbers >= 0]] = True
-    return ~left_out_N if selected_N is None else selected_N & ~left_out_N
+    excluded: Sequence[Floats],
+    masks: Sequence[Bools | None],
+) -> list[Bools | None]:
+    """Return which rows of each store are selected and neither excluded nor examples."""
+    kept: list[Bools | None] = []
+    for snapshot, mask_N in zip(searched.snapshots, masks, strict=True):
+        left_out_N = left_out(snapshot, excluded, snapshot.target(query.to))
+        if query.examples and len(snapshot.store):
+            numbers = snapshot.store.find(query.examples)
+            left_out_N[numbers[numbers >= 0]] = True
+        kept.append(~left_out_N if mask_N is None else mask_N & ~left_out_N)
+    if excluded and not _count(searched, kept) and (count := _count(searched, masks)):
+        rows = "the only row" if count == 1 else f"all {count} rows"
+        say(f"warning: what follows ! leaves out {rows} that the query selects: leave out less")
+    return kept
+
+
+def _count(searched: Searched, masks: Sequence[Bools | None]) -> int:
+    pairs = zip(searched.snapshots, masks, strict=True)
+    return sum(snapshot.count(mask_N) for snapshot, mask_N in pairs)
 
 
 def _found(

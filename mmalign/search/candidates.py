@@ -165,8 +165,8 @@ class Joined:
 
 
 def _judged_text(query: Query) -> str | None:
-    """Return the words of a query, if relevance is known for it: texts, none of them subtracted."""
+    """Return the words of a query, if relevance is known for it: texts that are added."""
     items = [(item, weight) for item, weight in query.items if isinstance(item, str) and weight > 0]
-    if query.more or query.less or len(items) != len(query.items):
+    if query.more or query.less or query.excluded or len(items) != len(query.items):
         return None
     return " ".join(item for item, _ in items)

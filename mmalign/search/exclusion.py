@@ -1,6 +1,12 @@
 """Rows that a query leaves out: `dress ! stripes`.
 
-Shapes: N rows, V vectors of a modality, D dimensions.
+The rest of the query is ranked by as with `dress - 0.5:stripes`, which keeps most of what is
+excluded from the best hits. Beside that, a row is left out if its score to an excluded item lies
+more than `ABOVE` standard deviations above the mean of all rows. So an item leaves out about a
+sixth of a store that has nothing of it, and never more than half of any (Cantelli's inequality).
+What else was tried: docs/decisions/0017-exclusion-and-mixed-queries.md.
+
+Shapes: N rows, V vectors of a modality, E items, D dimensions.
 """
 
 from collections.abc import Sequence
@@ -8,44 +14,34 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmalign.arrays import Bools, Floats
-from mmalign.errors import UsageError
 from mmalign.index.vectors import shared_tensor
 from mmalign.search.snapshot import Snapshot
 
 VECTORS_AT_A_TIME = 65_536
+# The weight by which an excluded item is subtracted.
+SUBTRACTED = 0.5
+# Standard deviations.
+ABOVE = 1.0
 
-Excluded = tuple[str | None, Floats]
-"""An item: its words, if it is a text, and its unit vector (D,)."""
 
-
-def left_out(
-    snapshot: Snapshot, excluded: Sequence[Excluded], query_D: Floats | None, to: str
-) -> Bools:
-    """Return which rows (N,) are left out.
-
-    A row is left out if it is likely what an excluded text asks for, see `Snapshot.likely`. Where
-    nobody can say what is likely, it is left out if its score to an excluded item is higher than
-    its score to the rest of the query.
+def left_out(snapshot: Snapshot, excluded_ED: Sequence[Floats], to: str) -> Bools:
+    """Return which rows (N,) are left out; every vector is scored.
 
     Args:
         snapshot: What is searched.
-        excluded: The excluded items.
-        query_D: The unit vector of the rest of the query; None if there is none.
+        excluded_ED: Unit vectors of the excluded items.
         to: The modality whose vectors are compared; a row is compared by its best.
-
-    Raises:
-        UsageError: Nobody can say what is likely, and the query only excludes.
     """
     left_out_N = np.zeros(snapshot.store.manifest.physical_rows, np.bool_)
-    rest_N = None
-    for text, vector_D in excluded:
-        likely_N = snapshot.likely(vector_D, to, text)
-        if likely_N is None:
-            if query_D is None:
-                raise UsageError("the query only excludes: say before ! what is to be found")
-            rest_N = _best_scores(snapshot, query_D, to) if rest_N is None else rest_N
-            likely_N = _best_scores(snapshot, vector_D, to) > rest_N
-        left_out_N |= likely_N
+    for vector_D in excluded_ED:
+        scores_N = _best_scores(snapshot, vector_D, to)
+        is_compared_N = np.isfinite(scores_N)
+        if snapshot.store.live is not None:
+            is_compared_N &= snapshot.store.live
+        compared = scores_N[is_compared_N]
+        if len(compared):
+            mean, deviation = (float(f(compared, dtype=np.float64)) for f in (np.mean, np.std))
+            left_out_N |= scores_N > mean + ABOVE * deviation
     return left_out_N
 
 

@@ -21,6 +21,7 @@ import math
 import numpy as np
 
 from mmalign.arrays import Floats
+from mmalign.search.combine import scaled
 
 MORE, LESS = 3.0, 3.0
 # Degrees.
@@ -37,16 +38,11 @@ def turned(query_D: Floats, more_ED: Floats, less_ED: Floats, random_RD: Floats)
         random_RD: Vectors of random rows.
     """
     centred_RD = random_RD - random_RD.mean(0)
-
-    def scaled(vector_D: Floats) -> Floats:
-        """Scale a vector so that its scores have the standard deviation 1."""
-        return vector_D / max(float(np.std(centred_RD @ vector_D)), 1e-6)
-
-    start_D = scaled(query_D.astype(np.float64))
+    start_D = scaled(query_D.astype(np.float64), centred_RD)
     turn_D = np.zeros_like(start_D)
     for weight, examples_ED in ((MORE, more_ED), (-LESS, less_ED)):
         if len(examples_ED):
-            turn_D += weight * scaled(examples_ED.mean(0, dtype=np.float64))
+            turn_D += weight * scaled(examples_ED.mean(0, dtype=np.float64), centred_RD)
     # In the plane of both, across the query: what is left of the turn without it.
     along = float(np.mean((centred_RD @ start_D) * (centred_RD @ turn_D)))
     across_D = turn_D - along * start_D

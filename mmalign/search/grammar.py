@@ -49,7 +49,7 @@ class Term:
     weight: float = 1.0
     """Negative if it is subtracted."""
     excluded: bool = False
-    """Rows that are likely to match it are left out."""
+    """Rows that match it are left out, see `mmalign.search.exclusion`."""
 
     @property
     def phrases(self) -> tuple[str, ...]:

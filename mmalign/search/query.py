@@ -32,9 +32,9 @@ class Query:
     """
 
     items: tuple[tuple[Any, float], ...]
-    """Items and their weights. The weighted sum of their unit vectors is scaled to unit length; a
-    negative weight moves away from an item. See `mmalign.items` for what an item is. Without items
-    and examples, the selected rows come in the order of the store."""
+    """Items and their weights; a negative weight moves away from an item. See `mmalign.items` for
+    what an item is, and `mmalign.search.combine` for how they are added up. Without items and
+    examples, the selected rows come in the order of the store."""
     to: str | None = None
     """The modality by whose vectors rows are found: "text" for their captions. None is the main one
     of the store, as a rule "image"."""
@@ -54,7 +54,7 @@ class Query:
     group: bool = False
     """Near-duplicates are one hit, see `mmalign.search.duplicates`; `k` and `offset` count hits."""
     excluded: tuple[Any, ...] = ()
-    """Items; rows that are likely to match one are left out, see `mmalign.search.exclusion`."""
+    """Items; rows that match one are left out, see `mmalign.search.exclusion`."""
     phrases: tuple[str, ...] = ()
     """Only rows with each of these in a caption, in upper or lower case, of any width."""
     conditions: tuple[Condition, ...] = ()

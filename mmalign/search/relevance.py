@@ -177,22 +177,6 @@ class Relevance:
         judged = judge(self._scale(text), signs, scores_K.astype(np.float64))
         return Judgement(judged.relevance_K, judged.levels_K, self.on_captions)
 
-    def likely_score(self, query_D: Floats, text: str, unknown: float = 0.0) -> float:
-        """Return the lowest score at which a hit of a query is likely; infinity if none is."""
-        signs, scale = self._signs(query_D, unknown), self._scale(text)
-
-        def is_likely(score: float) -> bool:
-            return judge(scale, signs, np.array([score])).levels_K == ("likely",)
-
-        low, high = -1.0, 1.0
-        if not is_likely(high):
-            return float("inf")
-        # No sign falls while the score grows.
-        while high - low > 1e-6:
-            middle = (low + high) / 2
-            low, high = (low, middle) if is_likely(middle) else (middle, high)
-        return high
-
     def _scale(self, text: str) -> Scale:
         scales = self.scales.get(language(text)) or self.scales[ALL]
         return scales.of(short=is_short(text))

@@ -8,6 +8,7 @@ Shapes: M queries, D dimensions, K rows, N rows of the store.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 from mmalign.arrays import Floats
 from mmalign.encoding.items import encode_items, mean_vector
 from mmalign.encoding.modalities import is_model_of
-from mmalign.errors import UsageError, VectorError
-from mmalign.items import Row, unit_vector
+from mmalign.errors import UsageError
+from mmalign.items import Row, kind_of, unit_vector
 from mmalign.modality import is_of_rows
 from mmalign.model import Encoder
 from mmalign.progress import say
 from mmalign.search.answers import Hits, answers
-from mmalign.search.exclusion import Excluded
+from mmalign.search.combine import combined
+from mmalign.search.exclusion import SUBTRACTED
 from mmalign.search.feedback import turned
 from mmalign.search.model import model_of, require_model_of
 from mmalign.search.query import Query, as_query
@@ -203,7 +205,7 @@ class Searcher:
         if not all(query.is_ranked for query in parsed):
             raise UsageError("a query without items and examples has no vector")
         current = self._current
-        vectors_MD, _ = self.encode_queries(parsed, current.encoder, [current.snapshot.store])
+        vectors_MD, _ = self.encode_queries(parsed, current.encoder, current.searched)
         return _with_examples(parsed, vectors_MD, current.encoder, current.searched)
 
     def describe_index(self) -> dict[str, Any]:
@@ -227,50 +229,54 @@ class Searcher:
         thumbnails: bool,
     ) -> list[Hits]:
         """Encode and answer queries, see `search`."""
-        stores = [snapshot.store for snapshot in searched.snapshots]
-        vectors_MD, excluded = cls.encode_queries(queries, encoder, stores)
+        vectors_MD, excluded = cls.encode_queries(queries, encoder, searched)
         vectors_MD = _with_examples(queries, vectors_MD, encoder, searched)
         extra = ("meta",) * meta + ("thumbnail",) * thumbnails
         return answers(searched, queries, vectors_MD, excluded, extra=extra)
 
     @staticmethod
     def encode_queries(
-        queries: Sequence[Query], encoder: Encoder, stores: Sequence[Store]
-    ) -> tuple[Floats, dict[int, list[Excluded]]]:
-        """Encode all items of all queries in batches, and sum them by weight for each query.
+        queries: Sequence[Query], encoder: Encoder, searched: Searched
+    ) -> tuple[Floats, dict[int, list[Floats]]]:
+        """Encode all items of all queries in batches, and combine them, see `combine`.
 
         A `Row` is looked for in the stores, in their order.
 
         Returns:
-            The vectors (M, D), zero for a query without items, and the excluded items of each
-            query that has some.
+            The vectors (M, D), zero for a query without items, and the vectors of the excluded
+            items of each query that has some; these are also subtracted from its vector.
         """
-        parts = [(number, *pair) for number, q in enumerate(queries) for pair in q.items]
-        left = [(number, item) for number, q in enumerate(queries) for item in q.excluded]
+        parts = [
+            (number, item, weight)
+            for number, query in enumerate(queries)
+            for item, weight in (*query.items, *((item, -SUBTRACTED) for item in query.excluded))
+        ]
+        stores = [snapshot.store for snapshot in searched.snapshots]
         items = [
-            _vector_of(item, stores) if isinstance(item, Row) else item
-            for item in (*(item for _, item, _ in parts), *(item for _, item in left))
+            _vector_of(item, stores) if isinstance(item, Row) else item for _, item, _ in parts
         ]
         texts: list[str] = [item for item in items if isinstance(item, str)]
-        vectors = encode_items(encoder, items)
+        vectors_ED = np.array(encode_items(encoder, items))
         truncated = len(encoder.tokenizer.cut(texts)) if texts else 0
         if truncated:
             what = "the query is" if len(queries) == 1 else f"{truncated} queries are"
             it = "it was" if len(queries) == 1 else "they were"
             say(f"warning: {what} longer than {encoder.name} can read: {it} truncated")
         vectors_MD = np.zeros((len(queries), encoder.dim), np.float32)
-        for (number, _, weight), vector_D in zip(parts, vectors, strict=False):
-            is_single_item = len(queries[number].items) == 1 and weight == 1
-            vectors_MD[number] += vector_D if is_single_item else np.float32(weight) * vector_D
+        excluded: dict[int, list[Floats]] = {}
+        first = 0
         for number, query in enumerate(queries):
-            if len(query.items) > 1 or (query.items and query.items[0][1] != 1):
-                if not vectors_MD[number].any():
-                    raise VectorError("the items of the query cancel out: give them other weights")
-                vectors_MD[number] = unit_vector(vectors_MD[number], encoder.dim)
-        excluded: dict[int, list[Excluded]] = {}
-        for (number, item), vector_D in zip(left, vectors[len(parts) :], strict=True):
-            words = item if isinstance(item, str) else None
-            excluded.setdefault(number, []).append((words, vector_D))
+            of = slice(first, first + len(query.items) + len(query.excluded))
+            first = of.stop
+            if query.excluded:
+                excluded[number] = list(vectors_ED[of][len(query.items) :])
+            if query.items:
+                vectors_MD[number] = combined(
+                    vectors_ED[of],
+                    [weight for *_, weight in parts[of]],
+                    [_kind_of(item, searched) for _, item, _ in parts[of]],
+                    partial(searched.sample, query.to),
+                )
         return vectors_MD, excluded
 
 
@@ -307,6 +313,12 @@ def _with_examples(
         turned_D = turned(query_D, more_ED, less_ED, searched.sample(query.to))
         turned_MD[number] = unit_vector(turned_D, encoder.dim)
     return turned_MD
+
+
+def _kind_of(item: Any, searched: Searched) -> str:
+    """Return the modality of an item; that of a row is the main one."""
+    kind = kind_of(item)
+    return searched.snapshots[0].main if kind == "row" else kind
 
 
 def _vector_of(row: Row, stores: Sequence[Store]) -> Floats:

@@ -257,30 +257,6 @@ class Snapshot:
         owners_N = self.owners(to)
         return numbers_K if owners_N is None else owners_N[numbers_K]
 
-    def likely(self, vector_D: Floats, to: str, text: str | None) -> Bools | None:
-        """Return which rows (N,) are likely what a text asks for; None if nobody can say.
-
-        Nobody can of other items than texts, and in a store that was not calibrated on captions.
-
-        Every vector is scored once, a second for a million of 512 dimensions.
-
-        Args:
-            vector_D: Unit vector of the text.
-            to: Modality of the vectors that rows are judged by.
-            text: The text, whose language decides the thresholds; None for another item.
-        """
-        if not text or to != self.main or self.relevance is None or not self.relevance.on_captions:
-            return None
-        likely_N = np.zeros(self.store.manifest.physical_rows, np.bool_)
-        unknown = self._unknown(self.relevance, text)
-        least = self.relevance.likely_score(vector_D, text, unknown)
-        vectors = VectorReader(self.store.vectors(to), self._live_vectors(to))
-        owners_N = self.owners(to)
-        for numbers_B, block_BD in vectors.blocks() if least <= 1 else ():
-            found = numbers_B[block_BD @ vector_D >= least]
-            likely_N[found if owners_N is None else owners_N[found]] = True
-        return likely_N
-
     def selected(self, selection: Selection, elsewhere: Iterable[str] = ()) -> Bools | None:
         """Return which rows (N,) are selected, deleted ones perhaps too; None for all.
 
