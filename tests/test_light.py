@@ -27,6 +27,28 @@ def test_help_is_light() -> None:
     assert loaded_by(code) == "[]"
 
 
+def test_imports_of_commands_are_left_out_of_collections() -> None:
+    code = """
+import gc
+from mmalign.cli.startup import quick_imports
+try:
+    with quick_imports():
+        was_on = gc.isenabled()
+        import no_such_module
+except ImportError:
+    print(was_on, gc.isenabled(), gc.get_freeze_count())
+with quick_imports():
+    import torch
+frozen = gc.get_freeze_count()
+print(gc.isenabled(), frozen > 100_000)
+with quick_imports():
+    print(gc.isenabled())
+print(gc.get_freeze_count() == frozen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "0", "True", "True", "True", "True"]
+
+
 def test_the_probe_can_fail() -> None:
     assert loaded_by("import numpy") == "['numpy']"
 

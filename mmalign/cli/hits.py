@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmalign.cli import thumbs
 from mmalign.cli.local import local_file
 from mmalign.cli.options import print_values, show
 from mmalign.terminal import columns, openable, printable, shorten, width
 
 if TYPE_CHECKING:
+    from mmalign.search.query import Query
     from mmalign.search.searcher import Hits
     from mmalign.search.snapshot import Hit
 
@@ -34,6 +36,8 @@ COLUMNS = (
 )  # fmt: skip
 # A hit's path is cut only if no system could open it; its text gets the rest of the line.
 MAX_PLACE, MIN_WORDS = 4096, 20
+# Between a picture and its hit.
+GAP = "  "
 LINE_BREAKS_AND_TABS = re.compile("([\t\n\r])")
 
 
@@ -57,12 +61,29 @@ def chosen(flags: Mapping[str, bool]) -> str:
     return given[0] if given else "table" if sys.stdout.isatty() else "tsv"
 
 
-def print_hits(form: str, hits: "Hits", read_as: dict[str, Any]) -> None:
-    """Print hits in any format but "json"; say how the query was read if that is not plain."""
+def pictures(form: str, wanted: str) -> str | None:
+    """Return how the pictures of hits are shown, see `thumbs.way`; None if they are not."""
+    how = thumbs.way(wanted) if form == "table" else None
+    fits = how and columns() >= thumbs.SIZES[how].columns + len(GAP) + MIN_WORDS
+    return how if fits else None
+
+
+def print_hits(form: str, hits: "Hits", read_as: dict[str, Any], how: str | None = None) -> None:
+    """Print hits in any format but "json"; say how the query was read if that is not plain.
+
+    Args:
+        form: The format.
+        hits: The hits, with their thumbnails if these are shown.
+        read_as: How the query was read.
+        how: How thumbnails are shown in a table, see `pictures`.
+    """
     from mmalign.progress import say
 
     if not _is_plain(read_as):
         say(f"read as: {printable(read_as['text'])}")
+    if how:
+        _print_pictures(hits, how)
+        return
     {
         "table": _print_table,
         "tsv": _print_tsv,
@@ -79,12 +100,38 @@ def json_fields(hit: "Hit") -> dict[str, Any]:
 
 def _print_table(hits: "Hits") -> None:
     for hit in hits:
-        words = hit.caption or (hit.captions[0] if hit.captions else "")
-        score = f"{hit.score:.3f}" if hits.query.is_ranked else "-    "
-        level = f"  {hit.level:<8}" if hit.level else ""
-        by_words = "  words" if hit.words else ""
-        alike = f"  +{len(hit.like)} alike" if hit.like else ""
-        show(_line(f"{hit.rank:>3}  {score}{level}{by_words}{alike}", openable(hit.uri), words))
+        show(_line(_start(hit, hits.query), openable(hit.uri), _words(hit)))
+
+
+def _print_pictures(hits: "Hits", how: str) -> None:
+    """Print each hit in several lines beside its picture."""
+    size = thumbs.SIZES[how]
+    room = columns() - size.columns - len(GAP)
+    for number, hit in enumerate(hits):
+        place = shorten(printable(openable(hit.uri)), MAX_PLACE)
+        words = shorten(printable(_words(hit)), room)
+        texts = [_start(hit, hits.query), *([words] if words else [])]
+        if width(place) > room:  # it goes on in the line below the picture
+            texts += [""] * (size.rows - 1 - len(texts))
+        texts += [place] + [""] * (size.rows - 1 - len(texts))
+        if number:
+            click.echo()
+        for picture, text in zip(thumbs.lines(how, hit.thumbnail or b""), texts, strict=True):
+            # As it is: without a terminal, click would take out the colours that were asked for.
+            click.echo(f"{picture}{GAP}{text}".rstrip(" "), color=True)
+
+
+def _start(hit: "Hit", query: "Query") -> str:
+    """Return rank and score of a hit, and what is known of it beside these."""
+    score = f"{hit.score:.3f}" if query.is_ranked else "-    "
+    level = f"  {hit.level:<8}" if hit.level else ""
+    by_words = "  words" if hit.words else ""
+    alike = f"  +{len(hit.like)} alike" if hit.like else ""
+    return f"{hit.rank:>3}  {score}{level}{by_words}{alike}"
+
+
+def _words(hit: "Hit") -> str:
+    return hit.caption or (hit.captions[0] if hit.captions else "")
 
 
 def _print_tsv(hits: "Hits") -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mmalign import files
-from mmalign.cli.hits import chosen, format_options, json_fields, print_hits
+from mmalign.cli import thumbs as thumbnails
+from mmalign.cli.hits import chosen, format_options, json_fields, pictures, print_hits
 from mmalign.cli.local import open_files
 from mmalign.cli.options import PLACE, TEXT, FolderPath, print_values, where_option
 from mmalign.cli.startup import quick_imports
@@ -60,6 +61,10 @@ PATH_STARTS = ("./", "../", "/", "~/", ".\\", "..\\", "file://", "http://", "htt
     help="Show near-duplicates as one hit; the default for the table.",
 )  # fmt: skip
 @click.option("--open", "opens", is_flag=True, help="Open the image files of the hits, at most 10.")
+@click.option(
+    "--thumbs", type=click.Choice(thumbnails.WAYS), default="auto", show_default=True,
+    help="Pictures in the table: as kitty shows them, of blocks, or where they are sharp (auto).",
+)  # fmt: skip
 @click.option("--sheet", metavar="FILE.png", type=PLACE, help="Draw the hits as a contact sheet.")
 @click.option(
     "--model", metavar="RUN_OR_NAME", type=PLACE,
@@ -86,6 +91,7 @@ def search(
     diversity: float,
     group: bool | None,
     opens: bool,
+    thumbs: str,
     sheet: str | None,
     model: str | None,
     here: bool,
@@ -139,12 +145,12 @@ def search(
     read_as = asked.read_as
     asked = _with_images(asked, typed)
     searcher = _searcher(opened, model)
-    if group is None:
-        group = asked.is_ranked and form == "table"
+    group = (asked.is_ranked and form == "table") if group is None else group
+    how = pictures(form, thumbs)
     started = time.perf_counter()
     hits = searcher.search(
         asked, k, to=to, offset=offset, exact=exact, where=where, lexical=lexical,
-        diversity=diversity, group=group,
+        diversity=diversity, group=group, thumbnails=how is not None,
     )  # fmt: skip
     took_ms = (time.perf_counter() - started) * 1e3
     if sheet:
@@ -155,7 +161,7 @@ def search(
         answer = _answer(hits, typed, read_as) | index | {"took_ms": round(took_ms, 3)}
         print_values(answer, as_json=True)
     else:
-        print_hits(form, hits, read_as)
+        print_hits(form, hits, read_as, how)
     if hits.nothing_found:
         _end_without_a_find(hits)
     if opens:
