@@ -4,7 +4,7 @@ Items of one modality are added up by their weights. Texts and images lie in dif
 differ far more from each other than texts score them differently, so in a plain sum of both a
 picture would outweigh all words. Items of several modalities are therefore scaled first, so that
 the scores that each gives to random rows have the standard deviation 1. What else was tried:
-docs/decisions/0017-exclusion-and-mixed-queries.md.
+docs/decisions/0018-exclusion-and-mixed-queries.md.
 
 Shapes: E items, R random rows, D dimensions.
 """

@@ -4,7 +4,7 @@ The rest of the query is ranked by as with `dress - 0.5:stripes`, which keeps mo
 excluded from the best hits. Beside that, a row is left out if its score to an excluded item lies
 more than `ABOVE` standard deviations above the mean of all rows. So an item leaves out about a
 sixth of a store that has nothing of it, and never more than half of any (Cantelli's inequality).
-What else was tried: docs/decisions/0017-exclusion-and-mixed-queries.md.
+What else was tried: docs/decisions/0018-exclusion-and-mixed-queries.md.
 
 Shapes: N rows, V vectors of a modality, E items, D dimensions.
 """
