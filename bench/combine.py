@@ -12,12 +12,12 @@ queries, in English and Chinese. A and B are two shapes, two colours, or a colou
     without     A - B and A ! B: a scene has A and not B. Beside "A without B" in words, and A alone
     picture     a picture - "red" + "blue", - "a star" + "a heart": a group has the new value and
                 the other one of colour and shape of a group of the picture. Beside the picture
-                alone, the picture + the new group in words, and these words alone
+                alone, the picture + "blue", the picture + the new group in words, and these words
+                and "blue" alone
 
 `lead` is that over the last way of its kind: A, or the picture, alone. `chance` is the share of all
-scenes that is right. `unwanted left out` is the share of the scenes with B that `!` leaves out,
-`others left out` that of all others. `!` goes by the relevance of the store, so `without` is
-measured in a store with complete captions, with short ones, and with none.
+scenes that is right. `unwanted` is the share of the ten best scenes that have B; `unwanted left
+out` is the share of the scenes with B that `!` leaves out, `others left out` that of all others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,23 +129,24 @@ def pictures(world: Drawn, language: str) -> Iterator[Case]:
             words = asked.text(language)
             ways = {
                 "picture - old + new": f"{row} - {from_} + {to}",
+                "picture + new": f"{row} + {to}",
                 "picture + words": f"{row} + {words}",
+                "new": to,
                 "words": words,
                 "picture": row,
             }
             yield Case(f"picture, {name}", ways, world.truth(asked.within), world.ids[number])
 
 
-def precisions(searcher: Searcher, world: Drawn, way: str, cases: Sequence[Case]) -> Doubles:
-    """Return the share of right scenes among the ten best of each case."""
+def ten_best(searcher: Searcher, world: Drawn, way: str, cases: Sequence[Case]) -> list[list[int]]:
+    """Return the numbers of the ten best scenes of each case."""
     number_of = {row_id: number for number, row_id in enumerate(world.ids)}
     queries = [Query.parse(case.ways[way]) for case in cases]
     found = searcher.search_many(queries, k=TOP + 1, exact=True)
-    shares = []
-    for case, hits in zip(cases, found, strict=True):
-        best = [number_of[hit.id] for hit in hits if hit.id != case.picture][:TOP]
-        shares.append(case.right_N[best].sum() / TOP)
-    return np.array(shares)
+    return [
+        [number_of[hit.id] for hit in hits if hit.id != case.picture][:TOP]
+        for case, hits in zip(cases, found, strict=True)
+    ]
 
 
 def left_out_of(world: Drawn, cases: Sequence[Case]) -> dict[str, str]:
@@ -153,8 +154,7 @@ def left_out_of(world: Drawn, cases: Sequence[Case]) -> dict[str, str]:
     searched, shares = Searched([Snapshot(world.store)]), []
     (snapshot,) = searched.snapshots
     for case in cases:
-        if case.unwanted_N is None:
-            return {}
+        assert case.unwanted_N is not None
         query = Query.parse(case.ways["A ! B"])
         _, excluded = Searcher.encode_queries([query], world.encoder, searched)
         out_N = left_out(snapshot, excluded[0], snapshot.main)
@@ -170,7 +170,7 @@ def told(values_M: Doubles) -> str:
     return f"{values_M.mean():.3f} ({low:.3f}-{high:.3f})"
 
 
-def measure_cases(name: str, language: str, world: Drawn, cases: Sequence[Case]) -> None:
+def measure_cases(language: str, world: Drawn, cases: Sequence[Case]) -> None:
     """Record a row for each kind and way."""
     searcher = Searcher(world.store, world.encoder)
     for kind in dict.fromkeys(case.kind for case in cases):
@@ -178,14 +178,25 @@ def measure_cases(name: str, language: str, world: Drawn, cases: Sequence[Case])
         fewest = min(int(case.right_N.sum()) for case in chosen)
         if fewest < TOP:
             raise SystemExit(f"{kind}: {fewest} scenes are right: draw more with --held-out")
-        found = {way: precisions(searcher, world, way, chosen) for way in chosen[0].ways}
+        best = {way: ten_best(searcher, world, way, chosen) for way in chosen[0].ways}
+        found = {
+            way: np.array([c.right_N[ten].sum() / TOP for c, ten in zip(chosen, tens, strict=True)])
+            for way, tens in best.items()
+        }
         # The last way is the one without the second part.
         *_, plain_M = found.values()
         for way, shares_M in found.items():
-            row = {"store": name, "language": language, "kind": kind, "way": way}
+            row = {"language": language, "asked": kind, "way": way}
             row |= {"queries": str(len(chosen)), "precision@10": told(shares_M)}
             row["lead"] = told(shares_M - plain_M)
             row["chance"] = f"{np.mean([case.right_N.mean() for case in chosen]):.3f}"
+            unwanted = [
+                case.unwanted_N[ten].sum() / TOP
+                for case, ten in zip(chosen, best[way], strict=True)
+                if case.unwanted_N is not None
+            ]
+            if unwanted:
+                row["unwanted"] = told(np.array(unwanted))
             if way == "A ! B":
                 row |= left_out_of(world, chosen)
             measure.append("combine", row)
@@ -195,12 +206,5 @@ def main(arguments: Sequence[str]) -> None:
     """Run and record."""
     scenes = world(parser("combine").parse_args(arguments))
     for language in LANGUAGES:
-        two = list(pairs(scenes, language))
-        cases = [*singles(scenes, language), *two, *groups(scenes, language)]
-        cases += pictures(scenes, language)
-        measure_cases("complete captions", language, scenes, cases)
-        without = [case for case in two if case.kind.startswith("without")]
-        for captions in ("short", "none"):
-            other = scenes.captioned(captions)
-            name = {"short": "short captions", "none": "no captions"}[captions]
-            measure_cases(name, language, other, without)
+        cases = [*singles(scenes, language), *pairs(scenes, language), *groups(scenes, language)]
+        measure_cases(language, scenes, [*cases, *pictures(scenes, language)])

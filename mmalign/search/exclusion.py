@@ -1,6 +1,6 @@
 """Rows that a query leaves out: `dress ! stripes`.
 
-The rest of the query is ranked by as with `dress - 0.5:stripes`, which keeps most of what is
+The rest of the query is ranked by as with `dress - 0.75:stripes`, which keeps most of what is
 excluded from the best hits. Beside that, a row is left out if its score to an excluded item lies
 more than `ABOVE` standard deviations above the mean of all rows. So an item leaves out about a
 sixth of a store that has nothing of it, and never more than half of any (Cantelli's inequality).
@@ -19,7 +19,7 @@ from mmalign.search.snapshot import Snapshot
 
 VECTORS_AT_A_TIME = 65_536
 # The weight by which an excluded item is subtracted.
-SUBTRACTED = 0.5
+SUBTRACTED = 0.75
 # Standard deviations.
 ABOVE = 1.0
 
