@@ -311,6 +311,14 @@ def test_weights_and_minus_are_those_of_the_sum_of_vectors(searcher: Searcher) -
     assert numbers(searcher.search(query)) == numbers(searcher.search(wanted))
 
 
+def test_words_and_a_row_have_an_equal_say(searcher: Searcher) -> None:
+    vectors = np.concatenate(searcher.store.vectors("image")).astype(np.float32)
+    row = searcher.search("red circles", 1)[0].id
+    mixed, alone, words = searcher.encode([Query.parse(f"row:{row} + blue"), Row(row), "blue"])
+    scores = np.corrcoef(np.stack([mixed, alone, words]) @ vectors.T)
+    assert scores[0, 1] == pytest.approx(scores[0, 2], abs=1e-3)
+
+
 def test_a_text_with_operators_stays_one_text(searcher: Searcher) -> None:
     as_text, as_query = "red - blue", Query.parse("red - blue")
     alone = searcher.encoder.encode_texts([as_text])
