@@ -77,5 +77,5 @@ def test_bash_completes_by_the_script(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "--norc", "-c", code], env=env, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["--to", "--table", "--tsv"]
+    assert done.stdout.split() == ["--to", "--thumbs", "--table", "--tsv"]
     assert "_mmalign_completion mmalign" in done.stderr
