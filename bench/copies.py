@@ -186,7 +186,7 @@ def read(folder: Path) -> list[Picture]:
 
 def encode(folder: Path, model: str, texts: Sequence[str]) -> None:
     """Encode the pictures of a folder with a model, and texts; each is done once."""
-    name = re.sub(r"\W+", "-", Path(model).name if Path(model).exists() else model)
+    name = Path(model).name if Path(model).exists() else re.sub(r":(.*[/\\])?", "-", model)
     paths = [folder / picture.file for picture in read(folder)]
     for file, items in ((f"{name}.npy", paths), (f"{name}.texts", texts)):
         if items and not (folder / file).exists():

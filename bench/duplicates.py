@@ -8,19 +8,21 @@ are encoded with each M. Every .npy in the folder of a source is an encoder too,
 vectors that another program made in the order of `pictures.jsonl`. Each encoder is measured as it
 is and `centred`: without the mean of the originals, divided by the length.
 
-A store is the originals and one copy of each that was changed: of one kind for the row of a kind,
-of any kind for `any` and for the curves. Mirrored copies count only in their own row. A pair of an
-original and its copy is right, any other pair is wrong, although some originals look alike too.
+A store is the originals and one copy of each that was changed: of one kind for the columns of that
+kind, else of any kind but mirrored. A pair of an original and its copy is right, any other pair is
+wrong, although some originals look alike too.
 
+    reach              up to which distance rows are near-duplicates, the median of all rows
     found, precision   share of the right pairs that a rule takes for near-duplicates, and the share
                        of its pairs that is right; precision falls with the size of a store
-    wrong among        pairs of originals that the rule takes for near-duplicates, and the share of
-                       the originals that are in one
+    wrong among        pairs of originals that the rule takes for near-duplicates, and how many
+                       originals are in one
     roc, ap            area under the ROC curve and average precision of all pairs in the order of a
                        score; `all` is every source and encoder in one order, each with equal weight
 
-Within one store an order by cosine and one by the distance over the median distance are the same;
-they differ in `all`. `best` is the threshold with the highest F1.
+Scores are the distance, 1 - cosine, over 1, the median of distances, the 1 % quantile of them, and
+the shorter usual distance of both rows, see `mmalign.search.duplicates`. Within one store the first
+three give the same order; they differ in `all`. `best` is the distance over it with the highest F1.
 """
 
 import argparse
@@ -53,33 +55,60 @@ def store(case: Encoded, kind: str) -> Ints:
 
 def sample(case: Encoded, stored: Ints) -> Floats:
     """Return random vectors of a store, as a search takes them."""
-    drawn = np.random.default_rng(1).permutation(stored)[: duplicates.SAMPLE]
-    return case.vectors_RD[drawn]
+    vectors_SD: Floats = case.vectors_RD[np.random.default_rng(1).permutation(stored)]
+    return vectors_SD[: duplicates.SAMPLE]
 
 
-def pairs(case: Encoded, stored: Ints) -> tuple[Floats, Bools]:
-    """Return the cosine of each pair of a store, and whether it is right."""
-    vectors_ND, of_N = case.vectors_RD[stored], case.of_R[stored]
-    places = np.triu_indices(len(stored), 1)
-    cosines_P: Floats = (vectors_ND @ vectors_ND.T)[places]
-    return cosines_P, of_N[places[0]] == of_N[places[1]]
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of rows of a store."""
+
+    cosines_P: Floats
+    right_P: Bools
+    first_P: Ints
+    second_P: Ints
+
+    @classmethod
+    def of(cls, case: Encoded, stored: Ints) -> "Pairs":
+        """Compare the rows of a store."""
+        vectors_ND, of_N = case.vectors_RD[stored], case.of_R[stored]
+        first_P, second_P = np.triu_indices(len(stored), 1)
+        cosines_P: Floats = (vectors_ND @ vectors_ND.T)[first_P, second_P]
+        return cls(cosines_P, of_N[first_P] == of_N[second_P], first_P, second_P)
+
+    def over(self, reach_N: Floats) -> Floats:
+        """Return the distance of each over the shorter reach of its two rows."""
+        shorter_P = np.minimum(reach_N[self.first_P], reach_N[self.second_P])
+        return np.asarray((1 - self.cosines_P) / shorter_P, np.float32)
 
 
-def median_distance(sample_SD: Floats) -> float:
-    """Return the median distance, 1 - cosine, of two rows."""
-    return float(np.median(1 - (sample_SD @ sample_SD.T)[np.triu_indices(len(sample_SD), 1)]))
+def quantile(sample_SD: Floats, share: float) -> float:
+    """Return a quantile of the distances, 1 - cosine, of pairs of rows."""
+    places = np.triu_indices(len(sample_SD), 1)
+    return float(np.quantile((1 - sample_SD @ sample_SD.T)[places], share))
 
 
-# Rules give a threshold of the cosine, from random vectors of a store.
-RULES: dict[str, Callable[[Floats], float]] = {
-    "search": duplicates.threshold,
-    "cosine .96": lambda sample_SD: 0.96,
-    "8 % of the median": lambda sample_SD: 1 - 0.08 * median_distance(sample_SD),
+def same(reach: Callable[[Floats], float]) -> Callable[[Floats, Floats], Floats]:
+    """Return a rule that takes the same distance for all rows."""
+    return lambda vectors_ND, sample_SD: np.full(len(vectors_ND), reach(sample_SD), np.float32)
+
+
+# How far the near-duplicates of each row lie at most, from the rows and random ones of the store.
+RULES: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "search": lambda vectors_ND, sample_SD: duplicates.Usual(sample_SD).reach(vectors_ND),
+    "cosine .96": same(lambda sample_SD: 0.04),
+    "8 % of the median": same(lambda sample_SD: 0.08 * quantile(sample_SD, 0.5)),
+    "both, as before": same(lambda sample_SD: min(0.04, 0.08 * quantile(sample_SD, 0.5))),
+    "25 % of the nearest hundredth": same(lambda sample_SD: 0.25 * quantile(sample_SD, 0.01)),
 }
-# Scores of pairs, from their cosines and random vectors of the store; higher is more alike.
+# Scores are distances over these; the lower, the more alike.
 SCORES: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "cosine": lambda cosines, sample_SD: cosines,
-    "distance / median": lambda cosines, sample_SD: (cosines - 1) / median_distance(sample_SD),
+    "cosine": same(lambda sample_SD: 1),
+    "median": same(lambda sample_SD: quantile(sample_SD, 0.5)),
+    "nearest hundredth": same(lambda sample_SD: quantile(sample_SD, 0.01)),
+    "usual": lambda vectors_ND, sample_SD: (
+        RULES["search"](vectors_ND, sample_SD) / duplicates.SHARE
+    ),
 }
 
 
@@ -90,7 +119,7 @@ class Curves:
     roc: float
     ap: float
     best: float
-    """The threshold of the score with the highest F1."""
+    """The least score that the highest F1 takes."""
     f1: float
 
     @classmethod
@@ -111,27 +140,35 @@ class Curves:
     def row(self) -> dict[str, str]:
         """Return what is recorded."""
         return {
-            "roc": f"{self.roc:.5f}", "ap": f"{self.ap:.3f}", "best": f"{self.best:.4f}",
+            "roc": f"{self.roc:.5f}", "ap": f"{self.ap:.3f}", "best": f"{-self.best:.4f}",
             "f1": f"{self.f1:.3f}",
         }  # fmt: skip
 
 
-def by_rule(case: Encoded, kind: str) -> Iterator[dict[str, str]]:
-    """Find the near-duplicates of a store by each rule."""
-    stored = store(case, kind)
-    cosines_P, right_P = pairs(case, stored)
-    own_ND = case.vectors_RD[case.originals]
-    for rule, threshold in RULES.items():
-        least = threshold(sample(case, stored))
-        is_taken_P = cosines_P >= least
-        row = {"kind": kind, "rule": rule, "threshold": f"{least:.5f}"}
-        row["found"] = told(is_taken_P[right_P])
-        row["precision"] = told(right_P[is_taken_P])
-        if kind == ANY:
-            like_NN = np.triu(duplicates.are_duplicates(own_ND, own_ND, least), 1)
-            share = (like_NN | like_NN.T).any(1).mean()
-            row["wrong among"] = f"{int(like_NN.sum())} pairs, {share:.3f} of {len(own_ND)}"
-        yield row
+def by_rule(case: Encoded) -> Iterator[dict[str, str]]:
+    """Find the near-duplicates of a store of each kind by each rule."""
+    rows: dict[str, dict[str, str]] = {rule: {"rule": rule} for rule in RULES}
+    originals = len(case.originals)
+    for kind in (ANY, *copies.KINDS):
+        stored = store(case, kind)
+        pairs, vectors_ND = Pairs.of(case, stored), case.vectors_RD[stored]
+        for rule, reach in RULES.items():
+            reach_N = reach(vectors_ND, sample(case, stored))
+            is_taken_P = pairs.over(reach_N) <= 1
+            found_P, right_P = is_taken_P[pairs.right_P], pairs.right_P[is_taken_P]
+            if kind != ANY:
+                rows[rule][f"found, {kind}"] = f"{found_P.mean():.3f}"
+                rows[rule][f"precision, {kind}"] = f"{right_P.mean():.3f}" if len(right_P) else ""
+                continue
+            is_wrong_P = is_taken_P & ~pairs.right_P & (pairs.second_P < originals)
+            among = np.union1d(pairs.first_P[is_wrong_P], pairs.second_P[is_wrong_P])
+            rows[rule] |= {
+                "reach": f"{np.median(reach_N):.5f}",
+                "found": told(found_P),
+                "precision": told(right_P),
+                "wrong among": f"{is_wrong_P.sum()} pairs, {len(among)} of {originals}",
+            }
+    yield from rows.values()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -152,15 +189,14 @@ def main(arguments: Sequence[str]) -> None:
     pooled: dict[str, list[tuple[Doubles, Bools, Doubles]]] = {score: [] for score in SCORES}
     for case in every:
         said = {"source": case.source, "encoder": case.encoder}
-        for kind in (ANY, *copies.KINDS):
-            for row in by_rule(case, kind):
-                measure.append("duplicates", {**said, **row})
+        for row in by_rule(case):
+            measure.append("duplicates", {**said, **row})
         stored = store(case, ANY)
-        cosines_P, right_P = pairs(case, stored)
-        for score, function in SCORES.items():
-            scores_P = function(cosines_P, sample(case, stored)).astype(np.float64)
-            weights_P = np.full(len(right_P), 1 / right_P.sum())
-            pooled[score].append((scores_P, right_P, weights_P))
+        pairs, vectors_ND = Pairs.of(case, stored), case.vectors_RD[stored]
+        for score, over in SCORES.items():
+            scores_P = -pairs.over(over(vectors_ND, sample(case, stored))).astype(np.float64)
+            weights_P = np.full(len(scores_P), 1 / pairs.right_P.sum())
+            pooled[score].append((scores_P, pairs.right_P, weights_P))
             curves = Curves.of(*pooled[score][-1])
             measure.append("duplicates", {**said, "score": score, **curves.row()})
     for score, parts in pooled.items():
