@@ -5,7 +5,7 @@ of each: that to its `NEAR`th nearest of `SAMPLE` random rows. So the threshold 
 whether it places all images close to each other or not, and what a store holds: where many
 pictures are alike, as jeans photographed one after the other, it is lower than among photos of
 anything. Where near-duplicates of a row are more than `NEAR` of `SAMPLE` rows, its usual distance
-is one of theirs, and too small. `LEAST` of the median distance of two rows is taken at least, so
+is one of theirs, and too small. At least `LEAST` of the median distance of two rows is taken, so
 that they are found if they are the same but for their encoding.
 
 From vectors alone a model that cannot tell images apart is not told from a store of which most rows
@@ -23,7 +23,7 @@ from mmalign.arrays import Bools, Floats, Ints
 
 SHARE = 0.3
 NEAR, SAMPLE = 10, 512
-LEAST = 0.1
+LEAST = 0.05
 # At a shorter distance, equal rows could be missed by rounding.
 SHORTEST = 1e-4
 # A search for groups looks at this many of the nearest rows at most.
