@@ -7,7 +7,10 @@ three copies of some, drawn at random with their kinds (none is mirrored), until
 are copies. Originals without copies are held out as queries; a row is right if its field KEY of
 the metadata (a text or a list of texts) has a value of the query's. Texts, a word a line, are
 queries too if an encoder knows their vectors (M, or ENCODER.texts beside ENCODER.npy, which
-`numpy.save` writes to an open file); there a row is right if one of its captions has the word.
+`numpy.save` writes to an open file); there a row is right if one of its captions has the word. In
+the recorded rows these are frequent words of the captions, and their vectors a ridge regression
+(weight 3) from the Universal Sentence Encoder, multilingual, to the features of the image, fitted
+on 3,000 images of `flickr8k-train` and the mean of three captions of each.
 
     distinct     originals among the ten best
     precision    share of the ten best that is right
