@@ -7,6 +7,8 @@ NAMES = (
     "arithmetic",
     "changes",
     "combine",
+    "diversity",
+    "duplicates",
     "embed",
     "engines",
     "feedback",

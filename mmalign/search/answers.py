@@ -194,7 +194,7 @@ def _arranged(searched: Searched, query: Query, joined: Joined) -> tuple[Ints, I
         return order, first_J
     vectors_JD = joined.vectors_JD
     if query.group:
-        first_J = groups(vectors_JD, searched.duplicate_threshold)
+        first_J = groups(vectors_JD, searched.usual.reach(vectors_JD))
         order = np.flatnonzero(first_J == every_J)
     if query.diversity:
         count = query.k + query.offset

@@ -17,7 +17,7 @@ from mmalign.arrays import Bools, Floats, Halves, Ints
 from mmalign.index import Exact, VectorReader
 from mmalign.modality import TEXT, is_of_rows
 from mmalign.search import relevance
-from mmalign.search.duplicates import are_duplicates, threshold
+from mmalign.search.duplicates import SAMPLE, Usual, are_duplicates
 from mmalign.search.lexical import Lexical
 from mmalign.search.phrases import LANGUAGES, told_by
 from mmalign.search.relevance import ALL, Doubles, Signs
@@ -327,14 +327,19 @@ def _ask(
     own_MD = searched.first_vectors(rows_M)
     bank_BD = bank.vectors_BD.astype(np.float32)
     absent_M, other_M = np.full((2, len(words)), np.nan)
-    least = threshold(searched.null_RD.astype(np.float32))
+    # They are in the order of their rows.
+    step = max(1, len(searched.null_RD) // SAMPLE)
+    usual = Usual(searched.null_RD[::step].astype(np.float32))
+    own_reach_M = usual.reach(own_MD)
     gone: list[Ints] = []
     unknown_M, unknown_without_M = np.zeros((2, len(words)))
     for m, text in enumerate(words):
         found_K = found_MK[m][found_MK[m] >= 0]
         nearest_KD = vectors.gather(numbers_MK[m][: len(found_K)]).astype(np.float32)
         same_K = np.array([text in captions_of[row] for row in found_K.tolist()], np.bool_)
-        like_K = are_duplicates(nearest_KD, own_MD[m : m + 1], least)[:, 0]
+        like_K = are_duplicates(
+            nearest_KD, own_MD[m : m + 1], usual.reach(nearest_KD), own_reach_M[m : m + 1]
+        )[:, 0]
         out_K = like_K | same_K | (found_K == rows_M[m])
         similar = np.quantile(bank_BD @ queries_MD[m], 1 - SIMILAR)
         kin_K = out_K | (bank.nearest(queries_MD[m], found_K) >= similar)

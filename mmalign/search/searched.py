@@ -10,6 +10,7 @@ import numpy as np
 
 from mmalign.arrays import Floats
 from mmalign.search import duplicates
+from mmalign.search.duplicates import Usual
 from mmalign.search.snapshot import Snapshot
 
 # Random vectors by which queries are compared, see `feedback`.
@@ -35,11 +36,11 @@ class Searched:
         return {name for snapshot in self.snapshots for name in snapshot.store.fields}
 
     @cached_property
-    def duplicate_threshold(self) -> float:
-        """The cosine from which two rows are near-duplicates."""
+    def usual(self) -> Usual:
+        """The usual distances, by which near-duplicates are told."""
         drawn = self._shares(duplicates.SAMPLE)
         vectors = [s.vectors_of(s.random_rows(count)) for s, count in drawn]
-        return duplicates.threshold(np.concatenate(vectors))
+        return Usual(np.concatenate(vectors))
 
     def sample(self, to: str | None) -> Floats:
         """Return random vectors (R, D) of a modality; None is the main one."""

@@ -13,7 +13,7 @@ from mmalign import MultiSearcher, Query, Searcher
 from mmalign.cli.main import main
 from mmalign.errors import UsageError
 from mmalign.search import duplicates
-from mmalign.search.duplicates import are_duplicates, groups, threshold
+from mmalign.search.duplicates import Usual, are_duplicates, groups
 from mmalign.search.searcher import Hits
 from mmalign.store import Row, Writer, delete, pair_vectors
 
@@ -60,30 +60,70 @@ def test_a_row_joins_the_first_that_it_is_like(block: int, monkeypatch: pytest.M
         firsts = [j for j in range(i) if wanted[j] == j]
         like = [j for j in firsts if float(vectors[i] @ vectors[j]) >= 0.96]
         wanted.append(like[0] if like else i)
-    assert groups(vectors, 0.96).tolist() == wanted
+    reach = np.full(60, 0.04, np.float32)
+    assert groups(vectors, reach).tolist() == wanted
     assert 5 < len(set(wanted)) < 30
-    assert groups(vectors, 0.96)[[5, 30]].tolist() == [5, 30]
+    assert groups(vectors, reach)[[5, 30]].tolist() == [5, 30]
     for count in (0, 1, 20):
-        assert groups(vectors[:count], 0.96).tolist() == wanted[:count]
+        assert groups(vectors[:count], reach[:count]).tolist() == wanted[:count]
+    # Each row has a reach of its own.
+    reach[wanted[40:].index(max(wanted[40:])) + 40] = 0
+    assert groups(vectors, reach).tolist() != wanted
+    assert groups(vectors, np.zeros(60, np.float32)).tolist() == list(range(60))
 
 
-def test_the_threshold_decides() -> None:
+def test_the_shorter_reach_of_two_rows_decides() -> None:
     cosines = np.float32([1, 0.971, 0.969, 0])
     vectors = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
-    one = np.float32([[1, 0]])
-    assert are_duplicates(vectors, one, 0.97)[:, 0].tolist() == [True, True, False, False]
+    one, far, near = np.float32([[1, 0]]), np.float32([9] * 4), np.float32([0.03])
+    assert are_duplicates(vectors, one, far, near)[:, 0].tolist() == [True, True, False, False]
+    near_K = np.float32([0, 0.02, 0.04, 2])
+    assert are_duplicates(vectors, one, near_K, far[:1])[:, 0].tolist() == [1, 0, 1, 1]
 
 
-def test_the_threshold_follows_the_distances_of_the_model() -> None:
-    wide = unit(np.random.default_rng(0).normal(size=(600, 64)))
-    assert threshold(wide) == duplicates.LEAST
-    close = unit(wide + 3 * wide[0])
-    cosines = (close[:512] @ close[:512].T)[np.triu_indices(512, 1)]
-    assert threshold(close) == pytest.approx(1 - 0.08 * (1 - np.median(cosines)))
-    assert duplicates.LEAST < threshold(close) < duplicates.HIGHEST
-    assert len(set(groups(close, threshold(close)).tolist())) == 600
-    assert threshold(np.tile(wide[:1], (9, 1))) == duplicates.HIGHEST
-    assert threshold(wide[:1]) == threshold(wide[:0]) == duplicates.LEAST
+def test_the_reach_is_a_share_of_the_distance_to_the_near_ones() -> None:
+    rows = unit(np.random.default_rng(0).normal(size=(600, 64)))
+    usual = Usual(rows)
+    distances = np.sort(1 - rows @ rows[: duplicates.SAMPLE].T, axis=1)
+    wanted = duplicates.SHARE * distances[:, duplicates.NEAR]
+    assert usual.reach(rows) == pytest.approx(wanted, abs=1e-6)
+    # Half of the rows of a small store.
+    assert Usual(rows[:8]).reach(rows[:8]) == pytest.approx(
+        duplicates.SHARE * np.sort(1 - rows[:8] @ rows[:8].T, axis=1)[:, 4], abs=1e-6
+    )
+
+
+def test_the_reach_follows_the_model_and_the_kind_of_row() -> None:
+    """As many near-duplicates are found where all rows are close, and none of those that differ."""
+    rng = np.random.default_rng(0)
+    spread = unit(rng.normal(size=(300, 64)))
+    alike = unit(spread[:1] + 0.3 * unit(rng.normal(size=(300, 64))))
+    for distinct in (np.concatenate([spread, alike]), unit(spread + 3 * spread[0])):
+        noise = 0.15 * (1 - distinct @ distinct.T).mean(1, keepdims=True) ** 0.5
+        copied = unit(distinct + noise * unit(rng.normal(size=distinct.shape)))
+        usual = Usual(rng.permutation(distinct))
+        assert len(set(groups(distinct, usual.reach(distinct)).tolist())) == len(distinct)
+        both = np.concatenate([distinct[:200], copied[:200]])
+        assert groups(both, usual.reach(both)).tolist() == [*range(200), *range(200)]
+    reach = Usual(np.concatenate([spread, alike])).reach(np.concatenate([spread, alike]))
+    assert reach[300:].max() < reach[1:300].min() / 2
+
+
+def test_the_reach_is_not_that_of_a_large_group_of_near_duplicates() -> None:
+    rng = np.random.default_rng(0)
+    rows = unit(rng.normal(size=(300, 64)))
+    same = unit(rows[:1] + 0.1 * unit(rng.normal(size=(100, 64))))
+    every = np.concatenate([same, rows[1:]])
+    assert len(set(groups(every, Usual(every).reach(every)).tolist())) == 300
+
+
+def test_equal_rows_are_near_duplicates_whatever_is_usual() -> None:
+    rows = unit(np.random.default_rng(0).normal(size=(9, 64)))
+    for sample in (rows[:0], rows[:1], np.tile(rows[:1], (9, 1))):
+        reach = Usual(sample).reach(rows)
+        assert reach[0] == pytest.approx(duplicates.SHORTEST)
+        assert len(set(groups(np.tile(rows[:1], (9, 1)), reach[:1].repeat(9)).tolist())) == 1
+    assert not len(Usual(rows).reach(rows[:0]))
 
 
 # ---------------------------------------------------------------- search
