@@ -4,6 +4,7 @@
         [--memory 4GB 1GB 300MB] [--threads 1 2] [--others PYTHON] [--methods hnswlib usearch ...]
     python -m bench index --work DIR --grow 100000 300000 1000000 3000000
     python -m bench index --work DIR --change [--rows 300000]
+    python -m bench index --work DIR --turns 3 --others PYTHON [--kinds image] [--points 80 160 320]
 
 Rows are drawn by `bench/standin.py`, or come from files (`--vectors images.npy texts.npy`, float16
 and float32, say those of a real store). Half of the held-out queries come as texts, half as images;
@@ -18,6 +19,9 @@ time and QPS.
 `--change` builds over five sixths of the rows, and measures text queries under filters that leave
 a half, a twentieth and a two-hundredth of them; then with the last sixth added and a fifth of the
 others deleted, as they are searched before the index is built again. Rows of index-change.csv.
+`--turns` measures what was built over and over, each index in its turn, so that a slow minute
+strikes all alike: medians and the range of QPS in index.csv, and QPS beside those of others at the
+same recall, between their two nearest points.
 
 DIR keeps vectors, truths and what others built, as that takes longest.
 """
@@ -45,11 +49,13 @@ from mmalign.index.approximate import set_threads
 from mmalign.index.measure import interval, neighbour_recall
 from mmalign.search.build import memory_bytes
 
-KS, SHARD_ROWS = (10, 100), 10_000
+KS, SHARD_ROWS, KINDS = (10, 100), 10_000, ("text", "image")
 TUNING, HELD = 8_000, 1_000
 BUILD_THREADS = 2
 # Queries that are timed alone; all together are asked so many times, and the better time counts.
 ALONE, ROUNDS = 300, 2
+# What rows of two methods have to share to be compared.
+SETTING = ("asked", "k", "search_threads")
 COLOURS = {
     "autofaiss": "tab:blue",
     "faiss-hnsw32": "tab:orange",
@@ -69,20 +75,24 @@ def main(arguments: list[str]) -> None:
         return
     given.work.mkdir(parents=True, exist_ok=True)
     if given.grow:
+        given.threads = [1]
         _grow(given)
         return
     data = _data(given.work, given.rows, given.vectors)
     if given.change:
         _change(data, given.recall[0], memory_bytes(given.memory[0]))
         return
+    if given.turns:
+        _in_turns(given, data)
+        return
     name = "index-real" if given.vectors else "index"
     for memory in given.memory:
         for recall in given.recall:
-            for row in _in_process(data, recall, memory, given.threads):
+            for row in _in_process(data, recall, memory, given):
                 measure.append(name, row)
     for method in given.methods if given.others else ():
         for memory in given.memory:
-            for row in _others(given.others, method, data, memory, given.threads):
+            for row in _others(given, method, data, memory):
                 measure.append(name, row)
     _draw(name, given.threads[0])
 
@@ -99,6 +109,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--grow", type=int, nargs="*")
     parser.add_argument("--change", action="store_true")
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--points", nargs="*", help="parameters of the others")
+    parser.add_argument("--prefer", choices=KINDS, default="text", help="which queries choose ours")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -135,9 +149,18 @@ def _data(work: Path, rows: int, vectors: list[Path] | None) -> dict[str, Any]:
     return names
 
 
-def _in_process(data: dict[str, Any], recall: float, memory: str, threads: list[int]) -> list[Any]:
-    """Build and measure ours in a process of its own."""
-    words = {"data": data, "recall": recall, "memory": memory_bytes(memory), "threads": threads}
+def _in_process(
+    data: dict[str, Any],
+    recall: float,
+    memory: str,
+    given: argparse.Namespace,
+    kept: Path | None = None,
+) -> list[Any]:
+    """Build and measure ours in a process of its own; what is kept in a folder is only measured."""
+    words = {
+        "data": data, "recall": recall, "memory": memory_bytes(memory), "threads": given.threads,
+        "kinds": given.kinds, "prefer": given.prefer, "kept": str(kept) if kept else None,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [
@@ -157,39 +180,36 @@ def _in_process(data: dict[str, Any], recall: float, memory: str, threads: list[
     ]  # fmt: skip
 
 
-def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int], out: str) -> None:
+def _ours(
+    data: dict[str, str],
+    recall: float,
+    memory: float,
+    *,
+    threads: list[int],
+    kinds: list[str],
+    prefer: str,
+    kept: str | None,
+    out: str,
+) -> None:
     """Choose, build, write, open and measure an index; its rows go to a file."""
     _use(BUILD_THREADS)
     images = np.load(data["images"], mmap_mode="r")
     shards = [images[i : i + SHARD_ROWS] for i in range(0, len(images), SHARD_ROWS)]
-    tuning = np.load(data["tuning"])
-    stored = VectorReader(shards)
-    drawn = np.random.default_rng(1).permutation(stored.sample_rows(2 * HELD, seed=0))
-    tune, held = np.split(stored.gather(drawn).astype(np.float32), 2)
-    asked = {
-        "text": Queries(tuning[HELD:], tuning[:HELD]),
-        "image": Queries(tune, held, stored=True),
-    }
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        started = time.perf_counter()
-        part = write_index(
-            folder, "image", shards, queries_by_modality=asked, recall=recall, memory=memory
-        )
-        build_s = time.perf_counter() - started
-        write_description(folder, {"modalities": {"image": part}})
+        folder = Path(kept or name)
+        build_s, design = _build(folder, data, shards, recall, memory, prefer)
         size = sum(p.stat().st_size for p in folder.glob("image.*"))
         started = time.perf_counter()
         index = open_index(folder, "image", shards)
         open_ms = 1000 * (time.perf_counter() - started)
         common = {
-            "design": part["name"], "build_s": round(build_s, 1), "open_ms": round(open_ms, 2),
+            "design": design, "build_s": round(build_s, 1), "open_ms": round(open_ms, 2),
             "bytes_per_vector": round(size / len(images), 1),
         }  # fmt: skip
         rows = []
         for count in threads:
             _use(count)
-            for kind in ("text", "image"):
+            for kind in kinds:
                 queries, true = np.load(data[kind]), np.load(data[f"{kind}-truth"])
                 for k in KS:
                     rows.append(
@@ -203,11 +223,98 @@ def _ours(data: dict[str, str], recall: float, memory: float, threads: list[int]
         Path(out).write_text(json.dumps(rows))
 
 
-def _others(python: str, method: str, data: dict[str, Any], memory: str, threads: list[int]) -> Any:
+def _build(
+    folder: Path, data: dict[str, str], shards: Any, recall: float, memory: float, prefer: str
+) -> tuple[float, str]:
+    """Build an index unless the folder holds one; return the seconds and its name."""
+    note = folder / "build.json"
+    if note.exists():
+        seconds, design = json.loads(note.read_text())
+        return float(seconds), str(design)
+    folder.mkdir(exist_ok=True)
+    tuning = np.load(data["tuning"])
+    stored = VectorReader(shards)
+    drawn = np.random.default_rng(1).permutation(stored.sample_rows(2 * HELD, seed=0))
+    tune, held = np.split(stored.gather(drawn).astype(np.float32), 2)
+    asked = {
+        "text": Queries(tuning[HELD:], tuning[:HELD]),
+        "image": Queries(tune, held, stored=True),
+    }
+    asked = dict(sorted(asked.items(), key=lambda item: item[0] != prefer))
+    started = time.perf_counter()
+    part = write_index(
+        folder, "image", shards, queries_by_modality=asked, recall=recall, memory=memory
+    )
+    seconds = time.perf_counter() - started
+    write_description(folder, {"modalities": {"image": part}})
+    note.write_text(json.dumps([seconds, part["name"]]))
+    return seconds, str(part["name"])
+
+
+def _in_turns(given: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Measure all that is built in turns; medians, and QPS beside others at the same recall."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for _ in range(given.turns):
+        for memory in given.memory:
+            rows = [
+                row
+                for recall in given.recall
+                for row in _in_process(
+                    data, recall, memory, given,
+                    given.work / f"ours-{given.rows}-{memory}-{recall}-{given.prefer}",
+                )
+            ]  # fmt: skip
+            for method in given.methods if given.others else ():
+                rows += _others(given, method, data, memory)
+            for row in rows:
+                key = tuple(row[c] for c in ("method", "memory", "wanted", "design", *SETTING))
+                found.setdefault(key, []).append(row)
+    rows = [_median(turns) for turns in found.values()]
+    for row in rows:
+        measure.append("index", row)
+    for row in rows:
+        if row["method"] == "mmalign":
+            setting = {column: row[column] for column in ("memory", *SETTING)}
+            for method in given.methods:
+                points = [
+                    (other["recall"], other["qps"])
+                    for other in rows
+                    if other["method"] == method and setting.items() <= other.items()
+                ]
+                beside = at_recall(points, row["recall"])
+                ratio = f"{row['qps'] / beside:.2f}" if beside else "not reached by it"
+                print(f"{row['recall']:.4f} {setting}: QPS beside {method}: {ratio}")
+    _draw("index", given.threads[0])
+
+
+def _median(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one row for the same measurement in several turns."""
+    medians = {
+        name: round(float(np.median([row[name] for row in turns])), 3)
+        for name in ("qps", "p50_ms", "p99_ms")
+    }
+    spread = f"{min(row['qps'] for row in turns):.0f}-{max(row['qps'] for row in turns):.0f}"
+    return {**turns[0], **medians, "turns": len(turns), "qps_range": spread}
+
+
+def at_recall(points: list[tuple[float, float]], recall: float) -> float | None:
+    """Return QPS at a recall between two points of a curve; None beyond its ends.
+
+    >>> round(at_recall([(0.9, 400.0), (0.98, 100.0)], 0.94))
+    200
+    """
+    recalls, speeds = np.array(sorted(points)).T if points else (np.zeros(0), np.zeros(0))
+    if not len(recalls) or not recalls[0] <= recall <= recalls[-1]:
+        return None
+    return float(np.exp(np.interp(recall, recalls, np.log(speeds))))
+
+
+def _others(given: argparse.Namespace, method: str, data: dict[str, Any], memory: str) -> Any:
     """Let another library build once and be measured for every kind of query and thread count."""
     worker = Path(__file__).with_name("index_baselines.py")
-    for count in threads:
-        for kind in ("text", "image"):
+    points = ["--points", *given.points] if given.points else []
+    for count in given.threads:
+        for kind in given.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "rows.jsonl"
                 words = {
@@ -217,7 +324,10 @@ def _others(python: str, method: str, data: dict[str, Any], memory: str, threads
                 }  # fmt: skip
                 environment = os.environ | {"OMP_NUM_THREADS": str(BUILD_THREADS)}
                 subprocess.run(
-                    [python, str(worker), method, *(x for pair in words.items() for x in pair)],
+                    [
+                        given.others, str(worker), method,
+                        *(x for pair in words.items() for x in pair), *points,
+                    ],
                     check=True, env=environment,
                 )  # fmt: skip
                 for line in out.read_text().splitlines():
@@ -340,7 +450,7 @@ def _grow(given: argparse.Namespace) -> None:
     found = []
     for rows in given.grow:
         data = _data(given.work, rows, None)
-        for row in _in_process(data, given.recall[0], given.memory[0], [1]):
+        for row in _in_process(data, given.recall[0], given.memory[0], given):
             measure.append("index-growth", {"rows": rows, **row})
             if (row["asked"], row["k"]) == ("text", KS[0]):
                 found.append((rows, row["build_s"], row["qps"]))

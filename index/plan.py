@@ -15,9 +15,9 @@ Hyperparameter Optimization".
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ SPECS = (
     IndexSpec("hnsw", "SQ8", links=32),
 )
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "ivf": ({"lists_factor": 2}, {"metric": "queries"}),
+    "ivf": ({"lists_factor": 2}, {"lists_factor": 4}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
 """By kind: variants of the best spec of the first round, added to the second."""
@@ -61,9 +61,14 @@ ROUND_ROWS, ROUND_QUERIES = (1 << 14, 1 << 16), 300
 # At most this share of the specs advances to the next round. None does that is more than
 # MAX_SLOWDOWN times slower than the best.
 ADVANCING_SHARE, MAX_SLOWDOWN = 0.3, 1.5
-# Queries to tune over all rows. Computing exact neighbours takes longest, so a modality that does
-# not decide the choice uses only a quarter of its tuning and of its held-out queries.
-TUNING_QUERIES, SECONDARY_DIVISOR = 1_000, 4
+# Of specs that are at most so many times slower than the best for the first query modality, the one
+# that is fastest for the others is chosen.
+EQUALLY_FAST = 1.15
+# How many times faster another spec must be for a modality for it to be worth telling.
+WORTH_TELLING = 1.5
+# Queries to tune over all rows, of each modality. Fewer are not enough: their interval is wider, so
+# more of the index is searched than the recall needs.
+TUNING_QUERIES = 1_000
 # Tuning targets a recall this far above the promised one, as recall on other queries is slightly
 # lower.
 MARGIN = 0.01
@@ -84,17 +89,6 @@ class Queries:
     def held_out(self) -> HeldOut:
         """The held-out queries."""
         return HeldOut(self.held_out_MD, self.held_out_image_ids_M)
-
-    def subset(self, divisor: int) -> "Queries":
-        """Return at most TUNING_QUERIES / divisor tuning queries, 1 / divisor of held-out ones."""
-        count = -(-len(self.held_out_MD) // divisor)
-        ids_M = self.held_out_image_ids_M
-        return replace(
-            self,
-            tune_MD=self.tune_MD[: TUNING_QUERIES // divisor],
-            held_out_MD=self.held_out_MD[:count],
-            held_out_image_ids_M=None if ids_M is None else ids_M[:count],
-        )
 
 
 @dataclass(frozen=True)
@@ -148,10 +142,7 @@ def plan(
         say("too few queries to tune and measure an index, so search will be exact")
         return Plan(IndexSpec("exact"))
     release_large_blocks()
-    main = next(iter(by_modality))
-    specs, tried = _run_rounds(
-        fitting, vectors, main, by_modality[main], recall=recall, memory=memory
-    )
+    specs, tried = _run_rounds(fitting, vectors, by_modality, recall=recall, memory=memory)
     if not specs:
         near = max(tried, key=attrgetter("recall"))
         say(
@@ -160,7 +151,7 @@ def plan(
         )
         return Plan(IndexSpec("exact"), tried=tried)
     release_free_memory()
-    true_rows = _true_by_modality(vectors, _reduced(by_modality))
+    true_rows = _true_by_modality(vectors, _tuning(by_modality))
     release_free_memory()
     for spec in specs:
         built = _build_and_tune(spec, vectors, by_modality, true_rows, recall)
@@ -189,8 +180,7 @@ def _bytes(spec: IndexSpec, vectors: VectorReader) -> float:
 def _run_rounds(
     specs: list[IndexSpec],
     vectors: VectorReader,
-    main: str,
-    queries: Queries,
+    by_modality: Mapping[str, Queries],
     *,
     recall: float,
     memory: float,
@@ -203,68 +193,170 @@ def _run_rounds(
     """
     tried: list[Trial] = []
     ranked: list[IndexSpec] = []
+    finalists: list[_Result] = []
     for number, rows in enumerate(ROUND_ROWS):
         sample = vectors.sample(rows, seed=rows)
-        tournament = _Tournament(sample, main, queries, recall)
+        tournament = _Tournament(sample, by_modality, recall)
         for spec in over(f"try {rows:,}", specs, len(specs), "specs"):
             tournament.enter(spec)
         results = tournament.results()
-        tried += [trial for _, trial, _ in results]
-        fastest = [(trial.p50_ms, spec) for spec, trial, reached in results if reached]
-        fastest.sort(key=itemgetter(0))
-        winners = [spec for _, spec in fastest]
+        tried += [trial for result in results for trial in result.trials]
+        finalists = best_first([result for result in results if result.reached])
+        winners = [result.spec for result in finalists]
         ranked = winners + [spec for spec in ranked if spec not in winners]
         if not winners or rows >= vectors.live:
             break
-        fast_enough = [spec for ms, spec in fastest if ms <= MAX_SLOWDOWN * fastest[0][0]]
-        specs = fast_enough[: math.ceil(ADVANCING_SHARE * len(results))]
+        specs = _advancing(finalists, len(results))
         if number == 0:
             variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
-            specs += [spec for spec in variants if _bytes(spec, vectors) <= memory]
+            specs += [
+                spec for spec in variants if spec not in specs and _bytes(spec, vectors) <= memory
+            ]
+    _say_what_others_would_gain(finalists)
     return ranked, tried
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a round measured of a spec."""
+
+    spec: IndexSpec
+    trials: list[Trial]
+    """One for each query modality, the first one first."""
+    reached: bool
+    """Whether tuning reached the recall for all of them."""
+
+    @property
+    def main_ms(self) -> float:
+        """Median latency of the queries of the first modality."""
+        return self.trials[0].p50_ms
+
+    @property
+    def others_ms(self) -> float:
+        """Sum of the median latencies of the other modalities."""
+        return sum(trial.p50_ms for trial in self.trials[1:])
+
+
+def best_first(results: Sequence[_Result]) -> list[_Result]:
+    """Order the results of a round: equally fast for the first modality, then by the others."""
+    if not results:
+        return []
+    limit = EQUALLY_FAST * min(result.main_ms for result in results)
+
+    def cost(result: _Result) -> tuple[bool, float, float]:
+        if result.main_ms <= limit:
+            return False, result.others_ms, result.main_ms
+        return True, result.main_ms, 0.0
+
+    return sorted(results, key=cost)
+
+
+def _advancing(finalists: Sequence[_Result], entered: int) -> list[IndexSpec]:
+    """Return the specs that go on: the best, and the fastest for each other modality."""
+    limit = MAX_SLOWDOWN * min(result.main_ms for result in finalists)
+    fast_enough = [result.spec for result in finalists if result.main_ms <= limit]
+    specs = fast_enough[: math.ceil(ADVANCING_SHARE * entered)]
+    for number in range(1, len(finalists[0].trials)):
+        fastest = min(finalists, key=lambda result: result.trials[number].p50_ms)
+        if fastest.spec not in specs:
+            specs.append(fastest.spec)
+    return specs
+
+
+def _say_what_others_would_gain(finalists: Sequence[_Result]) -> None:
+    """Say where one index does not serve all query modalities well."""
+    for number in range(1, len(finalists[0].trials) if finalists else 0):
+        chosen, main = finalists[0].trials[number], finalists[0].trials[0]
+        fastest = min(finalists, key=lambda result: result.trials[number].p50_ms)
+        gain = chosen.p50_ms / fastest.trials[number].p50_ms
+        if gain >= WORTH_TELLING:
+            name = chosen.query_modality
+            loss = fastest.main_ms / main.p50_ms
+            say(
+                f"one index does not serve all queries equally: on a sample, {name} queries are "
+                f"{gain:.1f} times faster with {fastest.trials[number].spec_name}, but "
+                f"{main.query_modality} queries {loss:.1f} times slower; --prefer {name} chooses "
+                f"by {name} queries"
+            )
 
 
 class _Tournament:
     """One round: specs are built over the same sample and searched with the same queries."""
 
-    def __init__(self, sample: VectorReader, main: str, queries: Queries, recall: float) -> None:
+    def __init__(
+        self, sample: VectorReader, by_modality: Mapping[str, Queries], recall: float
+    ) -> None:
         self.sample = sample
-        self.main, self.recall = main, recall
-        self.queries = queries.tune_MD
-        # Few queries are split in half; a single query is used for both.
-        count = min(ROUND_QUERIES, max(1, len(self.queries) // 2))
-        self.tuning_MD, self.measuring_MD = self.queries[:count], self.queries[-count:]
-        both_MD = np.concatenate([self.tuning_MD, self.measuring_MD])
-        true_MK = true_neighbours(self.sample, both_MD, TUNED_KS[0])
-        self.tuning_MK, self.measuring_MK = np.split(true_MK, [count])
+        self.recall = recall
+        self.main_MD = next(iter(by_modality.values())).tune_MD
+        self.contests = {name: _Contest.of(sample, q) for name, q in by_modality.items()}
         self.quantizers: dict[tuple[int, str], CoarseQuantizer] = {}
-        self.entries: list[tuple[IndexSpec, Approximate, OperatingPoint, bool, dict[str, Any]]] = []
+        self.entries: list[tuple[IndexSpec, Approximate, dict[str, OperatingPoint], bool, float]]
+        self.entries = []
 
     def enter(self, spec: IndexSpec) -> None:
-        """Build and tune an index."""
+        """Build an index, and tune it for each query modality."""
         started = time.perf_counter()
         key = (spec.lists_factor, spec.metric)
         if spec.kind == "ivf" and key not in self.quantizers:
-            self.quantizers[key] = cluster(self.sample, spec, self.queries)
+            self.quantizers[key] = cluster(self.sample, spec, self.main_MD)
         built = approximate.build(self.sample, spec, self.quantizers.get(key), shown=False)
         build_s = time.perf_counter() - started
         index = Approximate(built, self.sample, {}, self.sample.total)
-        point, reached = tune(index, self.tuning_MD, self.tuning_MK, TUNED_KS[0], self.recall)
-        common = _common_fields(spec, self.sample, built, build_s) | {"query_modality": self.main}
-        self.entries.append((spec, index, point, reached, common))
+        tuned = {
+            name: tune(index, contest.tuning_MD, contest.tuning_MK, TUNED_KS[0], self.recall)
+            for name, contest in self.contests.items()
+        }
+        points = {name: point for name, (point, _) in tuned.items()}
+        reached = all(reached for _, reached in tuned.values())
+        self.entries.append((spec, index, points, reached, build_s))
 
-    def results(self) -> list[tuple[IndexSpec, Trial, bool]]:
-        """Measure all, in turns; return for each whether it reached the recall in tuning."""
-        contestants = [(index, point) for _, index, point, _, _ in self.entries]
-        timed = time_in_turns(contestants, self.measuring_MD)
-        found = []
-        for entry, seconds_M in zip(self.entries, timed, strict=True):
-            spec, index, point, reached, common = entry
-            trial = measure(
-                index, HeldOut(self.measuring_MD), self.measuring_MK, point, seconds_M, **common
+    def results(self) -> list[_Result]:
+        """Measure all, in turns."""
+        seconds = {
+            name: time_in_turns(
+                [(index, points[name]) for _, index, points, _, _ in self.entries],
+                contest.measuring_MD,
             )
-            found.append((spec, trial, reached))
-        return found
+            for name, contest in self.contests.items()
+        }
+        return [
+            _Result(
+                spec,
+                [
+                    measure(
+                        index, HeldOut(contest.measuring_MD), contest.measuring_MK, points[name],
+                        seconds[name][number], query_modality=name,
+                        **_common_fields(spec, self.sample, index.faiss, build_s),
+                    )
+                    for name, contest in self.contests.items()
+                ],
+                reached,
+            )
+            for number, (spec, index, points, reached, build_s) in enumerate(self.entries)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """Queries of one modality in a round, and their true neighbours in the sample.
+
+    A query that is a stored vector finds itself where the sample has it, which makes recall a
+    little higher: equally for all specs.
+    """
+
+    tuning_MD: Floats
+    measuring_MD: Floats
+    tuning_MK: Ints
+    measuring_MK: Ints
+
+    @classmethod
+    def of(cls, sample: VectorReader, queries: Queries) -> "_Contest":
+        """Find the true neighbours; a few queries are split in half, one is used for both."""
+        count = min(ROUND_QUERIES, max(1, len(queries.tune_MD) // 2))
+        tuning_MD, measuring_MD = queries.tune_MD[:count], queries.tune_MD[-count:]
+        true_MK = true_neighbours(sample, np.concatenate([tuning_MD, measuring_MD]), TUNED_KS[0])
+        return cls(tuning_MD, measuring_MD, *np.split(true_MK, [count]))
 
 
 def _build_and_tune(
@@ -277,7 +369,7 @@ def _build_and_tune(
     """Build over all rows and tune for every modality; None if held-out recall falls short.
 
     The coarse quantizer is trained with all tuning queries of the first modality, also those that
-    `_reduced` leaves out.
+    `_tuning` leaves out.
     """
     started = time.perf_counter()
     quantizer = None
@@ -289,7 +381,7 @@ def _build_and_tune(
     common = _common_fields(spec, vectors, built, build_s)
     points: dict[str, list[OperatingPoint]] = {}
     measured: list[Trial] = []
-    for name, queries in _reduced(by_modality).items():
+    for name, queries in _tuning(by_modality).items():
         tuning_MK, held_out_MK = np.split(true_rows[name], [len(queries.tune_MD)])
         points[name] = []
         for k in TUNED_KS:
@@ -317,11 +409,11 @@ def _build_and_tune(
     return Plan(spec, built, points, measured)
 
 
-def _reduced(by_modality: Mapping[str, Queries]) -> dict[str, Queries]:
-    """Return the queries that tune and measure over all rows; most are of the first modality."""
-    main = next(iter(by_modality))
+def _tuning(by_modality: Mapping[str, Queries]) -> dict[str, Queries]:
+    """Return the queries that tune and measure over all rows."""
     return {
-        name: q.subset(1 if name == main else SECONDARY_DIVISOR) for name, q in by_modality.items()
+        name: replace(queries, tune_MD=queries.tune_MD[:TUNING_QUERIES])
+        for name, queries in by_modality.items()
     }
 
 

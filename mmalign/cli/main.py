@@ -212,6 +212,10 @@ def embed(
     "--model", metavar="RUN_OR_NAME", type=PLACE,
     help="The model that encodes FILE, if it was moved since embedding.",
 )  # fmt: skip
+@click.option(
+    "--prefer", metavar="MODALITY",
+    help="Choose the index that is fastest for queries of this kind: text (the default), image.",
+)  # fmt: skip
 @_json
 def index(
     *,
@@ -220,21 +224,26 @@ def index(
     memory: str,
     queries: str | None,
     model: str | None,
+    prefer: str | None,
     as_json: bool,
 ) -> None:
     """Build an index over a store and measure its recall.
 
     Several kinds of index are tried, with the store's captions or the queries of FILE. A small
-    store needs no index: every row is compared.
+    store needs no index: every row is compared. All kinds of queries reach the recall; those by
+    text decide which index is the fastest, unless --prefer names others.
 
     \b
     Example:  mmalign index photos.store
               mmalign index photos.store --recall 0.95 --memory 300MB
+              mmalign index photos.store --prefer image
     """
     with quick_imports():
         from mmalign.search.build import build_index
 
-    report = build_index(store, recall=recall, memory=memory, queries=queries, model=model)
+    report = build_index(
+        store, recall=recall, memory=memory, queries=queries, model=model, prefer=prefer
+    )
     if as_json:
         _print(report, as_json)
 

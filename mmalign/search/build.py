@@ -55,6 +55,7 @@ def build_index(
     memory: str | float = "2GB",
     queries: str | Path | None = None,
     model: str | Path | None = None,
+    prefer: str | None = None,
 ) -> dict[str, Any]:
     """Build an index over the vectors of each modality of a store and make it current.
 
@@ -66,6 +67,8 @@ def build_index(
         queries: A file with one text query per line for tuning and measuring; by default the
             store's own captions.
         model: The model that encodes them, if it was moved after the store was made.
+        prefer: The modality of the queries that decide which index is the fastest; by default
+            "text". All query modalities reach the recall.
 
     Returns:
         The content of the new index.json.
@@ -79,13 +82,23 @@ def build_index(
         fill = shell_command("embed", "--model", "RUN_OR_NAME", "--data", "SRC", "--out", path)
         raise StoreError(f"{path}: the store has no {what}: add some with {fill}")
     started = time.monotonic()
+    if prefer is not None and prefer not in (TEXT.name, *store.modalities):
+        known = ", ".join(dict.fromkeys((TEXT.name, *store.modalities)))
+        raise UsageError(f"--prefer {prefer}: queries are of {known}")
     user_queries = None if queries is None else _read_query_file(store, queries, model)
     name = secrets.token_hex(6)
     folder = store.path / "index" / name
     files.make_folder(folder)
     try:
         with files.scratch_in(store.path):
-            modalities = _build_all(store, folder, recall, budget, user_queries)
+            modalities = _build_all(
+                store,
+                folder,
+                recall=recall,
+                memory=budget,
+                user_queries=user_queries,
+                prefer=prefer,
+            )
             words = lexical.postings(lexical.captions_of(store))
             calibration = _calibrate(store, words, folder, model)
             described = _write_words(words, folder)
@@ -134,7 +147,13 @@ def memory_bytes(text: str | float) -> float:
 
 
 def _build_all(
-    store: Store, folder: Path, recall: float, memory: float, user_queries: Queries | None
+    store: Store,
+    folder: Path,
+    *,
+    recall: float,
+    memory: float,
+    user_queries: Queries | None,
+    prefer: str | None,
 ) -> dict[str, Any]:
     """Build an index for each modality with vectors; memory is split by number of vectors.
 
@@ -149,13 +168,15 @@ def _build_all(
     for name, reader in readers.items():
         if not reader.total:
             continue
-        # Those of the first modality decide the choice: captions, if the store has any.
+        # Those of the first modality decide the choice: captions, if the store has any, or those
+        # that `prefer` names.
         others = sorted((other for other in names if other != name), key=is_of_rows)
         queries = {other: sampled[other] for other in others}
         if user_queries is not None and name != TEXT.name:
             queries[TEXT.name] = user_queries
         if is_of_rows(name):
             queries[name] = replace(sampled[name], stored=True)
+        queries = dict(sorted(queries.items(), key=lambda item: item[0] != prefer))
         share = reader.total / total
         modalities[name] = write_index(
             folder, name, store.vectors(name), queries_by_modality=queries, recall=recall,

@@ -35,8 +35,11 @@ def turned(query_D: Floats, more_ED: Floats, less_ED: Floats, random_RD: Floats)
         query_D: Unit vector of the query.
         more_ED: Unit vectors of what is looked for; perhaps none.
         less_ED: Unit vectors of what is not; perhaps none.
-        random_RD: Vectors of random rows.
+        random_RD: Vectors of random rows; without any, nothing tells how alike vectors are, and
+            the query is returned as it is.
     """
+    if not len(random_RD):
+        return query_D
     centred_RD = random_RD - random_RD.mean(0)
     start_D = scaled(query_D.astype(np.float64), centred_RD)
     turn_D = np.zeros_like(start_D)

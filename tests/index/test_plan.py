@@ -67,9 +67,48 @@ def test_those_near_the_best_go_on_with_its_variants(monkeypatch: pytest.MonkeyP
     best = SPECS[2]
     assert rounds[0] == list(SPECS)
     assert rounds[1][:2] == [best, SPECS[1]]
-    assert [(d.lists_factor, d.metric) for d in rounds[1][2:]] == [(2, "vectors"), (1, "queries")]
+    assert [(d.lists_factor, d.metric) for d in rounds[1][2:]] == [
+        (2, "vectors"),
+        (4, "vectors"),
+        (1, "queries"),
+    ]
     assert made.spec == best
     assert len(made.tried) == len(rounds[0]) + len(rounds[1])
+
+
+def _result(spec: IndexSpec, text_ms: float, image_ms: float) -> planner._Result:
+    def trial(modality: str, milliseconds: float) -> Trial:
+        return Trial(
+            spec.name(1_000, 32), 1_000, modality, OperatingPoint(10, 4, 20), 100, 0.95, 0.94, 0.96,
+            milliseconds, milliseconds, 1_000 / milliseconds, 20.0, 1.0,
+        )  # fmt: skip
+
+    return planner._Result(spec, [trial("text", text_ms), trial("image", image_ms)], reached=True)
+
+
+def test_of_specs_equally_fast_for_texts_the_one_fastest_for_images_is_best() -> None:
+    first, second, third = SPECS[:3]
+    results = [_result(first, 1.0, 3.0), _result(second, 1.1, 1.0), _result(third, 1.3, 0.2)]
+    assert [result.spec for result in planner.best_first(results)] == [second, first, third]
+    assert planner.best_first([]) == []
+
+
+def test_the_fastest_for_images_goes_on_though_texts_are_slow_with_it() -> None:
+    results = planner.best_first([_result(SPECS[0], 1.0, 3.0), _result(SPECS[1], 9.0, 1.0)])
+    assert planner._advancing(results, entered=2) == [SPECS[0], SPECS[1]]
+    results = planner.best_first([_result(SPECS[0], 1.0, 1.0), _result(SPECS[1], 9.0, 3.0)])
+    assert planner._advancing(results, entered=2) == [SPECS[0]]
+
+
+def test_what_one_index_costs_image_queries_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    results = planner.best_first([_result(SPECS[0], 1.0, 3.0), _result(SPECS[1], 2.0, 1.0)])
+    planner._say_what_others_would_gain(results)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"image queries are 3.0 times faster with {SPECS[1].name(1_000, 32)}" in said
+    assert "text queries 2.0 times slower; --prefer image" in said
+    planner._say_what_others_would_gain([_result(SPECS[0], 1.0, 1.2), _result(SPECS[1], 2.0, 1.0)])
+    planner._say_what_others_would_gain([])
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -98,8 +137,8 @@ def test_lists_learn_from_all_queries_and_fewer_tune(monkeypatch: pytest.MonkeyP
     made = plan(VectorReader([stored]), asked, 0.5, memory=4e5)
     assert made.spec.kind == "ivf"
     assert set(learned) == {200}
-    assert counts[-4:] == [40, 40, 10, 10]
-    assert [t.queries for t in made.measured] == [100, 100, 20, 20]
+    assert counts[-4:] == [40, 40, 40, 40]
+    assert [t.queries for t in made.measured] == [100, 100, 80, 80]
 
 
 def test_little_memory_is_said_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,11 @@ from topic_store import DIM, GAP, KNOWN, WORLD, draw_queries, unit, write
 from mmalign import MultiSearcher, Query, Searcher
 from mmalign import Row as RowQuery
 from mmalign.cli.main import main
-from mmalign.errors import ItemError, UsageError
+from mmalign.errors import ItemError, StoreError, UsageError
 from mmalign.search import feedback
 from mmalign.search.feedback import turned
 from mmalign.search.searcher import Hits
-from mmalign.store import delete
+from mmalign.store import delete, delete_rows, open_store
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,28 @@ def test_queries_with_and_without_examples_are_answered_together(searcher: Searc
         Query((), more=tuple(rows(9)), less=tuple(rows(7))),
     ]
     assert searcher.search_many(queries) == [searcher.search(query) for query in queries]
+
+
+def test_examples_in_an_empty_store_turn_nothing(tmp_path: Path) -> None:
+    empty = write(tmp_path / "s.store")
+    opened = open_store(empty)
+    picture = np.asarray(opened.vectors_of("image", 5)[0], np.float32)
+    delete_rows(opened, range(len(opened)))
+    searcher = Searcher.open(empty)
+    vectors_MD = searcher.encode(["topic 5", Query((("topic 5", 1.0),), more=(picture,))])
+    assert np.isfinite(vectors_MD).all()
+    assert np.array_equal(*vectors_MD)
+    with pytest.raises(StoreError, match="no image vectors to search"):
+        searcher.search("topic 5", more=[picture])
+
+
+def test_what_is_excluded_stays_out_beside_examples(searcher: Searcher) -> None:
+    query = Query((("topic 5", 1.0),), excluded=("topic 7",), more=tuple(rows(9)))
+    found = searcher.search(query, 40)
+    assert topics(found)[0] == 5
+    assert 7 not in topics(found)
+    assert 9 in topics(found)[:12]
+    assert 7 in topics(searcher.search("topic 5", 400, more=rows(9)))
 
 
 def test_examples_are_of_any_store(path: Path, tmp_path: Path) -> None:
