@@ -55,7 +55,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ivf": ({"lists_factor": 2}, {"lists_factor": 4}, {"metric": "queries"}),
     "hnsw": ({"code": "SQfp16"},),
 }
-"""By kind: variants of the best spec of the first round, added to the second."""
+"""By kind: variants of the fastest spec of the first round, added to the second."""
 # Rows of each round. Queries to tune in a round; as many others measure.
 ROUND_ROWS, ROUND_QUERIES = (1 << 14, 1 << 16), 300
 # At most this share of the specs advances to the next round. None does that is more than
@@ -208,7 +208,8 @@ def _run_rounds(
             break
         specs = _advancing(finalists, len(results))
         if number == 0:
-            variants = [replace(winners[0], **change) for change in VARIANTS[winners[0].kind]]
+            fastest = min(finalists, key=attrgetter("main_ms")).spec
+            variants = [replace(fastest, **change) for change in VARIANTS[fastest.kind]]
             specs += [
                 spec for spec in variants if spec not in specs and _bytes(spec, vectors) <= memory
             ]
